@@ -1,0 +1,368 @@
+"""Image folders to batches on the device: listing, stratified split, batches, augmentation.
+
+Resize, flip and normalise run batch-wise on the device, and all randomness depends on (seed, epoch,
+position) alone, so that runs repeat, resume and spread over ranks. Knows nothing of models or precision.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from images import ImageStore, open_store
+from utils import Ranks, UserError, fold, printable, seed_everything
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TRAIN_FOLDERS = ("seg_train/seg_train", "seg_train", "train/train", "train")
+_TEST_FOLDERS = ("seg_test/seg_test", "seg_test", "test/test", "test")
+_VALIDATION_FOLDERS = ("val", "valid", "validation")
+
+Listing = list[tuple[Path, int]]
+
+
+# ----------------------------------------------------------------------------- what is on disk
+@dataclass
+class ImageSet:
+    """The files of a data set: (path, label) lists, labels indexing the alphabetical `classes`."""
+
+    root: Path
+    classes: list[str]
+    train: Listing
+    test: Listing
+    validation: Listing | None = None  # a folder of its own; None: split it off train
+
+
+def find_image_set(data_dir: str | Path) -> ImageSet:
+    """Lists the class folders below `data_dir`: Intel's layout, or `train/` with `test/` or `val/`.
+
+    Raises UserError where there is no data, fewer than two classes, an empty class, or where train
+    and test disagree on the classes.
+    """
+    root = Path(data_dir)
+    if (root / ".partial").exists():
+        raise UserError(f"{root} holds a partly extracted archive. Run the same `prepare --archive` again.")
+    train, test = _first_folder(root, _TRAIN_FOLDERS), _first_folder(root, _TEST_FOLDERS)
+    validation = _first_folder(root, _VALIDATION_FOLDERS)
+    if test is None:
+        test, validation = validation, None
+    if train is None or test is None:
+        missing = "training images" if train is None else "test images"
+        raise UserError(
+            f"no {missing} in {printable(root)} (looked for seg_train/ and seg_test/, or train/ and test/ or val/)."
+            "\nThree ways to get data:"
+            "\n  python main.py train --demo                        draws a small data set and trains on it"
+            "\n  python main.py prepare --download                  fetches Intel Image Classification from Kaggle"
+            "\n  python main.py prepare --archive FILE.zip          unpacks an archive you have"
+            "\nor name the folder that holds train/ and test/ with --data_dir."
+        )
+    classes = _class_names(train)
+    if len(classes) < 2:
+        raise UserError(f"{printable(train)} holds {len(classes)} class folder: a classifier needs at least two.")
+    folders = [folder for folder in (train, test, validation) if folder is not None]
+    for folder in folders:
+        missing = sorted(set(classes) ^ set(_class_names(folder)))
+        if missing:
+            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {printable(missing)}.")
+    listings = [_list_images(folder, classes) for folder in folders]
+    return ImageSet(root, classes, *listings)
+
+
+def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir() and _class_names(root / name)), None)
+
+
+def _class_names(folder: Path) -> list[str]:
+    """Alphabetical names of the class folders; a lone inner folder of the same name is not a class."""
+    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir()]
+    return [] if names == [folder.name] else sorted(names)
+
+
+def _list_images(folder: Path, classes: list[str]) -> Listing:
+    listing: Listing = []
+    for label, name in enumerate(classes):
+        found = sorted(find_images(folder / name))
+        if not found:
+            raise UserError(f"class folder {printable(folder / name)} holds no image. Fill it or remove it.")
+        listing += [(path, label) for path in found]
+    return listing
+
+
+def find_images(folder: Path) -> Iterator[Path]:
+    """Every image file below `folder` by its suffix; hidden files and linked folders are passed over."""
+    for directory, subfolders, files in os.walk(folder):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield Path(directory, name)
+
+
+def split_train(labels: np.ndarray, *, fraction: float = 0.2, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stratified positions (train, validation) of `labels`, by scikit-learn, each in ascending order."""
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, validation = train_test_split(
+            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
+        )
+    except ValueError as error:
+        raise UserError(f"cannot split {fraction:.0%} of the training images off for validation: {error}") from None
+    return np.sort(train), np.sort(validation)
+
+
+# --------------------------------------------------------------------------------- data sets
+@dataclass
+class Subset:
+    """Some images of a store: listing positions and their labels, in evaluation order."""
+
+    store: ImageStore
+    listing: Listing
+    positions: np.ndarray
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = np.array([self.listing[position][1] for position in self.positions], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.listing[position][0] for position in self.positions]
+
+
+@dataclass
+class DataSet:
+    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
+
+    classes: list[str]
+    train: Subset | None
+    validation: Subset | None
+    test: Subset
+    fingerprint: str
+    unreadable: list[str]
+
+
+def open_data_set(
+    data_dir: str | Path, *, image_size: int, seed: int, cache: str = "auto", workers: int | None = None,
+    skip_unreadable: bool = False, keep_larger: bool = False, pin: bool = False, test_only: bool = False,
+    log: Callable[[str], None] = print,
+) -> DataSet:
+    """Finds, splits and decodes the images below `data_dir`.
+
+    `keep_larger` keeps up to 1.5 times `image_size` pixels for random crops to choose from; `pin` prepares
+    batches in page-locked memory for a CUDA device. Raises UserError for anything wrong with the data.
+    """
+    image_set = find_image_set(data_dir)
+    limit = image_size * 3 // 2 if keep_larger else image_size
+    names = ["test"] if test_only else [n for n in ("train", "test", "validation") if getattr(image_set, n)]
+    subsets, bad, digest = {}, {}, hashlib.sha256(json.dumps(image_set.classes).encode())
+    for name in names:
+        listing = getattr(image_set, name)
+        paths = [path for path, _ in listing]
+        store = open_store(paths, image_set.root, limit=limit, cache=cache, workers=workers, pin=pin, log=log)
+        bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
+        readable = np.setdiff1d(np.arange(len(listing)), list(store.unreadable))
+        subsets[name] = Subset(store, listing, readable)
+        digest.update(json.dumps([name, [os.path.relpath(path, image_set.root) for path, _ in listing]]).encode())
+        digest.update(store.crc32.tobytes())
+    _report_unreadable(bad, skip_unreadable, log)
+    for name, subset in subsets.items():
+        empty = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
+        if empty:
+            raise UserError(f"no readable {name} image is left in {printable(image_set.classes[empty[0]])}.")
+    train, validation = subsets.get("train"), subsets.get("validation")
+    if train and not validation:
+        kept, held_out = split_train(train.labels, seed=seed)
+        everything = train.positions
+        train = Subset(train.store, train.listing, everything[kept])
+        validation = Subset(train.store, train.listing, everything[held_out])
+    return DataSet(image_set.classes, train, validation, subsets["test"], digest.hexdigest()[:16],
+                   [str(path) for path in bad])
+
+
+def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:
+    if not bad:
+        return
+    lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
+    if len(bad) > 10:
+        lines.append(f"  and {len(bad) - 10} more")
+    head = f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read"
+    if not skip:
+        raise UserError("\n".join([f"{head}:", *lines, "Repair or remove them, or go on without with --skip_unreadable."]))
+    log("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+
+
+# ----------------------------------------------------------------------- batches on the device
+@dataclass(frozen=True)
+class Augmentation:
+    """What training does to images and labels; `flip` alone is the default recipe."""
+
+    kind: str = "flip"  # flip | crop | trivial | none
+    mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
+    cutmix: float = 0.0
+
+
+@dataclass
+class Batches:
+    """Feeds one subset to a device: pixels as float32 (count, 3, size, size) in channels_last, and labels.
+
+    `normalize` is "imagenet" (mean and deviation of ImageNet) or "none" (values 0 to 1).
+    """
+
+    subset: Subset
+    device: torch.device
+    image_size: int
+    batch_size: int
+    class_count: int
+    normalize: str = "imagenet"
+    seed: int = 0
+    accumulate: int = 1
+    augmentation: Augmentation = Augmentation()
+    ranks: Ranks = Ranks()
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        self.seconds_waited = 0.0  # in which the step had to wait for its batch
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
+        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self._factor, self._offset = (1 / (255 * std)).to(self.device), (-mean / std).to(self.device)
+        self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    @property
+    def updates_per_epoch(self) -> int:
+        return -(-len(self.subset) // self.batch_size)
+
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor, int, bool]]]:
+        """The updates of one epoch from `first_update` on, each an iterator of pieces.
+
+        A piece is (images, labels, weight, whether it is the last of its update).
+
+        Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last
+        batch is empty gets one image with weight 0, because every rank must take part in every update.
+        """
+        generator = torch.Generator().manual_seed(fold(self.seed, epoch))
+        order = torch.randperm(len(self.subset), generator=generator).numpy()
+        draws = torch.rand(len(self.subset), 5, generator=generator)  # by position in the epoch
+        pieces = []
+        for update in range(first_update, self.updates_per_epoch):
+            whole = np.arange(update * self.batch_size, min((update + 1) * self.batch_size, len(order)))
+            mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
+            parts = [part for part in np.array_split(mine, self.accumulate) if len(part)] or [whole[:1]]
+            pieces.append([(part, update, int(len(mine) > 0), part is parts[-1]) for part in parts])
+        flat = [piece for update in pieces for piece in update]
+        loaded = self._on_device([order[places] for places, *_ in flat])
+        for update in pieces:
+            yield (self._timed_piece(loaded, draws, epoch, *piece) for piece in update)
+
+    def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+        """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
+        mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
+        batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        for (images, labels), batch in zip(self._on_device(batches), batches, strict=True):
+            yield self.to_input(images), labels, batch
+
+    def to_input(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (count, height, width, 3) to the model's float32 input (count, 3, size, size), channels_last."""
+        return self._normalized(self._resized(images.permute(0, 3, 1, 2)))
+
+    def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """uint8 images and labels of each batch, copied one batch ahead on a stream of their own on CUDA."""
+        ahead: deque = deque()
+        for images, batch in zip(
+            self.subset.store.batches([self.subset.positions[batch] for batch in batches]), batches, strict=True
+        ):
+            labels = torch.from_numpy(self.subset.labels[batch])
+            if self._copy_stream is None:
+                yield images.to(self.device), labels.to(self.device)
+                continue
+            with torch.cuda.stream(self._copy_stream):
+                pair = images.to(self.device, non_blocking=True), labels.pin_memory().to(self.device, non_blocking=True)
+                ahead.append((pair, self._copy_stream.record_event()))
+            if len(ahead) > 1:
+                yield self._arrived(*ahead.popleft())
+        while ahead:
+            yield self._arrived(*ahead.popleft())
+
+    @staticmethod
+    def _arrived(pair: tuple[torch.Tensor, torch.Tensor], copied: torch.cuda.Event):
+        stream = torch.cuda.current_stream()
+        stream.wait_event(copied)
+        for tensor in pair:
+            tensor.record_stream(stream)
+        return pair
+
+    def _timed_piece(self, loaded, draws, epoch, places, update, weight, last):
+        started = time.perf_counter()
+        images, labels = next(loaded)
+        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], (epoch, update), places)
+        images, labels = self._mixed(self._normalized(images), labels, (epoch, update), places)
+        self.seconds_waited += time.perf_counter() - started
+        return images, labels, weight, last
+
+    def _augmented(self, images, draws, moment, places) -> torch.Tensor:
+        """Flips, and crops or distorts, each image by its own row of `draws`; resizes; values 0 to 255."""
+        kind = self.augmentation.kind
+        draws = draws.to(self.device, non_blocking=True)
+        if kind == "trivial":
+            images = self._trivial(images, moment, places)
+        if kind == "crop":
+            return self._cropped(images, draws)
+        if kind != "none":
+            images = torch.where(draws[:, :1, None, None] < 0.5, images.flip(3), images)
+        return self._resized(images)
+
+    def _resized(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[-2:] == (self.image_size, self.image_size):
+            return images
+        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
+            images = images.float()
+        size = (self.image_size, self.image_size)
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
+    def _normalized(self, images: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return (images * self._factor).add_(self._offset).contiguous(memory_format=layout)
+
+    def _cropped(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Random resized crop: 25 to 100 % of the area, aspect ratio 3/4 to 4/3, flipped half the time."""
+        area = 0.25 + 0.75 * draws[:, 1]
+        aspect = torch.exp((draws[:, 2] * 2 - 1) * np.log(4 / 3))
+        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
+        left, top = (draws[:, 3] * 2 - 1) * (1 - width), (draws[:, 4] * 2 - 1) * (1 - height)
+        zero, sign = torch.zeros_like(left), torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
+        theta = torch.stack([sign * width, zero, left, zero, height, top], 1).view(-1, 2, 3)
+        grid = F.affine_grid(theta, [len(images), 3, self.image_size, self.image_size], align_corners=False)
+        pixels = images.float().contiguous(memory_format=torch.channels_last)
+        return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+    def _trivial(self, images: torch.Tensor, moment: tuple[int, int], places: np.ndarray) -> torch.Tensor:
+        """TrivialAugmentWide (Müller and Hutter 2021), seeded image by image by its place in the epoch."""
+        from torchvision.transforms.v2 import TrivialAugmentWide
+
+        transform, distorted = TrivialAugmentWide(), []
+        for image, place in zip(images, places.tolist(), strict=True):
+            seed_everything(self.seed, moment[0], place)
+            distorted.append(transform(image))
+        return torch.stack(distorted)
+
+    def _mixed(self, images, labels, moment, places) -> tuple[torch.Tensor, torch.Tensor]:
+        """MixUp or CutMix within the piece, by torchvision; labels become probabilities (count, classes)."""
+        from torchvision.transforms import v2
+
+        chosen = [make(alpha=alpha, num_classes=self.class_count)
+                  for make, alpha in ((v2.MixUp, self.augmentation.mixup), (v2.CutMix, self.augmentation.cutmix)) if alpha]
+        if not chosen:
+            return images, labels
+        seed_everything(self.seed, *moment, int(places[0]))
+        return v2.RandomChoice(chosen)(images, labels)

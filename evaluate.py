@@ -1,0 +1,113 @@
+"""Testing a classifier: one integer confusion matrix and a loss sum, and all that derives from them.
+
+Ranks take strides of the images and add up once; nothing is padded, nothing counted twice. Runs in the
+precision of the training. Knows nothing of optimisers or of where results are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dataset import Batches
+from precision import Precision
+from utils import progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Counts (true class, predicted class) and the summed cross entropy in nats; `logits` in subset order."""
+
+    confusion: np.ndarray
+    loss_sum: float
+    logits: np.ndarray | None = None
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct predictions, in percent."""
+        return 100 * float(np.trace(self.confusion) / self.confusion.sum())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats."""
+        return self.loss_sum / int(self.confusion.sum())
+
+    def per_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
+        """Precision, recall and F1 (0 where undefined) and support of each class, by scikit-learn."""
+        from sklearn.metrics import precision_recall_fscore_support
+
+        true, predicted = np.nonzero(np.ones_like(self.confusion))
+        table = precision_recall_fscore_support(
+            true, predicted, sample_weight=self.confusion.ravel(), labels=range(len(classes)), zero_division=0
+        )
+        names = ("precision", "recall", "f1", "support")
+        return {
+            name: dict(zip(names, (round(float(v), 6) for v in row), strict=True))
+            for name, row in zip(classes, np.array(table).T, strict=True)
+        }
+
+
+def evaluate(
+    model: Callable[[torch.Tensor], torch.Tensor], batches: Batches, precision: Precision, *,
+    keep_logits: bool = False, stop: Callable[[], bool] = lambda: False, description: str = "evaluating",
+) -> Evaluation | None:
+    """Runs `model` (in evaluation mode) over all images of `batches`; None where `stop` said so on the way.
+
+    Nothing is read back from the device before the last batch.
+    """
+    count, device = batches.class_count, batches.device
+    confusion = torch.zeros(count * count, dtype=torch.int64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    kept = torch.zeros(len(batches.subset), count, device=device) if keep_logits else None
+    bar = progress(total=len(batches.subset), desc=description, unit="image", delay=2)
+    with torch.inference_mode(), bar:
+        for images, labels, positions in batches.evaluation():
+            if batches.ranks.size == 1 and stop():
+                return None
+            with precision.autocast():
+                logits = model(images)
+            logits = logits.float()
+            loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+            cells = labels * count + logits.argmax(1)
+            confusion.index_add_(0, cells, torch.ones_like(cells))
+            if kept is not None:
+                kept[torch.from_numpy(positions).to(device)] = logits
+            bar.update(len(positions) * batches.ranks.size)
+    batches.ranks.sum(confusion, loss_sum, *([kept] if keep_logits else []))
+    return Evaluation(
+        confusion.view(count, count).cpu().numpy(), float(loss_sum), kept.cpu().numpy() if keep_logits else None
+    )
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over classes (count, classes), in float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
+def parity(
+    model: nn.Module, batches: Batches, precisions: list[Precision], paths: list[str], classes: list[str]
+) -> dict[str, Any]:
+    """One checkpoint in each precision: accuracy, predictions that differ from the first one's, logit difference."""
+    rows, reference = {}, None
+    for precision in precisions:
+        found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
+        reference = found if reference is None else reference
+        before, after = reference.logits.argmax(1), found.logits.argmax(1)
+        rows[precision.name] = {
+            "accuracy": found.accuracy,
+            "loss": found.loss,
+            "largest_logit_difference": float(np.abs(found.logits - reference.logits).max()),
+            "flipped": [
+                {"path": paths[i], "label": classes[batches.subset.labels[i]], "from": classes[before[i]],
+                 "to": classes[after[i]]}
+                for i in np.flatnonzero(before != after)
+            ],
+        }  # fmt: skip
+    return rows

@@ -1,0 +1,149 @@
+"""A torchvision classifier with a new head, from ImageNet weights, a file, or scratch.
+
+One function builds every model the package trains, and says in words what is wrong with weights that
+do not fit. Knows nothing of data, precision or training.
+"""
+
+from __future__ import annotations
+
+import pickle
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+
+from utils import UserError, printable
+
+# These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
+_AUXILIARY = {
+    "inception_v3": ("AuxLogits.",),
+    "googlenet": ("aux1.", "aux2."),
+}
+
+
+def model_names() -> list[str]:
+    """Names of torchvision's image classification models."""
+    return models.list_models(module=models)
+
+
+def build_model(
+    name: str, class_count: int, *, pretrained: bool = True, pretrained_path: str | Path | None = None
+) -> nn.Module:
+    """A torchvision classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
+
+    `pretrained_path` (a state dict file or a checkpoint of this package) wins over `pretrained`
+    (torchvision's ImageNet weights). A head for another number of classes is left as initialised.
+    Raises UserError for an unknown name and for weights that cannot be had or do not fit.
+    """
+    key = name.lower()
+    if key not in model_names():
+        import difflib
+
+        close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
+        raise UserError(f"--model {name} is not a torchvision classification model. Did you mean {', '.join(close)}?")
+    options = {"aux_logits": False, "init_weights": True} if key in _AUXILIARY else {}
+    model = models.get_model(key, num_classes=class_count, **options)
+    if pretrained_path is not None:
+        load_weights(model, read_state_dict(pretrained_path), source=str(pretrained_path), ignored=_AUXILIARY.get(key, ()))
+    elif pretrained:
+        load_weights(model, _imagenet_state_dict(key), source="ImageNet weights", ignored=_AUXILIARY.get(key, ()))
+        if key in _AUXILIARY:
+            model.transform_input = True  # their ImageNet files were trained on another normalisation
+    return model
+
+
+def head_name(model: nn.Module) -> str:
+    """The name of the layer that makes the logits: the last linear or convolution layer."""
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+
+
+def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
+    """Raises UserError where `model` cannot train on `smallest_piece` images of `image_size` pixels.
+
+    Tried on the meta device, which computes shapes only.
+    """
+    import copy
+
+    twin = copy.deepcopy(model).to("meta").train()
+    try:
+        twin(torch.empty(smallest_piece, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise UserError(
+            f"--image_size {image_size}: {type(model).__name__} cannot train on a piece of {smallest_piece} such "
+            f"image{'s' * (smallest_piece > 1)} ({str(error).splitlines()[0]}).\nUse another --image_size "
+            "(224 suits every model) or a --batch_size that leaves no single image over."
+        ) from None
+
+
+def _imagenet_state_dict(key: str) -> dict[str, torch.Tensor]:
+    weights = models.get_model_weights(key).DEFAULT
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
+        raise UserError(
+            f"the ImageNet weights of {key} could not be loaded: {str(error).splitlines()[0] if str(error) else error!r}"
+            "\nThree ways out:"
+            f"\n  put {weights.url}\n    at {file} (delete a damaged file there)"
+            "\n  name a state dict you have with --pretrained_path FILE"
+            "\n  train from scratch with --pretrained 0"
+        ) from None
+
+
+def load_file(path: str | Path) -> Any:
+    """What `torch.save` wrote to `path`, tensors and plain types only, on the CPU.
+
+    Raises UserError for a missing or damaged file and for a pickle that would run code.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{printable(path)} does not exist.") from None
+    except pickle.UnpicklingError as error:
+        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
+            raise UserError(
+                f"{printable(path)} was refused: it holds more than tensors and plain types, and loading it could "
+                "run code. Use a file that holds a state dict only."
+            ) from None
+        raise UserError(f"{printable(path)} is damaged or not a PyTorch file.") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"{printable(path)} is damaged or not a PyTorch file ({reason}).") from None
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """The state dict in `path`: bare, or under `model` or `state_dict`, with or without DDP's `module.`."""
+    content = load_file(path)
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        raise UserError(f"{printable(path)} holds no state dict (names to tensors).")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def load_weights(
+    model: nn.Module, state: dict[str, torch.Tensor], *, source: str, ignored: tuple[str, ...] = ()
+) -> None:
+    """Loads `state` into `model`, except a head for another number of classes.
+
+    Raises UserError with the offending names where anything else is missing, unknown or of another shape.
+    """
+    own, head = model.state_dict(), head_name(model)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)} if ignored else state
+    shapes = {name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}" for name in own.keys() & state.keys()
+              if state[name].shape != own[name].shape}
+    replaced = {name for name in shapes if name.rpartition(".")[0] == head}
+    problems = [f"  {name}: shape {shapes[name]}" for name in sorted(shapes.keys() - replaced)]
+    problems += [f"  {name}: missing" for name in sorted(own.keys() - state.keys())]
+    problems += [f"  {name}: unknown" for name in sorted(state.keys() - own.keys())]
+    if problems:
+        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise UserError("\n".join([
+            f"the weights in {printable(source)} do not fit this {type(model).__name__}:", *problems[:10], *more,
+            "Name the --model they were saved from, or use --pretrained 0.",
+        ]))
+    model.load_state_dict({**own, **{name: tensor for name, tensor in state.items() if name not in replaced}})

@@ -1,0 +1,118 @@
+"""What mixed precision means on this device: the dtype, autocast, GradScaler, and why.
+
+The only file that configures them. FP32 is not another path but a disabled autocast and a disabled
+scaler, so that the training step reads the same in every precision. Knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from utils import UserError
+
+NAMES = ("fp32", "tf32", "amp-fp16", "amp-bf16")
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_LABELS = {"fp32": "FP32", "tf32": "TF32", "amp-fp16": "AMP float16", "amp-bf16": "AMP bfloat16"}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One numeric regime: `name` is one of NAMES, `reason` says in words why it was chosen."""
+
+    name: str
+    device: torch.device
+    reason: str
+
+    @property
+    def amp(self) -> bool:
+        return self.name.startswith("amp")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What autocast casts matrix products and convolutions to; float32 where it is disabled."""
+        return {"amp-fp16": torch.float16, "amp-bf16": torch.bfloat16}.get(self.name, torch.float32)
+
+    @property
+    def label(self) -> str:
+        return _LABELS[self.name]
+
+    def autocast(self) -> torch.autocast:
+        """Wraps forward and loss only; the weights stay float32."""
+        if not self.amp:
+            return torch.autocast(self.device.type, enabled=False)
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def grad_scaler(self) -> torch.amp.GradScaler:
+        """Enabled for float16 alone: bfloat16 has float32's range, so nothing underflows there."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "amp-fp16")
+
+
+def choose_precision(
+    device: torch.device, *, amp: bool = False, amp_dtype: str = "auto", tf32: bool = False
+) -> Precision:
+    """The precision that the options ask for on `device`, set up and ready to use.
+
+    On CUDA this also sets cuDNN's and cuBLAS's float32 mode, because convolutions there use TF32
+    unless told not to: an FP32 baseline must not be TF32 by accident.
+    Raises UserError where the device cannot do what is asked.
+    """
+    if tf32 and device.type != "cuda":
+        raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
+    if device.type == "cuda":
+        if tf32 and torch.cuda.get_device_capability(device) < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise UserError(f"--tf32 needs an Ampere or later GPU; {name} is older.")
+        mode = "tf32" if tf32 else "ieee"
+        torch.backends.cudnn.conv.fp32_precision = mode
+        torch.backends.cuda.matmul.fp32_precision = mode
+    if not amp:
+        if tf32:
+            return Precision("tf32", device, "--tf32: float32 storage, products rounded to 10 bits of mantissa")
+        reason = "no --amp: true FP32, TF32 off" if device.type == "cuda" else "no --amp"
+        return Precision("fp32", device, reason)
+    dtype, reason = _amp_dtype(device, amp_dtype)
+    return Precision("amp-fp16" if dtype is torch.float16 else "amp-bf16", device, reason)
+
+
+def named_precision(name: str, device: torch.device) -> Precision:
+    """The precision called `name` (one of NAMES) on `device`, set up as by `choose_precision`."""
+    amp_dtype = {"amp-fp16": "float16", "amp-bf16": "bfloat16"}.get(name, "auto")
+    return choose_precision(device, amp=name.startswith("amp"), amp_dtype=amp_dtype, tf32=name == "tf32")
+
+
+def sensible_precisions(device: torch.device) -> list[str]:
+    """Names of the precisions worth comparing on `device`."""
+    if device.type == "cuda":
+        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
+        return list(NAMES) if ampere else ["fp32", "amp-fp16"]
+    return ["fp32", "amp-bf16"]
+
+
+def _amp_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
+    if asked != "auto":
+        return _check_dtype(device, _DTYPES[asked]), f"--amp_dtype {asked}"
+    if device.type == "cuda":
+        if gives_nan_in_float16(device):
+            raise UserError(
+                f"{torch.cuda.get_device_name(device)}: cards of the GTX 16 series are known to give NaN in "
+                "float16. Train without --amp, or insist with --amp_dtype float16."
+            )
+        return torch.float16, "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
+    return torch.bfloat16, f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
+
+
+def gives_nan_in_float16(device: torch.device) -> bool:
+    """Whether this is a GTX 16xx card, which give NaN in float16 convolutions."""
+    return device.type == "cuda" and "GTX 16" in torch.cuda.get_device_name(device)
+
+
+def _check_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic. Use --amp_dtype float16."
+        )
+    return dtype

@@ -1,0 +1,120 @@
+"""Recipe 8: your own autograd functions.
+
+Rule: decorate forward with custom_fwd and backward with custom_bwd, both with device_type=. A function that
+needs float32 says custom_fwd(cast_inputs=torch.float32): autocast is then off within it.
+Why: backward runs outside your autocast region. custom_bwd gives it the state that forward had.
+When it is broken: "expected m1 and m2 to have the same dtype" in backward, or, without an error, an inf from
+a function that was only ever tested in float32.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+
+def make_functions(device):
+    """The same two functions, with and without the decorators."""
+
+    class NakedMatmul(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, left, right):
+            ctx.save_for_backward(left, right)
+            return left @ right
+
+        @staticmethod
+        def backward(ctx, gradient):
+            left, right = ctx.saved_tensors
+            return gradient @ right.t(), left.t() @ gradient
+
+    class Matmul(NakedMatmul):
+        forward = staticmethod(torch.amp.custom_fwd(NakedMatmul.forward, device_type=device))
+        backward = staticmethod(torch.amp.custom_bwd(NakedMatmul.backward, device_type=device))
+
+    class NakedEnergy(torch.autograd.Function):
+        """Mean of squares; 300 squared is above 65504, the largest float16."""
+
+        @staticmethod
+        def forward(ctx, values):
+            ctx.save_for_backward(values)
+            return (values * values).mean()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            (values,) = ctx.saved_tensors
+            return gradient * 2 * values / values.numel()
+
+    class Energy(NakedEnergy):
+        forward = staticmethod(
+            torch.amp.custom_fwd(NakedEnergy.forward, device_type=device, cast_inputs=torch.float32))
+        backward = staticmethod(torch.amp.custom_bwd(NakedEnergy.backward, device_type=device))
+
+    return NakedMatmul, Matmul, NakedEnergy, Energy
+
+
+def train(device, dtype, matmul, updates=5):
+    """A classifier whose last layer is the custom function."""
+    torch.manual_seed(0)
+    first, weight = nn.Linear(32, 64).to(device), nn.Parameter(torch.randn(64, 6).mul(0.1).to(device))
+    images, labels = torch.randn(48, 32).to(device), torch.arange(48, device=device) % 6
+    optimizer = torch.optim.SGD([*first.parameters(), weight], lr=0.2)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            logits = matmul(torch.relu(first(images)), weight)
+            loss = functional.cross_entropy(logits, labels)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    return logits.dtype, loss.item()
+
+
+def without_a_required_dtype(device, naked, decorated):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        seen, loss = train(device, dtype, decorated.apply)
+        reference = train(device, dtype, torch.matmul)[1]
+        print(f"  {str(dtype)[6:]:<9} output {str(seen)[6:]:<9} loss {loss:.4f}   torch.matmul: {reference:.4f}")
+        assert seen == dtype and abs(loss - reference) < 1e-3
+    try:
+        train(device, torch.float16, naked.apply)
+    except RuntimeError as error:
+        print(f"  without the decorators, in backward:\n    {error}")
+    else:
+        raise AssertionError("the undecorated function survived its backward pass")
+
+
+def with_a_required_dtype(device, naked, decorated):
+    values = torch.linspace(100, 400, 64, device=device, dtype=torch.float16).requires_grad_()
+    results = {}
+    for name, function in (("naked", naked), ("cast_inputs=float32", decorated)):
+        with torch.amp.autocast(device, dtype=torch.float16):
+            results[name] = function.apply(values)
+        (gradient,) = torch.autograd.grad(results[name], values)
+        print(f"  {name:<20} {results[name].item():>9.1f} {str(results[name].dtype)[6:]}, "
+              f"gradient {str(gradient.dtype)[6:]}, largest {gradient.max().item():.2f}")
+    truth = values.detach().double().pow(2).mean().item()
+    print(f"  the true mean of squares is {truth:.1f}")
+    assert torch.isinf(results["naked"]) and abs(results["cast_inputs=float32"].item() / truth - 1) < 1e-5
+    outside = decorated.apply(values)
+    print(f"  outside autocast cast_inputs does nothing: {outside.item()} {str(outside.dtype)[6:]}")
+    assert torch.isinf(outside)
+
+
+def main(device):
+    naked_matmul, matmul, naked_energy, energy = make_functions(device)
+    print(f"1. A function that takes any dtype ({device})")
+    without_a_required_dtype(device, naked_matmul, matmul)
+    print("2. A function that needs float32, fed with float16")
+    with_a_required_dtype(device, naked_energy, energy)
+    print("RULE: custom_fwd and custom_bwd with device_type; cast_inputs=torch.float32 where range matters.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
+    main(args.device)

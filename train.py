@@ -1,0 +1,472 @@
+"""The loop. `update_weights` is the whole AMP recipe; the rest feeds it, reads it, saves it and tests it.
+
+FP32 and AMP take the same path: FP32 is a disabled autocast and a disabled GradScaler. Nothing in the step
+waits for the device. Knows nothing of options, files' layout or how pictures are drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from warmup_scheduler import GradualWarmupScheduler
+
+from dataset import Batches
+from evaluate import Evaluation, evaluate
+from precision import Precision
+from run import RunDirectory
+from utils import (
+    RunError, Stopped, StopSignal, Stopwatch, peak_memory, progress, reset_peak_memory, seed_everything,
+)  # fmt: skip
+
+
+def update_weights(
+    model: nn.Module, pieces: Iterable, image_count: int, *, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, precision: Precision, criterion: nn.Module, clip_grad_norm: float | None,
+    ranks: int = 1,
+) -> torch.Tensor:
+    """One optimizer update on `image_count` images, in pieces: the whole AMP recipe.
+
+    Returns, still on the device: loss sum, correct predictions, gradient norm, index of the first parameter
+    whose gradient is not finite, and loss scale. The order of the five scaler calls is PyTorch's own:
+    https://docs.pytorch.org/docs/stable/notes/amp_examples.html
+    """
+    loss_sum, correct = 0.0, 0
+    for images, labels, weight, last in pieces:
+        # DDP averages gradients over ranks once per update, during the backward pass of the last piece.
+        with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
+            with precision.autocast():  # forward and loss only: backward ops run in their forward's dtype
+                logits = model(images)
+                loss = criterion(logits, labels) * weight  # a sum over the piece
+            scaler.scale(loss * (ranks / image_count)).backward()
+        loss_sum = loss_sum + loss.detach()
+        correct = correct + weight * (logits.argmax(1) == hard(labels)).sum()
+    loss_scale = scaler.scale(torch.ones_like(loss_sum))
+    scaler.unscale_(optimizer)  # from here on .grad holds true gradients, which is what clipping needs
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
+    norm = torch.linalg.vector_norm(norms)
+    if clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
+    scaler.step(optimizer)  # skipped, inside the fused kernel, where a gradient is not finite
+    scaler.update()  # halves the scale after a skip, doubles it after 2,000 updates without one
+    optimizer.zero_grad(set_to_none=True)
+    first_bad = norms.isfinite().logical_not().float().argmax()
+    return torch.stack([loss_sum.float(), correct.float(), norm, first_bad.float(), loss_scale.float()])
+
+
+def hard(labels: torch.Tensor) -> torch.Tensor:
+    """Class indices of labels that may be probabilities (count, classes) after MixUp or CutMix."""
+    return labels.argmax(1) if labels.ndim > 1 else labels
+
+
+# --------------------------------------------------------------------- optimizer and schedule
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float, fused: bool
+) -> torch.optim.Optimizer:
+    """Adam (betas 0.9 and 0.999, eps 1e-8), AdamW, or SGD with momentum 0.9.
+
+    A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it.
+    """
+    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
+    if name == "SGD":
+        return torch.optim.SGD(parameters, momentum=0.9, **common)
+    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](parameters, **common)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, decay_type: str, *, epochs: int, updates_per_epoch: int,
+    warmup_epochs: float | None = None, done: int = 0,
+) -> LRScheduler:
+    """The learning rate as a function of attempted updates t = 0 .. T-1, with W updates of warmup.
+
+    Warmup is (t+1)/W, so no update runs at rate 0; then, for `cosine_warmup`, (1+cos(pi (t-W+1)/(T-W+1)))/2
+    (Loshchilov and Hutter 2017), so the peak is one update; `step` and `step_warmup` divide by 10 at epochs
+    30, 60 and 90, counted from the end of warmup. `done` updates are replayed, which restores a resumed run.
+    """
+    if warmup_epochs is None:
+        warmup_epochs = {"cosine_warmup": epochs / 10, "step_warmup": 5, "step": 0}[decay_type]
+    total = epochs * updates_per_epoch
+    warmup = min(max(1, round(warmup_epochs * updates_per_epoch)), total)
+    for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
+        group["lr"] = group.pop("initial_lr", group["lr"])
+
+    def cosine(step: int) -> float:
+        return 0.5 * (1 + math.cos(math.pi * step / (total - warmup + 1)))
+
+    def stairs(step: int) -> float:
+        return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
+
+    if decay_type == "step":
+        scheduler: LRScheduler = _Curve(optimizer, stairs)
+    else:
+        inner = _Curve(optimizer, cosine if decay_type == "cosine_warmup" else stairs)
+        # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
+        # a first update that the scaler skips draws no warning.
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        scheduler = GradualWarmupScheduler(optimizer, multiplier=1.0, total_epoch=warmup, after_scheduler=inner)
+        scheduler.step()  # leaves the rate of 0 that it starts with
+    for _ in range(done):
+        scheduler.step()
+    return scheduler
+
+
+class _Curve(LambdaLR):
+    """A LambdaLR that may be asked out of turn, as GradualWarmupScheduler does when warmup ends."""
+
+    def get_lr(self) -> list[float]:
+        return [base * curve(self.last_epoch) for base, curve in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+
+
+# ----------------------------------------------------------------------------------- trainer
+# Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
+NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is needed, beside the tensors, to go on as if nothing had happened."""
+
+    epoch: int = 0  # epochs finished
+    update: int = 0  # updates finished in the next one
+    sums: dict[str, float] = field(default_factory=lambda: dict(NO_SUMS))
+    skips: list[dict[str, Any]] = field(default_factory=list)
+    epoch_seconds: float = 0.0
+    epoch_waited: float = 0.0
+    best_epoch: int = 0
+    best_val_acc: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    elapsed: float = 0.0
+    peak_memory_mb: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """Trains `model` on `batches`, validates after each epoch, keeps last.pt and best_model.pt in `run`."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    make_scheduler: Callable[[int], LRScheduler]  # updates done -> schedule standing there
+    precision: Precision
+    batches: Batches
+    validation: Batches
+    run: RunDirectory
+    epochs: int
+    seed: int
+    label_smoothing: float = 0.0
+    clip_grad_norm: float | None = None
+    log_interval: int = 20
+    checkpoint_every: str | None = None
+    patience: int | None = None
+    freeze_epochs: int = 0
+    head: str = ""
+    ema: nn.Module | None = None
+    compile: bool = False
+    on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    record: dict[str, Any] = field(default_factory=dict)  # what a checkpoint says of its run
+    log: Callable[[str], None] = print
+
+    def __post_init__(self) -> None:
+        self.ranks = self.batches.ranks
+        self.device = self.batches.device
+        self.scaler = self.precision.grad_scaler()
+        self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=self.label_smoothing)
+        self.progress = Progress()
+        self._unread: list[torch.Tensor] = []
+        self._scale_warned = self._peak_begun = False
+        self._frozen: bool | None = None
+        self._evaluating = Forward(self.evaluated_model, self.compile)
+
+    # ------------------------------------------------------------------------------- the way
+    def train(self, *, stop_after: int | None = None) -> None:
+        """Trains from where the run stands to its end, or for `stop_after` more updates.
+
+        Raises Stopped after a signal, with everything saved, and RunError where the run cannot go on.
+        """
+        self.scheduler = self.make_scheduler(self.progress.epoch * self._per_epoch + self.progress.update)
+        self._last_save = time.monotonic()
+        self.stopwatch = Stopwatch(self.progress.elapsed)
+        with StopSignal() as self.stop:
+            while self.progress.epoch < self.epochs and not self._out_of_patience():
+                if self._train_epoch(stop_after) is False:
+                    break
+                self._finish_epoch()
+                if stop_after is not None and self._updates_done >= stop_after:
+                    break
+        self.run.flush()
+
+    @property
+    def _per_epoch(self) -> int:
+        return self.batches.updates_per_epoch
+
+    @property
+    def _updates_done(self) -> int:
+        return self.progress.epoch * self._per_epoch + self.progress.update
+
+    def _images_in(self, update: int) -> int:
+        return min(self.batches.batch_size, len(self.batches.subset) - update * self.batches.batch_size)
+
+    def _train_epoch(self, stop_after: int | None) -> bool:
+        """The updates that are left of this epoch; False where `stop_after` ended it early."""
+        self._prepare_model()
+        at, batches = self.progress, self.batches
+        watch, batches.seconds_waited = Stopwatch(at.epoch_seconds), at.epoch_waited
+        bar = progress(total=len(batches.subset), initial=min(at.update * batches.batch_size, len(batches.subset)),
+                       desc=f"epoch {at.epoch + 1}/{self.epochs}", unit="image")
+        with bar:
+            for pieces in batches.epoch(at.epoch, at.update):
+                count = self._images_in(at.update)
+                seed_everything(self.seed, at.epoch, at.update, self.ranks.rank)  # for dropout
+                self._unread.append(update_weights(
+                    self._forward, pieces, count, optimizer=self.optimizer, scaler=self.scaler,
+                    precision=self.precision, criterion=self.criterion, clip_grad_norm=self.clip_grad_norm,
+                    ranks=self.ranks.size,
+                ))
+                self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
+                if self.ema is not None:
+                    self.ema.update_parameters(self.model)
+                at.update += 1
+                bar.update(count)
+                if at.update % self.log_interval == 0 or at.update == self._per_epoch:
+                    self._read(bar)
+                at.epoch_seconds, at.epoch_waited = watch.seconds, batches.seconds_waited
+                ended = stop_after is not None and self._updates_done >= stop_after
+                if (ended and at.update < self._per_epoch) or self._must_stop():
+                    self._save_and_stop(bar)
+                    return False
+                with watch.paused():
+                    self._save_between(bar)
+        return True
+
+    def _finish_epoch(self) -> None:
+        """Validation, the epoch's line in the metrics, and both checkpoints."""
+        at = self.progress
+        found = self._validate()
+        if found is None:
+            self._save_and_stop(None)
+        line = self._metrics(found)
+        at.history.append(line)
+        at.epoch, at.update, at.sums, at.skips = at.epoch + 1, 0, dict(NO_SUMS), []
+        at.epoch_seconds = at.epoch_waited = 0.0
+        files = {}
+        if found.accuracy > at.best_val_acc:
+            at.best_epoch, at.best_val_acc = at.epoch, found.accuracy
+            files["best_model.pt"] = {
+                **self.record, "model": self.evaluated_model.state_dict(), "epoch": at.epoch, "val_acc": found.accuracy,
+            }
+        self.run.save({**files, "last.pt": self.state()})
+        self.run.write_metrics(at.history)
+        self.on_epoch(line)
+
+    # ------------------------------------------------------------------------------ the model
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network whose weights are validated and kept: the moving average where there is one."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _prepare_model(self) -> None:
+        """Training mode, the right layers frozen, wrapped for ranks and compiled where asked."""
+        frozen = self.progress.epoch < self.freeze_epochs
+        if frozen != self._frozen:
+            self._frozen = frozen
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(not frozen or name.startswith(self.head))
+            self._wrapped = self.model
+            if self.ranks.size > 1:
+                self._wrapped = nn.parallel.DistributedDataParallel(self.model)
+            self._forward = Forward(self._wrapped, self.compile)
+        self.model.train()
+        if frozen:  # a frozen layer's batch statistics stay as they were trained, too
+            for name, module in self.model.named_modules():
+                if name and not name.startswith(self.head):
+                    module.eval()
+
+    def _validate(self) -> Evaluation | None:
+        """Validates in the precision of the training; None where a signal interrupted it."""
+        model = self.evaluated_model.eval()
+        if self.ranks.size > 1:  # batch statistics were each rank's own since the last update
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        return evaluate(self._evaluating, self.validation, self.precision,
+                        stop=lambda: self.stop.number is not None, description="validating")
+
+    # -------------------------------------------------------------------------- reading back
+    def _read(self, bar: Any) -> None:
+        """Reads what the updates since the last reading left on the device: the only wait for it."""
+        at, begun = self.progress, self.progress.update - len(self._unread)
+        records = torch.stack(self._unread)
+        totals = records[:, :2].contiguous()
+        self.ranks.sum(totals)  # loss and correct predictions are per rank, the rest is the same on all
+        rows = torch.cat([totals, records[:, 2:]], 1).tolist()
+        self._unread.clear()
+        for update, (loss, correct, norm, first_bad, scale) in enumerate(rows, begun + 1):
+            finite = math.isfinite(norm)
+            if not finite and not self.scaler.is_enabled():
+                self._not_finite(update, loss)
+            count = self._images_in(update - 1)
+            at.sums["images"] += count
+            at.sums["correct"] += correct
+            if finite:
+                at.sums["loss"] += loss
+                at.sums["norm"] += norm
+                at.sums["updates"] += 1
+                at.sums["counted"] += count
+            else:
+                names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+                at.skips.append({"update": at.epoch * self._per_epoch + update, "parameter": names[int(first_bad)],
+                                 "scale": scale})
+        self._watch_scale()
+        if not self._peak_begun:  # the first updates hold the workspaces of cuDNN's search
+            self._peak_begun = True
+            reset_peak_memory(self.device)
+        if self.ranks.is_first:
+            bar.set_postfix(self._readings(), refresh=False)
+
+    def _readings(self) -> dict[str, str]:
+        at = self.progress
+        shown = {
+            "loss": f"{at.sums['loss'] / max(1, at.sums['counted']):.3f}",
+            "acc": f"{100 * at.sums['correct'] / max(1, at.sums['images']):.1f}%",
+            "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}",
+        }
+        if self.scaler.is_enabled():
+            shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
+        return shown
+
+    def _not_finite(self, update: int, loss: float) -> None:
+        at = self.progress
+        what = "loss" if not math.isfinite(loss) else "gradient"
+        kept = f"best_model.pt and last.pt hold the end of epoch {at.epoch}" if at.epoch else "no epoch was finished"
+        raise RunError(
+            f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self._per_epoch} "
+            f"({self.precision.label}). Last good checkpoint: {kept} ({self.run.path}).\nUsual causes: a learning rate "
+            "too high (--learning_rate, --warmup_epochs, --clip_grad_norm), or NaN in pretrained weights."
+        )
+
+    def _watch_scale(self) -> None:
+        if not self.scaler.is_enabled():
+            return
+        scale = self.scaler.get_scale()
+        if scale < 1 and not self._scale_warned:
+            self._scale_warned = True
+            self.log(
+                f"warning: the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
+                f"the run has probably diverged. First at {self.progress.skips[0]['parameter']}. Lower the learning "
+                "rate, or use --amp_dtype bfloat16."
+            )
+        if scale < 2.0**-20:
+            raise RunError(
+                f"every update overflows in float16 (loss scale {scale:g}, epoch {self.progress.epoch + 1}): the run "
+                f"has diverged. What was saved before is intact in {self.run.path}."
+            )
+
+    def _metrics(self, found: Evaluation) -> dict[str, Any]:
+        """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds."""
+        at, memory = self.progress, peak_memory(self.device)
+        at.peak_memory_mb = max(at.peak_memory_mb, memory["peak_memory_mb"])
+        at.elapsed = self.stopwatch.seconds
+        sums = at.sums
+        return {
+            "epoch": at.epoch + 1,
+            "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
+            "train_acc": 100 * sums["correct"] / sums["images"],
+            "val_loss": found.loss,
+            "val_acc": found.accuracy,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            "skipped_updates": len(at.skips),
+            "grad_norm": sums["norm"] / max(1, sums["updates"]),
+            "images_per_second": round(sums["images"] / at.epoch_seconds, 2),
+            "data_wait_share": round(at.epoch_waited / at.epoch_seconds, 4),
+            "seconds": round(at.epoch_seconds, 3),
+            "elapsed": round(at.elapsed, 3),
+            "peak_memory_mb": memory["peak_memory_mb"],
+            "skips": at.skips,
+        }
+
+    # --------------------------------------------------------------------- stopping and saving
+    def _out_of_patience(self) -> bool:
+        at = self.progress
+        return self.patience is not None and at.epoch - at.best_epoch >= self.patience > 0 and at.epoch > 0
+
+    def _must_stop(self) -> bool:
+        if self.ranks.size == 1:
+            return self.stop.number is not None
+        reading = not self._unread  # ranks agree where they read anyway
+        return reading and self.ranks.any(self.stop.number is not None)
+
+    def _save_and_stop(self, bar: Any) -> None:
+        """Saves where the run stands; raises Stopped where a signal asked for it."""
+        if self._unread:
+            self._read(bar)
+        self.progress.elapsed = self.stopwatch.seconds
+        self.run.save({"last.pt": self.state()})
+        self.run.write_metrics(self.progress.history)
+        self.run.flush()
+        if self.ranks.any(self.stop.number is not None):
+            at = self.progress
+            raise Stopped(self.stop.number or 15, f"stopped in epoch {at.epoch + 1} after update {at.update} of "
+                          f"{self._per_epoch}; saved in {self.run.path}. Go on with the same command and --resume.")
+
+    def _save_between(self, bar: Any) -> None:
+        if self.checkpoint_every is None or self.progress.update == self._per_epoch:
+            return
+        amount, unit = float(self.checkpoint_every[:-1]), self.checkpoint_every[-1]
+        due = (self._updates_done % int(amount) == 0 if unit == "u"
+               else time.monotonic() - self._last_save > 60 * amount)
+        if self.ranks.any(due) if unit == "m" else due:
+            self._last_save = time.monotonic()
+            if self._unread:
+                self._read(bar)
+            self.progress.elapsed = self.stopwatch.seconds
+            self.run.save({"last.pt": self.state()})
+
+    def state(self) -> dict[str, Any]:
+        """What last.pt holds: tensors and plain types only."""
+        return {
+            **self.record,
+            "model": self.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "progress": {**vars(self.progress)},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state()` gave. The schedule is rebuilt and replayed, not loaded."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():  # a disabled scaler's state is {}, which an enabled one refuses
+            self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+
+class Forward:
+    """Calls a model, compiled for full batches; a ragged last batch runs eagerly instead of recompiling."""
+
+    def __init__(self, model: nn.Module, compiled: bool):
+        self.model, self.full = model, None
+        self.compiled = torch.compile(model) if compiled else model
+        if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
+            torch._functorch.config.backward_pass_autocast = "off"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if self.full is None:
+            self.full = images.shape
+        return (self.compiled if images.shape == self.full else self.model)(images)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.model.parameters()
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        return self.model.no_sync()

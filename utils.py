@@ -1,0 +1,310 @@
+"""This process: errors a user reads, device, seed, ranks, stopwatch, memory, stop signal, atomic files.
+
+What every other file needs and none of them owns; torch is imported only where it is used, so that
+`--help` and data preparation stay instant. Knows nothing of models, data or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+
+class UserError(Exception):
+    """The user's input is wrong (options, data, weights, checkpoint): exit status 2."""
+
+
+class RunError(Exception):
+    """The run itself failed (non-finite loss, full disk, out of memory): exit status 1."""
+
+
+class Stopped(Exception):
+    """The run was stopped by a signal after saving: exit status 128 + `signal_number`."""
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_status = 128 + signal_number
+
+
+# ------------------------------------------------------------------------------------- ranks
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a torchrun job; `Ranks()` is a job of one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE."""
+        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes, prints and draws."""
+        return self.rank == 0
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Adds each tensor up over all ranks, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; every rank must ask."""
+        if self.size == 1:
+            return flag
+        import torch
+        import torch.distributed as dist
+
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flags = torch.tensor(int(flag), device=device)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        return bool(flags.item())
+
+    def barrier(self) -> None:
+        """Waits until every rank has come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+
+# ------------------------------------------------------------------------------------ device
+def keep_freed_memory() -> bool:
+    """Tells glibc to keep freed memory instead of handing it back to the kernel; call before torch allocates.
+
+    Activations are freed and taken again in every update; without this each one costs page faults.
+    Returns whether it took effect (glibc only; elsewhere nothing happens). See mallopt(3).
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    # torch asks for transparent huge pages for large CPU tensors when this is set before it is imported.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = ctypes.CDLL(None).mallopt
+    m_trim_threshold, m_mmap_max = -1, -4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...).
+
+    Raises UserError where this machine or this build of PyTorch has no such device.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", local_rank)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} is not available here: {reason}\nUse --device auto or --device cpu."
+        ) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The marketing name of the device, for tables and records."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/cpuinfo").read_text().splitlines():
+                if line.startswith("model name"):
+                    cores = len(os.sched_getaffinity(0))
+                    return f"{line.split(':', 1)[1].strip()}, {cores} core{'s' * (cores > 1)}"
+    return platform.processor() or platform.machine()
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seeds torch's default generators on every device with a number derived from `numbers`.
+
+    Called before each update with (seed, epoch, update, rank), so that dropout needs no saved state.
+    """
+    import torch
+
+    torch.manual_seed(fold(*numbers))
+
+
+def fold(*numbers: int) -> int:
+    """One 63-bit seed from several whole numbers, the same on every machine (splitmix64 steps)."""
+    mask, state = 2**64 - 1, 0
+    for number in numbers:
+        state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & mask
+        state ^= state >> 31
+    return state >> 1
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak: the allocator's on CUDA, the process's on Linux (where the kernel allows it)."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
+    if device.type == "cuda":
+        import torch
+
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {
+            "peak_memory_mb": round(allocated / 2**20, 1),
+            "reserved_memory_mb": round(reserved / 2**20, 1),
+            "memory_kind": "CUDA allocated",
+        }
+    return {
+        "peak_memory_mb": round(_resident_peak() / 2**20, 1),
+        "reserved_memory_mb": None,
+        "memory_kind": "process resident peak",
+    }
+
+
+def _resident_peak() -> int:
+    """The process's resident peak in bytes, mapped cache files included."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --------------------------------------------------------------------------------- stopwatch
+class Stopwatch:
+    """Adds up seconds while it runs; pauses for what should not count, and survives a checkpoint."""
+
+    def __init__(self, seconds: float = 0.0):
+        self._seconds, self._started = seconds, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        running = time.perf_counter() - self._started if self._started is not None else 0.0
+        return self._seconds + running
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        self._seconds, self._started = self.seconds, None
+        try:
+            yield
+        finally:
+            self._started = time.perf_counter()
+
+
+# ------------------------------------------------------------------------------- stop signal
+class StopSignal:
+    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one ends at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.number is not None:
+            os._exit(128 + number)
+        self.number = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
+
+
+# ------------------------------------------------------------------------------ files and terminal
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path` and puts it in place of `path` when the block succeeds.
+
+    A reader sees the old file or the new one, never a part, whatever stops the writer.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    with contextlib.suppress(OSError, AttributeError):  # the rename itself reaches the disk
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_stale_temporaries(directory: Path) -> None:
+    """Deletes what `atomic_write` left behind in `directory` when its process was killed."""
+    for path in Path(directory).glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def printable(text: object) -> str:
+    """`text` on one line whatever a file name holds: control characters and stray bytes are escaped."""
+    escaped = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def progress(iterable: Any = None, **options: Any) -> tqdm:
+    """A tqdm bar on stderr, silent where stderr is not a terminal."""
+    from tqdm import tqdm
+
+    options.setdefault("disable", not sys.stderr.isatty())
+    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options)
