@@ -136,6 +136,11 @@ class Subset:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def keep(self, count: int) -> None:
+        """Cuts the subset to at most `count` images, spread evenly over it."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        self.positions, self.labels = self.positions[chosen], self.labels[chosen]
+
     @property
     def paths(self) -> list[Path]:
         return [self.listing[position][0] for position in self.positions]
@@ -199,7 +204,8 @@ def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:
         lines.append(f"  and {len(bad) - 10} more")
     head = f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read"
     if not skip:
-        raise UserError("\n".join([f"{head}:", *lines, "Repair or remove them, or go on without with --skip_unreadable."]))
+        lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
+        raise UserError("\n".join([f"{head}:", *lines]))
     log("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
 
 
@@ -214,29 +220,55 @@ class Augmentation:
 
 
 @dataclass
-class Batches:
-    """Feeds one subset to a device: pixels as float32 (count, 3, size, size) in channels_last, and labels.
+class Pixels:
+    """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
 
     `normalize` is "imagenet" (mean and deviation of ImageNet) or "none" (values 0 to 1).
     """
 
-    subset: Subset
     device: torch.device
     image_size: int
+    normalize: str = "imagenet"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
+        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+        self._factor, self._offset = (1 / (255 * std)).to(self.device), (-mean / std).to(self.device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
+        return self.normalized(self.resized(images.permute(0, 3, 1, 2)))
+
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
+        """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
+        if images.shape[-2:] == (self.image_size, self.image_size):
+            return images
+        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
+            images = images.float()
+        return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+
+    def normalized(self, images: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return (images * self._factor).add_(self._offset).contiguous(memory_format=layout)
+
+
+@dataclass
+class Batches:
+    """Feeds one subset to a device: float32 images (count, 3, size, size) from `pixels`, and labels."""
+
+    subset: Subset
+    pixels: Pixels
     batch_size: int
     class_count: int
-    normalize: str = "imagenet"
     seed: int = 0
     accumulate: int = 1
     augmentation: Augmentation = Augmentation()
     ranks: Ranks = Ranks()
-    channels_last: bool = True
 
     def __post_init__(self) -> None:
+        self.device = self.pixels.device
         self.seconds_waited = 0.0  # in which the step had to wait for its batch
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
-        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self._factor, self._offset = (1 / (255 * std)).to(self.device), (-mean / std).to(self.device)
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
@@ -270,11 +302,7 @@ class Batches:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         for (images, labels), batch in zip(self._on_device(batches), batches, strict=True):
-            yield self.to_input(images), labels, batch
-
-    def to_input(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (count, height, width, 3) to the model's float32 input (count, 3, size, size), channels_last."""
-        return self._normalized(self._resized(images.permute(0, 3, 1, 2)))
+            yield self.pixels(images), labels, batch
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 images and labels of each batch, copied one batch ahead on a stream of their own on CUDA."""
@@ -287,7 +315,8 @@ class Batches:
                 yield images.to(self.device), labels.to(self.device)
                 continue
             with torch.cuda.stream(self._copy_stream):
-                pair = images.to(self.device, non_blocking=True), labels.pin_memory().to(self.device, non_blocking=True)
+                labels = labels.pin_memory()
+                pair = tuple(tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
                 ahead.append((pair, self._copy_stream.record_event()))
             if len(ahead) > 1:
                 yield self._arrived(*ahead.popleft())
@@ -306,7 +335,7 @@ class Batches:
         started = time.perf_counter()
         images, labels = next(loaded)
         images = self._augmented(images.permute(0, 3, 1, 2), draws[places], (epoch, update), places)
-        images, labels = self._mixed(self._normalized(images), labels, (epoch, update), places)
+        images, labels = self._mixed(self.pixels.normalized(images), labels, (epoch, update), places)
         self.seconds_waited += time.perf_counter() - started
         return images, labels, weight, last
 
@@ -320,19 +349,7 @@ class Batches:
             return self._cropped(images, draws)
         if kind != "none":
             images = torch.where(draws[:, :1, None, None] < 0.5, images.flip(3), images)
-        return self._resized(images)
-
-    def _resized(self, images: torch.Tensor) -> torch.Tensor:
-        if images.shape[-2:] == (self.image_size, self.image_size):
-            return images
-        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
-            images = images.float()
-        size = (self.image_size, self.image_size)
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
-
-    def _normalized(self, images: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return (images * self._factor).add_(self._offset).contiguous(memory_format=layout)
+        return self.pixels.resized(images)
 
     def _cropped(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
         """Random resized crop: 25 to 100 % of the area, aspect ratio 3/4 to 4/3, flipped half the time."""
@@ -342,7 +359,8 @@ class Batches:
         left, top = (draws[:, 3] * 2 - 1) * (1 - width), (draws[:, 4] * 2 - 1) * (1 - height)
         zero, sign = torch.zeros_like(left), torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
         theta = torch.stack([sign * width, zero, left, zero, height, top], 1).view(-1, 2, 3)
-        grid = F.affine_grid(theta, [len(images), 3, self.image_size, self.image_size], align_corners=False)
+        side = self.pixels.image_size
+        grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
         pixels = images.float().contiguous(memory_format=torch.channels_last)
         return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
@@ -360,8 +378,8 @@ class Batches:
         """MixUp or CutMix within the piece, by torchvision; labels become probabilities (count, classes)."""
         from torchvision.transforms import v2
 
-        chosen = [make(alpha=alpha, num_classes=self.class_count)
-                  for make, alpha in ((v2.MixUp, self.augmentation.mixup), (v2.CutMix, self.augmentation.cutmix)) if alpha]
+        kinds = ((v2.MixUp, self.augmentation.mixup), (v2.CutMix, self.augmentation.cutmix))
+        chosen = [mix(alpha=alpha, num_classes=self.class_count) for mix, alpha in kinds if alpha]
         if not chosen:
             return images, labels
         seed_everything(self.seed, *moment, int(places[0]))

@@ -44,13 +44,15 @@ table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-num
 th,td{padding:.35rem .8rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top;overflow-wrap:normal}
 th:first-child,td:first-child,table.plain td{text-align:left}
 th{color:var(--soft);font-weight:600}table.plain td{overflow-wrap:anywhere}
+table.dense{font-size:.82rem}table.dense td{white-space:nowrap;padding:.15rem .6rem}
 figure{margin:1rem 0;background:#fff;border:1px solid var(--line);border-radius:.5rem;padding:.8rem;width:fit-content;
  max-width:100%}
 figure img{display:block;max-width:100%;height:auto}
 @media screen and (max-width:40rem){figure{overflow-x:auto}figure img{min-width:34rem}}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--line:#bbb;--band:#fff}body{max-width:none;padding:0;
- font-size:10pt}figure,tr,dl.facts div{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}
- figure img{max-height:22cm;width:auto}table{font-size:8.5pt}th,td{padding:.2rem .4rem}}
+ font-size:10pt}figure,tr,dl.facts div{break-inside:avoid}h2,h3,p.soft{break-after:avoid}.scroll{overflow:visible}
+ figure img{max-height:22cm;width:auto}table{font-size:8.5pt}th,td{padding:.2rem .4rem}
+ table.dense{font-size:6.5pt}table.dense th,table.dense td{padding:.1rem .25rem}}
 """
 
 
@@ -78,9 +80,16 @@ def paragraph(text: str, kind: str = "") -> str:
     return f'<p{f" class={kind}" if kind else ""}>{escape(clean(text))}</p>\n'
 
 
+def cell(value: object) -> str:
+    """A number of the epoch table to at least four digits, a dash for none."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1000 <= abs(value) < 1e15 else f"{value:.4g}"
+    return "–" if value is None else str(value)
+
+
 def table(header: list[str], rows: list[list[object]], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(clean(cell))}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{escape(clean(cell))}</td>" for cell in row) + "</tr>\n" for row in rows)
+    head = "".join(f"<th>{escape(clean(name))}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{escape(clean(value))}</td>" for value in row) + "</tr>\n" for row in rows)
     return (f'<div class="scroll"><table class="{kind}">{f"<thead><tr>{head}</tr></thead>" if header else ""}'
             f"<tbody>\n{body}</tbody></table></div>\n")
 
@@ -175,9 +184,9 @@ def html_report(directory: Path, path: Path) -> None:
     parts += run_parts(run, "h2") + reliability_part([run])
     epochs = run["metrics"]
     names = [name for name in (epochs[0] if epochs else {}) if not isinstance(epochs[0][name], (list, dict))]
-    parts += ["<h2>Epochs</h2>\n", table([name.replace("_", " ") for name in names], [
-        [f"{epoch.get(name):.4g}" if isinstance(epoch.get(name), float) else
-         "–" if epoch.get(name) is None else epoch[name] for name in names] for epoch in epochs])] if epochs else []
+    if epochs:
+        rows = [[cell(epoch.get(name)) for name in names] for epoch in epochs]
+        parts += ["<h2>Epochs</h2>\n", table([name.replace("_", " ") for name in names], rows, "dense")]
     write_page(path, f"{option(run, 'model') or 'Run'}: {run['name']}", [*parts, configuration(run["config"])])
 
 

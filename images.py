@@ -267,7 +267,8 @@ def _decoded(paths, size, root, key, workers, log) -> tuple[np.ndarray, np.ndarr
                 os.replace(temporary, file)
                 _write_notes(file.with_suffix(".json"), crc32, unreadable)
                 array = np.load(file, mmap_mode="r")
-                log(f"images: {len(paths):,} decoded at {size[1]}x{size[0]} in {seconds:.1f} s, kept in {file} ({_size(shape)})")
+                log(f"images: {len(paths):,} decoded at {size[1]}x{size[0]} in {seconds:.1f} s, kept in {file} "
+                    f"({_size(shape)})")
         except OSError as error:
             log(f"the cache of decoded images was not kept ({error})")
         finally:

@@ -43,13 +43,14 @@ def build_model(
         import difflib
 
         close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
-        raise UserError(f"--model {name} is not a torchvision classification model. Did you mean {', '.join(close)}?")
+        raise UserError(f"--model {name} is not a torchvision classifier. Did you mean {', '.join(close)}?")
     options = {"aux_logits": False, "init_weights": True} if key in _AUXILIARY else {}
     model = models.get_model(key, num_classes=class_count, **options)
+    ignored = _AUXILIARY.get(key, ())
     if pretrained_path is not None:
-        load_weights(model, read_state_dict(pretrained_path), source=str(pretrained_path), ignored=_AUXILIARY.get(key, ()))
+        load_weights(model, read_state_dict(pretrained_path), source=str(pretrained_path), ignored=ignored)
     elif pretrained:
-        load_weights(model, _imagenet_state_dict(key), source="ImageNet weights", ignored=_AUXILIARY.get(key, ()))
+        load_weights(model, _imagenet_state_dict(key), source="ImageNet weights", ignored=ignored)
         if key in _AUXILIARY:
             model.transform_input = True  # their ImageNet files were trained on another normalisation
     return model
@@ -85,7 +86,7 @@ def _imagenet_state_dict(key: str) -> dict[str, torch.Tensor]:
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(
-            f"the ImageNet weights of {key} could not be loaded: {str(error).splitlines()[0] if str(error) else error!r}"
+            f"the ImageNet weights of {key} could not be loaded: {(str(error) or repr(error)).splitlines()[0]}"
             "\nThree ways out:"
             f"\n  put {weights.url}\n    at {file} (delete a damaged file there)"
             "\n  name a state dict you have with --pretrained_path FILE"

@@ -276,7 +276,9 @@ def _add_inspect(parser: Parser) -> None:
     parser.add_argument("--batch_size", type=_positive_int, default=32, metavar="N", help="images in the batch")
     parser.add_argument("--precisions", type=_precision_list, metavar="LIST", help="default: those that make sense")
     parser.add_argument("--full", action="store_true", help="list every operator")
+    parser.add_argument("--checkpoint", metavar="FILE", help="inspect this checkpoint's weights")
     parser.add_argument("--out", default="inspect", metavar="DIR", help="folder for JSON and pictures")
+    parser.set_defaults(channels_last=True, accumulate=1, augment="flip", mixup=0.0, cutmix=0.0)
 
 
 def _add_prepare(parser: Parser) -> None:
@@ -375,6 +377,22 @@ def _stored_options(command: str, first: argparse.Namespace) -> dict[str, Any]:
         if file.exists():
             return read_config(file)["options"]
     return {}
+
+
+def training_words(options: argparse.Namespace) -> list[str]:
+    """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
+    own = {"checkpoint_dir", "checkpoint_name", "seed", "amp", "amp_dtype", "tf32", "config", "demo", "evaluate",
+           "resume", "overwrite"}  # fmt: skip
+    words = []
+    for action in build_parser("train")._actions:
+        value = getattr(options, action.dest, None)
+        if action.dest in own or value is None:
+            continue
+        if isinstance(value, bool):
+            words += [action.option_strings[0 if value else -1]] if value or len(action.option_strings) > 1 else []
+        else:
+            words.append(f"{action.option_strings[0]}={value}")
+    return words
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -50,6 +50,9 @@ def _stage(data_dir: Path, key: str) -> Path:
     """The hidden folder in which a data set grows; dataset.py refuses a folder that holds `.partial`."""
     stage = data_dir / ".partial" / key
     stage.mkdir(parents=True, exist_ok=True)
+    for other in stage.parent.iterdir():  # begun from another source and given up
+        if other != stage:
+            shutil.rmtree(other)
     return stage
 
 
@@ -414,12 +417,13 @@ def _write_member(member: Member, target: Path, data_dir: Path, source: Path) ->
     part, left = target.with_name(target.name + ".part"), member.size
     with _writing(data_dir):
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = part.open("wb", buffering=0)
+        file = part.open("wb")
     with file, member.open() as stream:
         while left >= 0 and (chunk := stream.read(min(_CHUNK, left + 1))):
             left -= len(chunk)
             with _writing(data_dir):  # reading the archive is left to `_reading`
                 file.write(chunk)
+                file.flush()
     if left:
         raise UserError(_damaged(source, f"{member.name} has not the size it declares"))
     with _writing(data_dir):

@@ -20,7 +20,8 @@ SHOWN_OPTIONS = ("model", "epochs", "batch_size", "image_size")
 # Options that differ between the runs of one comparison without making it unfair.
 FREE_OPTIONS = {"amp", "amp_dtype", "tf32", "precision", "precisions", "seed", "seeds", "checkpoint_name",
                 "checkpoint_dir", "resume", "command", "device", "data_dir", "num_workers", "log_interval",
-                "quiet", "evaluate", "runs", "report_only", "tensorboard", "cache"}
+                "quiet", "evaluate", "runs", "report_only", "tensorboard", "cache", "config", "demo", "overwrite",
+                "checkpoint_every", "verify_resume"}
 
 
 # Reading ---------------------------------------------------------------------------------------------
@@ -82,8 +83,8 @@ def read_run(directory: Path) -> dict:
         raise ValueError(f"{directory}: there is no such run directory")
     result_file, failure_file = directory / "result.json", directory / "failure.json"
     result = read_json(result_file) if result_file.exists() else None
-    failure = read_json(failure_file) if failure_file.exists() and not result else None
-    if result:
+    failure = read_json(failure_file) if failure_file.exists() and result is None else None
+    if result is not None:
         check_result(result, result_file)
     # A run that failed at once may have written neither options nor epochs.
     config_file, metrics_file = directory / "config.json", directory / "metrics.jsonl"
@@ -106,6 +107,8 @@ def read_predictions(path: Path) -> dict:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}: is damaged or empty ({error})") from None
+    if len(header) < 5:
+        raise ValueError(f"{path}: is damaged, its header names no classes")
     for number, row in enumerate(rows, 1):
         try:
             valid = len(row) == len(header) and np.isfinite([float(value) for value in row[3:]]).all()

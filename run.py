@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from model import load_file
 from utils import RunError, UserError, atomic_write, printable, remove_stale_temporaries
 
 
@@ -118,14 +119,14 @@ class RunDirectory:
         """Waits until every checkpoint handed over is on disk; raises RunError where that failed."""
         self._saver.flush()
 
-    def load(self, name: str) -> dict[str, Any]:
-        """A checkpoint of this run. Raises UserError where it is missing, damaged or not one of ours."""
-        from model import load_file
 
-        content = load_file(self.file(name))
-        if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-            raise UserError(f"{printable(self.file(name))} is not a checkpoint of this program.")
-        return content
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
+    content = load_file(file)
+    known = isinstance(content, dict) and isinstance(content.get("model"), dict) and content.get("format") == 1
+    if not known or not isinstance(content.get("classes"), list):
+        raise UserError(f"{printable(file)} is no checkpoint of this program (state dicts: --pretrained_path).")
+    return content
 
 
 class Saver:
@@ -193,7 +194,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 def _snapshot(value: Any) -> Any:
     """A copy on the CPU that later updates do not change; tensors that share memory are copied apart."""
     if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True).contiguous()
+        return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: _snapshot(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -207,10 +208,10 @@ def refuse_finished(run: RunDirectory, *, overwrite: bool) -> None:
              "failure.json", "report.html")
     present = [name for name in names[:3] if run.file(name).exists()]
     if present and not overwrite:
-        finished = "result.json" in present
+        kind, way = ("finished", "") if "result.json" in present else ("begun", "go on with --resume, ")
         raise UserError(
-            f"{printable(run.path)} holds a {'finished' if finished else 'begun'} run.\n"
-            f"Choose another --checkpoint_name, {'' if finished else 'go on with --resume, '}or replace it with --overwrite."
+            f"{printable(run.path)} holds a {kind} run.\n"
+            f"Choose another --checkpoint_name, {way}or replace it with --overwrite."
         )
     if run.writes:
         for name in names:

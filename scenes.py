@@ -13,6 +13,7 @@ SIZE = 150  # pixels of the finished picture, as in the Intel set
 CANVAS = 192  # drawn a little larger: the last step crops, turns and shrinks it, which smooths the edges
 VERSION = 1  # raised whenever the same seed would draw another picture
 
+BILINEAR = Image.Resampling.BILINEAR
 ARCH = np.sin(np.linspace(0, np.pi, 9))
 Colour = Sequence[float]
 Points = Sequence[tuple[float, float]]
@@ -27,7 +28,7 @@ LIGHTS = {
     "dawn": ((120, 130, 180), (250, 195, 180), (0.95, 0.8, 0.78)),
     "night": ((14, 20, 46), (58, 68, 104), (0.44, 0.47, 0.6)),
 }
-LIGHT_ODDS = (0.28, 0.2, 0.16, 0.09, 0.11, 0.08, 0.08)
+LIGHT_ODDS = (0.3, 0.21, 0.16, 0.08, 0.11, 0.08, 0.06)
 
 
 @dataclass
@@ -47,6 +48,9 @@ class Canvas:
 
     def uniform(self, low: float, high: float) -> float:
         return low + (high - low) * self.random.random()
+
+    def count(self, low: int, end: int) -> int:
+        return int(self.random.integers(low, end))
 
     def chance(self, probability: float) -> bool:
         return bool(self.random.random() < probability)
@@ -81,10 +85,10 @@ class Canvas:
         cells = [(max(columns, 2), max(rows, 2)), (columns * 3 + 2, rows * 3 + 2)]
         coarse, fine = (Image.frombytes("L", size, self.random.bytes(size[0] * size[1])) for size in cells)
         half = (CANVAS // 3, CANVAS // 3)
-        both = Image.blend(coarse.resize(half, Image.Resampling.BILINEAR), fine.resize(half, Image.Resampling.BILINEAR), 0.4)
+        both = Image.blend(coarse.resize(half, BILINEAR), fine.resize(half, BILINEAR), 0.4)
         levels = (np.asarray(both, np.float32) - 128) * gain + (128 + lift)
         levels = np.minimum(np.maximum(levels, 0), most).astype(np.uint8)
-        return Image.fromarray(levels).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+        return Image.fromarray(levels).resize((CANVAS, CANVAS), BILINEAR)
 
     def texture(self, points: Points, dark: Colour, bright: Colour, noise: Image.Image) -> None:
         """Fills a polygon with two colours mixed by the noise."""
@@ -94,6 +98,10 @@ class Canvas:
         mask = mask.crop(box)
         for colour, cover in ((dark, mask), (bright, ImageChops.multiply(mask, noise.crop(box)))):
             self.image.paste(tuple(int(part) for part in colour), box, cover)
+
+    def ground(self, points: Points, colour: Colour, dark: float, columns: int, rows: int) -> None:
+        """Fills a polygon with a patchy colour, from its `dark` share up to itself."""
+        self.texture(points, self.colour(np.array(colour) * dark), self.colour(colour), self.noise(columns, rows))
 
 
 # ---------------------------------------------------------------- parts that several scenes share
@@ -127,7 +135,7 @@ def ridge(canvas: Canvas, base: float, height: float, depth: float, rock: Colour
     grey = canvas.colour((165, 178, 205), depth * 0.8)
     if canvas.chance(0.5):
         lit, shade, white, grey = shade, lit, grey, white
-    for _ in range(int(canvas.random.integers(2, 6))):
+    for _ in range(canvas.count(2, 6)):
         x, top = canvas.uniform(0.0, 1.0), base - height * canvas.uniform(0.6, 1.0)
         width = (base - top) * canvas.uniform(0.7, 1.5)
         left = jagged(canvas, (x, top), (x - width, base))
@@ -209,10 +217,10 @@ def water(canvas: Canvas, top: float, colour: Colour, bands: int) -> None:
     steps = np.linspace(0, 1, bands + 1) ** canvas.uniform(1.4, 2.2)
     rows = np.interp(np.linspace(0, 1, CANVAS), steps, np.arange(bands + 1)).astype(int)
     cells = canvas.random.integers(0, 256, (bands + 1, canvas.choose(5, 8, 12)), np.uint8)
-    waves = Image.fromarray(cells[rows]).resize((CANVAS, CANVAS), Image.Resampling.BILINEAR)
+    waves = Image.fromarray(cells[rows]).resize((CANVAS, CANVAS), BILINEAR)
     height = max(int((1 - top) * CANVAS), 2)
     stretched = Image.new("L", (CANVAS, CANVAS))
-    stretched.paste(waves.resize((CANVAS, height), Image.Resampling.BILINEAR), (0, CANVAS - height))
+    stretched.paste(waves.resize((CANVAS, height), BILINEAR), (0, CANVAS - height))
     canvas.texture([(0, top), (1, top), (1, 1), (0, 1)], deep, sheen, stretched)
 
 
@@ -239,6 +247,11 @@ def facade(canvas: Canvas, corners: Points, wall: Colour, columns: int, rows: in
                             at(u + half_u, v + half_v), at(u - half_u, v + half_v)], fill)
 
 
+def front(x: float, top: float, width: float, foot: float) -> Points:
+    """The corners of a wall that stands square to the viewer."""
+    return [(x, top), (x + width, top), (x + width, foot), (x, foot)]
+
+
 def walls(canvas: Canvas) -> Colour:
     return canvas.choose((165, 150, 130), (150, 80, 60), (120, 125, 135), (205, 195, 175), (95, 105, 125),
                          (180, 165, 120), (215, 210, 205), (110, 90, 80), (140, 165, 185), (190, 130, 100))
@@ -250,8 +263,7 @@ def car(canvas: Canvas, x: float, y: float, width: float) -> None:
     tall = width * 0.62
     canvas.polygon([(x - width * 0.34, y - tall), (x + width * 0.34, y - tall),
                     (x + width * 0.42, y - tall * 0.5), (x - width * 0.42, y - tall * 0.5)], (45, 55, 70))
-    canvas.polygon([(x - width / 2, y - tall * 0.58), (x + width / 2, y - tall * 0.58),
-                    (x + width / 2, y - tall * 0.12), (x - width / 2, y - tall * 0.12)], body)
+    canvas.polygon(front(x - width / 2, y - tall * 0.58, width, y - tall * 0.12), body)
     for side in (-0.36, 0.36):
         canvas.ellipse(x + side * width, y - tall * 0.1, width * 0.1, tall * 0.14, (20, 20, 22))
         lamp = (255, 235, 180) if canvas.light in ("night", "dusk") else (200, 60, 50)
@@ -288,8 +300,8 @@ def buildings(canvas: Canvas) -> None:
             for _ in range(4):
                 x, wide = canvas.uniform(-0.1, 1), canvas.uniform(0.12, 0.3)
                 top = ground - canvas.uniform(0.2, 0.75) * (1.1 - depth * 0.4)
-                facade(canvas, [(x, top), (x + wide, top), (x + wide, ground), (x, ground)], walls(canvas),
-                       int(canvas.random.integers(2, 6)), int(canvas.random.integers(4, 9)), depth)
+                facade(canvas, front(x, top, wide, ground), walls(canvas),
+                       canvas.count(2, 6), canvas.count(4, 9), depth)
     elif view == "below":
         x, y = canvas.uniform(0.3, 0.7), canvas.uniform(-0.7, -0.2)
         for side in (-1, 1):
@@ -300,24 +312,24 @@ def buildings(canvas: Canvas) -> None:
         x, wide, top = canvas.uniform(0.05, 0.35), canvas.uniform(0.4, 0.6), canvas.uniform(0.35, 0.55)
         roof = canvas.colour(canvas.choose((130, 60, 45), (75, 75, 85), (100, 80, 60)))
         rise = canvas.uniform(0.1, 0.3)
-        canvas.polygon([(x - 0.05, top), (x + wide * canvas.uniform(0.3, 0.7), top - rise), (x + wide + 0.05, top)], roof)
-        facade(canvas, [(x, top), (x + wide, top), (x + wide, ground), (x, ground)], walls(canvas),
-               int(canvas.random.integers(3, 6)), int(canvas.random.integers(2, 4)))
+        gable = (x + wide * canvas.uniform(0.3, 0.7), top - rise)
+        canvas.polygon([(x - 0.05, top), gable, (x + wide + 0.05, top)], roof)
+        facade(canvas, front(x, top, wide, ground), walls(canvas),
+               canvas.count(3, 6), canvas.count(2, 4))
     else:
         edge, lean = canvas.uniform(0.25, 0.75), canvas.uniform(-0.2, 0.2)
         top, wall = canvas.uniform(-0.3, 0.35), walls(canvas)
-        rows = int(canvas.random.integers(4, 10))
+        rows = canvas.count(4, 10)
         left, right = (canvas.uniform(-0.3, 0.1), canvas.uniform(0.9, 1.3))
         facade(canvas, [(left, top + lean), (edge, top), (edge, ground), (left, ground - lean * 0.4)], wall,
-               int(canvas.random.integers(3, 7)), rows)
+               canvas.count(3, 7), rows)
         if view == "pair" and canvas.chance(0.5):
             wall = walls(canvas)
         facade(canvas, [(edge, top), (right, top + abs(lean)), (right, ground), (edge, ground)],
-               np.array(wall) * 0.7, int(canvas.random.integers(3, 7)), rows)
+               np.array(wall) * 0.7, canvas.count(3, 7), rows)
     floor = canvas.choose((120, 120, 118), (95, 120, 70), (150, 140, 125), (90, 110, 130))
-    canvas.texture([(-0.1, ground), (1.1, ground), (1.1, 1.1), (-0.1, 1.1)],
-                   canvas.colour(np.array(floor) * 0.8), canvas.colour(floor), canvas.noise(8, 12))
-    for _ in range(int(canvas.random.integers(0, 3))):
+    canvas.ground([(-0.1, ground), (1.1, ground), (1.1, 1.1), (-0.1, 1.1)], floor, 0.8, 8, 12)
+    for _ in range(canvas.count(0, 3)):
         tree(canvas, canvas.uniform(0, 1), ground + 0.04, canvas.uniform(0.15, 0.35), leaves(canvas))
 
 
@@ -331,21 +343,20 @@ def forest(canvas: Canvas) -> None:
         canvas.texture([(0, 0), (1, 0), (1, 1), (0, 1)], back[1], back[0], canvas.noise(7, 7))
         floor = canvas.uniform(0.65, 0.9)
         soil = canvas.choose((90, 70, 45), (70, 95, 45), (150, 95, 45), (205, 210, 215))
-        canvas.texture([(0, floor), (1, floor - 0.05), (1, 1), (0, 1)], canvas.colour(np.array(soil) * 0.6),
-                       canvas.colour(soil), canvas.noise(9, 14))
+        canvas.ground([(0, floor), (1, floor - 0.05), (1, 1), (0, 1)], soil, 0.6, 9, 14)
         bark = canvas.choose((70, 55, 42), (45, 40, 36), (110, 95, 80), (190, 185, 178))
         for depth in (0.8, 0.4, 0.0):
-            for _ in range(int(canvas.random.integers(3, 7))):
+            for _ in range(canvas.count(3, 7)):
                 x, width = canvas.uniform(0, 1), canvas.uniform(0.01, 0.035) * (2.4 - 2 * depth)
                 foot = floor + (1 - depth) * canvas.uniform(0.02, 0.25)
                 canvas.line([(x, foot), (x + canvas.uniform(-0.06, 0.06), -0.1)], canvas.colour(bark, depth), width)
-        for _ in range(int(canvas.random.integers(6, 22))):
+        for _ in range(canvas.count(6, 22)):
             size = canvas.uniform(0.02, 0.08)
             canvas.ellipse(canvas.uniform(0, 1), canvas.uniform(0, 0.4), size * 1.6, size, canvas.colour(leaf, 0.2, 18))
         return
     if canvas.chance(0.3):
         ridge(canvas, horizon + 0.2, 0.3, 0.9, (110, 110, 115), canvas.uniform(0, 0.4))
-    rows = int(canvas.random.integers(4, 7))
+    rows = canvas.count(4, 7)
     canvas.polygon([(0, horizon + 0.08), (1, horizon + 0.08), (1, 1), (0, 1)],
                    canvas.colour(np.array(leaf) * 0.5, 0.3))
     for row in range(rows):
@@ -364,7 +375,7 @@ def mountain(canvas: Canvas) -> None:
     sky(canvas, base)
     rock = canvas.choose((120, 110, 100), (95, 95, 105), (140, 115, 90), (85, 100, 75), (150, 135, 125), (110, 80, 65))
     snow = canvas.uniform(0.2, 0.75) if canvas.chance(0.6) else 0.0
-    for depth in (1.0, 0.6, 0.25)[int(canvas.random.integers(0, 2)):]:
+    for depth in (1.0, 0.6, 0.25)[canvas.count(0, 2):]:
         height = canvas.uniform(0.45, 0.8) * (1 - 0.3 * (1 - depth))
         ridge(canvas, base, height, depth, rock, snow * (0.5 + depth / 2))
     foot = canvas.choose("meadow", "lake", "scree", "woods", "snow")
@@ -373,8 +384,7 @@ def mountain(canvas: Canvas) -> None:
     else:
         ground = {"meadow": (105, 130, 65), "scree": rock, "woods": (60, 85, 50), "snow": (225, 230, 238)}[foot]
         edge = [(x, base + canvas.uniform(-0.05, 0.03)) for x in (0, 0.25, 0.5, 0.75, 1)]
-        canvas.texture([*edge, (1, 1.1), (0, 1.1)], canvas.colour(np.array(ground) * 0.75), canvas.colour(ground),
-                       canvas.noise(8, 14))
+        canvas.ground([*edge, (1, 1.1), (0, 1.1)], ground, 0.75, 8, 14)
     if foot == "woods" or canvas.chance(0.25):
         woods(canvas, min(base + canvas.uniform(0, 0.15), 1.0), canvas.uniform(0.06, 0.2), 22, 0.2, leaves(canvas))
 
@@ -391,18 +401,19 @@ def glacier(canvas: Canvas) -> None:
     blue = canvas.choose((120, 175, 212), (95, 160, 205), (150, 185, 208), (130, 158, 178))
     if view == "tongue":
         flank = [(-0.1, base - 0.1), (1.1, base - 0.1), (1.1, 1.1), (-0.1, 1.1)]
-        canvas.texture(flank, canvas.colour(np.array(rock) * 0.55), canvas.colour(np.array(rock) * 0.95), canvas.noise(10, 10))
+        canvas.ground(flank, rock, 0.6, 10, 10)
         ice_tongue(canvas, base - 0.12, ice, blue, rock)
     elif view == "field":
         edge = [(x, base + canvas.uniform(-0.06, 0.04)) for x in (-0.1, 0.3, 0.6, 1.1)]
-        canvas.texture([*edge, (1.1, 1.1), (-0.1, 1.1)], canvas.colour(blue), canvas.colour(ice), canvas.noise(6, 12, 1.3))
+        field = [*edge, (1.1, 1.1), (-0.1, 1.1)]
+        canvas.texture(field, canvas.colour(blue), canvas.colour(ice), canvas.noise(6, 12, 1.3))
         crevasses(canvas, base, 40, blue)
     else:
         sea_level = canvas.uniform(0.6, 0.88) if view == "front" else base + canvas.uniform(0, 0.1)
         if view == "front":
             ice_front(canvas, base, sea_level, ice, blue)
         water(canvas, sea_level, canvas.choose((60, 100, 125), (80, 125, 140), (50, 75, 95), (120, 140, 150)), 20)
-        for _ in range(int(canvas.random.integers(5, 12) if view == "bergs" else canvas.random.integers(0, 6))):
+        for _ in range(canvas.count(5, 12) if view == "bergs" else canvas.count(0, 6)):
             y = canvas.uniform(sea_level + 0.02, 1.0)
             size = (y - sea_level + 0.08) * canvas.uniform(0.3, 0.75 if view == "bergs" else 0.4)
             berg(canvas, canvas.uniform(0, 1), y, size, ice, blue)
@@ -423,7 +434,7 @@ def ice_tongue(canvas: Canvas, top: float, ice: Colour, blue: Colour, rock: Colo
         a, b = np.sort(canvas.random.uniform(-0.9, 0.9, 2))
         canvas.line([(x + a * width, down), (x + (a + b) / 2 * width, down + 0.03), (x + b * width, down)], crack,
                     0.004 + 0.012 * step)
-    for offset in canvas.random.uniform(-0.7, 0.7, int(canvas.random.integers(0, 3))).tolist():
+    for offset in canvas.random.uniform(-0.7, 0.7, canvas.count(0, 3)).tolist():
         canvas.line(list(zip((centre + offset * half).tolist(), y.tolist(), strict=True)),
                     canvas.colour(np.array(rock) * 0.7), canvas.uniform(0.008, 0.03))
 
@@ -469,10 +480,11 @@ def sea(canvas: Canvas) -> None:
     sky(canvas, horizon)
     if canvas.chance(0.12):
         ridge(canvas, horizon, canvas.uniform(0.05, 0.22), 0.9, (100, 110, 110), canvas.uniform(0, 0.5))
-    colour = canvas.choose((40, 95, 140), (45, 125, 140), (85, 110, 125), (30, 70, 110), (90, 150, 165), (120, 130, 135))
-    water(canvas, horizon, colour, int(canvas.random.integers(14, 40)))
+    colour = canvas.choose((40, 95, 140), (45, 125, 140), (85, 110, 125), (30, 70, 110), (90, 150, 165),
+                           (120, 130, 135))
+    water(canvas, horizon, colour, canvas.count(14, 40))
     foam = canvas.colour((240, 244, 246))
-    for step in canvas.random.random(int(canvas.random.integers(0, 14))).tolist():
+    for step in canvas.random.random(canvas.count(0, 14)).tolist():
         y, length = horizon + (1 - horizon) * (0.1 + 0.9 * step), canvas.uniform(0.05, 0.35) * (0.3 + step)
         x = canvas.uniform(-0.1, 1)
         canvas.line(jagged(canvas, (x, y), (x + length, y), 0.012), foam, 0.004 + 0.012 * step)
@@ -483,7 +495,7 @@ def sea(canvas: Canvas) -> None:
             canvas.line([(x - half, y), (x + half, y)], (250, 205, 140), 0.008)
     if canvas.chance(0.25):
         headland(canvas, horizon)
-    for _ in range(int(canvas.random.integers(0, 3))):
+    for _ in range(canvas.count(0, 3)):
         y = horizon + canvas.uniform(0.02, 0.3) * (1 - horizon)
         boat(canvas, canvas.uniform(0.05, 0.95), y, canvas.uniform(0.04, 0.08) + 0.3 * (y - horizon))
     if canvas.chance(0.45):
@@ -497,8 +509,7 @@ def headland(canvas: Canvas, horizon: float) -> None:
     line = [(0.0, horizon - rise), (reach * 0.5, horizon - rise * 0.9), (reach * 0.8, horizon - rise * 0.3),
             (reach, foot), (0.0, foot + 0.05)]
     rock = canvas.choose((110, 95, 80), (80, 85, 80), (90, 110, 70))
-    canvas.texture([(abs(side - x), y + canvas.uniform(-0.02, 0.02)) for x, y in line],
-                   canvas.colour(np.array(rock) * 0.6), canvas.colour(rock), canvas.noise(14, 12))
+    canvas.ground([(abs(side - x), y + canvas.uniform(-0.02, 0.02)) for x, y in line], rock, 0.6, 14, 12)
 
 
 def beach(canvas: Canvas, horizon: float, foam: Colour) -> None:
@@ -507,9 +518,8 @@ def beach(canvas: Canvas, horizon: float, foam: Colour) -> None:
     left, right = (canvas.uniform(max(horizon + 0.2, 0.6), 1.0) for _ in range(2))
     edge = jagged(canvas, (-0.1, left), (1.1, right), 0.02)
     canvas.line([(x, y - 0.015) for x, y in edge], foam, canvas.uniform(0.02, 0.05))
-    canvas.texture([*edge, (1.1, 1.1), (-0.1, 1.1)], canvas.colour(np.array(sand) * 0.85), canvas.colour(sand),
-                   canvas.noise(10, 16))
-    for _ in range(int(canvas.random.integers(0, 4))):
+    canvas.ground([*edge, (1.1, 1.1), (-0.1, 1.1)], sand, 0.85, 10, 16)
+    for _ in range(canvas.count(0, 4)):
         person(canvas, canvas.uniform(0.05, 0.95), canvas.uniform(max(left, right), 1.05), canvas.uniform(0.06, 0.16))
 
 
@@ -522,11 +532,10 @@ def street(canvas: Canvas) -> None:
     canvas.polygon([(-0.1, y), (1.1, y), (1.1, 1.1), (-0.1, 1.1)], canvas.colour((140, 132, 122)))
     if canvas.chance(0.5):
         wide, top = canvas.uniform(0.1, 0.2), y - canvas.uniform(0.08, 0.25)
-        facade(canvas, [(x - wide, top), (x + wide, top), (x + wide, y + 0.02), (x - wide, y + 0.02)], walls(canvas), 4, 4, 0.8)
+        facade(canvas, front(x - wide, top, 2 * wide, y + 0.02), walls(canvas), 4, 4, 0.8)
     left, right = x - canvas.uniform(0.5, 1.0), x + canvas.uniform(0.5, 1.0)  # kerbs at the lower edge
     asphalt = canvas.choose((75, 75, 80), (100, 98, 95), (130, 120, 110), (60, 62, 70))
-    canvas.texture([(x - 0.02, y), (x + 0.02, y), (right, 1.15), (left, 1.15)], canvas.colour(np.array(asphalt) * 0.85),
-                   canvas.colour(asphalt), canvas.noise(12, 16))
+    canvas.ground([(x - 0.02, y), (x + 0.02, y), (right, 1.15), (left, 1.15)], asphalt, 0.85, 12, 16)
     for side, kerb in ((-1, left), (1, right)):
         house_row(canvas, x, y, side, abs(kerb - x) * canvas.uniform(1.0, 1.3))
     if canvas.chance(0.65):
@@ -535,10 +544,10 @@ def street(canvas: Canvas) -> None:
             canvas.polygon([(x + (0.5 * (left + right) - x) * s + w, y + (1.15 - y) * s)
                             for s, w in ((step, -half), (step, half), (step * 1.18, half), (step * 1.18, -half))],
                            canvas.colour((225, 222, 205)))
-    for step in np.sort(canvas.random.uniform(0.12, 0.8, int(canvas.random.integers(0, 5)))).tolist():
+    for step in np.sort(canvas.random.uniform(0.12, 0.8, canvas.count(0, 5))).tolist():
         lane = canvas.uniform(left * 0.75 + x * 0.25, right * 0.75 + x * 0.25)
         car(canvas, x + (lane - x) * step, y + (1.1 - y) * step, 0.5 * step * canvas.uniform(0.7, 1.1))
-    for step in np.sort(canvas.random.uniform(0.15, 0.9, int(canvas.random.integers(0, 5)))).tolist():
+    for step in np.sort(canvas.random.uniform(0.15, 0.9, canvas.count(0, 5))).tolist():
         kerb = canvas.choose(left, right)
         person(canvas, x + (kerb - x) * step, y + (1.1 - y) * step, 0.4 * step)
     if canvas.chance(0.5):
@@ -552,7 +561,7 @@ def street(canvas: Canvas) -> None:
 
 def house_row(canvas: Canvas, x: float, y: float, side: int, reach: float) -> None:
     """Fronts along one side of a street, drawn from the far end to the near one."""
-    cuts = np.array([0.08, *np.sort(canvas.random.uniform(0.12, 0.9, int(canvas.random.integers(1, 4)))), 1.4])
+    cuts = np.array([0.08, *np.sort(canvas.random.uniform(0.12, 0.9, canvas.count(1, 4))), 1.4])
     for far, near in zip(cuts[:-1].tolist(), cuts[1:].tolist(), strict=True):
         if canvas.chance(0.12):
             tree(canvas, x + side * reach * near, y + (1.1 - y) * near, 0.7 * near, leaves(canvas), 0.3)
@@ -560,8 +569,8 @@ def house_row(canvas: Canvas, x: float, y: float, side: int, reach: float) -> No
         tall, wall, depth = canvas.uniform(0.35, 1.2), walls(canvas), 0.6 * (1 - near)
         corners = [(x + side * reach * step, y - tall * step) for step in (far, near)]
         corners += [(x + side * reach * step, y + (1.1 - y) * step) for step in (near, far)]
-        facade(canvas, corners, np.array(wall) * (0.75 if side < 0 else 1), int(canvas.random.integers(2, 5)),
-               int(canvas.random.integers(2, 6)), depth)
+        facade(canvas, corners, np.array(wall) * (0.75 if side < 0 else 1), canvas.count(2, 5),
+               canvas.count(2, 6), depth)
         if canvas.chance(0.4):  # the awning of a shop
             canvas.polygon([(x + side * reach * far, y + 0.25 * far), (x + side * reach * near, y + 0.25 * near),
                             (x + side * reach * near * 0.85, y + 0.4 * near),
@@ -599,14 +608,14 @@ def view(canvas: Canvas) -> Image.Image:
     if not tilted:
         left, up = canvas.uniform(0, CANVAS - side), canvas.uniform(0, CANVAS - side)
         box = (left, up, left + side, up + side)
-        image = canvas.image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, box)
+        image = canvas.image.resize((SIZE, SIZE), BILINEAR, box)
     else:
         side *= 0.93  # the turned frame stays inside the drawing
         angle, zoom, half = np.radians(canvas.uniform(-6, 6)), side / SIZE, SIZE / 2
         cosine, sine, spare = float(np.cos(angle) * zoom), float(np.sin(angle) * zoom), (CANVAS - side) * 0.15
         x, y = (CANVAS / 2 + canvas.uniform(-spare, spare) for _ in range(2))
         matrix = (cosine, -sine, x - (cosine - sine) * half, sine, cosine, y - (sine + cosine) * half)
-        image = canvas.image.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+        image = canvas.image.transform((SIZE, SIZE), Image.Transform.AFFINE, matrix, BILINEAR)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if canvas.chance(0.5) else image
 
 
@@ -615,16 +624,16 @@ def develop(canvas: Canvas, image: Image.Image) -> Image.Image:
     random = canvas.random
     if canvas.chance(0.35):
         image = image.filter(ImageFilter.BoxBlur(canvas.uniform(0.2, 1.2)))
-    if canvas.chance(0.14):  # faded or black-and-white
+    if canvas.chance(0.08):  # faded or black-and-white
         image = Image.blend(image, image.convert("L").convert("RGB"), canvas.choose(0.4, 0.8, 1.0))
-    contrast, lift = canvas.uniform(0.75, 1.2), canvas.uniform(-10, 18)
+    contrast, lift = canvas.uniform(0.85, 1.25), canvas.uniform(-10, 18)
     gain = canvas.uniform(0.8, 1.2) * random.normal(1, 0.06, 3)
     levels = ((np.arange(256) - 110) * contrast + 110) * gain[:, None] + lift
     image = image.point(np.clip(levels, 0, 255).astype(np.uint8).ravel().tolist())
     # Uniform bytes are the cheapest grain; their standard deviation is 74 levels.
     grain = np.frombuffer(random.bytes(SIZE * SIZE), np.uint8).reshape(SIZE, SIZE).astype(np.float32) - 127.5
     radius = np.linspace(-1, 1, SIZE, dtype=np.float32) ** 2
-    change = 128 + grain * canvas.uniform(0, 0.1) - canvas.uniform(0, 22) * (radius[:, None] + radius)
+    change = 128 + grain * canvas.uniform(0, 0.08) - canvas.uniform(0, 22) * (radius[:, None] + radius)
     layer = Image.fromarray(change.astype(np.uint8))
     return ImageChops.add(image, Image.merge("RGB", (layer, layer, layer)), 1, -128)
 

@@ -23,7 +23,14 @@ from evaluate import Evaluation, evaluate
 from precision import Precision
 from run import RunDirectory
 from utils import (
-    RunError, Stopped, StopSignal, Stopwatch, peak_memory, progress, reset_peak_memory, seed_everything,
+    RunError,
+    Stopped,
+    StopSignal,
+    Stopwatch,
+    peak_memory,
+    progress,
+    reset_peak_memory,
+    seed_everything,
 )  # fmt: skip
 
 
@@ -98,8 +105,8 @@ def make_scheduler(
     for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
         group["lr"] = group.pop("initial_lr", group["lr"])
 
-    def cosine(step: int) -> float:
-        return 0.5 * (1 + math.cos(math.pi * step / (total - warmup + 1)))
+    def cosine(step: int) -> float:  # step = t - W: warmup itself ends on the peak
+        return 0.5 * (1 + math.cos(math.pi * (step + 1) / (total - warmup + 1)))
 
     def stairs(step: int) -> float:
         return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
@@ -154,7 +161,7 @@ class Trainer:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    make_scheduler: Callable[[int], LRScheduler]  # updates done -> schedule standing there
+    make_scheduler: Callable[..., LRScheduler]  # done=updates done: the schedule, standing there
     precision: Precision
     batches: Batches
     validation: Batches
@@ -187,11 +194,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------- the way
     def train(self, *, stop_after: int | None = None) -> None:
-        """Trains from where the run stands to its end, or for `stop_after` more updates.
+        """Trains from where the run stands to its end, or until `stop_after` updates are done in all.
 
         Raises Stopped after a signal, with everything saved, and RunError where the run cannot go on.
         """
-        self.scheduler = self.make_scheduler(self.progress.epoch * self._per_epoch + self.progress.update)
+        self.scheduler = self.make_scheduler(done=self._updates_done)
         self._last_save = time.monotonic()
         self.stopwatch = Stopwatch(self.progress.elapsed)
         with StopSignal() as self.stop:
@@ -446,6 +453,10 @@ class Trainer:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, value in moments.items():  # fused kernels walk memory: moments must lie as their weights do
+                if torch.is_tensor(value) and value.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(value)
         if self.scaler.is_enabled():  # a disabled scaler's state is {}, which an enabled one refuses
             self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])

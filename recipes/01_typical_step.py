@@ -63,7 +63,7 @@ def broken_half_weights(device):
         functional.cross_entropy(model(images.to(dtype)).float(), labels).backward()
         optimizer.step()
         still[dtype] = (before == model[4].weight).float().mean().item()
-    print(f"  weights that one step at rate 1e-4 left as they were: float32 {still[torch.float32]:.0%}, "
+    print(f"  weights unmoved by a step at rate 1e-4: float32 {still[torch.float32]:.0%}, "
           f"float16 {still[torch.float16]:.0%}")
     assert still[torch.float16] > still[torch.float32] + 0.3
     scaler = torch.amp.GradScaler(device)
@@ -87,7 +87,7 @@ def broken_step_inside_autocast(device):
     with torch.amp.autocast(device, dtype=torch.bfloat16):
         after = model(images)
     change = [(logits - before).abs().max().item() for logits in (inside, after)]
-    print(f"  weight doubled inside the region: logits moved by {change[0]:.3f}; in the next region: {change[1]:.3f}")
+    print(f"  weight doubled inside: logits moved by {change[0]:.3f}; in the next region: {change[1]:.3f}")
     assert change[0] == 0 < change[1]
 
 
@@ -105,7 +105,7 @@ def main(device):
     broken_half_weights(device)
     print("3. Broken: the optimizer's step inside autocast")
     broken_step_inside_autocast(device)
-    print("RULE: float32 weights; autocast around forward and loss only; one scaler: scale, step, update.")
+    print("RULE: float32 weights; autocast around forward and loss only; one scaler.")
 
 
 if __name__ == "__main__":

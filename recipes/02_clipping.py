@@ -7,6 +7,7 @@ almost nothing). Adam hides it, because it divides by the gradient's size: the l
 """
 
 import argparse
+import textwrap
 
 import torch
 from torch import nn
@@ -74,7 +75,7 @@ def broken_twice(device):
     try:
         scaler.unscale_(optimizer)
     except RuntimeError as error:
-        print(f"  RuntimeError: {error}")
+        print(textwrap.fill(f"RuntimeError: {error}", 78, initial_indent="  ", subsequent_indent="    "))
     else:
         raise AssertionError("a second unscale_ was accepted")
 
@@ -86,7 +87,7 @@ def main(device):
     adam_hides_it(device)
     print("3. Broken: unscale_ twice for one update")
     broken_twice(device)
-    print("RULE: unscale_ once per optimizer and update, after the last backward; then clip; then step.")
+    print("RULE: unscale_ once per update, after the last backward; then clip; then step.")
 
 
 if __name__ == "__main__":

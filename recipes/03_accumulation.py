@@ -8,6 +8,7 @@ the batch is the same, or the gradient of an update is wrong after the scale mov
 """
 
 import argparse
+import textwrap
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def broken_step_per_piece(device):
             scaler.scale(loss / 2).backward()
             scaler.unscale_(optimizer)
     except RuntimeError as error:
-        print(f"  RuntimeError: {error}")
+        print(textwrap.fill(f"RuntimeError: {error}", 78, initial_indent="  ", subsequent_indent="    "))
     else:
         raise AssertionError("unscale_ was accepted in the middle of an update")
 
@@ -89,7 +90,7 @@ def main(device):
     broken_sums(device, whole)
     print("3. Broken: unscale_ after each piece")
     broken_step_per_piece(device)
-    print("RULE: divide the loss by the whole batch; unscale_, step and update once, after the last piece.")
+    print("RULE: divide by the whole batch; unscale_, step, update after the last piece.")
 
 
 if __name__ == "__main__":

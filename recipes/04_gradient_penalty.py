@@ -81,7 +81,7 @@ def main(device):
           f"float32 {full[-1][0]:.4f}")
     assert skips[0] == 0 < skips[1] and wrong[-1][2] < right[-1][2]
     assert abs(right[-1][0] - full[-1][0]) < 0.01 < abs(wrong[-1][0] - full[-1][0])
-    print("RULE: gradients for a penalty come from the scaled loss and are multiplied by 1 / scale by hand.")
+    print("RULE: multiply a penalty's gradients by 1 / scale by hand, then scale the sum.")
 
 
 if __name__ == "__main__":

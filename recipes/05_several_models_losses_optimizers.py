@@ -88,7 +88,7 @@ def main(device):
     ratio = wrong[0][1] / clean[0][1]
     print(f"  with update() in between, optimizer 1 took a step {ratio:.2f} times too long")
     assert abs(ratio - 2) < 1e-3
-    print("RULE: one scaler; scale each loss, step each optimizer, and one update() after the last step.")
+    print("RULE: one scaler; scale each loss, step each optimizer, then one update().")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def main(device):
         seen = seen_dtypes(device, other, True, lambda model, part: nn.DataParallel(model)(part))
         print(f"3. nn.DataParallel itself, {count} GPU(s), autocast inside forward: {seen}")
         assert seen == [name]
-    print("RULE: with DataParallel, autocast (and its dtype) belongs inside forward; one scaler outside.")
+    print("RULE: with DataParallel, autocast and its dtype belong inside forward.")
 
 
 if __name__ == "__main__":

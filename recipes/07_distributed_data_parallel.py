@@ -98,7 +98,7 @@ def main(device):
     first, second = runs["broken"]
     assert not first[BAD_UPDATE][2] and second[BAD_UPDATE][2], "rank 1 skips alone"
     assert first[BAD_UPDATE][3] != first[BAD_UPDATE][3], "rank 0 took a step with NaN"
-    print("RULE: one process per device, unchanged code; DDP sums inside backward, so all ranks skip together.")
+    print("RULE: unchanged code; DDP sums inside backward, so all ranks skip together.")
 
 
 if __name__ == "__main__":

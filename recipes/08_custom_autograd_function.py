@@ -108,7 +108,7 @@ def main(device):
     without_a_required_dtype(device, naked_matmul, matmul)
     print("2. A function that needs float32, fed with float16")
     with_a_required_dtype(device, naked_energy, energy)
-    print("RULE: custom_fwd and custom_bwd with device_type; cast_inputs=torch.float32 where range matters.")
+    print("RULE: custom_fwd and custom_bwd; cast_inputs=torch.float32 where range matters.")
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def main(device):
     print(f"1. {UPDATES} updates straight, and stopped after {SAVE_AT}; scale as a power of 2 ({device})")
     scales, again, gap, state = resume(device, torch.float16)
     print(f"  straight        {in_powers(scales)}\n  resumed         {in_powers(again)}   difference {gap}")
-    print("  what is saved:  " + ", ".join(f"{name} {value:g}" for name, value in state.items()))
+    print(f"  what is saved:  scale {state['scale']:.0f}, growth tracker {state['_growth_tracker']}, factors, interval")
     assert scales == again and gap == 0.0, "exactly, not nearly"
     assert resume(device, torch.bfloat16)[2] == 0.0
     print("  bfloat16 (scaler disabled, its state is {}): difference 0.0")
@@ -113,7 +113,7 @@ def main(device):
         print(f"  {disabled}: RuntimeError: {str(error)[:33]}...\n  so load it only if it is not empty")
     else:
         raise AssertionError("an enabled scaler took an empty state")
-    print("RULE: save the scaler with model and optimizer after update(); load it unless the state is {}.")
+    print("RULE: save the scaler too, after update(); load it unless its state is {}.")
 
 
 if __name__ == "__main__":

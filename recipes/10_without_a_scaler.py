@@ -99,7 +99,7 @@ def main(device):
         last[name] = losses[-1]
         print(f"  {name:<20}" + "".join(f"{loss:9.4f}" for loss in losses[::5]))
     assert abs(last["float16 + scaler"] - last["float32"]) < 0.02 < last["float16, no scaler"] - last["float32"]
-    print("RULE: float16 trains with a GradScaler; without one, small gradients become zero and nobody says so.")
+    print("RULE: float16 needs a GradScaler; without one, gradients become zero unnoticed.")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def network_error(device):
     row("  error of a network's logits", [f"{error[0]:.3%}" for error in errors])
     row("  error of its first gradient", [f"{error[1]:.3%}" for error in errors])
     ratio = errors[1][0] / errors[2][0]
-    print(f"  bfloat16 rounds the logits {ratio:.1f} times as coarsely as float16 (the formats differ by 8)")
+    print(f"  bfloat16 rounds the logits {ratio:.1f} times as coarsely as float16 (formats: 8)")
     assert 3 < ratio < 20 and errors[1][1] > errors[2][1]
 
 
@@ -113,7 +113,7 @@ def main(device):
     running_sum(device)
     small_update(device)
     network_error(device)
-    print("RULE: bfloat16 for range, without a scaler; float16 for digits, with one; float32 for the weights.")
+    print("RULE: bfloat16 for range, float16 plus scaler for digits, float32 for weights.")
 
 
 if __name__ == "__main__":

@@ -71,18 +71,19 @@ def verdict(from_full, from_half, half):
     if (from_full, from_half) == (half, half):
         return "runs in 16 bits"
     if (from_full, from_half) == ("float32", "float32"):
-        return "float32, or the widest input"
+        return "float32 or widest input"
     return "follows its input"
 
 
 def sort_operations(device, dtype):
     half, verdicts = str(dtype)[6:], {}
+    print(f"  {'operation':<18}{'from float32':<15}{'from ' + half:<16}it")
     with torch.amp.autocast(device, dtype=dtype):
         for name, call in probes(device).items():
             values = torch.rand(3, 3, device=device)
             given = [str(call(values.to(kind)).dtype)[6:] for kind in (torch.float32, dtype)]
             verdicts[name] = verdict(*given, half)
-            print(f"  {name:<16} float32 -> {given[0]:<8}  {half} -> {given[1]:<8}  {verdicts[name]}")
+            print(f"  {name:<18}{given[0]:<15}{given[1]:<16}{verdicts[name]}")
     return verdicts
 
 
@@ -119,11 +120,11 @@ def main(device):
         print(f"{number}. The lists, asked for {str(dtype)[6:]}")
         verdicts = sort_operations(device, dtype)
         assert verdicts["linear"] == verdicts["conv2d"] == "runs in 16 bits" and verdicts["relu"] == "follows its input"
-        assert verdicts["cross_entropy"] == "float32, or the widest input" == verdicts["mse_loss"]
+        assert verdicts["cross_entropy"] == "float32 or widest input" == verdicts["mse_loss"]
     print("4. Where autocast keeps away, and where it may refuse")
     broken_out_argument(device)
     broken_probabilities(device)
-    print("RULE: let autocast choose; look at what it chose on your device; keep out= and hand casts away.")
+    print("RULE: let autocast choose, and look at what it chose on your device.")
 
 
 if __name__ == "__main__":

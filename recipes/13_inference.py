@@ -117,7 +117,7 @@ def main(device):
     broken_training_mode(model, images)
     print("4. Weights in bfloat16, for inference only")
     half_weights(model.eval(), images)
-    print("RULE: eval, inference_mode, autocast, no scaler; one precision for validation and test.")
+    print("RULE: eval, inference_mode, autocast, no scaler; validate and test alike.")
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def train(device, dtype, backend=None, policy="off", updates=4):
 def compare(device, dtype, backend):
     eager_losses, eager = train(device, dtype)
     errors = {}
-    print(f"  {str(dtype)[6:]:<34} losses " + " ".join(f"{loss:.4f}" for loss in eager_losses))
+    print(f"  {str(dtype)[6:] + ', eager':<27}  losses " + " ".join(f"{loss:.4f}" for loss in eager_losses))
     for policy in ("same_as_forward", "off"):
         losses, gradient = train(device, dtype, backend, policy)
         errors[policy] = ((gradient - eager).norm() / eager.norm()).item()
-        print(f"    compiled, {policy:<22} losses " + " ".join(f"{loss:.4f}" for loss in losses)
-              + f"  gradient off by {errors[policy]:.4%}")
+        print(f"  compiled, {policy:<17}  losses " + " ".join(f"{loss:.4f}" for loss in losses)
+              + f"  error {errors[policy]:.4%}")
         assert max(abs(one - two) for one, two in zip(losses, eager_losses, strict=True)) < 0.01
     rounding = torch.finfo(dtype).eps
     assert errors["off"] < 0.1 * errors["same_as_forward"], "with 'off', compiled and eager agree"
@@ -82,8 +82,8 @@ def main(device, backend):
     print(f"1. Gradient of a layer kept in float32, eager against {backend} ({device})")
     for dtype in (torch.bfloat16, torch.float16):
         compare(device, dtype, backend)
-    print("  same_as_forward is the default: the float32 layer's gradient carries 16-bit rounding")
-    print("RULE: compile the model, autocast outside; backward_pass_autocast = 'off' as backward is outside it.")
+    print("  same_as_forward is the default: a float32 layer's gradient, rounded to 16 bits")
+    print("RULE: compile the model, autocast outside; backward_pass_autocast = 'off'.")
 
 
 if __name__ == "__main__":

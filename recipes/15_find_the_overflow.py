@@ -125,8 +125,8 @@ def main(device):
     print("4. Two cures for the loud network")
     assert report("bfloat16", *one_pass(device, torch.bfloat16, 1.0, loud=True)) is None
     cured = one_pass(device, half, 64.0, loud=True, pool_in_float32=True)
-    assert report("float16, that layer in float32", *cured) is None
-    print("RULE: hooks name the first layer that is not finite; a falling scale alone says only that one is.")
+    assert report("float16, pool in float32", *cured) is None
+    print("RULE: hooks name the first layer that is not finite; a low scale does not.")
 
 
 if __name__ == "__main__":

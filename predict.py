@@ -1,0 +1,142 @@
+"""Prediction on image files and folders: top classes with probabilities, as text, CSV, JSON, contact sheet.
+
+Files are decoded by threads while the model works; what cannot be read is reported and skipped. Knows
+nothing of runs, options or labels.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset import Pixels, find_images
+from evaluate import probabilities
+from images import try_decode
+from precision import Precision
+from utils import UserError, atomic_write, printable, progress
+
+SHOWN = 50  # lines on the terminal; files hold all
+
+
+def predict_files(
+    model: nn.Module, classes: list[str], inputs: list[str], *, pixels: Pixels, precision: Precision,
+    batch_size: int, top_k: int, workers: int, csv_file: str | None, json_file: str | None, sheet: str | None,
+    log: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Classifies every image named or found in `inputs`; returns and writes a row for each readable one.
+
+    A row is {"path", "top": [{"class", "probability"}, ...], "probabilities": {class: probability}}.
+    Raises UserError where an input does not exist or no image is readable.
+    """
+    paths = list(_listed(inputs))
+    rows, unreadable = [], []
+    bar = progress(total=len(paths), desc="predicting", unit="image", delay=2)
+    with bar, torch.inference_mode():
+        for batch in _decoded(paths, pixels.image_size, batch_size, workers):
+            good = [(path, image) for path, image in batch if not isinstance(image, str)]
+            unreadable += [(path, image) for path, image in batch if isinstance(image, str)]
+            if good:
+                images = torch.from_numpy(np.stack([image for _, image in good])).to(pixels.device)
+                with precision.autocast():
+                    logits = model(pixels(images))
+                shares = probabilities(logits.float().cpu().numpy())
+                rows += [_row(path, share, classes, top_k) for (path, _), share in zip(good, shares, strict=True)]
+            bar.update(len(batch))
+    for path, reason in unreadable[:10]:
+        log(f"cannot be read, skipped: {printable(path)}: {printable(reason)}")
+    if len(unreadable) > 10:
+        log(f"and {len(unreadable) - 10} more that cannot be read")
+    if not rows:
+        raise UserError("none of the images can be read.")
+    _write(rows, classes, csv_file, json_file, sheet)
+    print(_text(rows))
+    return rows
+
+
+def _listed(inputs: list[str]) -> Iterator[Path]:
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            found = sorted(find_images(path))
+            if not found:
+                raise UserError(f"{printable(name)} holds no image.")
+            yield from found
+        elif path.exists():
+            yield path
+        else:
+            raise UserError(f"{printable(name)} does not exist.")
+
+
+def _decoded(paths: list[Path], side: int, batch_size: int, workers: int) -> Iterator[list[tuple[Path, Any]]]:
+    """Batches of (path, image or reason), decoded by threads at most two batches ahead."""
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        starts = iter(range(0, len(paths), batch_size))
+
+        def submit(start: int) -> list[tuple[Path, Any]]:
+            return [(path, pool.submit(try_decode, path, (side, side))) for path in paths[start : start + batch_size]]
+
+        pending = [submit(start) for start in islice(starts, 2)]
+        while pending:
+            batch = pending.pop(0)
+            yield [(path, future.result()) for path, future in batch]
+            pending += [submit(start) for start in islice(starts, 1)]
+
+
+def _row(path: Path, share: np.ndarray, classes: list[str], top_k: int) -> dict[str, Any]:
+    best = np.argsort(-share, kind="stable")[:top_k]
+    return {
+        "path": str(path),
+        "top": [{"class": classes[i], "probability": round(float(share[i]), 6)} for i in best],
+        "probabilities": {name: round(float(value), 6) for name, value in zip(classes, share, strict=True)},
+    }
+
+
+def _text(rows: list[dict[str, Any]]) -> str:
+    width = min(40, max(len(printable(row["path"])) for row in rows[:SHOWN]))
+    lines = []
+    for row in rows[:SHOWN]:
+        name = printable(row["path"])
+        name = name if len(name) <= width else "…" + name[-width + 1 :]
+        top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
+        lines.append(f"{name:<{width}}  {top}")
+    if len(rows) > SHOWN:
+        lines.append(f"and {len(rows) - SHOWN:,} more (--csv FILE or --json FILE keeps all)")
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["top"][0]["class"]] = counts.get(row["top"][0]["class"], 0) + 1
+    summary = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items()))
+    return "\n".join([*lines, f"{len(rows):,} images: {summary}"])
+
+
+def _write(rows, classes: list[str], csv_file: str | None, json_file: str | None, sheet: str | None) -> None:
+    if csv_file:
+        table = io.StringIO()
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(["path", "predicted", "probability", *classes])
+        writer.writerows([row["path"], *row["top"][0].values(), *row["probabilities"].values()] for row in rows)
+        _replace(csv_file, table.getvalue())
+    if json_file:
+        _replace(json_file, json.dumps(rows, indent=1))
+    if sheet:
+        from report import labelled_sheet
+
+        captions = [f"{row['top'][0]['class']} {100 * row['top'][0]['probability']:.0f}%" for row in rows]
+        labelled_sheet([Path(row["path"]) for row in rows], captions, Path(sheet))
+
+
+def _replace(name: str, text: str) -> None:
+    try:
+        with atomic_write(Path(name)) as file:
+            file.write(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        raise UserError(f"{printable(name)} cannot be written ({error.strerror}).") from None

@@ -1,0 +1,498 @@
+"""Data on disk: drawn scenes, archives good, damaged and hostile, downloads, the check.
+
+Everything is made here in temporary folders; no network. Run it alone: pytest tests/test_prepare.py
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import prepare
+import scenes
+from utils import RunError, UserError
+
+LAYOUT = [f"seg_{split}/seg_{split}/{name}/{index}.jpg" for split in ("train", "test") for name in ("forest", "sea")
+          for index in range(3)]
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def files(top: str = "") -> dict[str, bytes]:
+    return {top + name: picture(seed) for seed, name in enumerate(LAYOUT)}
+
+
+def make_zip(path: Path, members: dict[str, bytes], *extra: zipfile.ZipInfo) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        for info in extra:
+            archive.writestr(info, b"target")
+    return path
+
+
+def make_tar(path: Path, members: dict[str, bytes], *extra: tarfile.TarInfo) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for info in extra:
+            archive.addfile(info)
+    return path
+
+
+# -------------------------------------------------------------------------------- demo scenes
+def test_demo_layout_and_balance(tmp_path):
+    prepare.draw_demo(tmp_path / "demo", train_images=20, test_images=12, workers=1)
+    counts = {split: [len(list((tmp_path / "demo" / split / split / name).glob("*.jpg"))) for name in scenes.CLASSES]
+              for split in ("seg_train", "seg_test")}
+    assert counts == {"seg_train": [4, 4, 3, 3, 3, 3], "seg_test": [2] * 6}
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["train_images"] == 20
+    assert not (tmp_path / "demo" / ".partial").exists()
+    for path in (tmp_path / "demo").rglob("*.jpg"):
+        with Image.open(path) as image:
+            assert (image.format, image.size, image.mode) == ("JPEG", (150, 150), "RGB")
+
+
+def test_demo_depends_on_seed_split_class_and_index_alone(tmp_path):
+    prepare.draw_demo(tmp_path / "one", train_images=24, test_images=12, workers=1)
+    prepare.draw_demo(tmp_path / "many", train_images=276, test_images=12, workers=2)
+    prepare.draw_demo(tmp_path / "other", train_images=24, test_images=12, seed=1, workers=1)
+    one, many, other = (contents(tmp_path / name) for name in ("one", "many", "other"))
+    images = [name for name in one if name.endswith(".jpg")]
+    assert len(images) == 36
+    assert all(one[name] == many[name] for name in images)
+    assert all(one[name] != other[name] for name in images)
+    digests = [hashlib.sha256(content).digest() for name, content in many.items() if name.endswith(".jpg")]
+    assert len(set(digests)) == 288, "every picture, of train and test alike, is another one"
+
+
+def test_demo_is_drawn_once_and_never_over_other_data(tmp_path, monkeypatch):
+    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=1)
+    before = contents(tmp_path / "demo")
+    monkeypatch.setattr(prepare, "draw_scene", lambda *_: pytest.fail("drawn again"))
+    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=1)
+    with pytest.raises(UserError, match="other settings"):
+        prepare.draw_demo(tmp_path / "demo", train_images=18, test_images=12, workers=1)
+    assert contents(tmp_path / "demo") == before
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(UserError, match="chapter.txt"):
+        prepare.draw_demo(tmp_path / "thesis", train_images=12, test_images=12)
+    assert os.listdir(tmp_path / "thesis") == ["chapter.txt"]
+    with pytest.raises(UserError, match="cannot write|not empty"):
+        prepare.draw_demo(tmp_path / "thesis" / "chapter.txt", train_images=12, test_images=12)
+
+
+def test_interrupted_demo_is_no_data_set_and_is_finished(tmp_path, monkeypatch):
+    prepare.draw_demo(tmp_path / "whole", train_images=12, test_images=12, workers=1)
+    drawn = []
+
+    def stop_after_seven(name, random):
+        if len(drawn) == 7:
+            raise KeyboardInterrupt
+        drawn.append(name)
+        return scenes.draw_scene(name, random)
+
+    monkeypatch.setattr(prepare, "draw_scene", stop_after_seven)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=1)
+    assert [entry.name for entry in (tmp_path / "demo").iterdir()] == [".partial"]
+    drawn.clear()
+    draw = scenes.draw_scene
+    monkeypatch.setattr(prepare, "draw_scene", lambda name, random: drawn.append(name) or draw(name, random))
+    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=1)
+    assert len(drawn) == 24 - 7, "finished images are not drawn again"
+    assert contents(tmp_path / "demo") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_stop_between_the_last_renames(tmp_path, monkeypatch, moves):
+    """Killed while the finished folders are moved into place: never a train folder without its test."""
+    demo, done, real = tmp_path / "demo", [], os.replace
+
+    def stop(source, target):
+        if Path(target).parent == demo:
+            if len(done) == moves:
+                raise KeyboardInterrupt
+            done.append(target)
+        real(source, target)
+
+    monkeypatch.setattr(prepare.os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.draw_demo(demo, train_images=12, test_images=12, workers=1)
+    assert (demo / ".partial").exists()
+    assert (demo / "seg_test").exists() or not (demo / "seg_train").exists()
+    monkeypatch.setattr(prepare.os, "replace", real)
+    prepare.draw_demo(demo, train_images=12, test_images=12, workers=1)
+    assert sorted(os.listdir(demo)) == ["demo.json", "seg_test", "seg_train"]
+
+
+def test_scenes_are_varied_and_not_flat():
+    for label, name in enumerate(scenes.CLASSES):
+        randoms = [np.random.default_rng([7, label, index]) for index in range(12)]
+        pictures = [np.asarray(scenes.draw_scene(name, random)) for random in randoms]
+        means = np.array([pixels.mean() for pixels in pictures])
+        assert means.std() > 10, f"the light in {name} hardly changes"
+        assert min(pixels.std() for pixels in pictures) > 3, f"an empty picture in {name}"
+
+
+def test_contact_sheet(tmp_path):
+    prepare.draw_demo(tmp_path / "demo", train_images=18, test_images=12, workers=1)
+    prepare.contact_sheet(tmp_path / "demo" / "seg_train" / "seg_train", tmp_path / "new" / "sheet.png", columns=3)
+    with Image.open(tmp_path / "new" / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+        assert sheet.height > 6 * 100 and sheet.width > 3 * 100
+    with pytest.raises(UserError, match="no class folders"):
+        prepare.contact_sheet(tmp_path / "new", tmp_path / "sheet.png")
+
+
+# ----------------------------------------------------------------------------------- archives
+@pytest.mark.parametrize("name", ["data.zip", "data.tar", "data.tar.gz", "data.tgz", "named.wrongly"])
+@pytest.mark.parametrize("top", ["", "intel/", "./", "a/b/"])
+def test_archive_unpacks_into_the_layout(tmp_path, name, top):
+    make = make_tar if ".t" in name else make_zip
+    junk = {f"{top}.DS_Store": b"x", "__MACOSX/seg_train/._1.jpg": b"x", f"{top}seg_train/Thumbs/.hidden": b"x"}
+    prepare.extract_archive(make(tmp_path / name, files(top) | junk), tmp_path / "data")
+    assert contents(tmp_path / "data") == files()
+    assert sorted(os.listdir(tmp_path / "data")) == ["seg_test", "seg_train"]
+
+
+def test_archive_may_lie_in_the_data_folder(tmp_path):
+    make_zip(tmp_path / "archive.zip", files())
+    prepare.extract_archive(tmp_path / "archive.zip", tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["archive.zip", "seg_test", "seg_train"]
+
+
+def link_info(name: str, mode: int) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = (mode | 0o777) << 16
+    return info
+
+
+def tar_info(name: str, kind: bytes, target: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+HOSTILE_NAMES = ["/etc/evil.jpg", "../evil.jpg", "seg_train/../../evil.jpg", "..\\evil.jpg", "seg_train\\..\\..\\evil",
+                 "C:\\evil.jpg", "C:evil.jpg", "\\\\server\\share\\evil.jpg", "\\evil.jpg", "seg_train/" + "x" * 300,
+                 "seg_train/seg_train/sea/0.jpg/evil.jpg", "a/" * 40 + "evil.jpg"]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_hostile_names_write_nothing(tmp_path, name, kind):
+    make = make_zip if kind == "zip" else make_tar
+    archive = make(tmp_path / f"evil.{kind}", files() | {name: b"evil"})
+    with pytest.raises(UserError, match="not safe to unpack"):
+        prepare.extract_archive(archive, tmp_path / "sub" / "data")
+    assert os.listdir(tmp_path) == [f"evil.{kind}"]
+
+
+@pytest.mark.parametrize("info", [
+    link_info("seg_train/link", stat.S_IFLNK), link_info("seg_train/pipe", stat.S_IFIFO),
+    link_info("seg_train/disk", stat.S_IFBLK),
+    tar_info("seg_train/link", tarfile.SYMTYPE, "/etc"), tar_info("seg_train/link", tarfile.SYMTYPE, "seg_test"),
+    tar_info("seg_train/hard", tarfile.LNKTYPE, "seg_train/seg_train/sea/0.jpg"),
+    tar_info("seg_train/pipe", tarfile.FIFOTYPE), tar_info("seg_train/disk", tarfile.BLKTYPE),
+    tar_info("seg_train/tty", tarfile.CHRTYPE)], ids=lambda info: f"{type(info).__name__}")
+def test_links_and_devices_are_refused(tmp_path, info):
+    make = make_zip if isinstance(info, zipfile.ZipInfo) else make_tar
+    with pytest.raises(UserError, match="not safe to unpack"):
+        prepare.extract_archive(make(tmp_path / "evil.bin", files(), info), tmp_path / "data")
+    assert os.listdir(tmp_path) == ["evil.bin"]
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_one_name_twice_is_refused(tmp_path):
+    archive = make_zip(tmp_path / "twice.zip", files(), zipfile.ZipInfo(LAYOUT[0]))
+    with pytest.raises(UserError, match="occurs twice"):
+        prepare.extract_archive(archive, tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["bomb.zip", "bomb.tar.gz"])
+def test_decompression_bomb_is_refused(tmp_path, name):
+    make = make_zip if name.endswith("zip") else make_tar
+    archive = make(tmp_path / name, files() | {"seg_train/zeros.bin": bytes(40 * 2**20)})
+    with pytest.raises(UserError, match="bomb"):
+        prepare.extract_archive(archive, tmp_path / "data")
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_too_many_members_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MAX_MEMBERS", 11)
+    with pytest.raises(UserError, match="more than 11 files"):
+        prepare.extract_archive(make_zip(tmp_path / "many.zip", files()), tmp_path / "data")
+
+
+def test_a_size_that_lies_is_noticed(tmp_path):
+    archive = make_zip(tmp_path / "lie.zip", files())
+    content = bytearray(archive.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 24 : entry + 28] = struct.pack("<I", 10)  # the uncompressed size in the directory
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match="damaged"):
+        prepare.extract_archive(archive, tmp_path / "data")
+    assert not (tmp_path / "data" / "seg_train").exists()
+
+
+def test_damaged_and_wrong_archives(tmp_path):
+    good_zip, good_tar = make_zip(tmp_path / "a.zip", files()), make_tar(tmp_path / "a.tar.gz", files())
+    flipped = bytearray(good_zip.read_bytes())
+    flipped[200] ^= 255
+    locked = bytearray(good_zip.read_bytes())
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    locked[6] |= 1
+    cases = {
+        "half.zip": (good_zip.read_bytes()[:900], "damaged"),
+        "flipped.zip": (bytes(flipped), "damaged"),
+        "locked.zip": (bytes(locked), "password"),
+        "half.tar.gz": (good_tar.read_bytes()[:-200], "damaged"),
+        "flipped.tar.gz": (good_tar.read_bytes()[:300] + b"\0\0\0" + good_tar.read_bytes()[303:], "damaged"),
+        "page.zip": (b"<!DOCTYPE html><title>Sign in</title>", "web page"),
+        "empty.zip": (b"", "not a .zip"),
+        "image.zip": (picture(0), "not a .zip"),
+        "flat.zip": (make_zip(tmp_path / "f", {"sea/1.jpg": b"x", "forest/1.jpg": b"x"}).read_bytes(), "no data set"),
+        "no_test.zip": (make_zip(tmp_path / "g", {"train/sea/1.jpg": b"x"}).read_bytes(), "no data set"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message) as caught:
+            prepare.extract_archive(tmp_path / name, tmp_path / "data")
+        assert name in str(caught.value)
+        assert not (tmp_path / "data" / "seg_train").exists(), name
+    with pytest.raises(UserError, match="no such file"):
+        prepare.extract_archive(tmp_path / "absent.zip", tmp_path / "data")
+    with pytest.raises(UserError, match="no such file"):
+        prepare.extract_archive(tmp_path, tmp_path / "data")
+    prepare.extract_archive(good_zip, tmp_path / "data")
+    assert contents(tmp_path / "data") == files(), "what damaged archives left is gone"
+
+
+def test_existing_data_is_left_alone(tmp_path):
+    archive = make_zip(tmp_path / "a.zip", files())
+    prepare.extract_archive(archive, tmp_path / "data")
+    (tmp_path / "data" / LAYOUT[0]).write_bytes(b"edited")
+    with pytest.raises(UserError, match="already holds seg_test, seg_train"):
+        prepare.extract_archive(archive, tmp_path / "data")
+    assert (tmp_path / "data" / LAYOUT[0]).read_bytes() == b"edited"
+    (tmp_path / "mine" / "seg_pred").mkdir(parents=True)
+    archive = make_zip(tmp_path / "b.zip", files() | {"seg_pred/seg_pred/1.jpg": b"x"})
+    with pytest.raises(UserError, match="already holds seg_pred"):
+        prepare.extract_archive(archive, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tar])
+def test_extraction_goes_on_where_it_stopped(tmp_path, monkeypatch, make):
+    archive, real, written = make(tmp_path / "a.bin", files()), prepare._write_member, []
+
+    def stop_at_six(*arguments):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(arguments[1])
+        real(*arguments)
+
+    monkeypatch.setattr(prepare, "_write_member", stop_at_six)
+    with pytest.raises(KeyboardInterrupt):
+        prepare.extract_archive(archive, tmp_path / "data")
+    assert os.listdir(tmp_path / "data") == [".partial"]
+    torch_side = pytest.importorskip("dataset")
+    with pytest.raises(UserError, match="partly"):
+        torch_side.find_image_set(tmp_path / "data")
+    before = {path.name + path.parent.name: path.stat().st_ino for path in written[2:]}
+    short, changed = written[:2]
+    short.write_bytes(short.read_bytes()[:-1])
+    changed.write_bytes(bytes(len(changed.read_bytes())))  # the right size, another checksum
+    monkeypatch.setattr(prepare, "_write_member", real)
+    prepare.extract_archive(archive, tmp_path / "data")
+    assert contents(tmp_path / "data") == files()
+    train = tmp_path / "data" / "seg_train" / "seg_train"
+    after = {path.name + path.parent.name: path.stat().st_ino for path in train.rglob("*.jpg")}
+    assert before.items() <= after.items(), "whole files are not written again"
+
+
+def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
+    """A stop between the renames leaves val/ without train/, which is no data set; the next call ends it."""
+    named = {name.replace("seg_train/seg_train", "train").replace("seg_test/seg_test", "val"): content
+             for name, content in files().items()}
+    archive, real, moved = make_zip(tmp_path / "a.zip", named), os.replace, []
+
+    def stop_after_one(source, target):
+        if Path(target).parent == tmp_path / "data":
+            if moved:
+                raise KeyboardInterrupt
+            moved.append(target)
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "replace", stop_after_one)
+        with pytest.raises(KeyboardInterrupt):
+            prepare.extract_archive(archive, tmp_path / "data")
+    assert sorted(os.listdir(tmp_path / "data")) == [".partial", "val"]
+    prepare.extract_archive(archive, tmp_path / "data")
+    assert contents(tmp_path / "data") == named
+
+
+def test_a_file_that_shrinks_while_it_is_copied(tmp_path):
+    member = prepare.Member("1.jpg", 10, None, lambda: io.BytesIO(b"short"))
+    with pytest.raises(UserError, match="has not the size"):
+        prepare._write_member(member, tmp_path / "1.jpg", tmp_path, tmp_path)
+    assert not (tmp_path / "1.jpg").exists()
+
+
+def test_full_disk_names_what_to_free(tmp_path, monkeypatch):
+    archive = make_zip(tmp_path / "a.zip", files())
+    usage = types.SimpleNamespace(free=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(RunError, match=r"free 64\.0 MB more"):
+            prepare.extract_archive(archive, tmp_path / "data")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.os, "replace", full)
+        with pytest.raises(RunError, match="is full"):
+            prepare.extract_archive(archive, tmp_path / "data")
+    prepare.extract_archive(archive, tmp_path / "data")
+    assert contents(tmp_path / "data") == files()
+
+
+def test_unwritable_target(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="--data_dir"):
+        prepare.extract_archive(make_zip(tmp_path / "a.zip", files()), tmp_path / "file" / "data")
+
+
+# ---------------------------------------------------------------------------------- downloads
+def kaggle(monkeypatch, answer) -> None:
+    """Puts a kagglehub in place that returns a path or raises."""
+
+    def dataset_download(handle):
+        assert handle == "puneet6060/intel-image-classification"
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    monkeypatch.setitem(sys.modules, "kagglehub", types.SimpleNamespace(dataset_download=dataset_download))
+
+
+def kaggle_error(name: str, status: int | None = None, *bases: type) -> Exception:
+    error = type(name, bases or (Exception,), {})("server said no")
+    error.response = types.SimpleNamespace(status_code=status)
+    return error
+
+
+def test_download_of_a_folder_and_of_a_zip(tmp_path, monkeypatch):
+    for name, content in files().items():
+        (tmp_path / "cache" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cache" / name).write_bytes(content)
+    (tmp_path / "cache" / "link.jpg").symlink_to("/etc/hostname")
+    kaggle(monkeypatch, tmp_path / "cache")
+    prepare.download(tmp_path / "one")
+    assert contents(tmp_path / "one") == files()
+    assert (tmp_path / "cache" / LAYOUT[0]).exists(), "kagglehub's cache stays as it is"
+    kaggle(monkeypatch, make_zip(tmp_path / "a.zip", files("top/")))
+    prepare.download(tmp_path / "two")
+    assert contents(tmp_path / "two") == files()
+    kaggle(monkeypatch, AssertionError("must not be asked"))
+    with pytest.raises(UserError, match="already holds"):
+        prepare.download(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("error", "kind", "message"), [
+    (kaggle_error("UnauthenticatedError"), UserError, "KAGGLE_USERNAME"),
+    (kaggle_error("KaggleApiHTTPError", 403), UserError, "kaggle.json"),
+    (kaggle_error("KaggleApiHTTPError", 401), UserError, "kaggle.json"),
+    (kaggle_error("KaggleApiHTTPError", 500), RunError, "server said no"),
+    (kaggle_error("ConnectTimeout", None, OSError, type("ConnectionError", (Exception,), {})), RunError, "offline"),
+    (ConnectionError("no route to host"), RunError, "offline"),
+    (OSError(errno.ENOSPC, "No space left on device"), RunError, "free about"),
+    (ValueError("what?"), RunError, "what?")], ids=lambda value: getattr(value, "__name__", None) or str(value)[:20])
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch, error, kind, message):
+    kaggle(monkeypatch, error)
+    with pytest.raises(kind, match=message):
+        prepare.download(tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_download_without_kagglehub(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    with pytest.raises(UserError, match="pip install kagglehub") as caught:
+        prepare.download(tmp_path / "data")
+    assert "prepare --archive" in str(caught.value)
+
+
+def test_offline_with_the_real_kagglehub_error():
+    requests = pytest.importorskip("requests")
+    error = prepare._download_error(requests.exceptions.ConnectionError("name resolution"), Path("data"))
+    assert isinstance(error, RunError) and "offline" in str(error)
+
+
+# -------------------------------------------------------------------------------------- check
+def test_check_counts_and_finds_what_is_wrong(tmp_path):
+    pytest.importorskip("torch")
+    for seed, name in enumerate(LAYOUT):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture(seed))
+    train, test = tmp_path / "seg_train" / "seg_train", tmp_path / "seg_test" / "seg_test"
+    (train / "sea" / "copy.jpg").write_bytes((train / "sea" / "1.jpg").read_bytes())  # within a class
+    (train / "forest" / "same.jpg").write_bytes((train / "sea" / "2.jpg").read_bytes())  # two labels
+    (test / "sea" / "leak.jpg").write_bytes((train / "sea" / "0.jpg").read_bytes())  # train and test
+    (train / "sea" / "grey.png").write_bytes(picture(50, "L", (5, 9)))
+    (train / "sea" / "cut\nshort.jpg").write_bytes(picture(51, size=(90, 90))[:700])
+    (train / "sea" / "zero.jpg").write_bytes(b"")
+    (train / "sea" / "text.jpg").write_bytes(b"not an image at all")
+    report = prepare.check(tmp_path)
+    assert report["classes"] == ["forest", "sea"]
+    assert report["counts"] == {"train": {"forest": 4, "sea": 8}, "test": {"forest": 3, "sea": 4}}
+    assert report["balance"] == {"train": 2.0, "test": 1.333}
+    assert report["sizes"] == {"8x6": 15, "5x9": 1}
+    assert report["modes"] == {"RGB": 15, "L": 1}
+    assert {Path(name).name for name in report["unreadable"]} == {"cut\nshort.jpg", "zero.jpg", "text.jpg"}
+    assert len(report["duplicates"]) == 3
+    assert [sorted(Path(path).name for path in group) for group in report["across_splits"]] == [["0.jpg", "leak.jpg"]]
+    assert [sorted(Path(path).name for path in group) for group in report["across_labels"]] == [["2.jpg", "same.jpg"]]
+    json.dumps(report)
+    text = prepare.format_check(report, most=2)
+    assert "unreadable files: 3" in text and "and 1 more" in text and "leak.jpg" in text
+    assert "cut\\nshort.jpg" in text, "a line break in a name does not break the line"
+    assert "train and test: 1" in text and "two labels: 1" in text
+
+
+def test_check_needs_data(tmp_path):
+    pytest.importorskip("torch")
+    with pytest.raises(UserError):
+        prepare.check(tmp_path / "nothing")
+
+
+def test_prepare_imports_no_torch():
+    code = "import sys, prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(prepare.__file__).parent, check=False).returncode == 0

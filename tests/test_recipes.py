@@ -1,0 +1,95 @@
+"""Runs every recipe as a reader would, and looks for the numbers that make its point.
+
+The recipes assert their own claims; this checks that they run, that they print, and that the index is whole.
+It must not import a recipe: each is a program that stands alone. Run: pytest tests/test_recipes.py
+"""
+
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+RECIPES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
+
+# Patterns that must be found in the output, so that a recipe cannot lose its failure and keep its rule.
+TELLING = {
+    "01_typical_step": [r"4194304  skipped", r"float32 0%, float16 [3-9]\d%", r"moved by 0\.000; in the next",
+                        r"Attempting to unscale FP16 gradients"],
+    "02_clipping": [r"norm 65536 times too large", r"clip too early +\d{5}\.", r"unscale_\(\) has already been called"],
+    "03_accumulation": [r"float16, pieces of 8 8 8 4 .* error +0\.\d\d%", r"no division .* error +3\d\d\.\d\d%",
+                        r"scale changed .* error +2\d\.\d\d%", r"unscale_\(\) has already been called"],
+    "04_gradient_penalty": [r"left scaled: 65536 times", r"65536 skipped", r"skipped updates: 0 and [1-9]"],
+    "05_several_models_losses_optimizers": [r"update\(\) last +0\.00000 +0\.\d+ +4096 -> 2048",
+                                            r"2\.00 times too long"],
+    "06_data_parallel": [r"plain threads +\['float32'\]", r"handed to the threads +\['bfloat16'\]",
+                         r"with its dtype +\['float16'\]"],
+    "07_distributed_data_parallel": [r"\n +2 .*4096 skip.*nan +4096 skip", r"\n +3 .* 2048 .* 2048 ",
+                                     r"\n +2 .*4096 +nan +nan +4096 skip"],
+    "08_custom_autograd_function": [r"expected m1 and m2 to have the same dtype", r"naked +inf float16",
+                                    r"70244\.0 float32, gradient float16"],
+    "09_save_and_resume": [r"difference 0\.0\n", r"difference 0\.0[1-9]\d*\n", r"2097152, after: 1048576",
+                           r"RuntimeError: The source state dict is empty"],
+    "10_without_a_scaler": [r"float16, no scaler +100\.0%", r"float16 \+ scaler +0\.0%", r"exactly zero +100\.0%"],
+    "11_bfloat16_against_float16": [r"70000 becomes +70000 +70144 +inf", r"3000 +256 +2048", r"76800 +76800 +inf"],
+    "12_autocast_op_lists": [r"convolution +float16 -> float16", r"_log_softmax +float32 -> float32",
+                             r"linear +bfloat16 +bfloat16 +runs in 16 bits", r"out=c\): float32"],
+    "13_inference": [r"float32 +\d\d\.\d\d% +0\.00000 +0\n", r"bfloat16 .* [1-9]\d*\n", r"0\.0% in eval\(\), [1-9]"],
+    "14_compile": [r"same_as_forward .* error 0\.[12]\d*%", r"off .* error 0\.0000%"],
+    "15_find_the_overflow": [r"loud network 0\.0625", r"pool +largest +inf +<- not finite",
+                             r"not finite: forward, pool", r"not finite: backward, head", r"not finite: none"],
+}
+
+
+def run(path, *options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, str(path), *options], capture_output=True, text=True, timeout=120,
+                          env=environment)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """Starts the recipes of the selected tests, two at a time; maps a name to its future result."""
+    selected = {item.callspec.params["recipe"] for item in request.session.items
+                if "runs" in getattr(item, "fixturenames", ()) and item.path == request.path}
+    with ThreadPoolExecutor(2) as pool:
+        yield {path.stem: pool.submit(run, path) for path in sorted(selected)}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_shows_its_point(recipe, runs):
+    result = runs[recipe.stem].result()
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.rstrip().splitlines()[-1].startswith("RULE: ")
+    for pattern in TELLING[recipe.stem]:
+        assert re.search(pattern, result.stdout), f"{pattern!r} is not in:\n{result.stdout}"
+    assert "Warning" not in result.stderr, result.stderr
+    too_wide = [line for line in result.stdout.splitlines() if len(line) > 80]
+    assert not too_wide
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipe_stands_alone(recipe):
+    text = recipe.read_text()
+    imports = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
+    assert imports - {"torch", "torchvision"} <= set(sys.stdlib_module_names)
+    assert "torch.cuda.amp" not in text, "deprecated; torch.amp takes the device"
+    assert "Rule:" in text and "When it is broken:" in text.split('"""')[1]
+
+
+def test_index_lists_every_recipe_in_order():
+    index = (FOLDER / "README.md").read_text()
+    listed = re.findall(r"^\| \[(\w+\.py)\]\((\w+\.py)\)", index, re.MULTILINE)
+    assert [name for name, _ in listed] == [target for _, target in listed] == [path.name for path in RECIPES]
+    assert set(TELLING) == {path.stem for path in RECIPES}
+
+
+def test_a_missing_gpu_is_a_message():
+    result = run(RECIPES[0], "--device", "cuda")
+    assert result.returncode == 2
+    assert "PyTorch sees no CUDA device" in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,486 @@
+"""Reports from synthetic run directories with known numbers: tables, tests, calibration, pictures, HTML.
+The numbers are checked by hand, against scikit-learn or against a closed form.
+Run with: pytest tests/test_report.py"""
+
+import csv
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import precision_recall_fscore_support
+
+import html_report
+import report
+import results
+
+CLASSES = ["buildings", "forest", "sea"]
+HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]
+
+
+def make_run(directory: Path, precision: str = "fp32", *, truth=None, predicted=None, classes=CLASSES, seed: int = 42,
+             rates=(50.0, 100.0, 120.0, 110.0), memory: float = 2000.0, seconds: float = 60.0, device: str = "cpu",
+             scales=None, device_name: str = "a processor", **options) -> Path:
+    """A finished run directory; the classifier is 0.8 sure of what it predicts."""
+    truth = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2] if truth is None else truth)
+    predicted = truth if predicted is None else np.array(predicted)
+    directory.mkdir(parents=True)
+    number, scales = len(classes), scales or [None] * len(rates)
+    (directory / "config.json").write_text(json.dumps({
+        "options": {"model": "ResNet18", "epochs": len(rates), "batch_size": 8, "image_size": 64, "seed": seed,
+                    "amp": precision.startswith("amp"), "data_dir": str(directory), **options},
+        "versions": {"torch": "2.11.0"}, "device": device, "device_name": device_name, "precision": precision,
+        "dataset": {"fingerprint": "f", "classes": classes, "train": 80, "val": 20, "test": len(truth)}}))
+    epochs = enumerate(zip(rates, scales, strict=True), 1)
+    metrics = [{"epoch": epoch, "train_loss": 1 / epoch, "train_acc": 60.0, "val_loss": 1.1 / epoch,
+                "val_acc": 50.0 + epoch, "learning_rate": 1e-4, "loss_scale": scale, "skipped_updates": scale == 1024,
+                "images_per_second": rate, "data_wait_share": 0.1, "seconds": 10.0, "peak_memory_mb": memory,
+                "elapsed": 12.0 * epoch, "skips": []} for epoch, (rate, scale) in epochs]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in metrics))
+    confusion = np.zeros((number, number), dtype=int)
+    np.add.at(confusion, (truth, predicted), 1)
+    (directory / "result.json").write_text(json.dumps({
+        "test_acc": 100 * float((truth == predicted).mean()), "test_loss": 0.5, "best_epoch": len(rates),
+        "best_val_acc": 50.0 + len(rates), "total_seconds": seconds * 1.5, "train_seconds": seconds,
+        "images_per_second": 100.0, "peak_memory_mb": memory, "reserved_memory_mb": None, "precision": precision,
+        "memory_kind": "CUDA allocated" if device == "cuda" else "process resident peak", "device": device,
+        "device_name": device_name, "classes": classes, "per_class": {}, "confusion": confusion.tolist(),
+        "calibration_error": 0.1}))
+    with open(directory / "predictions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "predicted", "confidence", *classes])
+        for place, (true, guess) in enumerate(zip(truth, predicted, strict=True)):
+            shares = np.full(number, 0.2 / (number - 1))
+            shares[guess] = 0.8
+            writer.writerow([f"{classes[true]}/{place}.jpg", classes[true], classes[guess], 0.8, *shares])
+    return directory
+
+
+def fail_run(directory: Path, precision: str, reason: str) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "failure.json").write_text(json.dumps({"precision": precision, "reason": reason}))
+    return directory
+
+
+def compare(*directories: Path) -> tuple[list[dict], dict]:
+    runs = [report.read_run(directory) for directory in directories]
+    comparison = report.compare_runs(runs)
+    json.dumps(comparison, allow_nan=False)  # comparison.json must be plain JSON
+    return runs, comparison
+
+
+def is_picture(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        image.load()
+        assert np.asarray(image.convert("L")).std() > 1
+        return image.size
+
+
+# Reading
+
+def test_read_run(tmp_path):
+    run = report.read_run(make_run(tmp_path / "baseline"))
+    assert run["name"] == "baseline" and run["result"]["test_acc"] == 100 and run["failure"] is None
+    assert [epoch["epoch"] for epoch in run["metrics"]] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(("file", "content"), [
+    ("config.json", None), ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"options": 1}'),
+    ("metrics.jsonl", None), ("metrics.jsonl", '{"epoch": 1}\n{"epo'), ("metrics.jsonl", '{"loss": 1}\n'),
+    ("metrics.jsonl", "[1]\n"), ("result.json", "{}"), ("result.json", "\x00"), ("result.json", "null")])
+def test_missing_or_damaged_files_are_named(tmp_path, file, content):
+    directory = make_run(tmp_path / "run")
+    (directory / file).unlink()
+    if content is not None:
+        (directory / file).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(file)):
+        report.read_run(directory)
+
+
+@pytest.mark.parametrize("change", [{"confusion": [[1, 2]]}, {"confusion": [[0] * 3] * 3}, {"test_acc": "high"},
+                                    {"confusion": None}, {"classes": 3}, {"peak_memory_mb": None}])
+def test_a_result_that_makes_no_sense_is_refused(tmp_path, change):
+    file = make_run(tmp_path / "run") / "result.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match="result.json"):
+        report.read_run(file.parent)
+
+
+def test_an_interrupted_run_may_end_in_half_a_line(tmp_path):
+    directory = make_run(tmp_path / "run")
+    (directory / "result.json").unlink()
+    (directory / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
+    assert len(report.read_run(directory)["metrics"]) == 1
+    (directory / "metrics.jsonl").write_text('{"epo\n{"epoch": 2}\n')
+    with pytest.raises(ValueError, match="line 1"):
+        report.read_run(directory)
+
+
+@pytest.mark.parametrize("row", ["a.jpg,sea,sea,0.8,0.1,0.1", "a.jpg,sea,sea,high,0.1,0.1,0.8",
+                                 "a.jpg,sea,sea,nan,0.1,0.1,0.8"])
+def test_damaged_predictions_are_named_with_their_row(tmp_path, row):
+    directory = make_run(tmp_path / "run")
+    with open(directory / "predictions.csv", "a") as file:
+        file.write(row + "\n")
+    with pytest.raises(ValueError, match="predictions.csv: image 11"):
+        report.read_predictions(directory / "predictions.csv")
+
+
+@pytest.mark.parametrize("content", ["", "path,label\n"])
+def test_predictions_without_their_columns_are_refused(tmp_path, content):
+    (tmp_path / "predictions.csv").write_text(content)
+    with pytest.raises(ValueError, match="predictions.csv"):
+        report.read_predictions(tmp_path / "predictions.csv")
+
+
+def test_metrics_csv_reads_back(tmp_path):
+    metrics = report.read_run(make_run(tmp_path / "run", scales=[2048.0, None, 1024.0, 1024.0]))["metrics"]
+    report.metrics_csv(metrics, tmp_path / "metrics.csv")
+    with open(tmp_path / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["val_acc"]) for row in rows] == [51, 52, 53, 54]
+    assert [row["loss_scale"] for row in rows] == ["2048.0", "", "1024.0", "1024.0"] and "skips" not in rows[0]
+
+
+def test_writing_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
+    results.write_atomically(tmp_path / "a", "first")
+    results.write_atomically(tmp_path / "a", "second")
+    assert (tmp_path / "a").read_text() == "second" and [file.name for file in tmp_path.iterdir()] == ["a"]
+
+
+# Numbers
+
+def test_class_table_agrees_with_scikit_learn():
+    random = np.random.default_rng(0)
+    truth, predicted = random.integers(0, 4, 200), random.integers(0, 5, 200)  # class 4 is never true
+    confusion = np.zeros((5, 5), dtype=int)
+    np.add.at(confusion, (truth, predicted), 1)
+    expected = precision_recall_fscore_support(truth, predicted, labels=range(5), zero_division=0)
+    found = [[row[name] for row in results.class_table(confusion)] for name in
+             ("precision", "recall", "f1", "support")]
+    np.testing.assert_allclose(found, [100 * expected[0], 100 * expected[1], 100 * expected[2], expected[3]])
+
+
+def test_wilson_interval_against_its_closed_form():
+    share, total, z = 0.9, 50, 1.959963984540054
+    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
+    assert results.wilson(45, 50) == pytest.approx((100 * (centre - half), 100 * (centre + half)))
+    assert results.wilson(50, 50)[1] == pytest.approx(100)
+
+
+def test_calibration_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.5, 0.5]])
+    found = report.calibration(probabilities, np.array([0, 1, 1, 0]), bins=2)
+    # (0, 0.5] holds the last image (right, 0.5); (0.5, 1] holds 0.9 right, 0.8 wrong, 0.6 right.
+    assert found["count"] == [1, 3]
+    assert found["accuracy"] == pytest.approx([1, 2 / 3]) and found["confidence"] == pytest.approx([0.5, 2.3 / 3])
+    assert found["ece"] == pytest.approx(0.25 * 0.5 + 0.75 * (2.3 / 3 - 2 / 3))
+
+
+def test_a_model_as_sure_as_it_is_right_is_calibrated():
+    probabilities = np.tile([0.75, 0.25], (400, 1))
+    assert report.calibration(probabilities, np.arange(400) % 4 == 0)["ece"] == pytest.approx(0)
+    assert report.calibration(np.eye(2)[[0, 1]], np.array([0, 1]))["count"][-1] == 2
+
+
+def test_steady_rate_leaves_the_first_epoch_out():
+    rates = [{"epoch": 1, "images_per_second": 1.0}, {"epoch": 2, "images_per_second": 90.0},
+             {"epoch": 3, "images_per_second": 110.0}, {"epoch": 4, "images_per_second": None}]
+    assert results.steady_rate(rates) == 100
+    assert results.steady_rate(rates[:1]) == 1
+    assert results.steady_rate([]) is None
+
+
+def test_mcnemar_by_hand(tmp_path):
+    truth = [0] * 20
+    first = make_run(tmp_path / "a", truth=truth, predicted=[1] * 1 + [0] * 19)
+    second = make_run(tmp_path / "b", truth=truth, predicted=[0] * 12 + [1] * 8)
+    found = results.mcnemar(first / "predictions.csv", second / "predictions.csv")
+    # 8 images are right only in the first, 1 only in the second: 2 (C(9,0) + C(9,1)) / 2^9.
+    assert (found["only_reference_right"], found["only_other_right"], found["images"]) == (8, 1, 20)
+    assert found["p_value"] == pytest.approx(2 * (1 + 9) / 2**9)
+
+
+def test_mcnemar_matches_by_path_not_by_order(tmp_path):
+    first = make_run(tmp_path / "a", predicted=[1, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    second = make_run(tmp_path / "b", predicted=[1, 0, 0, 1, 1, 1, 2, 2, 2, 2])
+    header, *rows = (second / "predictions.csv").read_text().splitlines()
+    (second / "predictions.csv").write_text("\n".join([header, *rows[::-1][:9]]) + "\n")
+    found = results.mcnemar(first / "predictions.csv", second / "predictions.csv")
+    assert (found["images"], found["p_value"], found["only_reference_right"]) == (9, 1.0, 0)
+    (second / "predictions.csv").unlink()
+    assert results.mcnemar(first / "predictions.csv", second / "predictions.csv") is None
+
+
+# Comparison
+
+def test_comparison_of_two_precisions(tmp_path):
+    truth = [0, 1] * 50
+    _, comparison = compare(
+        make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1, 1, 1] + truth[3:], memory=1500.0,
+                 rates=(1.0, 300.0, 200.0, 220.0), seconds=30.0),
+        make_run(tmp_path / "fp32", truth=truth))
+    base, amp = comparison["rows"]
+    assert (base["precision"], amp["precision"]) == ("fp32", "amp-bf16")
+    assert base["speed_up"] == 1 and amp["speed_up"] == pytest.approx(220 / 110) and amp["memory_ratio"] == 0.75
+    assert amp["test_acc"] == {"mean": 98.0, "std": None, "values": [98.0]}
+    entry, = comparison["significance"]
+    assert entry["difference"] == -2 and entry["p_value"] == 0.5 and entry["mcnemar"][0]["only_reference_right"] == 2
+    table = report.performance_table(comparison)
+    assert "| Algorithm | Test Accuracy | Memory (process resident peak) | Total Training Time |" in table
+    assert ("| ResNet18 AMP bfloat16 | 98.00 % | 1500 MB | 45.0 s | 30.0 s | 220 | 2.00× | 0.75× |") in table
+    assert "this is not distinguishable from noise" in table and "torch 2.11.0" in table
+
+
+def test_a_real_difference_is_called_one(tmp_path):
+    truth = [0] * 40
+    _, comparison = compare(make_run(tmp_path / "a", truth=truth),
+                            make_run(tmp_path / "b", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28))
+    assert comparison["significance"][0]["p_value"] == pytest.approx(2 / 2**12)
+    assert "this is distinguishable from noise at a level of 5 %" in results.verdict(comparison)
+
+
+def test_the_level_is_shared_by_several_comparisons(tmp_path):
+    truth = [0] * 40  # six lost images: p = 2 / 2^6 = 0.031, real alone but not among three comparisons
+    runs = [make_run(tmp_path / "fp32", truth=truth),
+            make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34)]
+    assert "is distinguishable" in results.verdict(compare(*runs)[1])
+    runs += [make_run(tmp_path / name, name, truth=truth) for name in ("tf32", "amp-fp16")]
+    sentence = results.verdict(compare(*runs)[1])
+    assert "none of these is distinguishable" in sentence and "3 comparisons" in sentence
+    assert sentence.endswith(".") and ". " not in sentence
+
+
+def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
+    from scipy import stats
+    truth, wrong = [0] * 100, {"fp32": (10, 12, 14), "amp-bf16": (11, 12, 16)}
+    runs, comparison = compare(*(
+        make_run(tmp_path / f"{name}-{seed}", name, truth=truth, predicted=[1] * count + [0] * (100 - count), seed=seed)
+        for name, counts in wrong.items() for seed, count in enumerate(counts)))
+    base, amp = comparison["rows"]
+    assert base["test_acc"]["mean"] == 88 and base["test_acc"]["std"] == pytest.approx(2)
+    assert base["seeds"] == [0, 1, 2] and len(comparison["significance"][0]["mcnemar"]) == 3
+    expected = stats.ttest_ind([90, 88, 86], [89, 88, 84], equal_var=False).pvalue
+    assert comparison["significance"][0]["p_value"] == pytest.approx(expected)
+    table = report.performance_table(comparison)
+    assert "88.00 ± 2.00 %" in table and "Welch" in table and "over seeds" in table
+    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    is_picture(tmp_path / "comparison.png")
+
+
+def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_path):
+    unfinished = make_run(tmp_path / "amp-bf16", "amp-bf16")
+    (unfinished / "result.json").unlink()
+    runs, comparison = compare(make_run(tmp_path / "fp32"), unfinished,
+                               fail_run(tmp_path / "amp-fp16", "amp-fp16", "loss is nan | epoch 2"))
+    table = report.performance_table(comparison)
+    assert "| ResNet18 AMP float16 | failed: loss is nan \\| epoch 2 |" in table
+    assert "| ResNet18 AMP bfloat16 | failed: not finished: 4 of 4 epochs done |" in table
+    assert "nothing can be said about accuracy" in table
+    assert [row["speed_up"] for row in comparison["rows"]] == [1, None, None]
+    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    is_picture(tmp_path / "comparison.png")
+
+
+def test_without_fp32_and_without_any_finished_run(tmp_path):
+    runs, comparison = compare(make_run(tmp_path / "amp", "amp-bf16"))
+    assert comparison["rows"][0]["speed_up"] is None and "–" in report.performance_table(comparison)
+    runs, comparison = compare(fail_run(tmp_path / "a", "fp32", "out of memory"))
+    assert "failed: out of memory" in report.performance_table(comparison)
+    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    html_report.html_comparison(tmp_path, runs, comparison, tmp_path / "report.html")
+    assert "out of memory" in (tmp_path / "report.html").read_text()
+    assert report.performance_table(report.compare_runs([]))
+
+
+def test_runs_of_two_machines_are_not_averaged(tmp_path):
+    _, comparison = compare(make_run(tmp_path / "a", device="cuda", device_name="RTX"),
+                            make_run(tmp_path / "b", rates=(1.0, 50.0)),
+                            make_run(tmp_path / "c", "amp-fp16", device="cuda", device_name="RTX",
+                                     rates=(1.0, 330.0)))
+    assert [row["algorithm"] for row in comparison["rows"]] == [
+        "ResNet18 FP32, RTX", "ResNet18 AMP float16, RTX", "ResNet18 FP32, a processor"]
+    assert [row["speed_up"] for row in comparison["rows"]] == [1, 3, 1]
+    table = report.performance_table(comparison)
+    assert "| Memory |" in table and "2000 MB (CUDA allocated)" in table
+
+
+def test_unequal_options_are_pointed_out(tmp_path):
+    _, comparison = compare(make_run(tmp_path / "a", learning_rate=0.1, num_workers=0),
+                            make_run(tmp_path / "b", "amp-bf16", learning_rate=0.2, num_workers=4))
+    assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in report.performance_table(comparison)
+    assert list(comparison["differences"]) == ["learning_rate"]
+
+
+def test_a_table_of_a_gpu_names_its_memory(tmp_path):
+    _, comparison = compare(make_run(tmp_path / "a", device="cuda"))
+    assert "GPU Memory (peak allocated)" in report.performance_table(comparison)
+
+
+# Text
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_summary_fits_and_tells_everything(tmp_path, width):
+    truth = list(range(6)) * 10
+    run = report.read_run(make_run(tmp_path / "run", "amp-fp16", classes=HOSTILE, truth=truth,
+                                   predicted=[0] * 3 + truth[3:]))
+    text = report.summary(run["result"], width=width)
+    assert max(results.text_width(line) for line in text.splitlines()) <= width
+    assert "96.67 %" in text and "58 of 60" in text and "process resident peak" in text and "\x1b" not in text
+    assert re.search(r"a\|b +83\.33 +100\.00 +90\.91 +10$", text, re.MULTILINE)
+    assert len(text.splitlines()) == 6 + 2 + 6
+
+
+def test_summary_of_many_classes_shows_the_weakest(tmp_path):
+    truth = np.arange(50)
+    run = report.read_run(make_run(tmp_path / "run", classes=[f"class {place}" for place in truth], truth=truth,
+                                   predicted=np.where(truth == 37, 0, truth)))
+    text = report.summary(run["result"])
+    assert "class 37 " in text and "class 49" not in text and "all 50" in text
+
+
+def test_clean_and_markdown():
+    assert results.clean("a\nb\x1b[0m\u202e") == "a b [0m" and results.clean("") == "?"
+    assert results.clean("abcdef", 4) == "abc…" and results.clean("海海海", 5) == "海海…"
+    assert results.clean("caf\udce9")  # an undecodable file name
+    assert results.markdown("a|b<c>$d_e") == "a\\|b&lt;c&gt;\\$d\\_e"
+
+
+# Pictures
+
+@pytest.mark.parametrize("scales", [None, [2048.0, 1024.0]])
+@pytest.mark.parametrize("epochs", [1, 2, 120])
+def test_learning_curve(tmp_path, epochs, scales):
+    run = report.read_run(make_run(tmp_path / "run", rates=[100.0] * epochs,
+                                   scales=scales and (scales * epochs)[:epochs]))
+    report.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
+    height = is_picture(tmp_path / "a.png")[1]
+    assert height == (840 if scales else 630)
+
+
+def test_learning_curve_of_a_diverged_run(tmp_path):
+    metrics = [{"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_acc": math.inf},
+               {"epoch": 2, "train_loss": 1.0, "loss_scale": 0.25}]
+    report.learning_curve(metrics, tmp_path / "a.png", title="t", best_epoch=None)
+    is_picture(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="at least one epoch"):
+        report.learning_curve([], tmp_path / "b.png", title="t", best_epoch=1)
+
+
+@pytest.mark.parametrize("number", [2, 6, 40, 100])
+def test_confusion_matrix(tmp_path, number):
+    classes = (HOSTILE + [f"class {place}" for place in range(number)])[:number]
+    report.confusion_matrix(np.eye(number, dtype=int).tolist(), classes, tmp_path / "a.png", title="t" * 300)
+    assert max(is_picture(tmp_path / "a.png")) < 3500
+
+
+def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+    texts, original = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **options: (
+        texts.append((x, y, text)), original(self, x, y, text, **options))[1])
+    report.confusion_matrix([[3, 1], [0, 500]], ["a", "b"], tmp_path / "a.png", title="t")
+    assert set(texts) == {(0, 0, "3\n75 %"), (1, 0, "1\n25 %"), (0, 1, "0"), (1, 1, "500\n100 %")}
+
+
+def test_reliability_curve(tmp_path):
+    runs = [report.read_run(make_run(tmp_path / name, name)) for name in ("fp32", "amp-bf16")]
+    (tmp_path / "amp-bf16" / "predictions.csv").unlink()
+    report.reliability_curve(runs, tmp_path / "a.png")
+    is_picture(tmp_path / "a.png")
+    assert results.run_calibration(runs[0])["ece"] == pytest.approx(0.2) and results.run_calibration(runs[1]) is None
+
+
+def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
+    with open(tmp_path / "predictions.csv", "w", newline="") as file:
+        csv.writer(file).writerows([
+            ["path", "label", "predicted", "confidence", "a", "b"], ["right.png", "a", "a", 1.0, 1.0, 0.0],
+            ["less.png", "a", "b", 0.6, 0.4, 0.6], ["missing.png", "a", "b", 0.9, 0.1, 0.9],
+            ["broken.png", "b", "a", 0.7, 0.7, 0.3], ["least.png", "b", "a", 0.51, 0.51, 0.49]])
+    Image.new("L", (30, 50), 200).save(tmp_path / "less.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    asked, original = [], report.load_picture
+    monkeypatch.setattr(report, "load_picture", lambda path, side: (asked.append(path.name), original(path, side))[1])
+    report.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
+    assert asked == ["missing.png", "broken.png", "less.png"]
+    is_picture(tmp_path / "a.png")
+
+
+def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
+    run = make_run(tmp_path / "run")
+    report.gallery(run / "predictions.csv", tmp_path / "nowhere", tmp_path / "a.png")
+    other = make_run(tmp_path / "other", classes=HOSTILE, truth=[0, 1, 2, 3, 4, 5], predicted=[1, 2, 3, 4, 5, 0])
+    report.gallery(other / "predictions.csv", tmp_path / "nowhere", tmp_path / "b.png")
+    is_picture(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
+def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
+    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
+    Image.new(mode, (40, 20)).save(path)
+    assert report.load_picture(path, 10).shape == (5, 10, 3)
+
+
+# HTML
+
+def body_of(path: Path) -> str:
+    """The page; fails where it would load anything, run anything or leave a tag open."""
+    from html.parser import HTMLParser
+    text, opened = path.read_text(encoding="utf-8"), []
+
+    class Checker(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            assert tag not in ("script", "link", "iframe", "object")
+            assert all(name != "href" and not name.startswith("on") for name, _ in attributes)
+            assert all(value.startswith("data:image/") for name, value in attributes if name == "src")
+            if tag not in ("meta", "img"):
+                opened.append(tag)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    Checker().feed(text)
+    assert not opened and "url(" not in text and "@import" not in text
+    return text
+
+
+def test_html_report_is_self_contained_and_escapes(tmp_path):
+    truth = list(range(6)) * 3
+    run = make_run(tmp_path / "run<b>", "amp-fp16", classes=HOSTILE, truth=truth, predicted=[1, *truth[1:]],
+                   scales=[2.0, 1.0, 2.0, 2.0], model="<img src=x onerror=alert(1)>")
+    html_report.html_report(run, tmp_path / "report.html")
+    text = body_of(tmp_path / "report.html")
+    assert "&lt;script&gt;alert(1)" in text and text.count("<figure>") == 4
+    assert "94.44 %" in text and "image_size" in text and "AMP float16" in text
+
+
+def test_html_report_of_a_failed_run(tmp_path):
+    html_report.html_report(fail_run(tmp_path / "run", "fp32", "the loss is <nan>"), tmp_path / "report.html")
+    assert "the loss is &lt;nan&gt;" in body_of(tmp_path / "report.html")
+    with pytest.raises(ValueError, match="nowhere"):
+        html_report.html_report(tmp_path / "nowhere", tmp_path / "b.html")
+
+
+def test_html_comparison(tmp_path):
+    runs, comparison = compare(make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16"),
+                               fail_run(tmp_path / "amp-fp16", "amp-fp16", "out of memory"))
+    html_report.html_comparison(tmp_path, runs, comparison, tmp_path / "report.html")
+    text = body_of(tmp_path / "report.html")
+    assert text.count("<figure>") == 2 + 3 * 2 and "failed: out of memory" in text
+    assert "<h2>ResNet18 AMP bfloat16</h2>" in text and results.verdict(comparison) in text
+
+
+# Boundaries
+
+def test_imports_stay_within_the_report():
+    code = ("import sys, html_report; loaded = set(sys.modules); "
+            "print(loaded & {'torch', 'matplotlib.pyplot', 'utils', 'train', 'main', 'dataset', 'run'})")
+    root = Path(report.__file__).parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
