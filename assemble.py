@@ -71,6 +71,8 @@ class Setup:
             workers=options.num_workers, skip_unreadable=options.skip_unreadable, pin=self.device.type == "cuda",
             keep_larger=getattr(options, "augment", "flip") == "crop", test_only=test_only, log=self.log,
         )
+        if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
+            raise UserError(f"the images in {options.data_dir} are not those of the job's first process: copy them.")
         wanted = getattr(options, "num_classes", None)
         if wanted is not None and wanted != len(data.classes):
             raise UserError(f"--num_classes {wanted}: {options.data_dir} holds {len(data.classes)} class folders.")
@@ -100,7 +102,7 @@ class Setup:
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:
         """The network of a checkpoint, on the device, in evaluation mode."""
         network = build_model(checkpoint["model_name"], len(checkpoint["classes"]), pretrained=False)
-        load_weights(network, checkpoint["model"], source="the checkpoint")
+        load_weights(network, checkpoint["model"], source="the checkpoint", new_head=False)
         return self.placed(network).eval()
 
     def checkpoint(self) -> dict[str, Any]:
@@ -125,6 +127,8 @@ class Setup:
         left_over = len(data.train) % options.batch_size or options.batch_size
         check_input_size(network, options.image_size, max(1, left_over // (ranks.size * options.accumulate)))
         if options.sync_batchnorm and ranks.size > 1:
+            if device.type != "cuda":
+                raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         average = None
         if options.ema:

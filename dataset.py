@@ -29,6 +29,7 @@ _TEST_FOLDERS = ("seg_test/seg_test", "seg_test", "test/test", "test")
 _VALIDATION_FOLDERS = ("val", "valid", "validation")
 
 Listing = list[tuple[Path, int]]
+Piece = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
 
 
 # ----------------------------------------------------------------------------- what is on disk
@@ -73,7 +74,8 @@ def find_image_set(data_dir: str | Path) -> ImageSet:
     for folder in folders:
         missing = sorted(set(classes) ^ set(_class_names(folder)))
         if missing:
-            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {printable(missing)}.")
+            names = ", ".join(map(printable, missing))
+            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {names}.")
     listings = [_list_images(folder, classes) for folder in folders]
     return ImageSet(root, classes, *listings)
 
@@ -84,8 +86,13 @@ def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
 
 def _class_names(folder: Path) -> list[str]:
     """Alphabetical names of the class folders; a lone inner folder of the same name is not a class."""
-    names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".") and entry.is_dir()]
+    names = [name for name in os.listdir(folder) if _is_wanted(name) and (folder / name).is_dir()]
     return [] if names == [folder.name] else sorted(names)
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file or folder is the user's own, not what a desktop leaves behind."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _list_images(folder: Path, classes: list[str]) -> Listing:
@@ -101,9 +108,9 @@ def _list_images(folder: Path, classes: list[str]) -> Listing:
 def find_images(folder: Path) -> Iterator[Path]:
     """Every image file below `folder` by its suffix; hidden files and linked folders are passed over."""
     for directory, subfolders, files in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        subfolders[:] = filter(_is_wanted, subfolders)
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            if _is_wanted(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
                 yield Path(directory, name)
 
 
@@ -113,7 +120,7 @@ def split_train(labels: np.ndarray, *, fraction: float = 0.2, seed: int) -> tupl
 
     try:
         train, validation = train_test_split(
-            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed
+            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed % 2**32
         )
     except ValueError as error:
         raise UserError(f"cannot split {fraction:.0%} of the training images off for validation: {error}") from None
@@ -169,12 +176,12 @@ def open_data_set(
     batches in page-locked memory for a CUDA device. Raises UserError for anything wrong with the data.
     """
     image_set = find_image_set(data_dir)
-    limit = image_size * 3 // 2 if keep_larger else image_size
     names = ["test"] if test_only else [n for n in ("train", "test", "validation") if getattr(image_set, n)]
     subsets, bad, digest = {}, {}, hashlib.sha256(json.dumps(image_set.classes).encode())
     for name in names:
         listing = getattr(image_set, name)
         paths = [path for path, _ in listing]
+        limit = image_size * 3 // 2 if keep_larger and name == "train" else image_size
         store = open_store(paths, image_set.root, limit=limit, cache=cache, workers=workers, pin=pin, log=log)
         bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         readable = np.setdiff1d(np.arange(len(listing)), list(store.unreadable))
@@ -275,7 +282,7 @@ class Batches:
     def updates_per_epoch(self) -> int:
         return -(-len(self.subset) // self.batch_size)
 
-    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor, int, bool]]]:
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[Piece]]:
         """The updates of one epoch from `first_update` on, each an iterator of pieces.
 
         A piece is (images, labels, weight, whether it is the last of its update).

@@ -23,7 +23,9 @@ from precision import Precision, choose_precision, gives_nan_in_float16, sensibl
 from probe import PHASES, Probe
 from utils import RunError, device_name
 
-ROUNDS = 3
+ROUNDS, ROUND_SECONDS = 3, 1.5
+# Large enough to run at the device's full rate.
+KERNELS = {"cpu": {"size": 2048, "images": 32}, "gpu": {"size": 8192, "images": 256}}
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "bf16", "fphp")
 _AVAILABLE = {True: "native", False: "emulated"}
 
@@ -205,10 +207,10 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
             probes[name] = Probe(precision=name, **request)
         slowest = max([turn["seconds"] for turn in ask_all("warm_up").values()], default=1.0)
         for _ in range(ROUNDS if slowest < 6 else 1):
-            for name, turn in ask_all("round", updates=int(min(50, max(1, 1.5 / slowest)))).items():
+            for name, turn in ask_all("round", updates=int(min(50, max(1, ROUND_SECONDS / slowest)))).items():
                 answers[name]["rounds"].append(turn)
         for _ in range(2):
-            for name, rates in ask_all("kernels").items():
+            for name, rates in ask_all("kernels", **KERNELS["cpu" if request["device"] == "cpu" else "gpu"]).items():
                 answers[name]["kernels"].append(rates)
         questions = ["memory", "profile"] + ["float16"] * (request["device"] == "cpu")
         for question in questions:  # memory was read off before anything but updates ran
@@ -307,8 +309,8 @@ def _reasons(findings: dict[str, Any], best_amp: str | None, saving: float) -> l
         row, top = findings["measured"][best_amp], findings["ceiling"][best_amp]
         reasons.append(
             f"Matrix products and convolutions take f = {top['share']:.0%} of an FP32 update, and by themselves run "
-            f"s = {top['speedup']:.2f} times as fast in 16 bits: that alone allows {top['products_only']:.2f}. Where the "
-            f"other operators on activations ({top['activation_share']:.0%}) halve their time with their bytes, "
+            f"s = {top['speedup']:.2f} times as fast in 16 bits: that alone allows {top['products_only']:.2f}. Where "
+            f"the other operators on activations ({top['activation_share']:.0%}) halve their time with their bytes, "
             f"{top['with_halved_bytes']:.2f}. Measured: {row['speedup']:.2f}."
         )
         if row["busy"] is not None and row["busy"] < 0.8:
@@ -324,8 +326,8 @@ def _reasons(findings: dict[str, Any], best_amp: str | None, saving: float) -> l
         reasons += _data_reasons(findings, row)
     if reference["spread"] > 0.2:
         reasons.append(
-            f"The rounds differ by {reference['spread']:.0%}: something else is using this machine, so take the figures "
-            "as rough."
+            f"The rounds differ by {reference['spread']:.0%}: something else uses this machine, so take the figures as "
+            "rough."
         )
     reasons += [f"{name} could not be measured: {reason}" for name, reason in findings["failed"].items()]
     return reasons
@@ -348,8 +350,8 @@ def _hardware_reasons(has: dict[str, Any], findings: dict[str, Any]) -> list[str
                "This CPU has no bfloat16 instructions: bfloat16 is imitated with FP32, so only memory traffic shrinks."]
     slow = (findings.get("float16_on_cpu") or {}).get("slowdown")
     if slow is not None and slow > 2:
-        reasons.append(f"float16 on this CPU is emulated: a convolution takes {slow:.0f} times as long as in FP32. It is "
-                       "fit for small tests of the GradScaler only, and was not timed in full.")
+        reasons.append(f"float16 on this CPU is emulated: a convolution takes {slow:.0f} times as long as in FP32. It "
+                       "is fit for small tests of the GradScaler only, and was not timed in full.")
     return reasons
 
 
@@ -359,9 +361,10 @@ def _data_reasons(findings: dict[str, Any], row: dict[str, Any]) -> list[str]:
         return []
     rate = row["images_per_second"]
     if loader < 1.1 * rate:
-        return [f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: training waits for data, and no "
-                "precision helps with that. Keep the images decoded (--cache memory) or use more --num_workers."]
-    return [f"The loader feeds {loader:,.0f} images/s, {loader / rate:.0f} times what AMP computes: data is not the limit."]
+        return [f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: training waits for data, and "
+                "no precision helps with that. Keep the images decoded (--cache memory) or use more --num_workers."]
+    return [f"The loader feeds {loader:,.0f} images/s, {loader / rate:.0f} times what AMP computes: data is not the "
+            "limit."]
 
 
 def _command(findings: dict[str, Any], name: str) -> str:
@@ -379,7 +382,7 @@ def _command(findings: dict[str, Any], name: str) -> str:
     if device.type == "cpu" and torch.cuda.is_available():
         words.append("--device cpu")
     if setting["model_name"].lower() != "resnet18":
-        words.append(f"--model {setting['model']}")
+        words.append(f"--model {setting['model_name']}")
     return " ".join([*words, f"--image_size {setting['image_size']}", f"--batch_size {fitting_batch(findings, name)}"])
 
 
@@ -427,8 +430,7 @@ def _machine_lines(has: dict[str, Any]) -> list[str]:
             ("driver, CUDA, cuDNN", has.get("driver") and f"{has['driver']}, {has['cuda']}, {has['cudnn']}"),
             ("instructions", " ".join(has.get("flags", []))),
             ("bfloat16 / float16", f"{has['bfloat16']} / {has['float16']}"),
-            ("matrix units", "Tensor Cores" if has["tensor_cores"] and "driver" in has else
-             "AMX" if has["tensor_cores"] else "none"),
+            ("Tensor Cores" if "driver" in has else "matrix units (AMX)", "yes" if has["tensor_cores"] else "none"),
             ("TF32", has.get("tf32") if "driver" in has else None),
             ("GPU memory", "driver" in has and f"{has['gpu_memory_gb']} GB, {has['gpu_memory_free_gb']} GB free"),
             ("memory", f"{has['memory_gb']} GB, {has['memory_available_gb']} GB available"),
@@ -445,18 +447,20 @@ def _table_lines(findings: dict[str, Any]) -> list[str]:
     setting, measured = findings["setting"], findings["measured"]
     kind = measured["fp32"]["memory"]["memory_kind"]
     lines = _wrapped(
-        f"The training update: {setting['model']}, {setting['batch_size']} images of {setting['image_size']} pixels, "
-        f"medians of {measured['fp32']['rounds']} rounds of {measured['fp32']['updates']}"
+        f"The training update: {setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
+        f"pixels, median of {measured['fp32']['rounds']} rounds of {measured['fp32']['updates']} update"
+        f"{'s' * (measured['fp32']['updates'] > 1)}"
     )
-    lines.append(f"  {'':<13}{'images/s':>9}{'speed-up':>10}{'memory MB':>11}   {'data':>6}{'forward':>9}"
+    lines.append(f"  {'':<13}{'images/s':>9}{'speed-up':>9}{'memory MB':>11}   {'data':>6}{'forward':>9}"
                  f"{'backward':>10}{'optim.':>8}")
     for name, row in measured.items():
         data, forward, backward, optimizer = (f"{row['phase_shares'][phase]:.1%}" for phase in PHASES)
-        lines.append(f"  {_label(name):<13}{row['images_per_second']:>9,.1f}{row['speedup']:>10.2f}{row['training_mb']:>11,.0f}"
-                     f"   {data:>6}{forward:>9}{backward:>10}{optimizer:>8}")
-    explained = ("allocated on the GPU at the peak" if kind.startswith("CUDA") else
+        speed = f"{row['images_per_second']:>9,.1f}{row['speedup']:>9.2f}"
+        lines.append(f"  {_label(name):<13}{speed}{row['training_mb']:>11,.0f}   {data:>6}{forward:>9}{backward:>10}"
+                     f"{optimizer:>8}")
+    explained = ("the allocator's peak" if kind.startswith("CUDA") else
                  "the process's peak beyond what it held before the model was made")
-    lines += _wrapped(f"Memory is what was {explained}." if kind.startswith("CUDA") else f"Memory is {explained}.", "  ")
+    lines += _wrapped(f"Memory is {explained}.", "  ")
     loader = findings.get("loader_images_per_second")
     if loader is not None:
         lines += _wrapped(f"The loader by itself, from the data set: {loader:,.0f} images/s.", "  ")
@@ -468,13 +472,16 @@ def _ceiling_lines(findings: dict[str, Any]) -> list[str]:
     lines += _wrapped(
         "1 / ((1 - f) + f/s): f is the share of an FP32 update spent in matrix products and convolutions, s their own "
         "speed-up on a large product or convolution. The rest, 1 - f, keeps its time; in the second column operators "
-        "on activations take half of it, because 16-bit activations are half the bytes.", "  ")
-    lines.append(f"  {'':<13}{'f':>5}{'s':>6}{'ceiling':>9}{'half bytes':>12}{'measured':>10}  TFLOP/s: product  conv.")
+        "on activations take half of it, because 16-bit activations are half the bytes. The last two columns are the "
+        "rates s comes from, in TFLOP/s.", "  ")
+    header = f"{'f':>5}{'s':>6}{'ceiling':>9}{'half bytes':>12}{'measured':>10}{'product':>12}{'conv.':>7}"
+    lines.append(" " * 15 + header)
     for name, row in findings["measured"].items():
         top, tflops = findings["ceiling"].get(name), row["tflops"]
         cells = (f"{top['share']:>5.0%}{top['speedup']:>6.2f}{top['products_only']:>9.2f}"
                  f"{top['with_halved_bytes']:>12.2f}{row['speedup']:>10.2f}" if top else " " * 42)
-        lines.append(f"  {_label(name):<13}{cells}{tflops['matrix_product']:>19.3g}{tflops['convolution']:>7.3g}".rstrip())
+        own = f"{tflops['matrix_product']:>12.3g}{tflops['convolution']:>7.3g}"
+        lines.append(f"  {_label(name):<13}{cells}{own}")
     return lines
 
 

@@ -26,7 +26,7 @@ import PIL
 import torch
 from PIL import Image, ImageOps
 
-from utils import RunError, UserError, atomic_write, printable, progress
+from utils import RunError, atomic_write, printable, progress
 
 DECODER = f"rgb uint8, bilinear, exif; Pillow {PIL.__version__}; v1"
 
@@ -62,6 +62,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def try_decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
     """The decoded image, or the reason in words why it cannot be read."""
     try:
+        if path.exists() and not path.is_file():  # a named pipe would be waited for, a device read without end
+            return "not a regular file"
         return decode(path, size)
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
@@ -134,20 +136,15 @@ class StreamedImages:
         self._order = _BatchOrder()
         self._loader = torch.utils.data.DataLoader(
             _Files(paths, size), batch_sampler=self._order, num_workers=workers, pin_memory=pin,
-            persistent_workers=workers > 0, worker_init_fn=_quiet_worker,
+            persistent_workers=workers > 0, worker_init_fn=_quiet_worker, collate_fn=_batch_or_reason,
         )
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
         self._order.batches = [batch.tolist() for batch in batches]
-        try:
-            yield from self._loader
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise RunError(
-                f"a data loading worker died: {str(error).splitlines()[0]}\nUsually the machine ran out of memory: "
-                "use fewer --num_workers, then go on with --resume."
-            ) from error
+        for batch in self._loader:
+            if isinstance(batch, str):
+                raise RunError(f"{batch}\nRestore the file, then go on with --resume.")
+            yield batch
 
 
 class _BatchOrder:
@@ -166,23 +163,27 @@ class _Files(torch.utils.data.Dataset):
     paths: list[Path]
     size: tuple[int, int]
 
-    def __getitem__(self, position: int) -> torch.Tensor:
-        try:
-            return torch.from_numpy(decode(self.paths[position], self.size).copy())
-        except Exception as error:
-            raise UserError(
-                f"{printable(self.paths[position])} can no longer be read: {error}\nRestore the file, then go on "
-                "with --resume."
-            ) from None
+    def __getitem__(self, position: int) -> torch.Tensor | str:
+        image = try_decode(self.paths[position], self.size)
+        if isinstance(image, str):  # an exception would bring its worker's traceback along
+            return f"{printable(self.paths[position])} can no longer be read: {printable(image)}"
+        return torch.from_numpy(image.copy())
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
+def _batch_or_reason(images: list[torch.Tensor | str]) -> torch.Tensor | str:
+    reasons = [image for image in images if isinstance(image, str)]
+    return reasons[0] if reasons else torch.utils.data.default_collate(images)
+
+
 def _quiet_worker(_worker: int) -> None:
+    """Signals to the whole group are the main process's to handle; a second SIGTERM still ends a worker."""
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def open_store(
@@ -207,12 +208,13 @@ def open_store(
     return DecodedImages(array, crc32, unreadable, pin)
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> tuple[int, int, int]:
+    """What changes with a file's content: the time of the last change cannot be set back as that of writing can."""
     try:
         status = path.stat()
     except OSError:
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        return -1, -1, -1
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _available_memory() -> int:
@@ -252,6 +254,9 @@ def _decoded(paths, size, root, key, workers, log) -> tuple[np.ndarray, np.ndarr
         if found is not None:
             log(f"images: {len(paths):,} decoded at {size[1]}x{size[0]}, mapped from {file} ({_size(shape)})")
             return found
+        for stale in folder.glob(f".{key}.*.tmp"):  # of builders that were killed: a living one holds the lock
+            with contextlib.suppress(OSError):
+                stale.unlink()
         temporary = folder / f".{key}.{os.getpid()}.tmp"
         try:
             array = _allocate(temporary, shape)
@@ -306,13 +311,21 @@ def _decode_into(array: np.ndarray | None, paths, size, workers) -> tuple[np.nda
         if array is not None:
             array[position] = image
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        chunks = pool.map(lambda start: [one(i) for i in range(start, min(start + 64, len(paths)))],
-                          range(0, len(paths), 64))
-        bar = progress(total=len(paths), desc="decoding", unit="image")
-        with bar:
-            for done in chunks:
-                bar.update(len(done))
+    interrupted = False
+
+    def several(start: int) -> int:
+        positions = range(start, min(start + 64, len(paths)))
+        for position in positions:
+            if not interrupted:
+                one(position)
+        return len(positions)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
+        try:
+            for done in pool.map(several, range(0, len(paths), 64)):
+                bar.update(done)
+        finally:  # the pool waits for its threads, which are not to finish the listing after Ctrl-C
+            interrupted = True
     return crc32, dict(sorted(unreadable.items()))
 
 

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,25 @@ import option
 from utils import Ranks, RunError, Stopped, UserError, keep_freed_memory, printable
 
 Log = Callable[[str], None]
+LOST_RANK = (
+    "another process of this job has ended, so this one cannot go on; what was saved before is intact.\nGo on with "
+    "the same command and --resume; with torchrun --max-restarts N and --resume auto a job does so by itself."
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command line; returns its exit status (0 done, 1 failed, 2 wrong input, 130 and 143 stopped)."""
+    ranks = Ranks.from_environment()
     try:
         options = option.parse(argv)
         keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)
-        with _ranks() as ranks:
-            COMMANDS[options.command](options, ranks)
+        _join(ranks)
+        COMMANDS[options.command](options, ranks)
     except (UserError, RunError) as error:
         return _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        _say_once(str(stop))
         return stop.exit_status
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before can go on with --resume", 130)
@@ -42,51 +47,103 @@ def main(argv: Sequence[str]) -> int:
         where = f"{printable(error.filename)}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 1)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not _is_out_of_memory(error):
+        reason = _explained(error, options)
+        if reason is None:
             raise
-        return _fail(_memory_advice(options), 1)
+        return _fail(reason, 1)
+    finally:
+        _leave(ranks)
     return 0
 
 
 def run() -> None:
     """The console command `amp-train`."""
-    sys.exit(main(sys.argv[1:]))
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    status = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError:  # the reader of a pipe went away; Python would say so once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    _say_once(f"error: {message}")
     return status
+
+
+def _say_once(message: str) -> None:
+    """Prints to stderr; under torchrun only the first process to fail does, so that its reason stands alone."""
+    if Ranks.from_environment().size == 1 or _is_first_to_fail():
+        print(message, file=sys.stderr, flush=True)
+
+
+def _is_first_to_fail() -> bool:
+    """Counts failures in the store through which the processes of a job have met."""
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+        return store.add(f"amp-train/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except (RuntimeError, LookupError, ValueError):  # the machine of the store is gone
+        return True
 
 
 def _terminate(number: int, _frame: object) -> None:
     raise Stopped(number, "terminated; what was saved before can go on with --resume")
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+def _explained(error: Exception, options: Namespace) -> str | None:
+    """What a failure means to the user; None for one that only a defect of this program can explain."""
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return _memory_advice(options)
+    if "DataLoader worker" in str(error):
+        return (f"a data loading worker died: {str(error).splitlines()[0]}\nUsually the machine ran out of memory: "
+                "use fewer --num_workers, then go on with --resume.")
+    if Ranks.from_environment().size > 1 and _is_lost_connection(error):
+        return LOST_RANK
+    return str(error) if isinstance(error, RunError) else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's, CUDA's, cuBLAS's and cuDNN's
+    return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in signs)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _memory_advice(options: Namespace) -> str:
     batch, pieces = getattr(options, "batch_size", 1), getattr(options, "accumulate", 1)
-    way = f"--accumulate {pieces * 2} computes it in smaller pieces" if batch >= 2 * pieces else "use a smaller --image_size"
+    if options.command not in ("train", "compare"):
+        return f"out of memory at --batch_size {batch}: use a smaller one."
+    smaller = f"--accumulate {pieces * 2} computes it in smaller pieces"
+    way = smaller if batch >= 2 * pieces else "use a smaller --image_size"
     return f"out of memory at --batch_size {batch} --accumulate {pieces}: {way}; --amp needs less, too."
 
 
-@contextlib.contextmanager
-def _ranks() -> Iterator[Ranks]:
-    """Joins torchrun's process group where there is one, and leaves it."""
-    ranks = Ranks.from_environment()
-    if ranks.size == 1:
-        yield ranks
-        return
-    import torch
-    import torch.distributed as dist
+def _join(ranks: Ranks) -> None:
+    """Joins torchrun's process group where there is one."""
+    if ranks.size > 1:
+        import torch
+        import torch.distributed as dist
 
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    try:
-        yield ranks
-    finally:
-        dist.destroy_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+def _leave(ranks: Ranks) -> None:
+    """Leaves the process group: after a failure was reported, so that the others report no lost connection first."""
+    if ranks.size > 1:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _logger(options: Namespace, ranks: Ranks) -> Log:
@@ -101,7 +158,7 @@ def _logger(options: Namespace, ranks: Ranks) -> Log:
 def train(options: Namespace, ranks: Ranks) -> None:
     """Trains, tests the best epoch once, and writes the run's results."""
     from assemble import Setup
-    from run import refuse_changed, refuse_finished
+    from run import refuse_finished, remove_results
 
     log = _logger(options, ranks)
     setup = Setup(options, ranks, log)
@@ -115,51 +172,90 @@ def train(options: Namespace, ranks: Ranks) -> None:
     run.open()
     try:
         resuming = options.resume == "yes" or (options.resume == "auto" and run.file("last.pt").exists())
-        if resuming:
-            refuse_changed(option.read_config(run.file("config.json"))["options"], vars(options))
-        else:
-            refuse_finished(run, overwrite=options.overwrite)
+        resuming = ranks.share(lambda: resuming)  # other machines may not see the folder
+        if resuming and ranks.is_first:
+            _refuse_other(run, options)
+        elif ranks.is_first and not options.overwrite:
+            refuse_finished(run)
         data = setup.data()
         trainer = setup.trainer(data, run)
         if resuming:
             _resume(setup, trainer, data)
-        else:
+        else:  # only here is everything known to be right: a mistake must not cost an earlier run
+            remove_results(run)
             run.write_json("config.json", setup.config(data))
+            if options.config:
+                _say_differences(setup, data, option.read_config(Path(options.config)))
         log(f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
             f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {run.path}")
         trainer.on_epoch = _epoch_reporter(options, log, run)
         trainer.train()
         _finish(setup, trainer, data)
-    except RunError as error:
+    except (RunError, MemoryError, RuntimeError) as error:
+        reason = _explained(error, options)
+        if reason is None:
+            raise
         with contextlib.suppress(RunError):  # the disk may be the failure
-            run.write_json("failure.json", {"precision": precision.name, "reason": str(error).splitlines()[0]})
-        raise
+            run.write_json("failure.json", {"precision": precision.name, "reason": reason.splitlines()[0]})
+        raise RunError(reason) from error
     finally:
         run.close()
 
 
+def _refuse_other(run: Any, options: Namespace) -> None:
+    """Raises UserError where there is nothing to resume, or where the options would make it another run."""
+    from run import refuse_changed
+
+    if not run.file("last.pt").exists():
+        raise UserError(f"{printable(run.file('last.pt'))} does not exist: nothing to resume. Start without --resume.")
+    refuse_changed(option.read_config(run.file("config.json"))["options"], vars(options))
+
+
 def _resume(setup: Any, trainer: Any, data: Any) -> None:
     """Loads last.pt into a trainer; refuses images that would make it another run."""
-    from run import load_checkpoint
-
-    file = setup.run.file("last.pt")
-    if not file.exists():
-        raise UserError(f"{printable(file)} does not exist: nothing to resume. Start without --resume.")
-    stored, state = option.read_config(setup.run.file("config.json")), load_checkpoint(file)
-    if state["fingerprint"] != data.fingerprint:
+    stored, state = setup.ranks.share(lambda: _stored(setup.run))
+    if state.get("fingerprint") != data.fingerprint:
         then = stored["dataset"]
         raise UserError(
             f"the images in {setup.options.data_dir} are not those this run began with: names or content differ "
-            f"({then['train']:,} + {then['val']:,} + {then['test']:,} images then, {len(data.train):,} + "
-            f"{len(data.validation):,} + {len(data.test):,} now). Restore them, or start another --checkpoint_name."
+            f"({then.get('train')} + {then.get('val')} + {then.get('test')} images then, {len(data.train)} + "
+            f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
-    trainer.load_state(state)
+    try:
+        trainer.load_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if _is_out_of_memory(error):
+            raise
+        file, reason = setup.run.file("last.pt"), f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
     if setup.ranks.is_first:
         setup.run.file("failure.json").unlink(missing_ok=True)
     setup.log(f"resuming after {trainer.progress.epoch} epochs and {trainer.progress.update} updates")
-    for name, now in setup.config(data)["versions"].items():
-        if stored["versions"].get(name) != now:
-            setup.log(f"note: {name} is {now} now and was {stored['versions'].get(name)} when this run began")
+    _say_differences(setup, data, stored)
+
+
+def _say_differences(setup: Any, data: Any, stored: dict[str, Any]) -> None:
+    """Notes what is not as it was when `stored`, a run's config.json, was written."""
+    def flat(config: dict[str, Any]) -> dict[str, Any]:
+        parts = (config.get("dataset"), config.get("versions"))
+        dataset, versions = (part if isinstance(part, dict) else {} for part in parts)
+        machine = {name: config.get(name) for name in ("device", "device_name", "threads", "ranks")}
+        return {**versions, **machine, "fingerprint of the images": dataset.get("fingerprint")}
+
+    then = flat(stored)
+    for name, now in flat(setup.config(data)).items():
+        if then.get(name) not in (now, None):
+            setup.log(f"note: {name} is {now} now and was {printable(then[name])} when that run began")
+
+
+def _stored(run: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and last.pt of a run that is resumed."""
+    from run import load_checkpoint
+
+    config = option.read_config(run.file("config.json"))
+    if not isinstance(config.get("dataset"), dict):
+        raise UserError(f"{printable(run.file('config.json'))} is damaged: it says nothing of the data set.")
+    return config, load_checkpoint(run.file("last.pt"))
 
 
 def _epoch_reporter(options: Namespace, log: Log, run: Any) -> Callable[[dict[str, Any]], None]:
@@ -193,8 +289,7 @@ def _finish(setup: Any, trainer: Any, data: Any) -> None:
     from evaluate import evaluate
     from run import load_checkpoint
 
-    setup.ranks.barrier()
-    network = setup.trained(load_checkpoint(setup.run.file("best_model.pt")))
+    network = setup.trained(setup.ranks.share(lambda: load_checkpoint(setup.run.file("best_model.pt"))))
     found = evaluate(network, setup.batches(data, data.test), setup.precision, keep_logits=True, description="testing")
     if not setup.ranks.is_first:
         return
@@ -383,7 +478,6 @@ def doctor(options: Namespace, ranks: Ranks) -> None:
 def inspect(options: Namespace, ranks: Ranks) -> None:
     """What AMP did: dtypes, memory, gradient underflow, loss scale."""
     import inspector
-
     from assemble import Setup
     from precision import named_precision, sensible_precisions
     from results import read_metrics

@@ -127,9 +127,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(
-    model: nn.Module, state: dict[str, torch.Tensor], *, source: str, ignored: tuple[str, ...] = ()
+    model: nn.Module, state: dict[str, torch.Tensor], *, source: str, ignored: tuple[str, ...] = (),
+    new_head: bool = True,
 ) -> None:
-    """Loads `state` into `model`, except a head for another number of classes.
+    """Loads `state` into `model`, except, with `new_head`, a head for another number of classes.
 
     Raises UserError with the offending names where anything else is missing, unknown or of another shape.
     """
@@ -137,7 +138,7 @@ def load_weights(
     state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)} if ignored else state
     shapes = {name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}" for name in own.keys() & state.keys()
               if state[name].shape != own[name].shape}
-    replaced = {name for name in shapes if name.rpartition(".")[0] == head}
+    replaced = {name for name in shapes if new_head and name.rpartition(".")[0] == head}
     problems = [f"  {name}: shape {shapes[name]}" for name in sorted(shapes.keys() - replaced)]
     problems += [f"  {name}: missing" for name in sorted(own.keys() - state.keys())]
     problems += [f"  {name}: unknown" for name in sorted(state.keys() - own.keys())]

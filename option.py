@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class _Formatter(argparse.HelpFormatter):
     """Shows the default of every option that has one, wide enough to read."""
 
     def __init__(self, prog: str):
-        width = min(100, max(60, int(os.environ.get("COLUMNS", "100"))))
+        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
         super().__init__(prog, max_help_position=30, width=width)
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -92,7 +92,9 @@ def _number(kind: type, low: float, high: float, low_open: bool = False, high_op
         below = value < high if high_open else value <= high
         if not (above and below):
             bound = f"{'greater than' if low_open else 'at least'} {low:g}"
-            if high < float("inf"):
+            if value == high == _INFINITY:
+                bound = "finite"
+            elif high < _INFINITY:
                 bound += f" and {'less than' if high_open else 'at most'} {high:g}"
             raise argparse.ArgumentTypeError(f"{text} must be {bound}")
         return value
@@ -146,7 +148,8 @@ def _add_data(parser: Parser) -> None:
     group.add_argument("--normalize", choices=("imagenet", "none"), default="imagenet", help="of pixels, per channel")
     group.add_argument("--cache", choices=("auto", "memory", "none"), default="auto",
                        help="keep images decoded (memory), stream them (none), or whichever fits (auto)")
-    group.add_argument("--num_workers", type=_count, metavar="N", help="decoding threads or processes (default: cores)")
+    group.add_argument("--num_workers", type=_number(int, 0, 1024), metavar="N",
+                       help="decoding threads or processes (default: cores)")
     group.add_argument("--skip_unreadable", action="store_true", help="leave out images that cannot be read")
 
 
@@ -351,21 +354,45 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}: {hint}")
-    if command == "train" and "--evaluate" in words:
-        command = "evaluate"
+    trained_like = command == "train" and "--evaluate" in words
+    command = "evaluate" if trained_like else command
     parser = build_parser(command)
+    if trained_like:  # the training's own command line with --evaluate behind it is welcome, too
+        _accept_training_options(parser)
     first = parser.parse_args(words)
     if getattr(first, "demo", False) and command != "prepare":
         parser.set_defaults(**{name: value for name, value in DEMO.items() if hasattr(first, name)})
     stored = _stored_options(command, first)
     parser.set_defaults(**{
-        name: value for name, value in stored.items() if hasattr(first, name) and name not in _NEVER_FROM_CONFIG
+        action.dest: _checked(parser, action, stored[action.dest])
+        for action in parser._actions if action.dest in stored.keys() - _NEVER_FROM_CONFIG
     })
     options = parser.parse_args(words)
     options.command = command
     options.trained_with = stored
     _check_together(options)
     return options
+
+
+def _accept_training_options(parser: Parser) -> None:
+    """Lets `--evaluate` stand behind a training's options; those that do not concern a test are passed over."""
+    for action in build_parser("train")._actions:
+        if not set(action.option_strings) & parser._option_string_actions.keys():
+            parser._add_action(action)
+
+
+def _checked(parser: Parser, action: argparse.Action, value: Any) -> Any:
+    """A value out of a config.json, as strictly as if it stood on the command line."""
+    if value == action.default or (action.nargs == 0 and isinstance(value, bool)):
+        return value
+    try:
+        if action.nargs == 0 or (action.type is None and not isinstance(value, str)):
+            raise argparse.ArgumentError(action, f"invalid value: {value!r}")
+        converted = parser._get_value(action, ",".join(value) if isinstance(value, list) else str(value))
+        parser._check_value(action, converted)
+        return converted
+    except (argparse.ArgumentError, TypeError) as error:
+        raise UserError(f"config.json: {error}") from None
 
 
 def _stored_options(command: str, first: argparse.Namespace) -> dict[str, Any]:

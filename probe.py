@@ -37,7 +37,7 @@ class Probe:
 
     def __init__(self, **request: Any):
         """`request`: device, precision, model_name, image_size, batch_size. Returns before it is ready."""
-        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self._errors = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__)], text=True, encoding="utf-8",
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
@@ -201,15 +201,14 @@ class Bench:
             _wait(self.device)
         return shares_by_kind(profiler, self.device, time.perf_counter() - started)
 
-    def kernels(self) -> dict[str, float]:
-        """Own rate of a large matrix product and a large convolution in this dtype, in TFLOP/s."""
+    def kernels(self, size: int, images: int) -> dict[str, float]:
+        """Own rate, in TFLOP/s, of a square matrix product and of a convolution on so many images."""
         import torch
 
-        dtype, gpu = self.precision.dtype, self.device.type != "cpu"
-        size = 8192 if gpu else 2048
+        dtype = self.precision.dtype
         left, right = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         product = _best_seconds(lambda: left @ right, self.device)
-        convolution, flop = _convolution(256 if gpu else 32, 128, 28, self.device, dtype)
+        convolution, flop = _convolution(images, 128, 28, self.device, dtype)
         return {"matrix_product": 2 * size**3 / product / 1e12,
                 "convolution": flop / _best_seconds(convolution, self.device) / 1e12}
 

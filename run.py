@@ -6,6 +6,7 @@ thread, so the step does not wait for the disk. Knows nothing of how the values 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import io
@@ -13,7 +14,7 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class RunDirectory:
     def open(self) -> None:
         """Makes the folder, locks it, and clears what a killed run left half-written.
 
-        Raises UserError where the folder cannot be written or another live process holds it.
+        Raises UserError where it is no folder or another live process holds it, RunError where the disk is
+        full or read-only.
         """
         if not self.writes:
             return
@@ -43,8 +45,10 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held while the run lasts)
         except OSError as error:
-            raise UserError(
-                f"cannot write into {printable(self.path)} ({error.strerror}). Name another --checkpoint_dir."
+            kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else UserError
+            raise kind(
+                f"cannot write into {printable(self.path)} ({error.strerror}). Mend that, or name another "
+                "--checkpoint_dir."
             ) from None
         self._take_lock()
         remove_stale_temporaries(self.path)
@@ -57,7 +61,7 @@ class RunDirectory:
             return
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             self._lock.close()
@@ -65,18 +69,22 @@ class RunDirectory:
             raise UserError(
                 f"{printable(self.path)} is in use by {holder}. Wait for it, or choose another --checkpoint_name."
             ) from None
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
+        except OSError:  # a network file system without locks: two runs of one name are the user's to avoid
+            return
         lock = self._lock
+        with contextlib.suppress(OSError):  # a full disk
+            lock.truncate(0)
+            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         os.register_at_fork(after_in_child=lambda: lock.closed or os.close(lock.fileno()))
 
     def close(self) -> None:
         """Waits for pending checkpoints and gives the folder free."""
-        self._saver.flush()
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        try:
+            self._saver.flush()
+        finally:
+            if self._lock is not None:
+                self._lock.close()
+                self._lock = None
 
     # ---------------------------------------------------------------------------- small files
     def file(self, name: str) -> Path:
@@ -123,10 +131,25 @@ class RunDirectory:
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
     content = load_file(file)
-    known = isinstance(content, dict) and isinstance(content.get("model"), dict) and content.get("format") == 1
-    if not known or not isinstance(content.get("classes"), list):
-        raise UserError(f"{printable(file)} is no checkpoint of this program (state dicts: --pretrained_path).")
+    known = isinstance(content, dict) and content.get("format") == 1
+    if not known or any(not fits(content.get(name)) for name, fits in _PARTS.items()):
+        raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
+    if not all(weight.isfinite().all() for weight in content["model"].values()):
+        raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
     return content
+
+
+def _is_list_of_words(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
+
+
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "model": lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
+    "classes": _is_list_of_words,
+    "model_name": lambda value: isinstance(value, str),
+    "image_size": lambda value: isinstance(value, int) and value > 0,
+    "normalize": lambda value: value in ("imagenet", "none"),
+}
 
 
 class Saver:
@@ -202,19 +225,22 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
-def refuse_finished(run: RunDirectory, *, overwrite: bool) -> None:
-    """Raises UserError where the folder holds a run already; with `overwrite` its files are removed."""
-    names = ("result.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv", "predictions.csv",
-             "failure.json", "report.html")
-    present = [name for name in names[:3] if run.file(name).exists()]
-    if present and not overwrite:
+def refuse_finished(run: RunDirectory) -> None:
+    """Raises UserError where the folder holds a run already."""
+    present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
+    if present:
         kind, way = ("finished", "") if "result.json" in present else ("begun", "go on with --resume, ")
         raise UserError(
             f"{printable(run.path)} holds a {kind} run.\n"
             f"Choose another --checkpoint_name, {way}or replace it with --overwrite."
         )
-    if run.writes:
-        for name in names:
+
+
+def remove_results(run: RunDirectory) -> None:
+    """Removes what an earlier run of this name wrote, the files first that make it look finished."""
+    for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
+                 "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html"):
+        if run.writes:
             run.file(name).unlink(missing_ok=True)
 
 

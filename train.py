@@ -84,7 +84,10 @@ def make_optimizer(
     """
     common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
     if name == "SGD":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, **common)
+        for parameter in optimizer.param_groups[0]["params"]:  # the fused kernel cannot begin some later than others
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](parameters, **common)
 
 
@@ -111,15 +114,13 @@ def make_scheduler(
     def stairs(step: int) -> float:
         return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
 
-    if decay_type == "step":
-        scheduler: LRScheduler = _Curve(optimizer, stairs)
-    else:
-        inner = _Curve(optimizer, cosine if decay_type == "cosine_warmup" else stairs)
-        # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
-        # a first update that the scaler skips draws no warning.
-        optimizer.zero_grad(set_to_none=True)
-        optimizer.step()
-        scheduler = GradualWarmupScheduler(optimizer, multiplier=1.0, total_epoch=warmup, after_scheduler=inner)
+    scheduler: LRScheduler = _Curve(optimizer, cosine if decay_type == "cosine_warmup" else stairs)
+    # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
+    # a first update that the scaler skips draws no warning.
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    if decay_type != "step":
+        scheduler = GradualWarmupScheduler(optimizer, multiplier=1.0, total_epoch=warmup, after_scheduler=scheduler)
         scheduler.step()  # leaves the rate of 0 that it starts with
     for _ in range(done):
         scheduler.step()
@@ -209,6 +210,9 @@ class Trainer:
                 if stop_after is not None and self._updates_done >= stop_after:
                     break
         self.run.flush()
+        if self.stop.number is not None:  # it came while the last epoch was being finished
+            raise Stopped(self.stop.number, f"stopped after the last epoch; saved in {self.run.path}. Test it with the "
+                          "same command and --resume.")
 
     @property
     def _per_epoch(self) -> int:
@@ -459,7 +463,12 @@ class Trainer:
                     moments[name] = torch.empty_like(parameter).copy_(value)
         if self.scaler.is_enabled():  # a disabled scaler's state is {}, which an enabled one refuses
             self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
+        at = Progress(**state["progress"])
+        if len(state["progress"]) < len(vars(at)):
+            raise ValueError("the progress is incomplete")
+        if not (0 <= at.epoch <= self.epochs and 0 <= at.update <= self._per_epoch):
+            raise ValueError(f"no such place in this run: epoch {at.epoch}, update {at.update}")
+        self.progress = at
 
 
 class Forward:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -81,6 +81,16 @@ class Ranks:
         dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         return bool(flags.item())
 
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first rank, on every rank: for files that other machines may not see."""
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        shared = [make() if self.is_first else None]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         if self.size > 1:
@@ -98,8 +108,6 @@ def keep_freed_memory() -> bool:
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    # torch asks for transparent huge pages for large CPU tensors when this is set before it is imported.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_mmap_max = -1, -4
     return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
@@ -118,7 +126,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # which the device "meta" cannot do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -252,7 +260,9 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
+        if Ranks.from_environment().is_first:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
 
 
 # ------------------------------------------------------------------------------ files and terminal
@@ -303,8 +313,8 @@ def printable(text: object) -> str:
 
 
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr, silent where stderr is not a terminal."""
+    """A tqdm bar on stderr, silent where stderr is not a terminal and on all ranks but the first."""
     from tqdm import tqdm
 
-    options.setdefault("disable", not sys.stderr.isatty())
+    options.setdefault("disable", not (sys.stderr.isatty() and Ranks.from_environment().is_first))
     return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options)

@@ -39,7 +39,8 @@ TELLING = {
     "12_autocast_op_lists": [r"convolution +float16 -> float16", r"_log_softmax +float32 -> float32",
                              r"linear +bfloat16 +bfloat16 +runs in 16 bits", r"out=c\): float32"],
     "13_inference": [r"float32 +\d\d\.\d\d% +0\.00000 +0\n", r"bfloat16 .* [1-9]\d*\n", r"0\.0% in eval\(\), [1-9]"],
-    "14_compile": [r"same_as_forward .* error 0\.[12]\d*%", r"off .* error 0\.0000%"],
+    "14_compile": [r"bfloat16 compiled, same_as_forward .* 100\.0%  0\.[1-9]",
+                   r"float16 +compiled, off .* [0-4]\.\d%  0\.00%"],
     "15_find_the_overflow": [r"loud network 0\.0625", r"pool +largest +inf +<- not finite",
                              r"not finite: forward, pool", r"not finite: backward, head", r"not finite: none"],
 }

@@ -1,0 +1,259 @@
+"""Training throughput: the 2020 tutorial's loop, this package's in each precision, and the compute bound.
+
+Each side is a process of its own, warmed up and then asked for rounds in turn (A B C A B C ...), so that a
+drifting machine does not favour one. Medians over rounds; ratios are what to quote.
+
+    python benchmarks/throughput.py --data_dir data --image_size 256 --batch_size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+FLOP_PER_IMAGE = 14.2e9  # ResNet-18 at 256x256, forward and backward: 3 x 2 x 2.37e9 multiply-adds
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        serve(arguments)
+        return
+    sides = [*(["seed"] if not arguments.no_seed else []), *arguments.precisions.split(",")]
+    if arguments.compile:
+        sides += [f"{name}+compile" for name in arguments.precisions.split(",")]
+    rates: dict[str, list[float]] = {}
+    facts: dict[str, dict] = {}
+    children = {side: start(side) for side in sides}
+    for side, child in children.items():
+        facts[side] = answer(child)  # what it measured while warming up
+        print(f"{side}: ready", file=sys.stderr)
+    for number in range(arguments.rounds):
+        for side, child in children.items():
+            for figure, rate in ask(child).items():
+                rates.setdefault(figure, []).append(rate)
+        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
+    for side, child in children.items():
+        facts[side] |= ask(child, "end")
+        child.wait()
+    report(arguments, rates, facts)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="data")
+    parser.add_argument("--image_size", type=int, default=256)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precisions", default="fp32,amp-bf16")
+    parser.add_argument("--compile", action="store_true", help="measure each precision with torch.compile, too")
+    parser.add_argument("--no_seed", action="store_true", help="leave the tutorial's loop out")
+    parser.add_argument("--updates", type=int, default=4, help="in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="write all figures to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------ parent and children
+def start(side: str) -> subprocess.Popen:
+    command = [sys.executable, __file__, *sys.argv[1:], "--child", side]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def answer(child: subprocess.Popen) -> dict:
+    for line in child.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    sys.exit(f"{child.args[-1]} ended early (exit status {child.wait()})")
+
+
+def ask(child: subprocess.Popen, word: str = "round") -> dict:
+    child.stdin.write(word + "\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """A child: sets one side up, then runs a round for each line it reads."""
+    side, _, compiled = arguments.child.partition("+")
+    with tempfile.TemporaryDirectory() as folder:
+        make = seed_loop if side == "seed" else package_loop
+        rounds, facts = make(arguments, side, bool(compiled), folder)
+        print(json.dumps(facts), flush=True)
+        for line in sys.stdin:
+            if line.strip() == "end":
+                print(json.dumps(rounds("end")), flush=True)
+                return
+            print(json.dumps({f"{arguments.child}{name}": rate for name, rate in rounds("round").items()}), flush=True)
+
+
+def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
+    """This package's own loop, fed by its loader and, for the compute bound, by one batch that stays put."""
+    import option
+    import utils
+
+    utils.keep_freed_memory()
+    import torch
+
+    from assemble import Setup
+    from compare import FLAGS
+    from evaluate import evaluate
+    from run import RunDirectory
+    from train import update_weights
+
+    words = [*FLAGS[side], "--pretrained=0", f"--device={arguments.device}", f"--data_dir={arguments.data_dir}",
+             f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}", "--epochs=1000",
+             *(["--compile"] if compiled else [])]  # fmt: skip
+    started = time.perf_counter()
+    setup = Setup(option.parse(words), utils.Ranks(), lambda text: print(text, file=sys.stderr))
+    data = setup.data()
+    open_seconds = time.perf_counter() - started
+    trainer = setup.trainer(data, RunDirectory(folder))
+    trainer.scheduler = trainer.make_scheduler(done=0)
+    trainer._prepare_model()
+
+    def updates(source: Iterator, count: int) -> float:
+        """Images per second over `count` full updates, read back at the end as the trainer does."""
+        started, records = time.perf_counter(), []
+        for _ in range(count):
+            records.append(update_weights(
+                trainer._forward, next(source), arguments.batch_size, optimizer=trainer.optimizer,
+                scaler=trainer.scaler, precision=trainer.precision, criterion=trainer.criterion, clip_grad_norm=None,
+            ))  # fmt: skip
+            trainer.scheduler.step()
+        torch.stack(records).cpu()
+        return count * arguments.batch_size / (time.perf_counter() - started)
+
+    def endless() -> Iterator:
+        full = len(data.train) // arguments.batch_size
+        for epoch in range(10**6):
+            for number, pieces in enumerate(trainer.batches.epoch(epoch)):
+                if number == full:  # a ragged batch would cost less
+                    break
+                yield pieces
+
+    loader = endless()
+    piece = list(next(loader))
+    resident = iter(lambda: piece, None)
+    updates(loader, 2)
+    utils.reset_peak_memory(setup.device)
+
+    def answer_to(word: str) -> dict:
+        if word == "round":
+            return {"": updates(loader, arguments.updates), " bound": updates(resident, arguments.updates)}
+        facts = {**utils.peak_memory(setup.device),
+                 "matmul_flops": matrix_product_rate(setup.device, trainer.precision)}
+        trainer.model.eval()
+        data.test.keep(8 * arguments.batch_size)
+        started = time.perf_counter()
+        evaluate(trainer.model, setup.batches(data, data.test), trainer.precision)
+        return {**facts, "evaluation": len(data.test) / (time.perf_counter() - started)}
+
+    return answer_to, {"open_seconds": open_seconds}
+
+
+def seed_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
+    """The 2020 tutorial's loop, its `.cuda()` made device-agnostic: ImageFolder, PIL transforms, DataLoader."""
+    import torch
+    import torchvision
+    from torchvision import transforms
+
+    import utils
+    from dataset import find_image_set
+
+    device = utils.choose_device(arguments.device)
+    train = find_image_set(arguments.data_dir).train[0][0].parents[1]
+    side_pixels = (arguments.image_size, arguments.image_size)
+    transform = transforms.Compose(
+        [transforms.Resize(side_pixels), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    )
+    images = torchvision.datasets.ImageFolder(train, transform)
+    workers = min(16, len(os.sched_getaffinity(0)))
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=arguments.batch_size, shuffle=True, drop_last=True, num_workers=workers
+    )
+    model = torchvision.models.resnet18(num_classes=len(images.classes)).to(device).train()
+    criterion = torch.nn.CrossEntropyLoss().to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-08, weight_decay=1e-4)
+
+    def endless() -> Iterator:
+        while True:
+            yield from loader
+
+    batches = endless()
+
+    def updates(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            inputs, labels = next(batches)
+            inputs, labels = inputs.to(device), labels.to(device)
+            outputs = model(inputs)
+            loss = criterion(outputs, labels)
+            correct = (outputs.argmax(1) == labels).float().mean()
+            loss.item(), correct.item()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            loss.tolist()
+        return count * arguments.batch_size / (time.perf_counter() - started)
+
+    updates(2)
+    return lambda word: {"": updates(arguments.updates)} if word == "round" else utils.peak_memory(device), {}
+
+
+def matrix_product_rate(device, precision) -> float:
+    """Floating-point operations per second of a large matrix product in this precision's dtype."""
+    import torch
+
+    one, other = (torch.randn(4096, 4096, device=device, dtype=precision.dtype) for _ in range(2))
+    seconds = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (one @ other)[0, 0].item()
+        seconds.append(time.perf_counter() - started)
+    return 2 * 4096**3 / min(seconds)
+
+
+# ---------------------------------------------------------------------------------------- report
+def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: dict[str, dict]) -> None:
+    import torch
+
+    from utils import choose_device, device_name
+
+    medians = {figure: statistics.median(values) for figure, values in rates.items()}
+    base = medians.get("seed")
+    print(f"{device_name(choose_device(arguments.device))}; torch {torch.__version__}; {arguments.image_size} px, "
+          f"batch {arguments.batch_size}; {arguments.rounds} rounds of {arguments.updates} updates\n")
+    print("| side | images/s, median (min to max) | ÷ seed | ÷ its compute bound | of its matrix product "
+          "| evaluation, images/s | peak memory, MB |")
+    print("|---|---|---|---|---|---|---|")
+    for side, fact in facts.items():
+        values, bound = rates[side], medians.get(f"{side} bound")
+        product = fact.get("matmul_flops")
+        work = FLOP_PER_IMAGE * (arguments.image_size / 256) ** 2
+        cells = [
+            side, f"{medians[side]:,.1f} ({min(values):,.1f} to {max(values):,.1f})",
+            f"{medians[side] / base:.2f}" if base else "", f"{medians[side] / bound:.3f}" if bound else "",
+            f"{medians[side] * work / product:.2f}" if product else "",
+            f"{fact['evaluation']:,.0f}" if "evaluation" in fact else "", f"{fact['peak_memory_mb']:,.0f}",
+        ]  # fmt: skip
+        print(f"| {' | '.join(cells)} |")
+    if arguments.json:
+        content = {"arguments": vars(arguments), "rates": rates, "medians": medians, "facts": facts}
+        Path(arguments.json).write_text(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What many tests share: a tiny demo data set drawn once, and a way to call main(argv) as a user does.
+
+One thread, tiny images and small networks keep the whole suite at seconds. Run it: pytest
+"""
+
+import contextlib
+import io
+import os
+import zipfile
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by every process a test starts
+
+import pytest
+
+import main as program
+import prepare
+
+ROOT = Path(__file__).parent.parent
+ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
+SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
+
+
+def run_main(argv):
+    """main(argv) in this process; returns (exit status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = program.main([str(word) for word in argv])
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="session")
+def run():
+    return run_main
+
+
+@pytest.fixture(scope="session")
+def scenes_folder(tmp_path_factory):
+    """Sixty training scenes (48 after the split) and eighteen to test, ten and three a class."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    prepare.draw_demo(folder, train_images=60, test_images=18, workers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_folder(tmp_path_factory):
+    """Twenty photographs a class and split from the Intel archive, where it lies beside the checkout."""
+    if not ARCHIVE.exists():
+        pytest.skip("the Intel archive is not beside the checkout")
+    folder, taken = tmp_path_factory.mktemp("data") / "real", {}
+    with zipfile.ZipFile(ARCHIVE) as archive:
+        for name in archive.namelist():
+            parts = Path(name).parts
+            group = parts[:-1]
+            if name.endswith(".jpg") and "seg_pred" not in parts and taken.setdefault(group, 0) < 20:
+                taken[group] += 1
+                archive.extract(name, folder)
+    return next(folder.rglob("seg_train/seg_train")).parent.parent
+
+
+@pytest.fixture(scope="session")
+def trained(scenes_folder, tmp_path_factory):
+    """Finished runs of each precision by name: (folder, exit status, stdout, stderr)."""
+    checkpoints = tmp_path_factory.mktemp("runs")
+    flags = {"fp32": [], "amp-bf16": ["--amp"],
+             "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=squeezenet1_1", "--epochs=1"]}
+    runs = {}
+    for name, words in flags.items():
+        outcome = run_main([f"--data_dir={scenes_folder}", f"--checkpoint_dir={checkpoints}",
+                            f"--checkpoint_name={name}", *SMALL, *words])
+        runs[name] = (checkpoints / name, *outcome)
+    return runs

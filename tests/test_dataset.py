@@ -1,0 +1,375 @@
+"""Folders to batches: layouts, the split, decoding of every mode, pixels against torchvision, order and ranks.
+
+Images are made here, or are the drawn scenes, or real ones where they lie. Run: pytest tests/test_dataset.py
+"""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from sklearn.model_selection import train_test_split
+from torchvision.transforms import v2
+
+import images as image_module
+from dataset import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Augmentation,
+    Batches,
+    Pixels,
+    find_image_set,
+    open_data_set,
+    split_train,
+)  # fmt: skip
+from images import decode, try_decode
+from utils import Ranks, UserError
+
+CPU = torch.device("cpu")
+NAMES = ("zebra", "apple", "Mango")
+
+
+def quiet(text):
+    pass
+
+
+def picture(seed=0, size=(12, 10)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def folders(root, *splits, count=5):
+    for number, (split, name) in enumerate(itertools.product(splits, NAMES)):
+        folder = root / split / name
+        folder.mkdir(parents=True)
+        for index in range(count):
+            picture(100 * number + index).save(folder / f"{index}.png")
+    return root
+
+
+def opened(root, size=10, **options):
+    return open_data_set(root, **{"image_size": size, "seed": 42, "workers": 1, "log": quiet} | options)
+
+
+def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
+    return Batches(subset or data.train, Pixels(CPU, size), batch_size, len(data.classes), seed=7,
+                   augmentation=Augmentation(kind), **options)
+
+
+def updates(batches, epoch=0, first=0):
+    """Each update as its pieces joined: (images, labels)."""
+    found = []
+    for pieces in batches.epoch(epoch, first):
+        parts = [(images, labels) for images, labels, weight, _ in pieces if weight]
+        found.append(tuple(torch.cat(column) for column in zip(*parts, strict=True)) if parts else None)
+    return found
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for left, right in zip(one, other, strict=True) for a, b in zip(left, right, strict=True)
+    )
+
+
+# ---------------------------------------------------------------------------- layouts and split
+@pytest.mark.parametrize("splits", [
+    ("seg_train/seg_train", "seg_test/seg_test"), ("seg_train", "seg_test"), ("train", "test"), ("train", "val"),
+    ("train/train", "test/test"), ("seg_train/seg_train", "seg_test"),
+])  # fmt: skip
+def test_layouts(tmp_path, splits):
+    found = find_image_set(folders(tmp_path, *splits))
+    assert found.classes == ["Mango", "apple", "zebra"]  # alphabetical, as sorted() orders them
+    assert [len(found.train), len(found.test), found.validation] == [15, 15, None]
+    assert {path.parent.parent for path, _ in found.train} == {tmp_path / splits[0]}
+    assert {path.parent.parent for path, _ in found.test} == {tmp_path / splits[1]}
+    assert all(found.classes[label] == path.parent.name for path, label in found.train + found.test)
+
+
+def test_a_validation_folder_of_its_own_is_used_whole(tmp_path):
+    data = opened(folders(tmp_path, "train", "val", "test"))
+    assert [len(data.train), len(data.validation), len(data.test)] == [15, 15, 15]
+    assert {path.parts[-3] for path in data.validation.paths} == {"val"}
+    assert {path.parts[-3] for path in data.train.paths} == {"train"}
+
+
+def test_unlabelled_hidden_and_foreign_files_are_passed_over(tmp_path):
+    root = folders(tmp_path, "train", "test")
+    (root / "train" / ".hidden").mkdir()
+    (root / "train" / "apple" / "notes.txt").write_text("no image")
+    (root / "train" / "apple" / ".thumb.png").write_bytes(b"")
+    (root / "seg_pred").mkdir()
+    found = find_image_set(root)
+    assert len(found.train) == 15 and found.classes == ["Mango", "apple", "zebra"]
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda root: (root / "train" / "apple").rename(root / "apple"), "differ in the classes apple"),
+    (lambda root: [path.unlink() for path in (root / "test" / "zebra").iterdir()], "zebra holds no image"),
+    (lambda root: (root / "test").rename(root / "elsewhere"), "no test images.*\n.*Three ways"),
+    (lambda root: (root / ".partial").mkdir(), "partly extracted"),
+])
+def test_what_is_wrong_with_a_folder_is_named(tmp_path, break_it, message):
+    root = folders(tmp_path, "train", "test")
+    break_it(root)
+    with pytest.raises(UserError, match=message):
+        find_image_set(root)
+
+
+def test_the_split_is_scikit_learns_and_stratified():
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    train, validation = split_train(labels, seed=42)
+    ours = train_test_split(np.arange(100), test_size=0.2, stratify=labels, random_state=42)
+    assert np.array_equal(train, np.sort(ours[0])) and np.array_equal(validation, np.sort(ours[1]))
+    assert np.bincount(labels[validation]).tolist() == [10, 6, 4]
+    assert not np.array_equal(split_train(labels, seed=43)[1], validation)
+    with pytest.raises(UserError, match="cannot split"):
+        split_train(np.array([0, 0, 0, 1]), seed=42)
+
+
+def test_train_and_validation_share_no_image(scenes_folder):
+    data = opened(scenes_folder, 33)
+    train, validation = set(data.train.paths), set(data.validation.paths)
+    assert len(train) == 48 and len(validation) == 12 and not train & validation
+    assert np.bincount(data.validation.labels).tolist() == [2] * 6
+    assert all(data.classes[label] == path.parent.name
+               for part in (data.train, data.validation, data.test)
+               for path, label in zip(part.paths, part.labels, strict=True))
+
+
+# ------------------------------------------------------------------------------------ decoding
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "PA", "RGBA", "LA", "CMYK", "1", "I;16", "YCbCr", "F"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    smooth = Image.fromarray(np.linspace(0, 255, 480).astype(np.uint8).reshape(20, 24))
+    grey = np.asarray(smooth)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) * 257)
+    elif mode == "F":
+        image = Image.fromarray(grey.astype(np.float32) / 255)
+    else:
+        image = smooth.convert("RGB" if mode in ("CMYK", "YCbCr") else "L").convert(mode)
+    file = tmp_path / f"image.{'tif' if mode in ('PA', 'CMYK', 'F', 'YCbCr') else 'png'}"
+    image.save(file)
+    with Image.open(file) as stored:
+        assert stored.mode == mode
+    array = decode(file)
+    assert array.shape == (20, 24, 3) and array.dtype == np.uint8
+    expected = np.asarray((smooth.convert("1") if mode == "1" else smooth).convert("RGB"))
+    assert np.abs(array.astype(int) - expected).max() <= 3
+
+
+def test_a_transparent_palette_keeps_the_colour(tmp_path):
+    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).convert("P")
+    image.save(tmp_path / "image.png", transparency=bytes(range(256)))
+    assert np.array_equal(decode(tmp_path / "image.png"), np.asarray(image.convert("RGB")))
+
+
+def test_transparency_keeps_the_colour(tmp_path):
+    file = tmp_path / "half.png"
+    Image.new("RGBA", (4, 4), (200, 100, 50, 128)).save(file)
+    assert decode(file)[0, 0].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_respected(tmp_path, orientation):
+    upright, undo = picture(size=(12, 7)), {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    exif = Image.Exif()
+    exif[0x0112] = undo.get(orientation, 1)
+    stored = upright if orientation == 1 else ImageOps.exif_transpose(_with_exif(upright, exif))
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(decode(tmp_path / "turned.png"), np.asarray(upright))
+
+
+def _with_exif(image, exif):
+    copy = image.copy()
+    copy.getexif()[0x0112] = exif[0x0112]
+    return copy
+
+
+def test_what_is_no_image_is_a_reason_in_words(tmp_path):
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    picture(size=(64, 64)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
+    for name in ("empty.jpg", "cut.jpg", "absent.jpg"):
+        assert isinstance(try_decode(tmp_path / name, None), str), name
+
+
+# ------------------------------------------------------------------------- pixels and flips
+def torchvisions(paths, side, *, normalize=True):
+    steps = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
+    if normalize:
+        steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
+    resize, tail = v2.Resize((side, side)), v2.Compose(steps)
+    return torch.stack([tail(resize(Image.open(path).convert("RGB"))) for path in paths])
+
+
+def assert_within_two_levels(ours, theirs, std):
+    levels = (ours - theirs).abs() * torch.tensor(std).view(3, 1, 1) * 255
+    share = (levels.amax((1, 2, 3)) <= 2.001).double().mean()
+    assert share >= 0.995, f"only {share:.1%} of {len(ours)} images"
+
+
+@pytest.mark.parametrize("side", [33, 256], ids=["smaller", "larger"])
+@pytest.mark.parametrize("source", ["scenes_folder", "real_folder"])
+def test_pixels_are_torchvisions(request, source, side):
+    data = opened(request.getfixturevalue(source), side)
+    images = torch.cat([images for images, *_ in fed(data, data.test, size=side).evaluation()])
+    assert_within_two_levels(images, torchvisions(data.test.paths, side), IMAGENET_STD)
+    assert images.dtype == torch.float32 and images.shape == (len(data.test), 3, side, side)
+
+
+def test_normalize_none_leaves_values_between_zero_and_one(scenes_folder):
+    data = opened(scenes_folder, 33)
+    batches = Batches(data.test, Pixels(CPU, 33, "none"), 8, 6)
+    images = torch.cat([images for images, *_ in batches.evaluation()])
+    assert 0 <= images.min() < 0.2 and 0.8 < images.max() <= 1.000001
+    assert_within_two_levels(images, torchvisions(data.test.paths, 33, normalize=False), (1, 1, 1))
+
+
+def test_flips_are_torchvisions_and_half_of_all(scenes_folder):
+    data = opened(scenes_folder, 33)
+    order = range(len(data.train))
+    plain = {int(p): image for images, _, places in fed(data, size=33).evaluation()
+             for p, image in zip(places, images, strict=True)}
+    flipped = 0
+    for epoch in range(4):
+        for images, labels in updates(fed(data, size=33), epoch):
+            for image, label in zip(images, labels, strict=True):
+                matches = [p for p in order if torch.equal(plain[p], image)]
+                mirrored = [p for p in order if torch.equal(v2.functional.horizontal_flip(plain[p]), image)]
+                assert matches or mirrored
+                assert int(label) == data.train.labels[(matches or mirrored)[0]]
+                flipped += bool(mirrored)
+    assert 60 <= flipped <= 132  # of 192, each with probability one half
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "none"])
+def test_each_epoch_holds_each_image_once(scenes_folder, kind):
+    data = opened(scenes_folder, 33, keep_larger=kind == "crop")
+    found = updates(fed(data, size=33, kind=kind, batch_size=20))
+    assert [len(labels) for _, labels in found] == [20, 20, 8]
+    assert all(images.shape[1:] == (3, 33, 33) and images.isfinite().all() for images, _ in found)
+    assert torch.bincount(torch.cat([labels for _, labels in found])).tolist() == [8] * 6
+
+
+def test_mixup_and_cutmix_give_probabilities(scenes_folder):
+    data = opened(scenes_folder, 33)
+    batches = Batches(data.train, Pixels(CPU, 33), 16, 6, seed=7, augmentation=Augmentation("flip", 0.4, 1.0))
+    one, other = updates(batches), updates(batches)
+    labels = torch.cat([labels for _, labels in one])
+    assert labels.shape == (48, 6) and torch.allclose(labels.sum(1), torch.ones(48)) and (labels.amax(1) < 1).any()
+    assert same(one, other)
+
+
+# --------------------------------------------------------------------- determinism and ranks
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+def test_batches_depend_on_seed_epoch_and_position_alone(scenes_folder, kind):
+    data = opened(scenes_folder, 33)
+    batches = fed(data, size=33, kind=kind)
+    first = updates(batches, 3)
+    torch.manual_seed(1)
+    torch.rand(5)
+    assert same(updates(fed(data, size=33, kind=kind), 3), first)
+    assert not same(updates(batches, 4), first)
+    batches.seed = 8
+    assert not same(updates(batches, 3), first)
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+@pytest.mark.parametrize("first", [1, 4, 5, 6])
+def test_a_start_in_mid_epoch_goes_on_with_the_same_batches(scenes_folder, first, kind):
+    data = opened(scenes_folder, 33)
+    whole = updates(fed(data, size=33, kind=kind), 2)
+    assert len(whole) == 6 and same(updates(fed(data, size=33, kind=kind), 2, first), whole[first:])
+
+
+@pytest.mark.parametrize("ranks, accumulate", [(1, 3), (2, 1), (3, 2), (5, 1), (8, 1)])
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+def test_the_pieces_of_all_ranks_are_one_process_batches(tmp_path, ranks, accumulate, kind):
+    data = opened(folders(tmp_path, "train", "test", count=9))  # 21 after the split: a ragged last batch of 5
+    whole = updates(fed(data, kind=kind))
+    assert [len(labels) for _, labels in whole] == [8, 8, 5]
+    shares = [fed(data, kind=kind, accumulate=accumulate, ranks=Ranks(rank, rank, ranks)) for rank in range(ranks)]
+    parts = [updates(share) for share in shares]
+    for update, (images, labels) in enumerate(whole):
+        pieces = [part[update] for part in parts if part[update] is not None]
+        assert torch.equal(torch.cat([piece[0] for piece in pieces]), images)
+        assert torch.equal(torch.cat([piece[1] for piece in pieces]), labels)
+    for share in shares:  # every rank takes part in every update, and knows its last piece
+        lasts = [[last for *_, last in pieces] for pieces in share.epoch(0)]
+        assert len(lasts) == 3 and all(row[-1] and not any(row[:-1]) for row in lasts)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_evaluate_every_image_once(scenes_folder, ranks):
+    data = opened(scenes_folder, 33)
+    places = [place for rank in range(ranks)
+              for *_, places in fed(data, data.test, 5, 33, ranks=Ranks(rank, rank, ranks)).evaluation()
+              for place in places.tolist()]
+    assert sorted(places) == list(range(18))
+
+
+# --------------------------------------------------------------------------- cached or streamed
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("side", [33, 160])
+def test_streamed_batches_are_the_cached_ones_bit_for_bit(scenes_folder, side, workers):
+    cached = opened(scenes_folder, side, cache="memory")
+    streamed = opened(scenes_folder, side, cache="none", workers=workers)
+    assert type(streamed.train.store) is not type(cached.train.store)
+    assert cached.fingerprint == streamed.fingerprint
+    for first in (0, 4):
+        assert same(updates(fed(cached, size=side), 1, first), updates(fed(streamed, size=side), 1, first))
+    one, other = ([images for images, *_ in fed(data, data.test, size=side).evaluation()]
+                  for data in (cached, streamed))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, monkeypatch):
+    root, decoded = folders(tmp_path, "train", "test"), []
+    real = image_module.try_decode
+    monkeypatch.setattr(image_module, "try_decode", lambda path, size: decoded.append(path) or real(path, size))
+    first = opened(root)
+    assert len({*decoded}) == 30
+    decoded.clear()
+    assert opened(root).fingerprint == first.fingerprint and len({*decoded}) == 30  # the sizes are looked at
+    assert len(decoded) == 30  # but nothing is decoded into the cache
+    picture(999).save(root / "train" / "apple" / "0.png")
+    assert opened(root).fingerprint != first.fingerprint
+
+
+def test_a_damaged_cache_is_decoded_again(tmp_path):
+    root, said = folders(tmp_path, "train", "test"), []
+    expected = updates(fed(opened(root)))
+    for file in (root / ".cache").glob("*.npy"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 255
+        file.write_bytes(content)
+    assert same(updates(fed(opened(root, log=said.append))), expected)
+    assert sum("is damaged" in text for text in said) == 2
+
+
+def test_unreadable_images_are_all_listed_or_left_out(tmp_path):
+    root, said = folders(tmp_path, "train", "test", count=20), []
+    broken = sorted((root / "train" / "apple").iterdir())[:12]
+    for path in broken:
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="12 images cannot be read") as refused:
+        opened(root)
+    message = str(refused.value)
+    assert sum(line.startswith("  /") for line in message.splitlines()) == 10
+    assert "and 2 more" in message and "--skip_unreadable" in message
+    data = opened(root, skip_unreadable=True, log=said.append)
+    assert len(data.train) + len(data.validation) == 48 and sorted(data.unreadable) == sorted(map(str, broken))
+    assert any("left out" in text for text in said)
+    for path in (root / "test" / "zebra").iterdir():
+        path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="no readable test image is left in zebra"):
+        opened(root, skip_unreadable=True)
+
+
+def test_paths_are_found_from_a_relative_folder(tmp_path, monkeypatch):
+    folders(tmp_path, "train", "test")
+    monkeypatch.chdir(tmp_path)
+    assert len(opened(Path(".")).train) == 12

@@ -1,0 +1,233 @@
+"""The doctor's arithmetic and advice against numbers worked out by hand, and one real examination, tiny.
+
+No test depends on how fast this machine is. Run: pytest tests/test_doctor.py
+"""
+
+import json
+
+import pytest
+import torch
+
+import doctor
+import probe
+from utils import RunError, UserError
+
+CPU = torch.device("cpu")
+
+
+def row(speed, speedup, memory_mb, tflops, *, busy=None, spread=0.02, kind="process resident peak"):
+    return {
+        "images_per_second": speed, "seconds_per_update": 32 / speed, "speedup": speedup, "spread": spread, "rounds": 3,
+        "updates": 2, "phase_seconds": dict.fromkeys(probe.PHASES, 0.1),
+        "phase_shares": {"data": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1}, "training_mb": memory_mb,
+        "memory": {"memory_kind": kind, "peak_memory_mb": memory_mb + 300, "before_mb": 300, "parameters_mb": 40.0},
+        "shares": {"products": 0.8, "activations": 0.1, "optimizer": 0.05, "casts": 0.0, "other": 0.05},
+        "busy": busy, "tflops": tflops,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def findings():
+    found = {
+        "machine": {
+            "device": "cpu", "name": "A processor", "system": "an OS", "python": "3.12", "torch": "2",
+            "torchvision": "0", "cores": 2, "threads": 2, "memory_gb": 8.0, "memory_available_gb": 4.0,
+            "capability": "AVX512",
+            "flags": ["avx2", "avx512_bf16"], "onednn": True, "bfloat16": "native", "float16": "emulated",
+            "tensor_cores": False, "tf32": "none", "gtx16": False,
+        },
+        "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32}, "failed": {},
+        "measured": {"fp32": row(50.0, 1.0, 960, {"matrix_product": 0.2, "convolution": 0.2}),
+                     "amp-bf16": row(80.0, 1.6, 480, {"matrix_product": 0.5, "convolution": 0.4})},
+        "float16_on_cpu": {"slowdown": 25.0},
+    }  # fmt: skip
+    found["ceiling"] = doctor.ceilings(found["measured"])
+    return found
+
+
+def advised(findings):
+    findings["ceiling"] = doctor.ceilings(findings["measured"])
+    return {**findings, **doctor.advise(findings), "seconds": 20.0}
+
+
+# ------------------------------------------------------------------------------------ arithmetic
+@pytest.mark.parametrize("parts, speedup", [
+    ([(0.5, 2.0)], 4 / 3), ([(1.0, 3.0)], 3.0), ([(0.0, 9.0)], 1.0), ([(0.9, float("inf"))], 10.0),
+    ([(0.5, 2.0), (0.25, 2.0)], 1.6), ([], 1.0),
+])  # fmt: skip
+def test_amdahl_by_hand(parts, speedup):
+    assert doctor.amdahl(parts) == pytest.approx(speedup)
+
+
+def test_ceilings_by_hand(findings):
+    (name,) = findings["ceiling"]
+    top = findings["ceiling"][name]
+    # 80 % of the 90 % that is not data, products 2.5 times as fast; activations 10 % of 90 %, in half the time
+    assert top["share"] == pytest.approx(0.72) and top["speedup"] == pytest.approx(2.5)
+    assert top["products_only"] == pytest.approx(1 / (0.28 + 0.72 / 2.5))
+    assert top["with_halved_bytes"] == pytest.approx(1 / (0.28 - 0.09 / 2 + 0.72 / 2.5))
+
+
+def test_tf32_halves_no_bytes(findings):
+    findings["measured"]["tf32"] = row(60.0, 1.2, 960, {"matrix_product": 0.4, "convolution": 0.4})
+    top = doctor.ceilings(findings["measured"])["tf32"]
+    assert top["with_halved_bytes"] == pytest.approx(top["products_only"])
+
+
+@pytest.mark.parametrize("operator, kind", [
+    ("aten::mkldnn_convolution", "products"), ("aten::convolution_backward", "products"), ("aten::addmm", "products"),
+    ("aten::mm", "products"), ("aten::native_batch_norm", "activations"), ("aten::threshold_backward", "activations"),
+    ("aten::_fused_adam_", "optimizer"), ("aten::_foreach_norm", "optimizer"), ("aten::copy_", "casts"),
+    ("aten::empty", "other"), ("aten::sum", "other"), ("aten::cudnn_batch_norm", "activations"),
+    ("aten::linalg_vector_norm", "optimizer"), ("aten::add_", "activations"),
+])  # fmt: skip
+def test_kind_of_operator(operator, kind):
+    assert probe.kind_of(operator) == kind
+
+
+def test_summary_takes_medians_and_neighbouring_ratios():
+    def turns(*seconds):
+        phases = {"data": 0.1, "forward": 0.2, "backward": 0.6, "optimizer": 0.1}
+        return [{"seconds": value, "updates": 2, "phases": phases} for value in seconds]
+
+    answers = {
+        "rounds": turns(2.0, 1.0, 4.0), "profile": {"shares": {}, "busy": None},
+        "memory": {"memory_kind": "process resident peak", "peak_memory_mb": 900.0, "before_mb": 300.0},
+        "kernels": [{"convolution": 0.2}, {"convolution": 0.5}],
+    }  # fmt: skip
+    found = doctor._summary(answers, {"rounds": turns(3.0, 3.0, 4.0)}, 10)
+    assert found["seconds_per_update"] == 1.0 and found["images_per_second"] == 10.0
+    assert found["speedup"] == 1.5  # of 1.5, 3 and 1
+    assert found["spread"] == pytest.approx((2.0 - 0.5) / 1.0)
+    assert found["training_mb"] == 600.0 and found["tflops"] == {"convolution": 0.5}
+    assert found["phase_shares"]["backward"] == pytest.approx(0.6)
+
+
+# ---------------------------------------------------------------------------------------- advice
+def test_amp_that_pays_is_recommended(findings):
+    found = advised(findings)
+    assert found["recommended"] == "amp-bf16" and "1.60 times as fast" in found["verdict"]
+    assert "50% of its memory" in found["verdict"]
+    assert found["command"] == "python main.py --amp --image_size 128 --batch_size 256"
+    assert any("25 times" in reason for reason in found["reasons"])
+
+
+def test_amp_that_is_slower_is_not(findings):
+    findings["measured"]["amp-bf16"].update(speedup=0.7, images_per_second=35.0)
+    findings["machine"].update(bfloat16="emulated", flags=["avx2"])
+    found = advised(findings)
+    assert found["recommended"] == "fp32" and "slower" in found["verdict"] and "--amp" not in found["command"]
+    assert any("imitated" in reason for reason in found["reasons"])
+
+
+def test_memory_alone_can_make_amp_pay(findings):
+    findings["measured"]["amp-bf16"]["speedup"] = 1.0
+    assert advised(findings)["recommended"] == "amp-bf16"
+    findings["measured"]["amp-bf16"]["training_mb"] = 950
+    found = advised(findings)
+    assert found["recommended"] == "fp32" and any("Memory falls little" in reason for reason in found["reasons"])
+
+
+def test_slow_loader_is_named(findings):
+    findings["loader_images_per_second"] = 70.0
+    assert any("waits for data" in reason for reason in advised(findings)["reasons"])
+    findings["loader_images_per_second"] = 7000.0
+    assert any("not the limit" in reason for reason in advised(findings)["reasons"])
+
+
+def test_gpu_reasons(findings):
+    findings["machine"].update(device="cuda:0", capability="6.1", tensor_cores=False, gpu_memory_free_gb=8.0,
+                               gpu_memory_gb=8.0, driver="1", cuda="2", cudnn=3, tf32="none", flags=[])
+    findings["measured"] = {
+        "fp32": row(500.0, 1.0, 960, {"matrix_product": 9, "convolution": 9}, kind="CUDA allocated"),
+        "amp-fp16": row(510.0, 1.02, 600, {"matrix_product": 9, "convolution": 9}, busy=0.4, kind="CUDA allocated"),
+    }
+    found = advised(findings)
+    assert any("no Tensor Cores" in reason for reason in found["reasons"])
+    assert any("waits for the next kernel" in reason for reason in found["reasons"])
+    assert found["recommended"] == "amp-fp16" and found["command"].startswith("python main.py --amp --image_size")
+    assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
+    findings["machine"]["gtx16"] = True
+    assert any("GTX 16" in reason for reason in advised(findings)["reasons"])
+
+
+def test_bfloat16_on_cuda_needs_its_option(findings):
+    findings["machine"].update(device="cuda:0", capability="9.0", tensor_cores=True, gpu_memory_free_gb=80.0)
+    findings["machine"]["gtx16"] = False
+    assert "--amp --amp_dtype bfloat16" in advised(findings)["command"]
+
+
+def test_fitting_batch_by_hand(findings):
+    # 480 MB, of them 4 x 40 whatever the batch: 10 MB an image; 70 % of 4,096 MB holds 160 + 10 x 256 = 2,720
+    assert doctor.fitting_batch(findings, "amp-bf16") == 256
+    findings["machine"]["memory_available_gb"] = 2.0  # 1,433 MB hold 160 + 10 x 64 = 800, not 1,440
+    assert doctor.fitting_batch(findings, "amp-bf16") == 64
+
+
+def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
+    found = advised(findings)
+    lines = doctor.report(found).splitlines()
+    assert all(len(line) <= 80 for line in lines), max(lines, key=len)
+    assert " ".join(lines[:2]).startswith(found["verdict"][:70])
+    assert f"  {found['command']}" in lines
+    assert lines.index("Why") < lines.index("The machine") < lines.index("To copy")
+
+
+# --------------------------------------------------------------------------------------- machine
+@pytest.mark.parametrize("flags, bfloat16, float16, amx", [
+    ({"avx2"}, "emulated", "emulated", False), ({"avx512_bf16"}, "native", "emulated", False),
+    ({"amx_bf16", "amx_tile", "avx512_fp16"}, "native", "native", True), (set(), "emulated", "emulated", False),
+])  # fmt: skip
+def test_cpu_features(flags, bfloat16, float16, amx):
+    found = doctor._cpu(flags, "AVX512")
+    assert (found["bfloat16"], found["float16"], found["tensor_cores"]) == (bfloat16, float16, amx)
+    assert set(found["flags"]) == flags
+
+
+def test_machine_is_plain_values():
+    found = doctor.machine(CPU)
+    assert found["torch"] == str(torch.__version__) and found["cores"] >= 1
+    json.dumps(found)
+
+
+def test_unknown_model_is_the_users_error():
+    with pytest.raises(UserError, match="ResNet19"):
+        doctor.examine(CPU, model_name="ResNet19")
+
+
+# -------------------------------------------------------------------------------- a real, tiny one
+def test_examination_end_to_end(scenes_folder, monkeypatch):
+    monkeypatch.setattr(doctor, "ROUND_SECONDS", 0.1)
+    monkeypatch.setitem(doctor.KERNELS, "cpu", {"size": 64, "images": 1})
+    found = doctor.examine(CPU, image_size=32, batch_size=4, model_name="squeezenet1_1", data_dir=scenes_folder)
+    assert set(found["measured"]) == {"fp32", "amp-bf16"} and not found["failed"]
+    for measured in found["measured"].values():
+        assert measured["images_per_second"] > 0 and measured["rounds"] == 3
+        phases = measured["phase_seconds"]
+        assert sum(phases.values()) == pytest.approx(measured["seconds_per_update"], rel=0.5)
+        assert all(value > 0 for value in phases.values()) and phases["backward"] > phases["data"] / 10
+        assert sum(measured["shares"].values()) == pytest.approx(1)
+        assert measured["shares"]["products"] > 0.1
+        assert measured["memory"]["parameters_mb"] == pytest.approx(725_574 * 4 / 2**20, abs=0.1)
+    assert found["loader_images_per_second"] > 0
+    json.dumps(found)
+    assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
+
+
+def test_a_failing_process_gives_its_reason():
+    child = probe.Probe(device="cpu", precision="fp32", model_name="alexnet", image_size=16, batch_size=2)
+    try:
+        with pytest.raises(RunError, match="size"):  # alexnet is too deep for 16 pixels
+            child.ask("warm_up")
+    finally:
+        child.close()
+
+
+def test_fp32_that_fails_fails_the_examination(monkeypatch):
+    def fail(names, request, failed):
+        failed["fp32"] = "out of memory"
+        return {}
+
+    monkeypatch.setattr(doctor, "_take_turns", fail)
+    with pytest.raises(RunError, match="out of memory(.|\n)*--batch_size"):
+        doctor._measure(CPU, {"batch_size": 2}, lambda line: None)

@@ -1,0 +1,259 @@
+"""The inspector's numbers against ones known by other means: counted by hand, or given by torch.finfo.
+
+Models here are a few layers whose saved tensors, gradients and dtypes can be written down.
+Run: pytest tests/test_inspector.py
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import inspector
+from precision import named_precision
+
+CPU = torch.device("cpu")
+FP32, BF16, FP16 = (named_precision(name, CPU) for name in ("fp32", "amp-bf16", "amp-fp16"))
+
+
+class Known(nn.Module):
+    """Convolution, BatchNorm, in-place ReLU, softmax, Linear: one of each kind of autocast's lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, images):
+        pooled = self.relu(self.norm(self.conv(images))).mean((2, 3))
+        return self.head(torch.softmax(pooled, 1))
+
+
+@pytest.fixture
+def known():
+    torch.manual_seed(0)
+    return Known(), torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
+
+
+def rows_of(rows, **wanted):
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+@pytest.mark.parametrize("precision", [BF16, FP16])
+def test_dtypes_are_those_autocast_documents(known, precision):
+    rows, low = inspector.trace_dtypes(*known, precision), str(precision.dtype).removeprefix("torch.")
+    (convolution,) = rows_of(rows, phase="forward", op="convolution")
+    assert (convolution["module"], convolution["kind"]) == ("conv", "Conv2d")
+    assert convolution["inputs"] == [low] and convolution["output"] == low
+    (norm,) = rows_of(rows, phase="forward", op="native_batch_norm")
+    assert norm["module"] == "norm" and norm["inputs"] == [low, "float32"] and norm["output"] == low
+    (softmax,) = rows_of(rows, phase="forward", op="_softmax")
+    assert softmax["module"] == "" and softmax["inputs"] == [low]  # on CUDA's float32 list, not on the CPU's
+    (linear,) = rows_of(rows, phase="forward", op="addmm")
+    assert linear["module"] == "head" and linear["inputs"] == [low]
+    (loss,) = rows_of(rows, phase="loss", op="nll_loss_forward")
+    assert loss["inputs"][0] == "float32"
+
+
+def test_backward_operators_know_their_modules(known):
+    rows = inspector.trace_dtypes(*known, BF16)
+    for op, module in (("convolution_backward", "conv"), ("native_batch_norm_backward", "norm"),
+                       ("threshold_backward", "relu"), ("mm", "head"), ("nll_loss_backward", "")):
+        assert {row["module"] for row in rows_of(rows, phase="backward", op=op)} == {module}, op
+
+
+def test_casts_are_counted_by_hand(known):
+    rows = inspector.trace_dtypes(*known, BF16)
+
+    def casts(phase, module):
+        return sum(row["casts"] for row in rows_of(rows, phase=phase, module=module))
+
+    assert casts("forward", "conv") == 3  # images, weight, bias
+    assert casts("forward", "head") == 2  # weight and bias: its input is in 16 bits already
+    assert casts("forward", "") == 0
+    assert casts("loss", "") == 1  # cross_entropy wants float32
+    assert casts("backward", "") == 1  # and back again
+    assert casts("backward", "conv") == 2  # weight and bias; images need no gradient
+    assert casts("backward", "head") == 2
+    (images, weight, bias) = (4 * 3 * 6 * 6, 4 * 3 * 3 * 3, 4)
+    moved = sum(row["cast_bytes"] for row in rows_of(rows, phase="forward", module="conv"))
+    assert moved == (images + weight + bias) * (4 + 2)
+
+
+def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
+    model, images, labels = known
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = inspector.trace_dtypes(model, images, labels, FP32)
+    assert not any(row["casts"] for row in rows)
+    assert {row["output"] for row in rows if "float" in row["output"]} == {"float32"}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.conv._forward_hooks and not model.conv._forward_pre_hooks
+
+
+def test_cast_cost_counts_bytes_of_the_same_casts(known):
+    casts = [("forward", (4, 8), (8, 1), torch.float32, torch.bfloat16),
+             ("backward", (3,), (1,), torch.bfloat16, torch.float32)]
+    cost = inspector.cast_cost(*known, BF16, casts)
+    assert cost["bytes"] == 32 * 6 + 3 * 6
+    assert (cost["forward"], cost["loss"], cost["backward"]) == (1, 0, 1)
+    assert cost["seconds"] > 0 and cost["step_seconds"] > 0
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def test_ledger_counted_by_hand():
+    fp32, bf16 = inspector.memory_ledger(two_layers, torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0]), [FP32, BF16])
+    for row in (fp32, bf16):
+        assert row["parameters"] == row["gradients"] == 4 * (12 + 3 + 6 + 2)
+        assert row["optimizer_state"] == 2 * row["parameters"] + 4 * 4  # two moments, a step count for each of four
+        assert row["batch"] == 4 * 5 * 4 + 8 * 5 and row["buffers"] == 0
+    # kept: ReLU's output, which the second layer shares, log_softmax's output, and the sum of the labels' weights
+    assert fp32["activations"] == 4 * 15 + 4 * 10 + 4 and fp32["weight_copies"] == 0
+    # the same with ReLU's output in 16 bits, and the images cast to them; of the weights only the second is kept,
+    # because nothing wants a gradient of the images
+    assert bf16["activations"] == 2 * 15 + 4 * 10 + 4 + 2 * 20 and bf16["weight_copies"] == 2 * 6
+
+
+def test_buffers_are_not_activations():
+    (row,) = inspector.memory_ledger(lambda: nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4),
+                                     torch.tensor([0, 1, 2, 3, 0]), [FP32])
+    assert row["buffers"] == 2 * 4 * 4 + 8
+    # mean and deviation of the batch, log_softmax's output, the sum of the labels' weights; the input is the batch
+    assert row["activations"] == 2 * 16 + 4 * 20 + 4
+
+
+def test_peak_of_allocations_is_the_largest_sum():
+    def function():
+        first = torch.empty(1 << 20)  # 4 MB, freed before the next two
+        del first
+        return torch.empty(1 << 19), torch.empty(1 << 20)
+
+    assert inspector.peak_of_allocations(function) == 6 << 20
+
+
+class Handmade(nn.Module):
+    """Makes `values` the gradient of its weight, whatever the images: the loss is linear in it."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.layer = nn.Linear(len(values), 1, bias=False)
+        self.values = values
+
+    def forward(self, images):
+        return self.layer(self.values.expand(len(images), -1)).expand(-1, 1)
+
+
+def by_formula(values, scale):
+    """Zero, subnormal and overflow from torch.finfo alone, in float64; rounding is to the nearest, ties to even."""
+    info, scaled = torch.finfo(torch.float16), values.abs().double() * scale
+    smallest = info.smallest_normal * info.eps
+    zero = scaled <= smallest / 2
+    overflow = scaled >= info.max + 16  # halfway to the next number there would be
+    return {"zero": zero, "subnormal": ~zero & (scaled < info.tiny - smallest / 2), "overflow": overflow}
+
+
+def test_underflow_shares_match_the_formula_of_finfo(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.rand(4000, generator=generator) * 50 - 40
+    edges = torch.tensor([2.0**-25, 2.0**-24, 2.0**-14])
+    values = torch.cat([torch.exp2(exponents), -torch.exp2(exponents), torch.zeros(100), edges])
+    model = Handmade(values)
+    # a loss whose gradient with respect to the logits is 1 in one row, so that the weight's gradient is `values`
+    monkeypatch.setattr(inspector, "_loss", lambda logits, labels, precision: logits[0, 0])
+    found = inspector.underflow_map(model, torch.zeros(1, 3), torch.tensor([0]), scaler_scale=2.0**20)
+    assert found["scales"] == [1, 2**8, 2**16, 2**20]
+    (row,) = [row for row in found["layers"] if row["group"] == "parameter"]
+    nonzero = values[values != 0]
+    assert row["name"] == "layer.weight" and row["through_float16"]
+    assert row["values"] == len(values) and row["nonzero"] == len(nonzero)
+    for scale in found["scales"]:
+        for kind, mask in by_formula(nonzero, scale).items():
+            share = row["by_scale"][f"{scale:g}"][kind]
+            assert share == pytest.approx(mask.double().mean().item(), abs=1e-12), (kind, scale)
+    counts = {int(exponent): count for exponent, count in found["histogram"]["parameter"].items()}
+    expected = np.unique(np.floor(np.log2(nonzero.abs().double().numpy())), return_counts=True)
+    assert counts == dict(zip(*(array.astype(int).tolist() for array in expected), strict=True))
+
+
+@pytest.mark.parametrize("scale, zero, subnormal, overflow", [
+    (1, 0.5, 0.25, 0), (2**8, 0.25, 0.25, 0), (2**16, 0, 0.25, 0.25),
+])  # fmt: skip
+def test_underflow_shares_of_four_known_values(scale, zero, subnormal, overflow):
+    layers = {}
+    inspector._count(layers, ("parameter", "x"), torch.tensor([2.0**-34, 2.0**-28, 2.0**-20, 2.0]), [scale])
+    (row,) = layers.values()
+    assert row["counts"][scale] == {"zero": 4 * zero, "subnormal": 4 * subnormal, "overflow": 4 * overflow}
+
+
+def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
+    found = inspector.underflow_map(*known)
+    through = {row["name"]: row["through_float16"] for row in found["layers"] if row["group"] == "parameter"}
+    assert through == {"conv.weight": True, "conv.bias": True, "norm.weight": False, "norm.bias": False,
+                       "head.weight": True, "head.bias": True}
+    outputs = {row["name"]: row for row in found["layers"] if row["group"] == "activation"}
+    assert set(outputs) == {"conv", "norm", "relu", "head"}
+    assert outputs["conv"]["values"] == 4 * 4 * 4 * 4
+    model, images, labels = known
+    logits = model.train()(images)
+    logits.retain_grad()
+    nn.functional.cross_entropy(logits, labels).backward()
+    (exponent, _) = max(found["histogram"]["activation"].items(), key=lambda item: int(item[0]))
+    assert int(exponent) == int(np.floor(np.log2(logits.grad.abs().max().item())))
+
+
+METRICS = [
+    {"epoch": 1, "loss_scale": 16384.0, "skipped_updates": 2, "skips": [
+        {"update": 1, "parameter": "conv1.weight", "scale": 65536.0},
+        {"update": 2, "parameter": "fc.weight", "scale": 32768.0}]},
+    {"epoch": 2, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
+    {"epoch": 3, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
+    {"epoch": 4, "loss_scale": 0.5, "skipped_updates": 1, "skips": [
+        {"update": 37, "parameter": "bn1.bias", "scale": 1.0}]},
+]  # fmt: skip
+
+
+def test_diary_tells_scales_skips_and_parameters(tmp_path):
+    text = inspector.scaler_diary(METRICS, picture=tmp_path / "scaler.png")
+    cells = [line.split() for line in text.splitlines()]
+    assert ["1", "16,384", "2"] in cells
+    assert ["2", "to", "3", "16,384", "0"] in cells
+    assert ["4", "0.5", "1"] in cells
+    assert "3 skipped" in text
+    for words in (("1 (epoch 1)", "65,536", "conv1.weight"), ("37 (epoch 4)", "bn1.bias")):
+        assert any(all(word in line for word in words) for line in text.splitlines()), words
+    assert (tmp_path / "scaler.png").stat().st_size > 5000
+
+
+def test_diary_of_a_run_without_a_scaler():
+    text = inspector.scaler_diary([{"epoch": 1, "loss_scale": 1.0, "skipped_updates": 0, "skips": []}])
+    assert "no scaler" in text
+
+
+def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
+    model, images, labels = known
+    out = tmp_path / "deep" / "out"
+    text = inspector.inspect(lambda: model, images, labels, [FP32, BF16], out=out, metrics=METRICS)
+    assert all(len(line) <= 80 for line in text.splitlines()), max(text.splitlines(), key=len)
+    for title in ("1. What ran", "2. Memory", "3. Underflow", "4. Scaler"):
+        assert title in text
+    written = {path.name for path in out.iterdir()}
+    assert written == {"inspect.json", "memory.png", "underflow.png", "scaler.png"}
+    content = json.loads((out / "inspect.json").read_text())
+    assert set(content["dtypes"]) == {"fp32", "amp-bf16"}
+    assert content["underflow"]["scaler_scale"] == 0.5
+    assert [row["precision"] for row in content["memory"]] == ["fp32", "amp-bf16"]
+    full = inspector.inspect(lambda: model, images, labels, [BF16], out=tmp_path / "full", full=True)
+    assert "detach" in full and "detach" not in text and "No run was named" in full
+
+
+def test_inspect_says_where_it_cannot_write(known, tmp_path):
+    (tmp_path / "file").write_text("")
+    model, images, labels = known
+    with pytest.raises(inspector.UserError, match="--out"):
+        inspector.inspect(lambda: model, images, labels, [FP32], out=tmp_path / "file")

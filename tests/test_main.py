@@ -1,0 +1,512 @@
+"""main(argv) as a user calls it: training in each precision, the run directory, every command, every bad input.
+
+Tiny scenes and small networks; what a run must write is the contract that scripts rely on.
+Run it alone: pytest tests/test_main.py
+"""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT, SMALL
+from PIL import Image
+
+import compare
+import prepare
+from model import load_file
+
+CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
+PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
+FILES = {
+    "config.json", "metrics.jsonl", "metrics.csv", "last.pt", "best_model.pt", "result.json", "predictions.csv",
+    "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html",
+}
+METRICS = {
+    "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "learning_rate", "loss_scale", "skipped_updates",
+    "images_per_second", "data_wait_share", "seconds", "peak_memory_mb", "grad_norm", "elapsed", "skips",
+}
+RESULT = {
+    "test_acc", "test_loss", "best_epoch", "best_val_acc", "total_seconds", "images_per_second", "peak_memory_mb",
+    "memory_kind", "precision", "device", "classes", "per_class", "confusion", "reserved_memory_mb", "device_name",
+    "train_seconds", "skipped_updates", "calibration_error",
+}
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def words(folder, checkpoints, name="run", *more):
+    return [f"--data_dir={folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}", *SMALL, *more]
+
+
+def shown_accuracy(out):
+    return float(next(line for line in out.splitlines() if line.startswith("Test accuracy")).split()[2])
+
+
+# -------------------------------------------------------------------------- training, each precision
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_training_ends_well_and_says_its_precision(trained, name):
+    _, status, out, err = trained[name]
+    assert status == 0 and "Traceback" not in err
+    label = {"fp32": "FP32", "amp-bf16": "AMP bfloat16", "amp-fp16": "AMP float16"}[name]
+    assert f"on cpu: {label} (" in out
+    assert ("CPUs emulate float16" in out) == (name == "amp-fp16")
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_run_writes_what_the_contract_says(trained, name):
+    folder = trained[name][0]
+    assert FILES <= {path.name for path in folder.iterdir()}
+    assert not [path for path in folder.iterdir() if path.name.endswith(".tmp") or path.name == "failure.json"]
+    lines, result = metrics(folder), read(folder, "result.json")
+    assert set(result) == RESULT and all(set(line) == METRICS for line in lines)
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert result["precision"] == name and result["device"] == "cpu" and result["classes"] == CLASSES
+    assert result["memory_kind"] == "process resident peak" and result["peak_memory_mb"] > 50
+    assert 0 < result["train_seconds"] <= result["total_seconds"]
+    best = max(lines, key=lambda line: line["val_acc"])
+    assert (result["best_epoch"], result["best_val_acc"]) == (best["epoch"], best["val_acc"])
+    for line in lines:
+        assert 0 <= line["data_wait_share"] < 1 and line["images_per_second"] > 0 and line["grad_norm"] > 0
+        assert all(math.isfinite(line[key]) and 0 <= line[key] for key in ("train_loss", "val_loss"))
+        assert all(0 <= line[key] <= 100 for key in ("train_acc", "val_acc"))
+        assert (line["loss_scale"] is not None) == (name == "amp-fp16") and line["skipped_updates"] == len(line["skips"])
+    with open(folder / "metrics.csv", newline="") as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == [line["epoch"] for line in lines]
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_the_result_follows_from_its_confusion_matrix(trained, name):
+    folder = trained[name][0]
+    result, matrix = read(folder, "result.json"), np.array(read(folder, "result.json")["confusion"])
+    assert matrix.shape == (6, 6) and matrix.sum(1).tolist() == [3] * 6
+    assert result["test_acc"] == pytest.approx(100 * matrix.trace() / 18)
+    for place, label in enumerate(CLASSES):
+        row = result["per_class"][label]
+        assert row["support"] == 3 and row["recall"] == pytest.approx(matrix[place, place] / 3, abs=1e-6)
+        predicted = matrix[:, place].sum()
+        assert row["precision"] == pytest.approx(matrix[place, place] / predicted if predicted else 0, abs=1e-6)
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counted = np.zeros((6, 6), int)
+    for row in rows:
+        counted[CLASSES.index(row["label"]), CLASSES.index(row["predicted"])] += 1
+        assert sum(float(row[label]) for label in CLASSES) == pytest.approx(1, abs=1e-4)
+        assert row["path"].split("/")[-2] == row["label"]
+    assert np.array_equal(counted, matrix)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_checkpoints_are_plain_and_their_model_is_torchvisions(trained, name):
+    folder = trained[name][0]
+    make = torchvision.models.squeezenet1_1 if name == "amp-fp16" else torchvision.models.resnet18
+    for file in ("best_model.pt", "last.pt"):
+        content = torch.load(folder / file, weights_only=True)
+        network = make(num_classes=6)
+        network.load_state_dict(content["model"])
+        assert content["classes"] == CLASSES and {t.dtype for t in network.parameters()} == {torch.float32}
+    assert (content["scaler"] != {}) == (name == "amp-fp16")
+
+
+def test_config_records_options_versions_and_data(trained):
+    config = read(trained["amp-bf16"][0], "config.json")
+    assert config["options"]["amp"] is True and config["options"]["image_size"] == 33
+    assert config["versions"]["torch"] == torch.__version__ and config["precision"] == "amp-bf16"
+    assert config["precision_reason"] in trained["amp-bf16"][2]
+    sizes = config["dataset"]
+    assert (sizes["train"], sizes["val"], sizes["test"], sizes["classes"]) == (48, 12, 18, CLASSES)
+
+
+def test_pictures_are_pictures(trained):
+    for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"):
+        with Image.open(trained["fp32"][0] / name) as picture:
+            assert min(picture.size) >= 300 and len(set(picture.convert("L").getdata())) > 20
+
+
+def test_fp32_and_amp_start_alike_and_end_apart(trained):
+    one, other = (torch.load(trained[name][0] / "last.pt", weights_only=True) for name in ("fp32", "amp-bf16"))
+    assert one["fingerprint"] == other["fingerprint"]
+    differences = [float((one["model"][key] - other["model"][key]).abs().max())
+                   for key in one["model"] if key.endswith("conv1.weight")]
+    assert 0 < max(differences) < 0.01
+
+
+def test_the_summary_tells_what_a_user_wants_to_know(trained):
+    folder, _, out, err = trained["fp32"]
+    result = read(folder, "result.json")
+    assert shown_accuracy(out) == pytest.approx(result["test_acc"], abs=0.01)
+    for text in (*CLASSES, "process resident peak", "Best epoch", "Time", "48 training, 12 validation and 18 test",
+                 "epoch   2/2", str(folder)):
+        assert text in out
+    assert err == ""
+
+
+def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
+    status, out, err = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet"])
+    assert status == 0 and out.startswith("Test accuracy") and err == ""
+
+
+def test_a_run_without_a_name_is_called_after_model_and_precision(scenes_folder, tmp_path, run):
+    given = words(scenes_folder, tmp_path, "", "--model=SqueezeNet1_1", "--epochs=1", "--amp", "--quiet")
+    assert run(given)[0] == 0 and (tmp_path / "squeezenet1_1_amp-bf16" / "result.json").exists()
+
+
+def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run):
+    status, out, err = run(words(
+        scenes_folder, tmp_path, "all", "--model=squeezenet1_1", "--accumulate=3", "--clip_grad_norm=1", "--ema=0.5",
+        "--label_smoothing=0.1", "--mixup=0.2", "--cutmix=1", "--augment=crop", "--freeze_epochs=1", "--patience=5",
+        "--optimizer=sgd", "--decay_type=step_warmup", "--warmup_epochs=0.5", "--cache=none", "--num_workers=0",
+        "--normalize=none", "--no-channels_last", "--log_interval=1", "--checkpoint_every=2u", "--sync_batchnorm",
+    ))
+    assert status == 0, err
+    status, again, _ = run(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=all"])
+    assert status == 0 and shown_accuracy(again) == shown_accuracy(out)
+
+
+def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path, run):
+    """At a rate of almost nothing, the best epoch tests as the run whose weights it began with."""
+    status, out, err = run(words(scenes_folder, tmp_path, "again", f"--pretrained_path={trained['fp32'][0] / 'best_model.pt'}",
+                                 "--learning_rate=1e-12", "--epochs=1", "--weight_decay=0"))
+    assert status == 0, err
+    one, other = (load_file(folder / "best_model.pt")["model"]["conv1.weight"]
+                  for folder in (trained["fp32"][0], tmp_path / "again"))
+    assert float((one - other).abs().max()) < 1e-9
+
+
+# ------------------------------------------------------------------------------------ real images
+def test_real_images_train_and_test(real_folder, tmp_path, run):
+    status, out, err = run(words(real_folder, tmp_path, "real", "--amp", "--epochs=1"))
+    assert status == 0, err
+    assert read(tmp_path / "real", "config.json")["dataset"]["classes"] == CLASSES
+    assert np.array(read(tmp_path / "real", "result.json")["confusion"]).sum() == 120
+
+
+# --------------------------------------------------------------------------------------- evaluate
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("spelling", ["evaluate", "--evaluate"])
+def test_evaluate_finds_the_test_accuracy_again(trained, run, name, spelling):
+    folder, _, out, _ = trained[name]
+    status, again, err = run([spelling, f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={name}"])
+    assert status == 0 and err == "" and shown_accuracy(again) == shown_accuracy(out)
+    assert f"{name} on" in again
+
+
+def test_evaluate_finds_what_a_plain_torch_loop_finds(trained, scenes_folder):
+    network = torchvision.models.resnet18(num_classes=6)
+    network.load_state_dict(load_file(trained["fp32"][0] / "best_model.pt")["model"])
+    tail = torchvision.transforms.Compose([
+        torchvision.transforms.Resize((33, 33)), torchvision.transforms.ToTensor(),
+        torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    ])
+    images = torchvision.datasets.ImageFolder(scenes_folder / "seg_test" / "seg_test", tail)
+    with torch.no_grad():
+        logits = torch.cat([network.eval()(image[None]) for image, _ in images])
+    labels, result = torch.tensor(images.targets), read(trained["fp32"][0], "result.json")
+    assert images.classes == CLASSES
+    assert 100 * float((logits.argmax(1) == labels).double().mean()) == pytest.approx(result["test_acc"])
+    assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(result["test_loss"], rel=1e-3)
+
+
+def test_evaluate_in_several_precisions(trained, run):
+    folder = trained["fp32"][0]
+    status, out, err = run(["evaluate", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
+                            "--precisions=fp32,amp-bf16"])
+    rows = read(folder, "parity.json")
+    assert status == 0 and list(rows) == ["fp32", "amp-bf16"] and "amp-bf16" in out
+    assert rows["fp32"]["largest_logit_difference"] == 0 < rows["amp-bf16"]["largest_logit_difference"] < 1
+    assert rows["fp32"]["accuracy"] == pytest.approx(read(folder, "result.json")["test_acc"])
+
+
+# ---------------------------------------------------------------------------------------- demo
+def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
+    draw, drawn = prepare.draw_demo, []
+    monkeypatch.setattr(prepare, "draw_demo", lambda root: drawn.append(root) or draw(
+        root, train_images=60, test_images=18, workers=1))
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "squeezenet1_1"])
+    assert status == 0, err
+    options = read(tmp_path / "checkpoint" / "demo", "config.json")["options"]
+    assert (options["epochs"], options["image_size"], options["pretrained"]) == (1, 64, 0)
+    assert (tmp_path / "data" / "demo" / "seg_train").exists() and len(drawn) == 1
+    status, again, err = run(["evaluate", "--demo", "--checkpoint_name", "demo"])
+    assert status == 0 and shown_accuracy(again) == shown_accuracy(out), err
+
+
+# ------------------------------------------------------------------------------------- predict
+def test_predict_writes_csv_json_and_a_sheet(trained, scenes_folder, tmp_path, run):
+    folder, test = trained["fp32"][0], scenes_folder / "seg_test" / "seg_test"
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no image")
+    files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
+    status, out, err = run(["predict", test, broken, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
+                            f"--csv={files['csv']}", f"--json={files['json']}", f"--contact_sheet={files['png']}",
+                            "--top_k=2", "--batch_size=7"])
+    assert status == 0, err
+    assert "18 images" in out and "broken.jpg" in out
+    rows = json.loads(files["json"].read_text())
+    with open(files["csv"], newline="") as file:
+        table = list(csv.DictReader(file))
+    with open(folder / "predictions.csv", newline="") as file:
+        expected = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(rows) == len(table) == 18
+    for row, line in zip(rows, table, strict=True):
+        tested = expected[str(row["path"]).removeprefix(f"{scenes_folder}/")]
+        assert len(row["top"]) == 2 and row["top"][0]["class"] == line["predicted"] == tested["predicted"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-4)
+        assert row["top"][0]["probability"] == pytest.approx(float(tested["confidence"]), abs=1e-4)
+    with Image.open(files["png"]) as picture:
+        assert min(picture.size) > 100
+
+
+@pytest.mark.parametrize("inputs, named", [(["absent.jpg"], "absent.jpg"), (["empty"], "holds no image")])
+def test_predict_names_what_it_cannot_find(trained, tmp_path, run, monkeypatch, inputs, named):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(["predict", *inputs, f"--checkpoint_dir={trained['fp32'][0].parent}", "--checkpoint_name=fp32"])
+    assert status == 2 and named in err
+
+
+# -------------------------------------------------------------------------------------- export
+@pytest.mark.filterwarnings("ignore")
+def test_export_agrees_with_onnx_runtime(trained, scenes_folder, tmp_path, run):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    folder, file = trained["fp32"][0], tmp_path / "model.onnx"
+    status, out, err = run(["export", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32", f"--out={file}"])
+    assert status == 0 and str(file) in out, err
+    session = runtime.InferenceSession(str(file))
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["classes"]) == CLASSES and facts["image_size"] == "33"
+    array = np.asarray(Image.new("RGB", (33, 33), (90, 120, 200)))[None]
+    network = torchvision.models.resnet18(num_classes=6)
+    network.load_state_dict(load_file(folder / "best_model.pt")["model"])
+    mean, std = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    with torch.no_grad():
+        pixels = (torch.from_numpy(array.copy()).permute(0, 3, 1, 2) / 255 - mean) / std
+        expected = network.eval()(pixels).softmax(1)
+    np.testing.assert_allclose(session.run(None, {"images": array})[0], expected, atol=1e-3)
+
+
+# ------------------------------------------------------------------------------------- compare
+@pytest.fixture(scope="module")
+def comparison(scenes_folder, tmp_path_factory, run):
+    """Two precisions compared by processes of their own, as the command does it: (folder, words, stdout)."""
+    folder = tmp_path_factory.mktemp("comparison")
+    given = ["compare", *words(scenes_folder, folder, "both", "--model=squeezenet1_1", "--epochs=1"),
+             "--precisions=fp32,amp-bf16"]
+    status, out, err = run(given)
+    assert status == 0, err
+    return folder / "both", given, out
+
+
+def test_compare_writes_a_run_a_precision_and_one_table(comparison):
+    folder, _, out = comparison
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {"fp32", "amp-bf16"}
+    assert {"performance_table.md", "comparison.json", "comparison.png"} <= {path.name for path in folder.iterdir()}
+    for name in ("fp32", "amp-bf16"):
+        assert FILES <= {path.name for path in (folder / name).iterdir()}
+        assert read(folder / name, "result.json")["precision"] == name
+    table = (folder / "performance_table.md").read_text()
+    for heading in ("Algorithm", "Test Accuracy", "Memory", "Total Training Time"):
+        assert heading in table
+    assert f"{read(folder / 'fp32', 'result.json')['test_acc']:.2f}" in table and str(folder) in out
+
+
+def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatch):
+    folder, given, _ = comparison
+    started = []
+    monkeypatch.setattr(compare, "_train", lambda given: started.append(given) or 1)
+    status, out, err = run(given)
+    assert status == 0 and started == [] and out.count("already finished") == 2
+    status, _, err = run([*given, "--learning_rate=0.5"])
+    assert status == 2 and started == [] and "--learning_rate" in err and "--overwrite" in err
+    (folder / "amp-bf16" / "result.json").rename(folder / "kept")
+    try:
+        run(given)
+    finally:
+        (folder / "kept").rename(folder / "amp-bf16" / "result.json")
+        (folder / "amp-bf16" / "failure.json").unlink(missing_ok=True)
+    assert len(started) == 1 and "--resume=auto" in started[0] and "--amp_dtype=bfloat16" in started[0]
+
+
+def test_report_only_redraws_from_files(comparison, run):
+    folder, given, _ = comparison
+    for name in ("performance_table.md", "comparison.png"):
+        (folder / name).unlink()
+    status, out, err = run(["compare", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}",
+                            "--report_only"])
+    assert status == 0, err
+    assert (folder / "performance_table.md").exists() and (folder / "comparison.png").exists()
+
+
+def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):
+    folders = [trained[name][0] for name in ("fp32", "amp-bf16")]
+    status, out, err = run(["compare", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=own", "--runs", *folders])
+    assert status == 0, err
+    assert "FP32" in out.upper() and (tmp_path / "own" / "comparison.json").exists()
+    status, _, err = run(["compare", f"--checkpoint_dir={tmp_path}", "--runs", tmp_path / "nothing"])
+    assert status == 2 and "nothing" in err
+
+
+def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run, monkeypatch):
+    folder, given, _ = comparison
+    monkeypatch.setattr(compare, "_train", lambda given: 1)
+    status, out, err = run([*given[:-1], "--precisions=fp32,amp-fp16"])
+    assert status == 0, err
+    assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]
+    table = (folder / "performance_table.md").read_text()
+    assert "fp16" in table.lower() or "float16" in table.lower()
+
+
+# ----------------------------------------------------------------------------------- bad input
+def broken_copy(folder, target, change):
+    for path in folder.rglob("*.jpg"):
+        copy = target / path.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.symlink_to(path)
+    change(target)
+    return target
+
+
+def empty_class(folder):
+    for path in (folder / "seg_train" / "seg_train" / "sea").iterdir():
+        path.unlink()
+
+
+def one_class(folder):
+    for part in ("seg_train", "seg_test"):
+        for path in (folder / part / part).iterdir():
+            if path.name != "sea":
+                for image in path.iterdir():
+                    image.unlink()
+                path.rmdir()
+
+
+def unreadable(folder):
+    for path in sorted((folder / "seg_train" / "seg_train" / "sea").iterdir())[:2]:
+        path.unlink()
+        path.write_bytes(b"no image")
+
+
+@pytest.mark.parametrize("change, named", [
+    (empty_class, ["sea holds no image"]), (one_class, ["1 class folder", "at least two"]),
+    (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
+    (lambda folder: (folder / "seg_test").rename(folder / "other"), ["no test images", "--archive"]),
+], ids=["empty", "one", "unreadable", "no test"])
+def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, named):
+    data = broken_copy(scenes_folder, tmp_path / "data", change)
+    status, out, err = run(words(data, tmp_path / "runs"))
+    assert status == 2 and err.startswith("error: ") and all(text in err for text in named), err
+    assert not (tmp_path / "runs" / "run" / "config.json").exists()
+
+
+def test_unreadable_images_may_be_left_out_and_are_recorded(scenes_folder, tmp_path, run):
+    data = broken_copy(scenes_folder, tmp_path / "data", unreadable)
+    status, out, err = run(words(data, tmp_path, "run", "--skip_unreadable", "--model=squeezenet1_1", "--epochs=1"))
+    assert status == 0 and "are left out" in out, err
+    assert len(read(tmp_path / "run", "config.json")["dataset"]["unreadable"]) == 2
+
+
+def test_no_data_names_the_three_ways_to_get_it(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(["--pretrained", "0"])
+    assert status == 2 and all(way in err for way in ("--demo", "--download", "--archive", "--data_dir"))
+
+
+@pytest.mark.parametrize("more, named", [
+    (["--model=resnet19"], "resnet18"), (["--num_classes=5"], "--num_classes 5"), (["--epochs=0"], "--epochs"),
+    (["--learning_rate=-1"], "--learning_rate"), (["--batch_size=0"], "--batch_size"),
+    (["--pretrained_path=absent.pt"], "absent.pt"), (["--device=cuda:7"], "--device cuda:7"),
+    (["--device=nonsense"], "--device nonsense"), (["--tf32", "--device=cpu"], "--tf32"),
+    (["--model=alexnet"], "--image_size 33"), (["--image_size=32", "--batch_size=47"], "--batch_size"),
+    (["--resume"], "--resume"),
+])
+def test_bad_options_are_named_with_status_2(scenes_folder, tmp_path, run, more, named):
+    status, _, err = run(words(scenes_folder, tmp_path, "run", *more))
+    assert status == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) <= 6, err
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_one_is_refused(scenes_folder, tmp_path, run):
+    status, _, err = run(words(scenes_folder, tmp_path, "run", "--device=cuda"))
+    assert status == 2 and "--device cuda" in err and "--device cpu" in err
+
+
+def test_weights_and_checkpoints_that_do_not_fit_are_named(scenes_folder, trained, tmp_path, run):
+    weights = trained["amp-fp16"][0] / "best_model.pt"
+    status, _, err = run(words(scenes_folder, tmp_path, "run", f"--pretrained_path={weights}"))
+    assert status == 2 and "missing" in err and "--model" in err
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "best_model.pt").write_bytes(weights.read_bytes()[:5000])
+    for given, named in ((["--checkpoint_name=damaged"], "damaged"), (["--checkpoint_name=absent"], "Runs there: damaged")):
+        status, _, err = run(["evaluate", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path}", *given])
+        assert status == 2 and named in err, err
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(scenes_folder, tmp_path, run):
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = run(words(scenes_folder, tmp_path / "file"))
+    assert status == 2 and str(tmp_path / "file") in err and "--checkpoint_dir" in err
+
+
+def test_another_data_sets_classes_are_refused(trained, tmp_path, run):
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for index in range(5):
+                Image.new("RGB", (40, 40), (index * 40, 0, 0)).save(tmp_path / part / name / f"{index}.png")
+    folder = trained["fp32"][0]
+    status, _, err = run(["evaluate", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
+                          f"--data_dir={tmp_path}"])
+    assert status == 2 and "cat" in err and "buildings" in err
+
+
+def test_a_loss_that_is_not_finite_is_status_1_and_recorded(scenes_folder, tmp_path, run):
+    status, _, err = run(words(scenes_folder, tmp_path, "run", "--learning_rate=1e30", "--optimizer=SGD",
+                               "--warmup_epochs=0", "--epochs=3", "--model=squeezenet1_1"))
+    assert status == 1 and "not finite in epoch" in err and "update" in err and "Traceback" not in err
+    assert "not finite" in read(tmp_path / "run", "failure.json")["reason"]
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+# -------------------------------------------------------------------------------- prepare and the shell
+def test_prepare_check_and_archive(scenes_folder, tmp_path, run):
+    status, out, err = run(["prepare", "--check", f"--data_dir={scenes_folder}"])
+    assert status == 0 and "sea" in out, err
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in scenes_folder.rglob("*.jpg"):
+            archive.write(path, path.relative_to(scenes_folder))
+    status, out, err = run(["prepare", f"--archive={tmp_path / 'images.zip'}", f"--data_dir={tmp_path / 'data'}"])
+    assert status == 0 and len(list((tmp_path / "data").rglob("*.jpg"))) == 78, err
+
+
+def test_as_a_program_it_exits_with_the_status_and_no_bar(tmp_path):
+    command = [sys.executable, str(ROOT / "main.py"), "--data_dir", str(tmp_path / "none")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: no training images") and "%|" not in done.stderr
+
+
+def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
+    from utils import progress
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    assert progress(total=1).disable
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress(total=1)
+    assert not bar.disable
+    bar.close()
+    monkeypatch.setenv("RANK", "1")
+    assert progress(total=1).disable

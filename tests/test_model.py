@@ -1,0 +1,182 @@
+"""Models by name, their new heads and the weights they start from; every family takes a training step.
+
+No network: ImageNet files are made here and found where torch.hub looks. Run it alone: pytest tests/test_model.py
+"""
+
+import pickle
+import urllib.error
+
+import pytest
+import torch
+from torchvision import models
+
+from model import build_model, check_input_size, head_name, load_file, load_weights, model_names, read_state_dict
+from utils import UserError
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """Puts a 1000-class file of a model where torch.hub caches it; returns its state dict."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+
+    def place(name, content=None, **options):
+        torch.manual_seed(1)
+        state = models.get_model(name, num_classes=1000, **options).state_dict()
+        file = tmp_path / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rsplit("/", 1)[-1]
+        torch.save(state, file) if content is None else file.write_bytes(content)
+        return state
+
+    return place
+
+
+def refused(call, *positional, **options):
+    with pytest.raises(UserError) as error:
+        call(*positional, **options)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------- names
+@pytest.mark.parametrize("name", ["ResNet18", "resnet18", "RESNET18"])
+def test_names_of_any_case_are_torchvisions(name):
+    model = build_model(name, 6, pretrained=False)
+    assert model.state_dict().keys() == models.resnet18(num_classes=6).state_dict().keys()
+    assert model(torch.zeros(2, 3, 33, 33)).shape == (2, 6)
+
+
+def test_an_unknown_name_is_answered_with_likely_ones():
+    message = refused(build_model, "ResNet19", 6, pretrained=False)
+    assert "--model ResNet19" in message and "resnet18" in message
+    assert "resnet18" in refused(build_model, "fasterrcnn", 6, pretrained=False)
+
+
+def test_only_classifiers_are_offered():
+    names = model_names()
+    assert {"resnet18", "resnet50", "vit_b_16", "inception_v3"} <= set(names)
+    assert not [name for name in names if "rcnn" in name or "deeplab" in name or name.startswith("raft")]
+
+
+# ------------------------------------------------------------------------------------- families
+FAMILIES = [("alexnet", 64), ("squeezenet1_1", 33), ("mobilenet_v3_small", 33), ("shufflenet_v2_x0_5", 33),
+            ("mnasnet0_5", 33), ("densenet121", 33), ("efficientnet_b0", 33), ("regnet_y_400mf", 33),
+            ("googlenet", 33), ("inception_v3", 75), ("convnext_tiny", 33), ("swin_t", 33), ("resnet18", 33)]
+
+
+@pytest.mark.parametrize("name, side", FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_every_family_trains_a_head_of_its_own(name, side):
+    torch.manual_seed(0)
+    model = build_model(name, 6, pretrained=False).train()
+    check_input_size(model, side, 2)
+    logits = model(torch.randn(2, 3, side, side))
+    assert torch.is_tensor(logits) and logits.shape == (2, 6)
+    logits.square().sum().backward()
+    without = [parameter for parameter, tensor in model.named_parameters() if tensor.grad is None]
+    assert without == []
+    head = model.get_submodule(head_name(model))
+    assert head.weight.shape[0] == 6 and head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name, side, piece", [
+    ("vit_b_16", 33, 2), ("inception_v3", 33, 2), ("alexnet", 33, 2), ("resnet18", 32, 1),
+])  # fmt: skip
+def test_a_size_that_a_model_cannot_train_on_is_refused_before_training(name, side, piece):
+    with torch.device("meta"):
+        model = models.get_model(name, num_classes=6,
+                                 **({"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}))
+    message = refused(check_input_size, model, side, piece)
+    assert f"--image_size {side}" in message and "--batch_size" in message
+    check_input_size(model, 224, 2)
+
+
+# -------------------------------------------------------------------------------- ImageNet weights
+@pytest.mark.parametrize("name, options", [
+    ("resnet18", {}), ("squeezenet1_1", {}), ("mobilenet_v3_small", {}), ("googlenet", {"init_weights": False}),
+])  # fmt: skip
+def test_imagenet_weights_fill_all_but_the_head(imagenet, monkeypatch, name, options):
+    state = imagenet(name, **options)
+    model = build_model(name, 6)
+    head = head_name(model)
+    for key, tensor in model.state_dict().items():
+        if key.rpartition(".")[0] == head:
+            assert tensor.shape[0] == 6
+        else:
+            assert torch.equal(tensor, state[key]), key
+    assert model(torch.zeros(2, 3, 33, 33)).shape == (2, 6)
+
+
+def test_a_thousand_classes_keep_the_imagenet_head(imagenet):
+    state = imagenet("squeezenet1_1")
+    found = build_model("squeezenet1_1", 1000).state_dict()
+    assert torch.equal(found["classifier.1.weight"], state["classifier.1.weight"])
+
+
+def test_offline_the_ways_out_are_named(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    monkeypatch.setattr("torch.hub.urlopen", unreachable)
+    message = refused(build_model, "resnet18", 6)
+    for way in ("Name or service not known", "https://", str(tmp_path), "--pretrained_path", "--pretrained 0"):
+        assert way in message
+    assert list(tmp_path.rglob("*.pth*")) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"not a file of weights", b"PK\x03\x04" + bytes(100)])
+def test_a_damaged_imagenet_file_is_one_message(imagenet, content):
+    imagenet("squeezenet1_1", content)
+    message = refused(build_model, "squeezenet1_1", 6)
+    assert "delete a damaged file" in message and "--pretrained 0" in message
+
+
+# --------------------------------------------------------------------------------- a file of one's own
+@pytest.mark.parametrize("wrap", [
+    lambda state: state, lambda state: {"state_dict": state}, lambda state: {"model": state, "epoch": 3},
+    lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+], ids=["bare", "state_dict", "checkpoint", "module."])
+@pytest.mark.parametrize("classes", [6, 1000])
+def test_pretrained_path_takes_what_people_have(tmp_path, wrap, classes):
+    torch.manual_seed(2)
+    state = models.squeezenet1_1(num_classes=classes).state_dict()
+    torch.save(wrap(state), tmp_path / "weights.pt")
+    found = build_model("squeezenet1_1", 6, pretrained_path=tmp_path / "weights.pt").state_dict()
+    head = {"classifier.1.weight", "classifier.1.bias"}
+    assert all(torch.equal(found[name], state[name]) for name in found if classes == 6 or name not in head)
+    assert found["classifier.1.weight"].shape[0] == 6
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    state = models.resnet18(num_classes=6).state_dict()
+    del state["layer1.0.conv1.weight"]
+    state["extra.weight"] = torch.zeros(1)
+    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
+    message = refused(load_weights, models.resnet18(num_classes=6), state, source="a file")
+    for line in ("conv1.weight: shape (64, 3, 3, 3), needs (64, 3, 7, 7)", "layer1.0.conv1.weight: missing",
+                 "extra.weight: unknown", "--model"):
+        assert line in message
+    torch.save(models.resnet50(num_classes=6).state_dict(), tmp_path / "other.pt")
+    message = refused(build_model, "resnet18", 6, pretrained_path=tmp_path / "other.pt")
+    assert "more" in message and len(message.splitlines()) <= 14
+
+
+class Hostile:
+    def __reduce__(self):
+        return print, ("run",)
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"", "damaged"), (b"text", "damaged"),
+    (pickle.dumps({"a": Hostile()}, protocol=2), "refused"), (None, "does not exist"),
+], ids=["empty", "text", "hostile", "absent"])
+def test_a_bad_file_is_one_message(tmp_path, content, named):
+    file = tmp_path / "weights.pt"
+    if content is not None:
+        file.write_bytes(content)
+    assert named in refused(load_file, file)
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1], torch.zeros(2)])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pt")
+    assert "no state dict" in refused(read_state_dict, tmp_path / "weights.pt")

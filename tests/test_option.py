@@ -1,0 +1,225 @@
+"""The command line: the frozen set of options, defaults, spelling, precedence, and no torch for --help.
+
+Options are read here, never run. Run it alone: pytest tests/test_option.py
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_main
+
+import option
+from utils import UserError
+
+RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
+DATA = "--data_dir --demo --image_size --normalize --cache --num_workers --skip_unreadable"
+MODEL = "--model --num_classes --pretrained --pretrained_path"
+DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile"
+TRAINING = (
+    "--batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_type --warmup_epochs "
+    "--clip_grad_norm --label_smoothing --augment --mixup --cutmix --ema --freeze_epochs --patience --sync_batchnorm"
+)
+RECORDING = "--log_interval --resume --overwrite --checkpoint_every --verify_resume --tensorboard"
+TRAINED = f"{RUN} {DATA} {DEVICE} --batch_size --checkpoint"
+ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
+
+# Scripts rely on these names: extend them here and in the README, don't rename them.
+OPTIONS = {
+    "train": f"{ALL} --evaluate",
+    "evaluate": f"{TRAINED} --evaluate --precisions",
+    "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
+    "compare": f"{ALL} --precisions --seeds --report_only --runs",
+    "doctor": "--device --model --image_size --batch_size --data_dir --json",
+    "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out",
+    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed --num_workers",
+    "export": f"{RUN} --checkpoint --out",
+}
+SEED_DEFAULTS = {
+    "model": "ResNet18", "num_classes": None, "pretrained": 1, "pretrained_path": None, "checkpoint_dir": "checkpoint",
+    "checkpoint_name": "", "seed": 42, "batch_size": 256, "epochs": 120, "log_interval": 20, "amp": False,
+    "learning_rate": 1e-4, "weight_decay": 1e-4, "optimizer": "ADAM", "decay_type": "cosine_warmup",
+    "data_dir": "data", "demo": False, "device": "auto", "amp_dtype": "auto", "tf32": False, "image_size": 256,
+    "warmup_epochs": None, "clip_grad_norm": None, "accumulate": 1, "resume": None, "compile": False,
+    "channels_last": True, "cache": "auto", "normalize": "imagenet", "augment": "flip", "mixup": 0, "cutmix": 0,
+    "ema": 0, "label_smoothing": 0, "freeze_epochs": 0, "patience": None,
+}  # fmt: skip
+
+
+def parse(*words):
+    return option.parse(words)
+
+
+def refused(*words):
+    with pytest.raises(UserError) as error:
+        parse(*words)
+    return str(error.value)
+
+
+@pytest.fixture
+def config(tmp_path):
+    file = tmp_path / "runs" / "old" / "config.json"
+    file.parent.mkdir(parents=True)
+    stored = {"epochs": 7, "image_size": 99, "amp": True, "data_dir": "elsewhere", "checkpoint_name": "old",
+              "overwrite": True, "batch_size": 12, "normalize": "none"}
+    file.write_text(json.dumps({"options": stored}))
+    return file
+
+
+# ------------------------------------------------------------------------- names and defaults
+@pytest.mark.parametrize("command", option.COMMANDS)
+def test_the_set_of_options_is_frozen(command):
+    found = {action.option_strings[0] for action in option.build_parser(command)._actions if action.option_strings}
+    assert sorted(found - {"-h", "--version"}) == sorted(OPTIONS[command].split())
+
+
+def test_the_defaults_are_the_seeds():
+    found = vars(parse())
+    assert {name: found[name] for name in SEED_DEFAULTS} == SEED_DEFAULTS and found["command"] == "train"
+
+
+@pytest.mark.parametrize("command", option.COMMANDS)
+def test_help_has_a_line_for_every_option(command):
+    text = option.build_parser(command).format_help()
+    for action in option.build_parser(command)._actions:
+        if action.help != "==SUPPRESS==":
+            assert (action.option_strings or [action.metavar])[0] in text
+    assert "==SUPPRESS==" not in text and "%(" not in text and "None" not in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_help_groups_its_options_and_shows_defaults():
+    text = option.build_parser("train").format_help()
+    for heading in ("commands (", "run:", "data:", "model:", "device and precision:", "training:", "recording"):
+        assert f"\n{heading}" in text
+    for shown in ("(default: 256)", "(default: 0.0001)", "(default: cosine_warmup)", "(default: on)"):
+        assert shown in text
+    assert all(f"\n  {command} " in text for command in option.COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["compare", "--help"], ["--version"], ["--epochs", "0"], ["tarin"]])
+def test_help_and_wrong_options_import_no_torch(words):
+    code = (
+        "import sys, main\n"
+        "try: status = main.main(sys.argv[1:])\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'torchvision', 'numpy', 'PIL', 'sklearn', 'matplotlib', 'tqdm'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if words[-1].startswith(("--help", "--version")) else 2), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------------------------ spelling
+def test_dashes_are_underscores():
+    options = parse("--batch-size", "8", "--learning-rate=0.1", "--no_channels-last", "--no-amp", "--amp-dtype", "auto")
+    assert (options.batch_size, options.learning_rate, options.channels_last) == (8, 0.1, False)
+
+
+def test_values_keep_their_dashes():
+    assert parse("--checkpoint-name", "my-run", "--data_dir=a-b/c-d").data_dir == "a-b/c-d"
+    assert parse("--checkpoint-name", "my-run").checkpoint_name == "my-run"
+
+
+@pytest.mark.parametrize("words, suggestion", [
+    (["--learning_rat", "1"], "--learning_rate"), (["--batchsize=3"], "--batch_size"), (["--ampp"], "--amp"),
+    (["tran"], "train"), (["compair"], "compare"),
+])
+def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(words, suggestion):
+    assert f"did you mean {suggestion}?" in refused(*words)
+
+
+def test_options_are_not_abbreviated():
+    assert "--epoch" in refused("--epoch", "3")
+
+
+# ------------------------------------------------------------------------------ bad numbers
+@pytest.mark.parametrize("words, named", [
+    (["--epochs", "0"], "at least 1"), (["--epochs", "1.5"], "not an integer"), (["--batch_size", "0"], "at least 1"),
+    (["--batch_size", "-4"], "at least 1"), (["--learning_rate", "-1"], "greater than 0"),
+    (["--learning_rate", "0"], "greater than 0"), (["--learning_rate", "nan"], "greater than 0"),
+    (["--learning_rate", "inf"], "must be finite"), (["--weight_decay", "-1"], "at least 0"),
+    (["--clip_grad_norm", "0"], "greater than 0"), (["--warmup_epochs", "-1"], "at least 0"),
+    (["--image_size", "8"], "at least 16"), (["--num_classes", "1"], "at least 2"), (["--ema", "1"], "less than 1"),
+    (["--label_smoothing", "1"], "less than 1"), (["--log_interval", "0"], "at least 1"),
+    (["--accumulate", "0"], "at least 1"), (["--patience", "0"], "at least 1"), (["--num_workers", "-1"], "at least 0"),
+    (["--seed", "-1"], "at least 0"), (["--optimizer", "LION"], "ADAM"), (["--decay_type", "linear"], "cosine_warmup"),
+    (["--amp_dtype", "int8"], "bfloat16"), (["--pretrained", "2"], "invalid choice"),
+    (["--checkpoint_every", "5"], "10m"), (["--checkpoint_every", "0u"], "500u"),
+    (["--checkpoint_every", "1.5u"], "500u"), (["--resume", "maybe"], "auto"),
+])
+def test_impossible_values_are_refused_by_name(words, named):
+    message = refused(*words)
+    assert words[0] in message and named in message, message
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--accumulate", "9", "--batch_size", "8"], "--accumulate"), (["--tf32", "--amp"], "exclude"),
+    (["--amp_dtype", "float16"], "without --amp"), (["--warmup_epochs", "9", "--epochs", "3"], "--warmup_epochs"),
+    (["--freeze_epochs", "4", "--epochs", "3"], "--freeze_epochs"), (["--resume", "--overwrite"], "exclude"),
+    (["--checkpoint_name", "../up"], "--checkpoint_name"), (["--checkpoint_name", "/root"], "--checkpoint_name"),
+    (["--checkpoint_name", "a\nb"], "--checkpoint_name"), (["compare", "--precisions", "fp8"], "fp32"),
+    (["compare", "--precisions", ","], "fp32"), (["predict"], "PATH"), (["prepare"], "--download"),
+    (["--config", "absent.json"], "absent.json"),
+])
+def test_options_that_do_not_go_together_are_refused(words, named):
+    assert named in refused(*words)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"options": 3}', "{}"])
+def test_a_damaged_config_is_one_message(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    assert "is not a run's config.json" in refused("--config", str(file))
+
+
+# --------------------------------------------------------------------------------- precedence
+def test_demo_sets_defaults_and_explicit_options_win():
+    options = parse("--demo", "--epochs", "3")
+    assert options.epochs == 3 and options.image_size == option.DEMO["image_size"] and options.pretrained == 0
+    assert parse("compare", "--demo").data_dir == option.DEMO["data_dir"]
+    assert parse("--demo", "--batch_size", "256").batch_size == 256  # even where the value is the usual default
+
+
+def test_command_line_then_config_then_demo_then_default(config):
+    options = parse("--demo", "--config", str(config), "--batch_size", "5")
+    assert options.batch_size == 5  # the command line
+    assert (options.epochs, options.image_size, options.data_dir) == (7, 99, "elsewhere")  # the config
+    assert options.learning_rate == option.DEMO["learning_rate"] and options.weight_decay == 1e-4
+    assert options.amp is True and parse("--config", str(config), "--no-amp").amp is False
+    assert options.overwrite is False and options.checkpoint_name == ""  # never from a config
+
+
+@pytest.mark.parametrize("words", [["evaluate"], ["--evaluate"], ["predict", "x.png"], ["inspect"]])
+def test_commands_on_a_run_take_its_own_options(config, words):
+    options = parse(*words, "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old")
+    assert (options.image_size, options.normalize, options.data_dir) == (99, "none", "elsewhere")
+    assert parse(*words, "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old",
+                 "--data_dir", "here").data_dir == "here"
+
+
+def test_evaluate_may_stand_behind_a_trainings_own_options(config):
+    options = parse("--model", "ResNet50", "--epochs", "3", "--amp", "--batch_size", "64", "--learning_rate", "0.1",
+                    "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old", "--evaluate")
+    assert options.command == "evaluate" and options.batch_size == 64 and options.amp
+    assert "did you mean --epochs" in refused("--evaluate", "--epoch", "3")
+    assert "--learning_rate" in refused("evaluate", "--learning_rate", "1")  # the command itself takes none
+
+
+def test_a_comparisons_training_words_give_its_options_back():
+    words = ["--epochs=3", "--no-channels_last", "--ema=0.5", "--clip_grad_norm=1.0", "--checkpoint_every=5u",
+             "--optimizer=SGD", "--data_dir=a folder"]
+    options = parse("compare", *words, "--precisions", "fp32")
+    again = parse("train", *option.training_words(options))
+    own = {"command", "trained_with", "precisions", "seeds", "report_only", "runs", "evaluate"}
+    assert {k: v for k, v in vars(again).items() if k not in own} == {
+        k: v for k, v in vars(options).items() if k not in own}
+
+
+def test_main_answers_a_wrong_option_with_two_lines_and_status_2():
+    status, out, err = run_main(["--epochz", "3"])
+    assert (status, out) == (2, "")
+    assert err.splitlines() == ["error: unrecognized arguments: --epochz 3 (did you mean --epochs?)",
+                                "See: python main.py --help"]

@@ -1,0 +1,298 @@
+"""Resuming is exact: a run stopped at any moment, then resumed, equals bit for bit one that was never stopped.
+
+FAULT_KILLS=20 pytest tests/test_resume.py kills the tortured run 20 times instead of 3.
+"""
+
+import json
+import os
+import random
+import signal
+
+import pytest
+import tiny
+import torch
+from tiny import assert_equal, outcome
+
+import train as training
+from run import RunDirectory
+from utils import RunError
+
+SETTINGS = {
+    "fp32": [],
+    "bf16, accumulated": ["--amp", "--accumulate=3"],
+    "fp16, accumulated": ["--amp", "--amp_dtype=float16", "--accumulate=2", "--clip_grad_norm=1"],
+    "averaged, mixed, frozen": ["--ema=0.9", "--mixup=0.4", "--cutmix=1", "--augment=crop", "--freeze_epochs=1",
+                                "--optimizer=SGD", "--decay_type=step_warmup", "--warmup_epochs=1",
+                                "--no-channels_last"],
+    "dropout, streamed": ["--model=squeezenet1_1", "--augment=trivial", "--optimizer=ADAMW", "--cache=none",
+                          "--num_workers=0", "--decay_type=step", "--label_smoothing=0.1"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny.draw(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """The outcome of a run of the first setting that nothing disturbed."""
+    runs = tmp_path_factory.mktemp("straight")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        assert tiny.train(data, runs) == 0
+    return outcome(runs / "run")
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+
+
+def at_call(monkeypatch, owner, name: str, number: int, act, *, before: bool = False) -> None:
+    """Does `act` at call `number` (from 1) of a function, after it or before it."""
+    original, calls = getattr(owner, name), []
+
+    def wrapper(*arguments, **options):
+        calls.append(name)
+        if before and len(calls) == number:
+            act()
+        result = original(*arguments, **options)
+        if not before and len(calls) == number:
+            act()
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def kill_self(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def position(runs) -> tuple[int, int]:
+    progress = torch.load(runs / "run" / "last.pt", weights_only=True)["progress"]
+    return progress["epoch"], progress["update"]
+
+
+# ------------------------------------------------------------------------------------ stops
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_stopped_run_equals_undisturbed(setting, data, tmp_path, capsys):
+    """SIGINT in mid-epoch, SIGTERM in validation, SIGTERM in the second epoch; each time resumed."""
+    options = SETTINGS[setting]
+    assert tiny.train(data, tmp_path / "a", *options) == 0
+    stops = [
+        ("update_weights", 2, signal.SIGINT, (0, 2)),
+        ("evaluate", 1, signal.SIGTERM, (0, 3)),
+        ("update_weights", 1, signal.SIGTERM, (1, 1)),
+    ]
+    for turn, (name, call, number, expected) in enumerate(stops):
+        with pytest.MonkeyPatch.context() as patch:
+            at_call(patch, training, name, call, kill_self(number), before=name == "evaluate")
+            assert tiny.train(data, tmp_path / "b", *options, *["--resume"] * (turn > 0)) == 128 + number
+        assert position(tmp_path / "b") == expected
+        said = capsys.readouterr().err
+        assert "--resume" in said and str(tmp_path / "b" / "run") in said
+        assert not (tmp_path / "b" / "run" / "result.json").exists()
+    assert tiny.train(data, tmp_path / "b", *options, "--resume") == 0
+    assert_equal(outcome(tmp_path / "a" / "run"), outcome(tmp_path / "b" / "run"))
+
+
+@pytest.mark.parametrize(("name", "call"), [("write_metrics", 1), ("write_metrics", 2), ("save", 1), ("save", 2)])
+def test_stop_at_the_end_of_an_epoch(name, call, data, straight, tmp_path, monkeypatch):
+    """A signal while an epoch is being finished, the last one too, is obeyed, and what was done is kept."""
+    with monkeypatch.context() as patch:
+        at_call(patch, RunDirectory, name, call, kill_self(signal.SIGTERM))
+        assert tiny.train(data, tmp_path) == 143
+    assert tiny.train(data, tmp_path, "--resume") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stop_while_testing(number, status, data, straight, tmp_path, monkeypatch, capsys):
+    import evaluate
+
+    with monkeypatch.context() as patch:
+        at_call(patch, evaluate, "evaluate", 1, kill_self(number), before=True)
+        assert tiny.train(data, tmp_path) == status
+    assert "--resume" in capsys.readouterr().err
+    assert tiny.train(data, tmp_path, "--resume") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+def test_killed_run_equals_undisturbed(data, tmp_path):
+    """kill -9 at random moments, every other one in the middle of a save; --resume auto each time."""
+    kills, chance = int(os.environ.get("FAULT_KILLS", "3")), random.Random(3)
+    options = ["--epochs=12", "--checkpoint_every=1u"]
+    assert tiny.train(data, tmp_path / "a", *options) == 0
+    run, killed, amid_save = tmp_path / "b" / "run", 0, 0
+    command = tiny.words(data, tmp_path / "b", *options, "--resume=auto")
+    while killed < kills:
+        if (run / "result.json").exists():  # it got through: a run of the same name must begin anew
+            command = tiny.words(data, tmp_path / "b", *options, "--overwrite")
+        process = tiny.start(command)
+        tiny.wait_for(lambda: (run / "config.json").exists() and not (run / "result.json").exists(), process)
+        command = tiny.words(data, tmp_path / "b", *options, "--resume=auto")
+        if killed % 2:
+            tiny.wait_for(lambda: any(run.glob(".*.pt.*.tmp")), process)
+        else:
+            with pytest.raises(Exception, match="timed out"):
+                process.wait(chance.uniform(0.0, 3.0))
+        process.kill()
+        assert tiny.finish(process)[0] == -signal.SIGKILL
+        killed, amid_save = killed + 1, amid_save + any(run.glob(".*.tmp"))
+    status, out, errors = tiny.finish(tiny.start(command))
+    print(f"{killed} kills, {amid_save} of them in the middle of a save")
+    assert status == 0, errors
+    assert not list(run.glob(".*.tmp"))
+    assert_equal(outcome(tmp_path / "a" / "run"), outcome(run))
+
+
+# ------------------------------------------------------------------------------- checkpoints
+@pytest.mark.parametrize(("every", "expected"), [("2u", (1, 1)), ("0.0000001m", (1, 2))])
+def test_checkpoint_every(every, expected, data, straight, tmp_path, monkeypatch):
+    """A run that ends without warning in its last update goes on from the last checkpoint within the epoch."""
+    def fail():
+        raise RunError("the plug was pulled")
+
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "update_weights", 6, fail)
+        assert tiny.train(data, tmp_path, f"--checkpoint_every={every}") == 1
+    assert position(tmp_path) == expected
+    assert tiny.train(data, tmp_path, "--resume") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+def test_resume_auto(data, straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, training, "update_weights", 4, kill_self(signal.SIGINT))
+        assert tiny.train(data, tmp_path, "--resume=auto") == 130
+    assert tiny.train(data, tmp_path, "--resume=auto") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+def test_nothing_to_resume(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path, "--resume") == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(data, straight, tmp_path):
+    assert tiny.train(data, tmp_path) == 0
+    assert tiny.train(data, tmp_path, "--resume") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+# ----------------------------------------------------------------------------------- options
+@pytest.fixture
+def begun(data, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, training, "update_weights", 2, kill_self(signal.SIGINT))
+        assert tiny.train(data, tmp_path) == 130
+    return tmp_path
+
+
+@pytest.mark.parametrize("option", [
+    "--learning_rate=0.5", "--batch_size=4", "--epochs=3", "--amp", "--seed=1", "--optimizer=SGD", "--accumulate=2",
+    "--image_size=40", "--augment=none", "--ema=0.5", "--model=squeezenet1_1", "--normalize=none",
+])  # fmt: skip
+def test_changed_option_is_refused(option, data, begun, capsys):
+    before = (begun / "run" / "last.pt").read_bytes()
+    name, _, value = option.partition("=")
+    assert tiny.train(data, begun, "--resume", option) == 2
+    said = capsys.readouterr().err
+    assert f"{name}: begun with " in said and f"now {value or True}" in said
+    assert (begun / "run" / "last.pt").read_bytes() == before
+
+
+def test_harmless_options_may_change(data, straight, begun):
+    harmless = ["--num_workers=2", "--log_interval=1", "--cache=none", "--checkpoint_every=1u", "--tensorboard"]
+    if not tiny.has("tensorboard"):
+        harmless.pop()
+    assert tiny.train(data, begun, "--resume", *harmless) == 0
+    assert_equal(straight, outcome(begun / "run"))
+
+
+def test_finished_run_is_not_overwritten(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path) == 0
+    before = outcome(tmp_path / "run")
+    assert tiny.train(data, tmp_path, "--seed=1") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert tiny.train(data / "nowhere", tmp_path, "--overwrite", "--seed=1") == 2  # wrong input loses nothing
+    assert tiny.train(data, tmp_path, "--overwrite", "--seed=1", "--model=resnet999") == 2
+    assert_equal(before, outcome(tmp_path / "run"))
+    assert tiny.train(data, tmp_path, "--overwrite", "--seed=1") == 0
+    assert outcome(tmp_path / "run") != before
+
+
+def test_begun_run_is_not_overwritten(data, begun, capsys):
+    assert tiny.train(data, begun) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------ config
+def test_config_repeats_a_run(data, straight, tmp_path):
+    assert tiny.train(data, tmp_path, name="first") == 0
+    import main
+
+    again = ["train", f"--config={tmp_path / 'first' / 'config.json'}", f"--checkpoint_dir={tmp_path}"]
+    assert main.main([*again, "--checkpoint_name=second"]) == 0
+    assert_equal(straight, outcome(tmp_path / "second"))
+    assert main.main([*again, "--checkpoint_name=third", "--epochs=1"]) == 0  # the command line wins
+    assert tiny.config(tmp_path / "third")["options"]["epochs"] == 1
+    assert tiny.config(tmp_path / "third")["options"]["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("content", [
+    "", "{", "[]", "{}", '{"options": []}', '{"options": {"batch_size": -5}}', '{"options": {"batch_size": "many"}}',
+    '{"options": {"model": 5}}', '{"options": {"epochs": [1]}}', '{"options": {"amp": "perhaps"}}',
+    '{"options": {"checkpoint_every": "soon"}}', '{"options": {"cache": "never"}}', '{"options": {"image_size": null}}',
+    '{"options": {"learning_rate": NaN}}', "\ud800",
+])  # fmt: skip
+def test_hostile_config_is_refused(content, data, tmp_path, capsys):
+    file = tmp_path / "config.json"
+    file.write_bytes(content.encode("utf-8", "surrogatepass"))
+    import main
+
+    assert main.main(["train", f"--config={file}", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "config.json" in said and len(said.splitlines()) <= 4
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"options": {}}', '{"options": {"seed": 42}, "versions": 3}'])
+def test_damaged_config_of_a_begun_run(content, data, begun, capsys):
+    (begun / "run" / "config.json").write_text(content)
+    status = tiny.train(data, begun, "--resume")
+    assert (status, "config.json" in capsys.readouterr().err) in [(0, False), (2, True)]
+
+
+def test_other_environment_is_said(data, begun, capsys):
+    file = begun / "run" / "config.json"
+    stored = json.loads(file.read_text())
+    stored["versions"]["torch"], stored["device_name"], stored["threads"] = "0.4", "an abacus", 99
+    file.write_text(json.dumps(stored))
+    commands = [tiny.words(data, begun, "--resume"), tiny.words(data, begun, f"--config={file}", name="other")]
+    import main
+
+    for command in commands:
+        assert main.main([word for word in command if word != "--quiet"]) == 0
+        said = capsys.readouterr().out
+        for was in ("0.4", "an abacus", "99"):
+            assert was in said
+
+
+# ----------------------------------------------------------------------------- verify_resume
+def test_verify_resume(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path, "--verify_resume", "--amp", "--amp_dtype=float16") == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_resume_finds_what_is_not_exact(data, tmp_path, monkeypatch, capsys):
+    original = training.Trainer.load_state
+
+    def forgetful(self, state):
+        original(self, state)
+        self.optimizer.state.clear()
+
+    monkeypatch.setattr(training.Trainer, "load_state", forgetful)
+    assert tiny.train(data, tmp_path, "--verify_resume") == 1
+    assert "differs" in capsys.readouterr().err

@@ -1,0 +1,428 @@
+"""The loop on networks small enough to check: one update against torch.optim, the scaler's rules, the schedule.
+
+Images are made here; nothing is read from disk. Run it alone: pytest tests/test_train.py
+"""
+
+import copy
+import json
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from dataset import Batches, Pixels, Subset
+from images import DecodedImages
+from precision import Precision
+from run import RunDirectory, load_checkpoint
+from train import Trainer, make_optimizer, make_scheduler, update_weights
+from utils import RunError, Stopped
+
+pytestmark = pytest.mark.filterwarnings("error")
+CPU = torch.device("cpu")
+FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
+
+
+class Network(nn.Module):
+    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
+
+    def __init__(self, spoil=(), classes=3):
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, stride=2)
+        self.head = nn.Linear(4, classes)
+        self.passes, self.spoil = 0, set(spoil)
+        self.head.weight.register_hook(self._spoiled)
+
+    def _spoiled(self, gradient):
+        self.passes += 1
+        return gradient * math.inf if self.passes in self.spoil else gradient
+
+    def forward(self, images):
+        return self.head(self.body(images).relu().mean((2, 3)))
+
+
+def network(seed=0, **options):
+    torch.manual_seed(seed)
+    return Network(**options)
+
+
+def subset(count=22, classes=3, seed=0, side=9):
+    """Noise whose brightness tells the class, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
+    store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
+    listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
+    return Subset(store, listing, np.arange(count))
+
+
+def batches(images=None, batch_size=8, classes=3, **options):
+    return Batches(images or subset(), Pixels(CPU, 9), batch_size, classes, **options)
+
+
+def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, optimizer="ADAM", decay_type="cosine_warmup",
+            fused=True, batch_options=None, images=None, **options):
+    model = model or network()
+    fed = batches(images, seed=3, **(batch_options or {}))
+    rule = make_optimizer(model.parameters(), optimizer, learning_rate=rate, weight_decay=1e-4, fused=fused)
+
+    def schedule(done=0):
+        return make_scheduler(rule, decay_type, epochs=epochs, updates_per_epoch=fed.updates_per_epoch, done=done)
+
+    record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 9, "normalize": "imagenet"}
+    options = {"log_interval": 2, "record": record, "log": lambda text: None} | options
+    made = Trainer(model, rule, schedule, precision, fed, batches(subset(9, seed=1)), RunDirectory(folder), epochs, 3,
+                   **options)
+    made.run.open()
+    return made
+
+
+def trained(*positional, **options):
+    made = trainer(*positional, **options)
+    try:
+        made.train()
+    finally:
+        made.run.close()
+    return made
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def piece(count=6, seed=0, last=True, weight=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 9, 9, generator=generator), torch.arange(count) % 3, weight, last
+
+
+def update(model, optimizer, pieces, count, precision=FP32, scaler=None, clip=None):
+    scaler = scaler or precision.grad_scaler()
+    return update_weights(model, pieces, count, optimizer=optimizer, scaler=scaler, precision=precision,
+                          criterion=nn.CrossEntropyLoss(reduction="sum"), clip_grad_norm=clip)
+
+
+def difference(one, other):
+    return max(float((a - b).detach().abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------- one update
+@pytest.mark.parametrize("name", ["ADAM", "ADAMW", "SGD"])
+def test_fp32_update_is_a_plain_torch_optim_step_bit_for_bit(name):
+    ours, plain = network(), network()
+    optimizer = make_optimizer(ours.parameters(), name, learning_rate=1e-2, weight_decay=1e-4, fused=True)
+    rule = {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}[name]
+    extra = {"momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.999), "eps": 1e-8}
+    reference = rule(plain.parameters(), lr=1e-2, weight_decay=1e-4, fused=True, **extra)
+    for step in range(5):
+        images, labels, *_ = piece(8, seed=step)
+        found = update(ours, optimizer, [piece(8, seed=step)], 8)
+        reference.zero_grad()
+        loss = nn.functional.cross_entropy(plain(images), labels, reduction="sum")
+        (loss / 8).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+        reference.step()
+        assert found[0] == loss and found[2] == norm and found[4] == 1
+    assert difference(ours, plain) == 0
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
+    model = network(spoil=[2])
+    optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=1e-4, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    update(model, optimizer, [piece()], 6, FP16, scaler)
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    found = update(model, optimizer, [piece(seed=1)], 6, FP16, scaler)
+    names = [name for name, _ in model.named_parameters()]
+    assert names[int(found[3])] == "head.weight" and not math.isfinite(found[2]) and found[4] == 256
+    assert scaler.get_scale() == 128
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    for index, moments in optimizer.state_dict()["state"].items():
+        for name, tensor in moments.items():
+            assert torch.equal(tensor, state[index][name]), name
+    update(model, optimizer, [piece(seed=2)], 6, FP16, scaler)
+    assert scaler.get_scale() == 128 and any(not torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 5, 2), (1, 11), (12,)])
+@pytest.mark.parametrize("precision", [FP32, FP16], ids=["fp32", "fp16"])
+def test_pieces_of_any_size_make_the_update_of_the_whole_batch(sizes, precision):
+    images, labels, *_ = piece(12)
+    cuts = list(np.cumsum((0, *sizes)))
+    parts = [(images[a:b], labels[a:b], 1, b == 12) for a, b in zip(cuts, cuts[1:], strict=False)]
+    results = []
+    for pieces in ([piece(12)], parts):
+        model = network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        found = update(model, optimizer, pieces, 12, precision)
+        results.append((model, found))
+    tolerance = 1e-6 if precision is FP32 else 2e-3
+    assert difference(results[0][0], results[1][0]) < tolerance
+    assert difference(results[0][0], network()) > 10 * tolerance
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=tolerance, atol=tolerance)
+
+
+def test_a_piece_of_weight_zero_changes_nothing():
+    models = [network(), network()]
+    for model, extra in zip(models, ([], [piece(1, seed=9, weight=0)]), strict=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        found = update(model, optimizer, [piece(6, last=not extra), *extra], 6)
+        assert found[1] <= 6
+    assert difference(*models) == 0
+
+
+@pytest.mark.parametrize("precision", [BF16, FP16], ids=["bf16", "fp16"])
+def test_clipping_sees_true_gradients(precision):
+    """With the scale 2**16 still on them, gradients clipped to 0.1 would come out 65536 times too small."""
+    moved = []
+    for one in (FP32, precision):
+        model, before = network(), network()
+        found = update(model, torch.optim.SGD(model.parameters(), lr=1.0), [piece(12)], 12, one, clip=0.1)
+        assert found[2] > 0.2  # the norm that is reported is the one before clipping
+        moved.append([a.detach() - b.detach() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
+        assert float(nn.utils.get_total_norm(moved[-1])) == pytest.approx(0.1, rel=1e-4)
+    for exact, ours in zip(*moved, strict=True):
+        torch.testing.assert_close(ours, exact, atol=5e-3, rtol=0.05)
+
+
+def test_the_weights_stay_float32_and_autocast_reaches_the_forward_pass():
+    seen, model = [], network()
+    model.body.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    for precision in (FP32, BF16, FP16):
+        update(model, torch.optim.SGD(model.parameters(), lr=0.1), [piece()], 6, precision)
+    assert seen == [torch.float32, torch.bfloat16, torch.float16]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+# --------------------------------------------------------------------------------- schedule
+def rates(decay_type, epochs, per_epoch, warmup=None, done=0, skip_first=False):
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = make_scheduler(optimizer, decay_type, epochs=epochs, updates_per_epoch=per_epoch, warmup_epochs=warmup,
+                               done=done)
+    found = []
+    for number in range(done, epochs * per_epoch):
+        found.append(optimizer.param_groups[0]["lr"])
+        if number or not skip_first:
+            optimizer.step()
+        scheduler.step()
+    return found
+
+
+def closed_form(total, warmup):
+    return [0.3 * ((t + 1) / warmup if t < warmup else
+                   0.5 * (1 + math.cos(math.pi * (t - warmup + 1) / (total - warmup + 1)))) for t in range(total)]
+
+
+@pytest.mark.parametrize("epochs, per_epoch, warmup, expected", [
+    (120, 44, None, 528), (10, 7, None, 7), (10, 7, 2, 14), (4, 5, 0.5, 2), (4, 5, 1.3, 6), (3, 5, 0, 1),
+    (1, 1, None, 1), (1, 9, None, 1), (1, 9, 1, 9), (2, 3, 2, 6),
+])  # fmt: skip
+def test_cosine_with_warmup_is_the_closed_form(epochs, per_epoch, warmup, expected):
+    found = rates("cosine_warmup", epochs, per_epoch, warmup)
+    assert found == pytest.approx(closed_form(epochs * per_epoch, expected), rel=1e-12, abs=0)
+    assert min(found) > 0 and found.count(max(found)) == 1
+
+
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+@pytest.mark.parametrize("done", [1, 3, 4, 5, 17])
+def test_a_replayed_schedule_stands_where_it_stood(decay_type, done):
+    assert rates(decay_type, 6, 4, 1, done) == rates(decay_type, 6, 4, 1)[done:]
+
+
+def test_a_schedule_made_again_on_the_same_optimizer_starts_from_its_peak():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    for _ in range(2):
+        scheduler = make_scheduler(optimizer, "cosine_warmup", epochs=5, updates_per_epoch=4)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.15)
+        for _ in range(13):
+            scheduler.step()
+
+
+def test_step_is_torchs_multi_step_schedule():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference, expected = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60, 90], 0.1), []
+    for _ in range(100):
+        expected += [optimizer.param_groups[0]["lr"]] * 3
+        optimizer.step()
+        reference.step()
+    assert rates("step", 100, 3) == pytest.approx(expected, rel=1e-12)
+
+
+def test_step_warmup_counts_its_milestones_from_the_end_of_warmup():
+    found, warmup = rates("step_warmup", 100, 3), 15  # five epochs
+    assert found[:warmup] == pytest.approx([0.3 * (t + 1) / warmup for t in range(warmup)], rel=1e-12)
+    assert found[warmup:] == pytest.approx(rates("step", 95, 3), rel=1e-12)
+
+
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+def test_a_skipped_first_update_neither_warns_nor_shifts_the_schedule(decay_type):
+    assert rates(decay_type, 6, 4, 1, skip_first=True) == rates(decay_type, 6, 4, 1)
+
+
+# ---------------------------------------------------------------------------------- trainer
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
+    found = trained(tmp_path, network(spoil=[1, 5]), FP16, fused=fused, decay_type=decay_type)
+    plain = trained(tmp_path / "plain", network(), FP16, fused=fused, decay_type=decay_type)
+    first, second = lines(tmp_path)
+    assert [first["skipped_updates"], second["skipped_updates"]] == [1, 1]
+    assert first["skips"] == [{"update": 1, "parameter": "head.weight", "scale": 65536.0}]
+    assert second["skips"] == [{"update": 5, "parameter": "head.weight", "scale": 32768.0}]
+    assert second["loss_scale"] == 16384 and math.isfinite(first["train_loss"])
+    ours, theirs = (run.optimizer.param_groups[0]["lr"] for run in (found, plain))
+    assert ours == theirs
+
+
+def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
+    with pytest.raises(RunError, match=r"epoch 2, update 2 of 3 .*\n?.*") as failure:
+        trained(tmp_path, network(spoil=[5]), FP32, epochs=3)
+    assert "end of epoch 1" in str(failure.value) and str(tmp_path) in str(failure.value)
+    kept = load_checkpoint(tmp_path / "last.pt")
+    assert kept["progress"]["epoch"] == 1 and all(t.isfinite().all() for t in kept["model"].values())
+    assert len(lines(tmp_path)) == 1
+
+
+def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path):
+    said = []
+    with pytest.raises(RunError, match="every update overflows"):
+        trained(tmp_path, network(spoil=range(1, 1000)), FP16, epochs=20, log=said.append)
+    warned = [text for text in said if "loss scale fell" in text]
+    assert len(warned) == 1 and "head.weight" in warned[0]
+
+
+def seen_batches(folder, precision, **options):
+    model, seen = network(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None)
+    trained(folder, model, precision, **options)
+    return seen
+
+
+def test_every_precision_sees_the_same_batches(tmp_path):
+    ours = {p.name: seen_batches(tmp_path / p.name, p) for p in (FP32, BF16, FP16)}
+    assert [len(images) for images in ours["fp32"]] == [8, 8, 6] * 2
+    for name in ("amp-bf16", "amp-fp16"):
+        assert all(torch.equal(a, b) for a, b in zip(ours["fp32"], ours[name], strict=True))
+    assert not torch.equal(ours["fp32"][0], ours["fp32"][3])
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda p: p.name)
+def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
+    one, other = (trained(tmp_path / name, precision=precision, epochs=12, rate=0.05) for name in "ab")
+    assert difference(one.model, other.model) == 0
+    measured = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
+    kept = [[{k: v for k, v in line.items() if k not in measured} for line in lines(tmp_path / name)] for name in "ab"]
+    assert kept[0] == kept[1]
+    assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
+
+
+def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
+    whole = trained(tmp_path / "whole", optimizer="SGD", batch_options={"batch_size": 7})
+    cut = trained(tmp_path / "cut", optimizer="SGD", batch_options={"batch_size": 7, "accumulate": 3})
+    assert difference(whole.model, cut.model) < 1e-6 < difference(whole.model, network())
+    one, other = lines(tmp_path / "whole")[-1], lines(tmp_path / "cut")[-1]
+    for name in ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate"):
+        assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_metrics_are_what_a_loop_by_hand_finds(tmp_path):
+    """At rate ~0 the weights stand still, so the epoch's loss and accuracy are those of the first network."""
+    trained(tmp_path, rate=1e-12, epochs=1)
+    model, fed = network(), batches(seed=3)
+    with torch.no_grad():
+        seen = [(model(images), labels) for pieces in fed.epoch(0) for images, labels, *_ in pieces]
+    logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    line = lines(tmp_path)[0]
+    assert line["train_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-6)
+    assert line["train_acc"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
+
+
+def test_label_smoothing_changes_the_training_loss_alone(tmp_path):
+    plain = trained(tmp_path / "plain", rate=1e-12, epochs=1)
+    smooth = trained(tmp_path / "smooth", rate=1e-12, epochs=1, label_smoothing=0.5)
+    one, other = (lines(run.run.path)[0] for run in (plain, smooth))
+    assert one["train_loss"] != other["train_loss"] and one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-6)
+
+
+def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
+    model = network()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    trails, expected = [], None
+
+    def follow(optimizer, *_):  # the average by hand: the first copy is the weights, then half and half
+        weights = model.head.weight.detach().clone()
+        trails.append(weights)
+
+    made = trainer(tmp_path, model, ema=average)
+    made.optimizer.register_step_post_hook(follow)
+    made.train()
+    made.run.close()
+    for weights in trails[-6:]:  # the schedule's own empty step comes before the six updates
+        expected = weights if expected is None else 0.5 * expected + 0.5 * weights
+    best = load_checkpoint(tmp_path / "best_model.pt")
+    state = load_checkpoint(tmp_path / "last.pt")
+    assert best["model"].keys() == state["model"].keys()
+    torch.testing.assert_close(average.module.head.weight, expected)
+    assert difference(average.module, model) > 0
+    if best["epoch"] == 2:
+        assert torch.equal(best["model"]["head.weight"], average.module.head.weight)
+
+
+def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
+    kept, model = [], network()
+    made = trainer(tmp_path, model, head="head", freeze_epochs=1,
+                   on_epoch=lambda line: kept.append(copy.deepcopy(model.state_dict())))
+    made.train()
+    made.run.close()
+    before = network().state_dict()
+    assert torch.equal(kept[0]["body.weight"], before["body.weight"])
+    assert not torch.equal(kept[0]["head.weight"], before["head.weight"])
+    assert not torch.equal(kept[1]["body.weight"], kept[0]["body.weight"])
+
+
+def test_patience_stops_after_epochs_without_a_better_one(tmp_path):
+    made = trained(tmp_path, rate=1e-12, epochs=20, patience=3)
+    assert made.progress.best_epoch == 1 and made.progress.epoch == 4 and len(lines(tmp_path)) == 4
+
+
+def test_the_best_epoch_is_kept_not_the_last(tmp_path):
+    found = iter([50.0, 90.0, 70.0])
+    made = trainer(tmp_path, epochs=3)
+    validate = made._validate
+
+    def scripted():
+        real, wanted = validate(), next(found)
+        matrix = np.array([[round(wanted), 0], [0, 0]]) + np.array([[0, 100 - round(wanted)], [0, 0]])
+        return type(real)(matrix, real.loss_sum)
+
+    made._validate = scripted
+    made.train()
+    made.run.close()
+    best = load_checkpoint(tmp_path / "best_model.pt")
+    assert (best["epoch"], best["val_acc"]) == (2, 90.0) and made.progress.best_epoch == 2
+
+
+def test_a_stop_signal_saves_and_says_where(tmp_path):
+    made = trainer(tmp_path, epochs=50)
+    made.on_epoch = lambda line: setattr(made.stop, "number", 15)
+    with pytest.raises(Stopped, match="epoch 2 after update 1 of 3") as stopped:
+        made.train()
+    made.run.close()
+    assert stopped.value.exit_status == 143
+    assert load_checkpoint(tmp_path / "last.pt")["progress"]["update"] == 1
+
+
+def test_training_says_nothing_that_warns(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for precision in (FP32, BF16, FP16):
+            trained(tmp_path / precision.name, network(spoil=[1]) if precision is FP16 else None, precision,
+                    clip_grad_norm=1.0, batch_options={"accumulate": 2})
+    assert [str(warning.message) for warning in caught] == []

@@ -1,0 +1,144 @@
+"""A data set and a network small enough to train in a second, and the ways to run the program on them.
+
+Shared by the tests of faults, resuming and options. Knows nothing of what they look for.
+"""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import main
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = ("coast", "field", "town")
+# What a clock or the memory allocator says: all that may differ between two equal runs.
+MEASURED = {
+    "seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "reserved_memory_mb",
+    "epoch_seconds", "epoch_waited", "total_seconds", "train_seconds",
+}  # fmt: skip
+
+
+def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
+    """Writes noisy coloured squares as PNG in Intel's layout, equally many of each class."""
+    numbers = np.random.default_rng(7)
+    for part, count in (("seg_train", train), ("seg_test", test)):
+        for position in range(count):
+            label = position % len(classes)
+            place = folder / part / part / classes[label]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = numbers.integers(0, 160, (36, 36, 3))
+            pixels[..., label % 3] += 60
+            Image.fromarray(pixels.astype(np.uint8)).save(place / f"{position:03}.png")
+    return folder
+
+
+def images(folder: Path, part: str = "seg_train") -> list[Path]:
+    return sorted((folder / part / part).glob("*/*.png"))
+
+
+def words(data: Path, runs: Path, *more: object, name: str = "run") -> list[str]:
+    """A command line that trains two epochs of three updates, the last of each ragged; `more` wins."""
+    return [str(word) for word in (
+        "train", f"--data_dir={data}", f"--checkpoint_dir={runs}", f"--checkpoint_name={name}", "--device=cpu",
+        "--model=shufflenet_v2_x0_5", "--pretrained=0", "--image_size=36", "--batch_size=8", "--epochs=2",
+        "--num_workers=1", "--learning_rate=1e-2", "--log_interval=2", "--quiet", *more,
+    )]  # fmt: skip
+
+
+def train(data: Path, runs: Path, *more: object, name: str = "run") -> int:
+    """Runs that command line in this process; returns its exit status."""
+    torch.set_num_threads(1)
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        return main.main(words(data, runs, *more, name=name))
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    """Starts a command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "main.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        errors="backslashreplace", env=environment(), **options,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
+    """Waits for a process; returns its exit status, output and errors. One that hangs fails the test."""
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return process.returncode, out, errors
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
+    """Waits until `condition` holds; fails when the process ends before, or never gets there."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until, "never came about"
+        time.sleep(0.002)
+
+
+def leaves(value, name: str = ""):
+    """Every tensor and plain value of nested content by its path, what was measured left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key not in MEASURED:
+                yield from leaves(item, f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}/{index}")
+    else:
+        yield name, (value.dtype, value.numpy().tobytes()) if torch.is_tensor(value) else repr(value)
+
+
+def outcome(run: Path) -> dict:
+    """All that a finished run computed: both checkpoints, the metrics, the result, the predictions."""
+    content = {name: torch.load(run / name, weights_only=True) for name in ("last.pt", "best_model.pt")}
+    content["metrics"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    content["result"] = json.loads((run / "result.json").read_text())
+    content["predictions"] = (run / "predictions.csv").read_text()
+    return dict(leaves(content))
+
+
+def assert_equal(one: dict, other: dict) -> None:
+    """Bit for bit, naming the first values that differ."""
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]][:5] == []
+
+
+def config(run: Path) -> dict:
+    return json.loads((run / "config.json").read_text())
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def leave_out_pictures(patch) -> None:
+    """Pictures take most of the time of a tiny run, and tests of their own."""
+    import html_report
+    import report
+
+    for owner, name in ((report, "learning_curve"), (report, "confusion_matrix"), (report, "gallery"),
+                        (html_report, "html_report")):
+        patch.setattr(owner, name, lambda *_, **__: None)
