@@ -40,7 +40,7 @@ class Setup:
 
     @cached_property
     def device(self) -> torch.device:
-        name = self.options.device
+        name = getattr(self.options, "device", "cpu")  # an export needs no other
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
         return choose_device(name, self.ranks.local_rank)

@@ -30,8 +30,8 @@ from utils import RunError, atomic_write, printable, progress
 
 DECODER = f"rgb uint8, bilinear, exif; Pillow {PIL.__version__}; v1"
 
-# A file that unpacks to hundreds of millions of pixels is an attack or an accident: Pillow's warning is an error.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+# A file that unpacks to a hundred million pixels is an attack or an accident: `decode` refuses what Pillow warns of.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 # ---------------------------------------------------------------------------------- decoding
@@ -39,9 +39,11 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Decodes an image of any mode to RGB uint8 (height, width, 3), upright by its EXIF orientation.
 
     `size` is (height, width); Pillow's bilinear filter is antialiased when it reduces.
-    Raises OSError, ValueError or Image.DecompressionBombError/Warning for what is not a whole image.
+    Raises OSError, ValueError or Image.DecompressionBombError for what is not a whole image.
     """
     with Image.open(path) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
         rgb = _to_rgb(upright)
         if size is not None and rgb.size != (size[1], size[0]):
@@ -355,7 +357,7 @@ def _read_cache(file: Path, shape, workers, log) -> tuple[np.ndarray, np.ndarray
         readable = np.setdiff1d(np.arange(len(array)), list(unreadable))
         if not np.array_equal(found[readable], crc32[readable]):
             raise ValueError("checksums differ")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         log(f"the cache {file} is damaged ({error}); decoding again")
         return None
     return array, crc32, unreadable

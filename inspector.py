@@ -702,9 +702,9 @@ def _lost_panel(axes: Any, layers: list[tuple], scales: list[float]) -> None:
     ticks = (floor, 1e-3, 1e-2, 0.1, 1, 10, 100)
     axes.set_yticks(ticks, ["none", *(f"{tick:g}" for tick in ticks[1:])])
     axes.minorticks_off()
-    axes.set(ylabel="% of nonzero values", ylim=(floor, 10_000),  # above 100 there is room for the legend
+    axes.set(ylabel="% of nonzero values", ylim=(floor, 100_000),  # above 100 there is room for the legend
              title="Share of the gradients that float16 turns into zero, layer by layer")
-    axes.legend(fontsize=8.5, ncols=len(scales), loc="upper center")
+    axes.legend(fontsize=8.5, ncols=2, loc="upper center")
 
 
 # ------------------------------------------------------------------------------- 4. scaler diary

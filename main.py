@@ -17,14 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import job
 import option
 from utils import Ranks, RunError, Stopped, UserError, keep_freed_memory, printable
 
 Log = Callable[[str], None]
-LOST_RANK = (
-    "another process of this job has ended, so this one cannot go on; what was saved before is intact.\nGo on with "
-    "the same command and --resume; with torchrun --max-restarts N and --resume auto a job does so by itself."
-)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -34,12 +31,12 @@ def main(argv: Sequence[str]) -> int:
         options = option.parse(argv)
         keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)
-        _join(ranks)
+        job.join(ranks)
         COMMANDS[options.command](options, ranks)
     except (UserError, RunError) as error:
         return _fail(str(error), 2 if isinstance(error, UserError) else 1)
     except Stopped as stop:
-        _say_once(str(stop))
+        job.say_once(str(stop))
         return stop.exit_status
     except KeyboardInterrupt:
         return _fail("interrupted; what was saved before can go on with --resume", 130)
@@ -52,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         return _fail(reason, 1)
     finally:
-        _leave(ranks)
+        job.leave(ranks)
     return 0
 
 
@@ -68,28 +65,8 @@ def run() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    _say_once(f"error: {message}")
+    job.say_once(f"error: {message}")
     return status
-
-
-def _say_once(message: str) -> None:
-    """Prints to stderr; under torchrun only the first process to fail does, so that its reason stands alone."""
-    if Ranks.from_environment().size == 1 or _is_first_to_fail():
-        print(message, file=sys.stderr, flush=True)
-
-
-def _is_first_to_fail() -> bool:
-    """Counts failures in the store through which the processes of a job have met."""
-    from datetime import timedelta
-
-    import torch.distributed as dist
-
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
-        return store.add(f"amp-train/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
-    except (RuntimeError, LookupError, ValueError):  # the machine of the store is gone
-        return True
 
 
 def _terminate(number: int, _frame: object) -> None:
@@ -103,20 +80,14 @@ def _explained(error: Exception, options: Namespace) -> str | None:
     if "DataLoader worker" in str(error):
         return (f"a data loading worker died: {str(error).splitlines()[0]}\nUsually the machine ran out of memory: "
                 "use fewer --num_workers, then go on with --resume.")
-    if Ranks.from_environment().size > 1 and _is_lost_connection(error):
-        return LOST_RANK
+    if Ranks.from_environment().size > 1 and job.is_lost_connection(error):
+        return job.LOST_RANK
     return str(error) if isinstance(error, RunError) else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")  # the CPU's, CUDA's, cuBLAS's and cuDNN's
     return type(error).__name__ == "OutOfMemoryError" or any(sign in str(error) for sign in signs)
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    import torch.distributed as dist
-
-    return isinstance(error, dist.DistError) or any(name in str(error).lower() for name in ("gloo", "nccl"))
 
 
 def _memory_advice(options: Namespace) -> str:
@@ -126,24 +97,6 @@ def _memory_advice(options: Namespace) -> str:
     smaller = f"--accumulate {pieces * 2} computes it in smaller pieces"
     way = smaller if batch >= 2 * pieces else "use a smaller --image_size"
     return f"out of memory at --batch_size {batch} --accumulate {pieces}: {way}; --amp needs less, too."
-
-
-def _join(ranks: Ranks) -> None:
-    """Joins torchrun's process group where there is one."""
-    if ranks.size > 1:
-        import torch
-        import torch.distributed as dist
-
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-
-
-def _leave(ranks: Ranks) -> None:
-    """Leaves the process group: after a failure was reported, so that the others report no lost connection first."""
-    if ranks.size > 1:
-        import torch.distributed as dist
-
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _logger(options: Namespace, ranks: Ranks) -> Log:
@@ -222,6 +175,8 @@ def _resume(setup: Any, trainer: Any, data: Any) -> None:
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
     try:
+        if (state["classes"], state["model_name"]) != (data.classes, setup.options.model):
+            raise ValueError("other classes, or another model")
         trainer.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if _is_out_of_memory(error):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import urllib.error
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,9 @@ def load_file(path: str | Path) -> Any:
     Raises UserError for a missing or damaged file and for a pickle that would run code.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd pickles: what matters is an error
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{printable(path)} does not exist.") from None
     except pickle.UnpicklingError as error:

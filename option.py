@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: "):
-            unknown = message.removeprefix("unrecognized arguments: ").split()[0]
+            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
             close = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1, 0.6)
             if close:
                 message += f" (did you mean {close[0]}?)"
@@ -264,8 +264,10 @@ def _add_compare(parser: Parser) -> None:
 def _add_doctor(parser: Parser) -> None:
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument("--model", default="ResNet18", metavar="NAME", help="any torchvision classification model")
-    parser.add_argument("--image_size", type=_number(int, 16, 4096), default=128, metavar="PIXELS", help="side")
-    parser.add_argument("--batch_size", type=_positive_int, default=32, metavar="N", help="images in one update")
+    parser.add_argument("--image_size", type=_number(int, 16, 4096), metavar="PIXELS",
+                        help="side (default: 256 on a GPU, 128 on a CPU)")
+    parser.add_argument("--batch_size", type=_positive_int, metavar="N",
+                        help="images in one update (default: what fits on a GPU, 32 on a CPU)")
     parser.add_argument("--data_dir", metavar="DIR", help="measure this data set's loader too")
     parser.add_argument("--json", metavar="FILE", help="write all findings as JSON")
 

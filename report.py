@@ -294,3 +294,19 @@ def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 
                 axes.imshow(image, interpolation="lanczos")
             axes.set_title(f"{clean(table['predicted'][place], 14)} {100 * table['confidence'][place]:.0f} %\n"
                            f"true: {clean(table['labels'][place], 15)}", fontsize=8.5, fontweight="normal")
+
+
+def labelled_sheet(paths: list[Path], captions: list[str], path: Path, *, most: int = 60, columns: int = 6) -> None:
+    """A contact sheet of image files with a caption under each; at most `most`, evenly chosen."""
+    chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int)
+    columns = min(columns, len(chosen))
+    rows = -(-len(chosen) // columns)
+    with picture(path, 1.7 * columns, 2.0 * rows) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False).flat
+        for axes in grid:
+            axes.set_axis_off()
+        for axes, index in zip(grid, chosen, strict=False):
+            pixels = load_picture(paths[index], 160)
+            if pixels is not None:
+                axes.imshow(pixels)
+            axes.set_title(clean(captions[index], 24), fontsize=8, parse_math=False)

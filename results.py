@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -401,12 +402,13 @@ def summary(result: dict, *, width: int = 80) -> str:
     memory = f"{result['peak_memory_mb']:,.0f} MB ({result.get('memory_kind') or 'kind unknown'})"
     if result.get("reserved_memory_mb"):
         memory += f", {result['reserved_memory_mb']:,.0f} MB reserved"
+    training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
     facts = [("Test accuracy", f"{result['test_acc']:.2f} %, 95 % interval {low:.2f} to {high:.2f} %"),
              ("", f"{correct:,} of {total:,} images right"),
              ("Best epoch", f"{result['best_epoch']}, validation accuracy {result['best_val_acc']:.2f} %"),
              ("Precision", f"{result.get('precision')} on {result.get('device_name') or result.get('device')}"),
-             ("Time", f"{duration(result['total_seconds'])} in all, {duration(result['train_seconds'])} training, "
-                      f"{rate(result['images_per_second'])} images/s"),
+             ("Time", f"{duration(result['total_seconds'])} in all, {training}{rate(result['images_per_second'])} "
+                      "images/s"),
              ("Peak memory", memory)]
     lines = [f"{name:<15}{clean(text, width - 15)}" for name, text in facts]
     rows = list(zip(result["classes"], class_table(result["confusion"]), strict=True))
@@ -489,6 +491,37 @@ def table_cells(comparison: dict) -> tuple[list[str], list[list[str]]]:
             seed = f" (seed {failure['seed']})" if row["test_acc"] or len(row["failures"]) > 1 else ""
             lines.append([row["algorithm"] + seed, f"failed: {clean(failure['reason'], 200)}", *["–"] * 6])
     return header, lines
+
+
+def terminal_table(comparison: dict) -> str:
+    """The performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
+    header, lines = table_cells(comparison)
+    kind = header[2].partition("(")[2].rstrip(")") or "peak"
+    short = ["Algorithm", "Accuracy", "Memory", "Total", "Training", "Images/s", "Speed-up", "Memory"]
+    failed = [line for line in lines if line[1].startswith("failed")]
+    table = [short, *(line for line in lines if line not in failed)]
+    widths = [max(text_width(line[column]) for line in table) for column in range(len(short))]
+    rows = ["  ".join([line[0] + " " * (widths[0] - text_width(line[0])),
+                       *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]) for line in table]
+    rows += [f"{line[0]}: {line[1]}" for line in failed]
+    notes = [f"Memory is the {kind}; Total includes evaluation; the last two columns are against FP32.", verdict(comparison)]
+    return "\n".join([*rows, "", *(line for note in notes for line in textwrap.wrap(note, 80))])
+
+
+def parity_table(rows: dict[str, dict]) -> str:
+    """One checkpoint in several precisions: accuracy, flipped predictions, and which files they are."""
+    first = next(iter(rows))
+    lines = [f"{'Precision':<12}Accuracy     Loss   Flipped   Largest logit difference"]
+    for name, row in rows.items():
+        lines.append(f"{name:<12}{row['accuracy']:>6.2f} %  {row['loss']:>7.4f}  {len(row['flipped']):>7,}   "
+                     + (f"{row['largest_logit_difference']:.2e}" if name != first else f"(all against {first})"))
+    for name, row in rows.items():
+        for flip in row["flipped"][:10]:
+            lines.append(f"{name}: {clean(flip['path'], 50)} ({clean(flip['label'])}): "
+                         f"{clean(flip['from'])} became {clean(flip['to'])}")
+        if len(row["flipped"]) > 10:
+            lines.append(f"{name}: and {len(row['flipped']) - 10:,} more")
+    return "\n".join(lines)
 
 
 def conditions(comparison: dict) -> list[str]:

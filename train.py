@@ -152,6 +152,7 @@ class Progress:
     best_epoch: int = 0
     best_val_acc: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    learning_rate: float = 0.0  # of the last update
     elapsed: float = 0.0
     peak_memory_mb: float = 0.0
 
@@ -241,6 +242,7 @@ class Trainer:
                     precision=self.precision, criterion=self.criterion, clip_grad_norm=self.clip_grad_norm,
                     ranks=self.ranks.size,
                 ))
+                at.learning_rate = self.optimizer.param_groups[0]["lr"]
                 self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
                 if self.ema is not None:
                     self.ema.update_parameters(self.model)
@@ -346,7 +348,7 @@ class Trainer:
         shown = {
             "loss": f"{at.sums['loss'] / max(1, at.sums['counted']):.3f}",
             "acc": f"{100 * at.sums['correct'] / max(1, at.sums['images']):.1f}%",
-            "lr": f"{self.optimizer.param_groups[0]['lr']:.1e}",
+            "lr": f"{at.learning_rate:.1e}",
         }
         if self.scaler.is_enabled():
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
@@ -391,7 +393,7 @@ class Trainer:
             "train_acc": 100 * sums["correct"] / sums["images"],
             "val_loss": found.loss,
             "val_acc": found.accuracy,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": at.learning_rate,
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
             "skipped_updates": len(at.skips),
             "grad_norm": sums["norm"] / max(1, sums["updates"]),

@@ -220,6 +220,15 @@ def test_pixels_are_torchvisions(request, source, side):
     assert images.dtype == torch.float32 and images.shape == (len(data.test), 3, side, side)
 
 
+@pytest.mark.parametrize("side", [7, 50])
+def test_resizing_on_the_device_is_torchvisions(side):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 24, 21, 3), dtype=np.uint8))
+    ours = Pixels(CPU, side)(images)
+    tail = v2.Compose([v2.Resize((side, side)), v2.ToDtype(torch.float32, scale=True),
+                       v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    assert_within_two_levels(ours, tail(images.permute(0, 3, 1, 2)), IMAGENET_STD)
+
+
 def test_normalize_none_leaves_values_between_zero_and_one(scenes_folder):
     data = opened(scenes_folder, 33)
     batches = Batches(data.test, Pixels(CPU, 33, "none"), 8, 6)

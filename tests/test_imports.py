@@ -14,6 +14,7 @@ FILES = {path.stem: path for path in sorted(ROOT.glob("*.py"))}
 MAY = {
     "option": {"utils"},
     "assemble": {"option", "dataset", "model", "precision", "prepare", "run", "train", "utils"},
+    "job": {"utils"},
     "precision": {"utils"},
     "model": {"utils"},
     "images": {"utils"},

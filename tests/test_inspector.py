@@ -82,6 +82,17 @@ def test_casts_are_counted_by_hand(known):
     assert moved == (images + weight + bias) * (4 + 2)
 
 
+class Copying(nn.Linear):
+    def forward(self, images):
+        return super().forward(images.to(torch.float32, copy=True))
+
+
+def test_a_copy_of_the_same_type_is_no_cast():
+    rows = inspector.trace_dtypes(Copying(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 0]), FP32)
+    (copied,) = rows_of(rows, phase="forward", op="_to_copy")
+    assert copied["casts"] == copied["cast_bytes"] == 0
+
+
 def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
     model, images, labels = known
     before = {name: value.clone() for name, value in model.state_dict().items()}

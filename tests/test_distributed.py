@@ -1,0 +1,295 @@
+"""Several processes under torchrun against one: the same losses and weights, one voice, faults and restarts.
+
+Two gloo processes on this machine; two agents on loopback stand for two machines. Networks without dropout and
+with fixed batch statistics, because those alone depend on ranks. Run it alone: pytest tests/test_distributed.py
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_main
+from ranks import leave_out_pictures, steady
+
+import assemble
+import job
+import model
+from utils import Ranks
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
+SCENARIOS = {  # name: (options of the run, what happens to which rank)
+    "fp32": ([], {}),
+    "bf16": (["--amp", "--accumulate=2", "--clip_grad_norm=0.5"], {"count": True}),
+    "fp16": (["--amp", "--amp_dtype=float16", "--epochs=1"], {"rank": 1, "what": "spoil", "at": 2}),
+    "resnet": (["--model=resnet18", "--batch_size=43", "--epochs=1"], {}),
+    "stopped": ([], {"rank": 1, "what": "stop", "at": 5}),
+    "resumed": (["--resume"], {}),
+}
+
+
+def words(data, runs, name, *more):
+    return [str(word) for word in (
+        f"--data_dir={data}", f"--checkpoint_dir={runs}", f"--checkpoint_name={name}", "--model=squeezenet1_1",
+        "--pretrained=0", "--image_size=33", "--batch_size=15", "--epochs=2", "--optimizer=SGD", "--learning_rate=0.01",
+        "--warmup_epochs=0", "--log_interval=1", "--device=cpu", *more,
+    )]  # fmt: skip
+
+
+def torchrun(scenarios, folder, *options, wait=True):
+    """Starts ranks.py under torchrun on two processes; returns the process, finished unless told otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    options = options or ("--standalone", "--nproc_per_node=2")
+    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "tests" / "ranks.py"),
+               str(folder / "scenarios.json"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    if wait:
+        process.out, process.err = process.communicate(timeout=300)
+    return process
+
+
+def seen_by(folder, count=2):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
+
+
+def weights(folder, file="last.pt"):
+    return torch.load(folder / file, weights_only=True)["model"]
+
+
+def assert_close_runs(ours, theirs, tolerance):
+    """The same losses, accuracies, confusion matrix and weights, to the rounding of another order of sums."""
+    exact = tolerance < 1e-3  # coarser rounding may turn a prediction between two likely classes
+    left_out = {"skips", "loss_scale", *(() if exact else ("train_acc", "val_acc"))}
+    for one, other in zip(lines(ours), lines(theirs), strict=True):
+        for name in one.keys() - left_out:
+            factor = 5 if name == "grad_norm" else 1
+            assert one[name] == pytest.approx(other[name], rel=factor * tolerance, abs=tolerance), name
+    one, other = (json.loads((folder / "result.json").read_text()) for folder in (ours, theirs))
+    assert one["test_loss"] == pytest.approx(other["test_loss"], rel=tolerance)
+    ours_counted, theirs_counted = np.array(one["confusion"]), np.array(other["confusion"])
+    assert ours_counted.sum(1).tolist() == theirs_counted.sum(1).tolist() and ours_counted.sum() == 17
+    assert not exact or np.array_equal(ours_counted, theirs_counted)
+    for name, tensor in weights(ours).items():
+        torch.testing.assert_close(tensor, weights(theirs)[name], rtol=tolerance, atol=tolerance, msg=name)
+
+
+def assert_equal_runs(ours, theirs):
+    assert lines(ours) == lines(theirs)
+    assert all(torch.equal(tensor, weights(theirs)[name]) for name, tensor in weights(ours).items())
+
+
+@pytest.fixture(scope="module")
+def data(scenes_folder, tmp_path_factory):
+    """The scenes less a few, so that no count is even: 44 to train, 11 to validate, 17 to test."""
+    folder = tmp_path_factory.mktemp("odd")
+    for part, left_out in (("seg_train", 5), ("seg_test", 1)):
+        for path in sorted((scenes_folder / part).rglob("*.jpg"))[left_out:]:
+            target = folder / path.relative_to(scenes_folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """The same trainings by one process: the folder of their runs."""
+    runs = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_pictures(patch.setattr)
+        patch.setattr(assemble, "build_model", steady(model.build_model))
+        for name, (more, what) in SCENARIOS.items():
+            if not what or what.get("count"):
+                more = [word for word in more if word != "--resume"]
+                status, _, err = run_main(words(data, runs, name, *more))
+                assert status == 0, err
+    return runs
+
+
+@pytest.fixture(scope="module")
+def pair(data, alone, tmp_path_factory):
+    """Two ranks, all scenarios in one job: (folder of the runs, what each rank saw)."""
+    runs = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:  # begun by one process, resumed by two
+        patch.setattr(assemble, "build_model", steady(model.build_model))
+        patch.setattr(sys.modules["train"].Trainer, "_must_stop", lambda self: self._updates_done == 4 and not setattr(
+            self.stop, "number", signal.SIGTERM))
+        assert run_main(words(data, runs, "resumed"))[0] == 143
+    scenarios = {name: {"words": words(data, runs, name, *more), **what} for name, (more, what) in SCENARIOS.items()}
+    here = [f"--checkpoint_dir={runs}", "--checkpoint_name=fp32"]
+    commands = {"evaluate": here, "predict": [*here, str(data)], "compare": here, "doctor": [], "inspect": here,
+                "export": here, "prepare": ["--check", f"--data_dir={data}"]}
+    scenarios |= {name: {"words": [name, *more]} for name, more in commands.items()}
+    scenarios["no data"] = {"words": words(runs / "nothing", runs, "x")}
+    scenarios["too small"] = {"words": words(data, runs, "y", "--batch_size=3", "--accumulate=2")}
+    scenarios["batchnorm"] = {"words": words(data, runs, "z", "--sync_batchnorm")}
+    scenarios["option"] = {"words": ["--epochz=3"]}
+    agent = torchrun(scenarios, runs / "job")
+    assert agent.returncode == 0, agent.err
+    return runs, seen_by(runs / "job")
+
+
+# ----------------------------------------------------------------------------- the same numbers
+@pytest.mark.parametrize("name, tolerance", [("fp32", 2e-5), ("resnet", 2e-4), ("bf16", 2e-2)])
+def test_two_ranks_compute_what_one_process_computes(pair, alone, name, tolerance):
+    runs, seen = pair
+    assert [rank[name]["status"] for rank in seen] == [0, 0]
+    assert_close_runs(runs / name, alone / name, tolerance)
+    assert seen[0][name]["weights"] == seen[1][name]["weights"]
+
+
+def test_the_comparison_is_of_something(alone):
+    """The losses move, and precision changes them, by more than what ranks may change."""
+    first, second = lines(alone / "fp32")
+    assert abs(first["train_loss"] - second["train_loss"]) > 1e-3
+    assert abs(second["train_loss"] - lines(alone / "bf16")[1]["train_loss"]) > 1e-5
+
+
+def test_accumulation_exchanges_gradients_once_per_update(pair):
+    assert [rank["bf16"]["exchanges"] for rank in pair[1]] == [6, 6]  # two epochs of three updates of two pieces
+
+
+def test_an_infinity_on_one_rank_skips_the_update_on_all(pair):
+    runs, seen = pair
+    for rank in seen:
+        assert rank["fp16"]["status"] == 0, rank["fp16"]["err"]
+        skipped = {skip["update"]: skip["parameter"] for skip in rank["fp16"]["skips"]}
+        assert skipped[2] == "classifier.1.bias"  # the one that was spoiled, on the other rank, too
+        assert rank["fp16"]["scale"] == 65536 / 2 ** len(skipped) and len(skipped) < 3
+    assert seen[0]["fp16"]["skips"] == seen[1]["fp16"]["skips"]
+    assert seen[0]["fp16"]["weights"] == seen[1]["fp16"]["weights"]
+    assert all(tensor.isfinite().all() for tensor in weights(runs / "fp16").values())
+
+
+def test_evaluate_counts_every_image_once(pair, alone):
+    runs, seen = pair
+    status, out, err = run_main(["evaluate", f"--checkpoint_dir={runs}", "--checkpoint_name=fp32"])
+    line = next(line for line in out.splitlines() if line.startswith("Test accuracy"))
+    assert status == 0 and line in seen[0]["evaluate"]["out"] and "of 17 images" in out
+    assert seen[0]["evaluate"]["status"] == 0
+
+
+# -------------------------------------------------------------------------------- one voice
+def test_only_the_first_rank_prints_and_writes(pair):
+    runs, seen = pair
+    assert "epoch   2/2" in seen[0]["fp32"]["out"] and "Test accuracy" in seen[0]["fp32"]["out"]
+    for name in (*SCENARIOS, "evaluate"):
+        assert seen[1][name]["out"] == "", name
+    assert "stopped in epoch" in seen[0]["stopped"]["err"] + seen[1]["stopped"]["err"]
+    assert json.loads((runs / "fp32" / "config.json").read_text())["ranks"] == 2
+    assert not list(runs.glob("*/.*.tmp"))
+
+
+@pytest.mark.parametrize("name", ["predict", "compare", "doctor", "inspect", "export", "prepare"])
+def test_commands_for_one_process_say_so(pair, name):
+    said = [rank[name]["err"] for rank in pair[1]]
+    assert [rank[name]["status"] for rank in pair[1]] == [2, 2]
+    assert sorted(map(bool, said)) == [False, True] and f"{name} is one process's work" in "".join(said)
+
+
+@pytest.mark.parametrize("name, named", [
+    ("no data", "no training images"), ("too small", "cannot be cut among 2 processes"), ("batchnorm", "needs CUDA"),
+    ("option", "did you mean --epochs"),
+])
+def test_a_mistake_is_named_once_for_all_ranks(pair, name, named):
+    said = [rank[name]["err"] for rank in pair[1]]
+    assert [rank[name]["status"] for rank in pair[1]] == [2, 2]
+    assert sorted(map(bool, said)) == [False, True] and named in "".join(said)
+
+
+# -------------------------------------------------------------------------- stopping and resuming
+def test_ranks_agree_on_stopping_and_one_process_goes_on(pair, alone, data, monkeypatch):
+    runs, seen = pair
+    assert [rank["stopped"]["status"] for rank in seen] == [143, 143]  # only the second had the signal
+    state = torch.load(runs / "stopped" / "last.pt", weights_only=True)["progress"]
+    assert (state["epoch"], state["update"]) == (1, 2)
+    leave_out_pictures(monkeypatch.setattr)
+    monkeypatch.setattr(assemble, "build_model", steady(model.build_model))
+    status, out, err = run_main(words(data, runs, "stopped", "--resume"))
+    assert status == 0 and "resuming after 1 epochs and 2 updates" in out, err
+    assert_close_runs(runs / "stopped", alone / "fp32", 2e-5)
+
+
+def test_two_ranks_go_on_where_one_process_stopped(pair, alone):
+    runs, seen = pair
+    assert [rank["resumed"]["status"] for rank in seen] == [0, 0]
+    assert "resuming after 1 epochs and 1 updates" in seen[0]["resumed"]["out"]
+    assert_close_runs(runs / "resumed", alone / "fp32", 2e-5)
+
+
+def test_a_killed_rank_ends_the_job_with_one_clear_message(data, tmp_path):
+    scenario = {"words": words(data, tmp_path, "killed"), "rank": 1, "what": "kill", "at": 5}
+    agent = torchrun({"killed": scenario}, tmp_path / "job")
+    assert agent.returncode == 1
+    assert agent.err.count("error: another process of this job has ended") == 1 and "--resume" in agent.err
+    assert "main.py\", line" not in agent.err  # no traceback of this program
+    assert len(lines(tmp_path / "killed")) == 1 and weights(tmp_path / "killed")
+
+
+def test_a_killed_rank_is_restarted_and_comes_to_the_same_end(pair, data, tmp_path):
+    scenario = {"words": words(data, tmp_path, "again", "--resume=auto"), "rank": 1, "what": "kill", "at": 5}
+    agent = torchrun({"again": scenario}, tmp_path / "job", "--standalone", "--nproc_per_node=2", "--max_restarts=1")
+    assert agent.returncode == 0, agent.err
+    assert "resuming after 1 epochs and 0 updates" in agent.out
+    assert_equal_runs(tmp_path / "again", pair[0] / "fp32")
+    assert not (tmp_path / "again" / "failure.json").exists()
+
+
+def test_sigterm_to_the_agent_saves(data, tmp_path):
+    scenario = {"words": words(data, tmp_path, "run", "--epochs=500")}
+    agent = torchrun({"run": scenario}, tmp_path / "job", wait=False)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and agent.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    agent.send_signal(signal.SIGTERM)
+    out, err = agent.communicate(timeout=120)
+    assert err.count("stopped in epoch") == 1 and err.count("finishing this update") <= 1, err
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["progress"]
+    said = next(line for line in err.splitlines() if "stopped in epoch" in line)
+    assert f"stopped in epoch {state['epoch'] + 1} after update {state['update']} of 3" in said
+
+
+def test_a_restarted_rank_does_not_meet_its_predecessors():
+    """Three attempts on one store, each of which finds what the earlier ones signed."""
+    store, names = torch.distributed.HashStore(), []
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            meetings = []
+            for rank in (0, 2, 1):  # the first rank reads the old signatures of those that come later
+                meetings.append(pool.submit(job.meet, store, Ranks(rank, rank, 3), patience=timedelta(seconds=0.2)))
+                time.sleep(0.1)
+            found = {meeting.result(timeout=30) for meeting in meetings}
+        assert len(found) == 1
+        names += found
+    assert len(set(names)) == 3
+
+
+# ------------------------------------------------------------------------------- two machines
+def test_two_agents_are_as_good_as_two_ranks_of_one(pair, data, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+               "--rdzv_id=nodes", "--local_addr=127.0.0.1")
+    scenario = {"nodes": {"words": words(data, tmp_path, "nodes")}}
+    agents = [torchrun(scenario, tmp_path / "job", *options, wait=False) for _ in range(2)]
+    for agent in agents:
+        _, err = agent.communicate(timeout=300)
+        assert agent.returncode == 0, err
+    assert_equal_runs(tmp_path / "nodes", pair[0] / "fp32")
+    assert [rank["nodes"]["status"] for rank in seen_by(tmp_path / "job")] == [0, 0]
