@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from argparse import Namespace
@@ -249,12 +250,12 @@ def _finish(setup: Any, trainer: Any, data: Any) -> None:
     if not setup.ranks.is_first:
         return
     at = trainer.progress
-    steady = sorted(line["images_per_second"] for line in at.history[1:] or at.history)
+    steady = statistics.median(line["images_per_second"] for line in at.history[1:] or at.history)
     result = _result(setup, data, found) | {
         "best_epoch": at.best_epoch, "best_val_acc": at.best_val_acc,
         "total_seconds": round(trainer.stopwatch.seconds, 3),
         "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
-        "images_per_second": steady[len(steady) // 2],
+        "images_per_second": steady,
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }  # fmt: skip
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)

@@ -110,6 +110,14 @@ _not_negative = _number(float, 0, _INFINITY, high_open=True)
 _share = _number(float, 0, 1, high_open=True)
 
 
+def _mixing(text: str) -> float:
+    """An alpha that PyTorch can draw from a Beta distribution in float32; 0 is off."""
+    value = _not_negative(text)
+    if value and not 0.001 <= value <= 1000:
+        raise argparse.ArgumentTypeError(f"{text} must be 0 (off) or between 0.001 and 1000")
+    return value
+
+
 def _precision_list(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = sorted(set(names) - set(PRECISIONS))
@@ -194,8 +202,8 @@ def _add_training(parser: Parser) -> None:
     group.add_argument("--label_smoothing", type=_share, default=0.0, metavar="SHARE", help="spread over all classes")
     group.add_argument("--augment", choices=("flip", "crop", "trivial", "none"), default="flip",
                        help="flip; flip and random resized crop; flip and TrivialAugment; nothing")
-    group.add_argument("--mixup", type=_not_negative, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off")
-    group.add_argument("--cutmix", type=_not_negative, default=0.0, metavar="ALPHA", help="paste patches; 0: off")
+    group.add_argument("--mixup", type=_mixing, default=0.0, metavar="ALPHA", help="mix pairs of images; 0: off")
+    group.add_argument("--cutmix", type=_mixing, default=0.0, metavar="ALPHA", help="paste patches; 0: off")
     group.add_argument("--ema", type=_share, default=0.0, metavar="DECAY",
                        help="evaluate an exponential moving average of the weights; 0: off")
     group.add_argument("--freeze_epochs", type=_count, default=0, metavar="N", help="train the head alone at first")

@@ -36,6 +36,7 @@ def _no_pictures():
     with pytest.MonkeyPatch.context() as patch:
         tiny.leave_out_pictures(patch)
         yield
+    print("\ntrainings by exit status:", dict(seen))
 
 
 def run(words) -> tuple[int, str]:
@@ -56,8 +57,8 @@ RIGHT = {
     "optimizer": ("SGD", "ADAMW", "adam"), "learning_rate": (1e-9, 0.1, 1e30), "weight_decay": (0, 0.1, 1e30),
     "warmup_epochs": (0, 0.1, 1, 2), "decay_type": ("step", "step_warmup", "cosine_warmup"),
     "clip_grad_norm": (1e-9, 1, 1e30), "label_smoothing": (0, 0.1, 0.99),
-    "augment": ("flip", "crop", "trivial", "none"), "mixup": (0, 0.2, 1, 1e-300, 1e30),
-    "cutmix": (0, 0.2, 1, 1e-300, 1e30), "freeze_epochs": (0, 1, 2), "patience": (1, 5), "num_classes": (3, 4),
+    "augment": ("flip", "crop", "trivial", "none"), "mixup": (0, 0.2, 1, 0.001, 1000),
+    "cutmix": (0, 0.2, 1, 0.001, 1000), "freeze_epochs": (0, 1, 2), "patience": (1, 5), "num_classes": (3, 4),
     "seed": (0, 7, 2**32, 2**63 - 1), "normalize": ("none", "imagenet"), "cache": ("none", "memory"),
     "log_interval": (1, 3, 10**9), "checkpoint_every": ("1u", "2u", "0.00001m", "1e9m"), "resume": ("auto", "yes"),
     "model": ("squeezenet1_1", "ShuffleNet_V2_x0_5", "mnasnet0_5"), "device": ("cpu", "auto", "cpu:0"),
@@ -69,7 +70,8 @@ WRONG = {
     "ema": (1, -0.1, "nan"), "amp_dtype": ("float64",), "optimizer": ("LION", ""),
     "learning_rate": (0, "nan", "inf", -1), "weight_decay": (-1, "nan"), "decay_type": ("linear",),
     "warmup_epochs": (1e9, -1, "nan"), "clip_grad_norm": (0, "inf"), "label_smoothing": (1, -1),
-    "augment": ("rotate",), "mixup": (-1, "nan"), "cutmix": (-1, "inf"), "freeze_epochs": (-1, 9), "patience": (0,),
+    "augment": ("rotate",), "mixup": (-1, "nan", 1e-300), "cutmix": (-1, "inf", 1e30), "freeze_epochs": (-1, 9),
+    "patience": (0,),
     "seed": (-1, 2**64, 1.0), "num_classes": (1, 7), "normalize": ("zca",), "cache": ("disk",),
     "num_workers": (2**31, -1), "log_interval": (0,),
     "checkpoint_every": ("infu", "nanm", "0u", "1.5u", "m", "", "u"), "resume": ("no",),
@@ -115,7 +117,7 @@ def attempt(data, runs, words) -> tuple[int, str]:
 @given(combinations)
 def test_every_combination_trains_or_is_refused(data, tmp_path_factory, words):
     status, errors = attempt(data, tmp_path_factory.mktemp("runs"), words)
-    extreme = any("1e+30" in word or "1e-300" in word for word in words)
+    extreme = any("1e+30" in word for word in words)
     assert status in (0, 2) or (status == 1 and extreme and ("finite" in errors or "overflow" in errors)), errors
 
 
@@ -123,7 +125,6 @@ def test_every_combination_trains_or_is_refused(data, tmp_path_factory, words):
 @given(combinations, one_wrong)
 def test_every_wrong_value_is_refused(data, tmp_path_factory, words, wrong):
     assert attempt(data, tmp_path_factory.mktemp("runs"), [*words, *wrong])[0] == 2
-    print(dict(seen))
 
 
 hostile_words = st.one_of(
