@@ -384,7 +384,7 @@ def _locked(file: Path, log) -> Iterator[None]:
     try:
         import fcntl
 
-        handle = open(file, "w")
+        handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
     except (ImportError, OSError):
         yield
         return

@@ -501,10 +501,12 @@ def terminal_table(comparison: dict) -> str:
     failed = [line for line in lines if line[1].startswith("failed")]
     table = [short, *(line for line in lines if line not in failed)]
     widths = [max(text_width(line[column]) for line in table) for column in range(len(short))]
-    rows = ["  ".join([line[0] + " " * (widths[0] - text_width(line[0])),
-                       *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]) for line in table]
+    rows = [line[0] + " " * (widths[0] - text_width(line[0]))
+            + "".join("  " + cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
+            for line in table]
     rows += [f"{line[0]}: {line[1]}" for line in failed]
-    notes = [f"Memory is the {kind}; Total includes evaluation; the last two columns are against FP32.", verdict(comparison)]
+    notes = [f"Memory is the {kind}; Total includes evaluation; the last two columns are against FP32.",
+             verdict(comparison)]
     return "\n".join([*rows, "", *(line for note in notes for line in textwrap.wrap(note, 80))])
 
 

@@ -37,7 +37,8 @@ def main() -> None:
             data = Path(folder, str(count))
             draw_demo(data, train_images=count, test_images=60)
             for cache in ("memory", "none"):
-                command = [sys.executable, __file__, "--image_size", str(arguments.image_size), "--child", str(data), cache]
+                size = ["--image_size", str(arguments.image_size)]
+                command = [sys.executable, __file__, *size, "--child", str(data), cache]
                 first, later = (
                     json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     for _ in range(2)

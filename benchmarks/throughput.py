@@ -36,11 +36,11 @@ def main() -> None:
     rates: dict[str, list[float]] = {}
     facts: dict[str, dict] = {}
     children = {side: start(side) for side in sides}
-    for side, child in children.items():
+    for side, child in children.items():  # each has been setting itself up since it was started
         facts[side] = answer(child)  # what it measured while warming up
         print(f"{side}: ready", file=sys.stderr)
     for number in range(arguments.rounds):
-        for side, child in children.items():
+        for child in children.values():
             for figure, rate in ask(child).items():
                 rates.setdefault(figure, []).append(rate)
         print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr)
