@@ -151,4 +151,5 @@ def load_weights(
             f"the weights in {printable(source)} do not fit this {type(model).__name__}:", *problems[:10], *more,
             "Name the --model they were saved from, or use --pretrained 0.",
         ]))
-    model.load_state_dict({**own, **{name: tensor for name, tensor in state.items() if name not in replaced}})
+    own.update({name: tensor for name, tensor in state.items() if name not in replaced})
+    model.load_state_dict(own)  # `own` knows the versions of its layers, which MNASNet's loader asks for

@@ -448,7 +448,7 @@ def read_config(file: Path) -> dict[str, Any]:
 def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
     values = vars(options)
-    if values.get("accumulate", 1) > values.get("batch_size", 1):
+    if values.get("accumulate", 1) > (values.get("batch_size") or 1):
         raise UserError("--accumulate cannot be larger than --batch_size: a piece needs at least one image.")
     if values.get("tf32") and values.get("amp"):
         raise UserError("--tf32 and --amp exclude each other: a run has one precision.")

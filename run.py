@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -219,7 +220,11 @@ def _snapshot(value: Any) -> Any:
     if torch.is_tensor(value):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return {key: _snapshot(item) for key, item in value.items()}
+        copied = {key: _snapshot(item) for key, item in value.items()}
+        if hasattr(value, "_metadata"):  # a state dict's versions of layers, which MNASNet's loader asks for
+            copied = OrderedDict(copied)
+            copied._metadata = value._metadata
+        return copied
     if isinstance(value, (list, tuple)):
         return [_snapshot(item) for item in value]
     return value

@@ -24,7 +24,7 @@ SETTINGS = {
     "averaged, mixed, frozen": ["--ema=0.9", "--mixup=0.4", "--cutmix=1", "--augment=crop", "--freeze_epochs=1",
                                 "--optimizer=SGD", "--decay_type=step_warmup", "--warmup_epochs=1",
                                 "--no-channels_last"],
-    "dropout, streamed": ["--model=squeezenet1_1", "--augment=trivial", "--optimizer=ADAMW", "--cache=none",
+    "dropout, streamed": ["--model=mnasnet0_5", "--augment=trivial", "--optimizer=ADAMW", "--cache=none",
                           "--num_workers=0", "--decay_type=step", "--label_smoothing=0.1"],
 }  # fmt: skip
 
