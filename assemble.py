@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import option
 from dataset import Augmentation, Batches, DataSet, Pixels, Subset, open_data_set
-from model import build_model, check_input_size, head_name, load_weights
+from model import avoid_in_place, build_model, check_input_size, head_name, load_weights
 from precision import Precision, choose_precision
 from run import RunDirectory, load_checkpoint
 from train import Trainer, make_optimizer, make_scheduler
@@ -97,6 +97,8 @@ class Setup:
 
     def placed(self, network: nn.Module) -> nn.Module:
         layout = torch.channels_last if getattr(self.options, "channels_last", True) else torch.contiguous_format
+        if self.device.type == "cpu" and getattr(self.options, "amp", False):
+            avoid_in_place(network)
         return network.to(self.device, memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:

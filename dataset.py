@@ -240,8 +240,10 @@ class Pixels:
 
     def __post_init__(self) -> None:
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
-        mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
-        self._factor, self._offset = (1 / (255 * std)).to(self.device), (-mean / std).to(self.device)
+        mean, std = torch.tensor(mean), torch.tensor(std)
+        self._factor, self._offset = (  # of a whole row of pixels: a last dimension of three would not be vectorised
+            row.repeat(self.image_size).to(self.device) for row in (1 / (255 * std), -mean / std)
+        )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
@@ -256,8 +258,11 @@ class Pixels:
         return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return (images * self._factor).add_(self._offset).contiguous(memory_format=layout)
+        """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
+        rows = images.permute(0, 2, 3, 1).flatten(2)
+        rows = torch.addcmul(self._offset, rows.float(), self._factor)
+        pixels = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+        return pixels if self.channels_last else pixels.contiguous()
 
 
 @dataclass

@@ -62,6 +62,17 @@ def head_name(model: nn.Module) -> str:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
 
 
+def avoid_in_place(model: nn.Module) -> nn.Module:
+    """Makes activations write new tensors; those a backward pass keeps are the same ones as in place.
+
+    On CPUs PyTorch's 16-bit kernels take twice the time in place (33 against 14 ms for 67 million values).
+    """
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False
+    return model
+
+
 def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
     """Raises UserError where `model` cannot train on `smallest_piece` images of `image_size` pixels.
 

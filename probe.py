@@ -112,7 +112,7 @@ class Bench:
     def __init__(self, *, device: str, precision: str, model_name: str, image_size: int, batch_size: int):
         import torch
 
-        from model import build_model
+        from model import avoid_in_place, build_model
         from precision import named_precision
         from train import make_optimizer
 
@@ -123,6 +123,8 @@ class Bench:
         reset_peak_memory(self.device)
         self.memory_before = peak_memory(self.device)["peak_memory_mb"]
         model = build_model(model_name, 6, pretrained=False)
+        if self.device.type == "cpu" and self.precision.amp:
+            avoid_in_place(model)
         self.model = model.to(self.device, memory_format=torch.channels_last).train()
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-4, weight_decay=1e-4, fused=fused)
