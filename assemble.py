@@ -18,7 +18,6 @@ import PIL
 import torch
 import torchvision
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import option
 from dataset import Augmentation, Batches, DataSet, Pixels, Subset, open_data_set
@@ -132,9 +131,6 @@ class Setup:
             if device.type != "cuda":
                 raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
-        average = None
-        if options.ema:
-            average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(options.ema), use_buffers=True)
         batches = self.batches(data, data.train, train=True)
         optimizer = make_optimizer(
             network.parameters(), options.optimizer, learning_rate=options.learning_rate,
@@ -149,7 +145,7 @@ class Setup:
             options.epochs, options.seed, label_smoothing=options.label_smoothing,
             clip_grad_norm=options.clip_grad_norm, log_interval=options.log_interval,
             checkpoint_every=options.checkpoint_every, patience=options.patience,
-            freeze_epochs=options.freeze_epochs, head=head_name(network), ema=average, compile=options.compile,
+            freeze_epochs=options.freeze_epochs, head=head_name(network), ema=options.ema, compile=options.compile,
             record=self._record(data), log=self.log,
         )
 

@@ -287,6 +287,12 @@ class Batches:
     def updates_per_epoch(self) -> int:
         return -(-len(self.subset) // self.batch_size)
 
+    @property
+    def full_sizes(self) -> set[int]:
+        """How many images this rank's pieces of a full batch hold; those of a ragged last batch hold fewer."""
+        mine = np.array_split(np.arange(self.batch_size), self.ranks.size)[self.ranks.rank]
+        return {len(part) for part in np.array_split(mine, self.accumulate)}
+
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[Piece]]:
         """The updates of one epoch from `first_update` on, each an iterator of pieces.
 
@@ -303,7 +309,10 @@ class Batches:
             whole = np.arange(update * self.batch_size, min((update + 1) * self.batch_size, len(order)))
             mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
             parts = [part for part in np.array_split(mine, self.accumulate) if len(part)] or [whole[:1]]
-            pieces.append([(part, update, int(len(mine) > 0), part is parts[-1]) for part in parts])
+            weight = int(len(mine) > 0)
+            if self._mixes:  # each image is mixed with the one before it in the update, whoever else holds that
+                parts = [np.append(whole[part[0] - whole[0] - 1], part) for part in parts]
+            pieces.append([(part, update, weight, part is parts[-1]) for part in parts])
         flat = [piece for update in pieces for piece in update]
         loaded = self._on_device([order[places] for places, *_ in flat])
         for update in pieces:
@@ -347,7 +356,9 @@ class Batches:
         started = time.perf_counter()
         images, labels = next(loaded)
         images = self._augmented(images.permute(0, 3, 1, 2), draws[places], (epoch, update), places)
-        images, labels = self._mixed(self.pixels.normalized(images), labels, (epoch, update), places)
+        images = self.pixels.normalized(images)
+        if self._mixes:
+            images, labels = self._mixed(images, labels, (epoch, update))
         self.seconds_waited += time.perf_counter() - started
         return images, labels, weight, last
 
@@ -386,13 +397,26 @@ class Batches:
             distorted.append(transform(image))
         return torch.stack(distorted)
 
-    def _mixed(self, images, labels, moment, places) -> tuple[torch.Tensor, torch.Tensor]:
-        """MixUp or CutMix within the piece, by torchvision; labels become probabilities (count, classes)."""
-        from torchvision.transforms import v2
+    @property
+    def _mixes(self) -> bool:
+        return bool(self.augmentation.mixup or self.augmentation.cutmix)
 
-        kinds = ((v2.MixUp, self.augmentation.mixup), (v2.CutMix, self.augmentation.cutmix))
-        chosen = [mix(alpha=alpha, num_classes=self.class_count) for mix, alpha in kinds if alpha]
-        if not chosen:
-            return images, labels
-        seed_everything(self.seed, *moment, int(places[0]))
-        return v2.RandomChoice(chosen)(images, labels)
+    def _mixed(self, images, labels, moment) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each image but the first mixed with the one before it; labels become probabilities (count, classes).
+
+        MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019), drawn once for all pieces of an update.
+        """
+        random = np.random.default_rng(fold(self.seed, *moment))
+        kinds = {"mixup": self.augmentation.mixup, "cutmix": self.augmentation.cutmix}
+        kind = random.choice([name for name, alpha in kinds.items() if alpha])
+        share, labels = random.beta(kinds[kind], kinds[kind]), F.one_hot(labels, self.class_count).float()
+        mixed = images[1:].clone(memory_format=torch.preserve_format)
+        if kind == "mixup":
+            mixed.lerp_(images[:-1], 1 - share)
+        else:
+            side = images.shape[-1]
+            middle, half = random.integers(0, side, 2), int((1 - share) ** 0.5 * side / 2)
+            (top, left), (low, right) = (middle - half).clip(0), (middle + half).clip(max=side)
+            mixed[..., top:low, left:right] = images[:-1, :, top:low, left:right]
+            share = 1 - (low - top) * (right - left) / side**2
+        return mixed, labels[1:].lerp(labels[:-1], 1 - share)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dataset import Batches
-from precision import Precision
+from precision import Precision, named_precision
 from utils import progress
 
 
@@ -55,20 +55,21 @@ class Evaluation:
 
 def evaluate(
     model: Callable[[torch.Tensor], torch.Tensor], batches: Batches, precision: Precision, *,
-    keep_logits: bool = False, stop: Callable[[], bool] = lambda: False, description: str = "evaluating",
+    keep_logits: bool = False, stop: Callable[[], bool] | None = None, description: str = "evaluating",
 ) -> Evaluation | None:
     """Runs `model` (in evaluation mode) over all images of `batches`; None where `stop` said so on the way.
 
-    Nothing is read back from the device before the last batch.
+    Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often.
     """
     count, device = batches.class_count, batches.device
     confusion = torch.zeros(count * count, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     kept = torch.zeros(len(batches.subset), count, device=device) if keep_logits else None
     bar = progress(total=len(batches.subset), desc=description, unit="image", delay=2)
+    questions = -(-(len(batches.subset) // batches.ranks.size) // batches.batch_size) if stop else 0
     with torch.inference_mode(), bar:
-        for images, labels, positions in batches.evaluation():
-            if batches.ranks.size == 1 and stop():
+        for number, (images, labels, positions) in enumerate(batches.evaluation()):
+            if number < questions and stop():
                 return None
             with precision.autocast():
                 logits = model(images)
@@ -92,11 +93,12 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def parity(
-    model: nn.Module, batches: Batches, precisions: list[Precision], paths: list[str], classes: list[str]
+    model: nn.Module, batches: Batches, precisions: list[str], paths: list[str], classes: list[str]
 ) -> dict[str, Any]:
     """One checkpoint in each precision: accuracy, predictions that differ from the first one's, logit difference."""
     rows, reference = {}, None
-    for precision in precisions:
+    for name in precisions:
+        precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
         found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
         reference = found if reference is None else reference
         before, after = reference.logits.argmax(1), found.logits.argmax(1)

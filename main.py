@@ -336,7 +336,6 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
     import results
     from assemble import Setup
     from evaluate import evaluate, parity
-    from precision import named_precision
     from utils import reset_peak_memory
 
     log = _logger(options, ranks)
@@ -350,9 +349,8 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
         raise UserError(f"{options.data_dir} holds the classes {data.classes}, the checkpoint {checkpoint['classes']}.")
     network, batches = setup.trained(checkpoint), setup.batches(data, data.test)
     if options.precisions:
-        precisions = [named_precision(name, setup.device) for name in options.precisions]
         paths = [os.path.relpath(path, options.data_dir) for path in data.test.paths]
-        rows = parity(network, batches, precisions, paths, data.classes)
+        rows = parity(network, batches, options.precisions, paths, data.classes)
         if ranks.is_first:
             print(results.parity_table(rows))
             run_file = Path(options.checkpoint_dir) / options.checkpoint_name / "parity.json"

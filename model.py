@@ -73,6 +73,21 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+    """Moves `average` towards `model`, buffers included: decay * average + (1 - decay) * model.
+
+    While few `updates` were done the decay is smaller, (1 + updates) / (10 + updates), so that the average does
+    not linger at the initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
+    """
+    decay = min(decay, (1 + updates) / (10 + updates))
+    state, new = average.state_dict(), model.state_dict()
+    floating = [name for name, value in state.items() if value.is_floating_point()]
+    torch._foreach_lerp_([state[name] for name in floating], [new[name] for name in floating], 1 - decay)
+    for name in state.keys() - set(floating):
+        state[name].copy_(new[name])
+
+
 def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
     """Raises UserError where `model` cannot train on `smallest_piece` images of `image_size` pixels.
 

@@ -64,9 +64,7 @@ def choose_precision(
         if tf32 and torch.cuda.get_device_capability(device) < (8, 0):
             name = torch.cuda.get_device_name(device)
             raise UserError(f"--tf32 needs an Ampere or later GPU; {name} is older.")
-        mode = "tf32" if tf32 else "ieee"
-        torch.backends.cudnn.conv.fp32_precision = mode
-        torch.backends.cuda.matmul.fp32_precision = mode
+        _set_float32_mode(tf32)
     if not amp:
         if tf32:
             return Precision("tf32", device, "--tf32: float32 storage, products rounded to 10 bits of mantissa")
@@ -74,6 +72,14 @@ def choose_precision(
         return Precision("fp32", device, reason)
     dtype, reason = _amp_dtype(device, amp_dtype)
     return Precision("amp-fp16" if dtype is torch.float16 else "amp-bf16", device, reason)
+
+
+def _set_float32_mode(tf32: bool) -> None:
+    """Old switches first, then the new: torch.compile reads the old ones, which raise where the two disagree."""
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = tf32
+    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+        part.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def named_precision(name: str, device: torch.device) -> Precision:

@@ -7,6 +7,7 @@ waits for the device. Knows nothing of options, files' layout or how pictures ar
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ from warmup_scheduler import GradualWarmupScheduler
 
 from dataset import Batches
 from evaluate import Evaluation, evaluate
+from model import update_average
 from precision import Precision
 from run import RunDirectory
 from utils import (
@@ -177,7 +179,7 @@ class Trainer:
     patience: int | None = None
     freeze_epochs: int = 0
     head: str = ""
-    ema: nn.Module | None = None
+    ema: float = 0.0  # decay of the moving average of the weights; 0: there is none
     compile: bool = False
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
     record: dict[str, Any] = field(default_factory=dict)  # what a checkpoint says of its run
@@ -190,9 +192,10 @@ class Trainer:
         self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=self.label_smoothing)
         self.progress = Progress()
         self._unread: list[torch.Tensor] = []
-        self._scale_warned = self._peak_begun = False
+        self._scale_warned = False
         self._frozen: bool | None = None
-        self._evaluating = Forward(self.evaluated_model, self.compile)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if self.ema else None
+        self._evaluating = Forward(self.evaluated_model, {self.validation.batch_size}, self.compile)
 
     # ------------------------------------------------------------------------------- the way
     def train(self, *, stop_after: int | None = None) -> None:
@@ -211,9 +214,9 @@ class Trainer:
                 if stop_after is not None and self._updates_done >= stop_after:
                     break
         self.run.flush()
-        if self.stop.number is not None:  # it came while the last epoch was being finished
-            raise Stopped(self.stop.number, f"stopped after the last epoch; saved in {self.run.path}. Test it with the "
-                          "same command and --resume.")
+        if self._must_stop():  # the signal came while the last epoch was being finished
+            raise Stopped(self.stop.number or 15, f"stopped after the last epoch; saved in {self.run.path}. Test it "
+                          "with the same command and --resume.")
 
     @property
     def _per_epoch(self) -> int:
@@ -244,19 +247,22 @@ class Trainer:
                 ))
                 at.learning_rate = self.optimizer.param_groups[0]["lr"]
                 self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
-                if self.ema is not None:
-                    self.ema.update_parameters(self.model)
+                if self.average is not None:
+                    update_average(self.average, self.model, self.ema, self._updates_done)
                 at.update += 1
                 bar.update(count)
-                if at.update % self.log_interval == 0 or at.update == self._per_epoch:
+                ended = at.update == self._per_epoch
+                stopping = self._must_stop() or (not ended and self._updates_done == stop_after)
+                saving = not ended and self._save_is_due()
+                if ended or stopping or saving or at.update % self.log_interval == 0:
                     self._read(bar)
                 at.epoch_seconds, at.epoch_waited = watch.seconds, batches.seconds_waited
-                ended = stop_after is not None and self._updates_done >= stop_after
-                if (ended and at.update < self._per_epoch) or self._must_stop():
-                    self._save_and_stop(bar)
+                if stopping:
+                    self._save_and_stop()
                     return False
-                with watch.paused():
-                    self._save_between(bar)
+                if saving:
+                    with watch.paused():
+                        self._save()
         return True
 
     def _finish_epoch(self) -> None:
@@ -264,7 +270,9 @@ class Trainer:
         at = self.progress
         found = self._validate()
         if found is None:
-            self._save_and_stop(None)
+            self._save_and_stop()
+        if not math.isfinite(found.loss):
+            self._not_finite("validation loss", self._per_epoch)
         line = self._metrics(found)
         at.history.append(line)
         at.epoch, at.update, at.sums, at.skips = at.epoch + 1, 0, dict(NO_SUMS), []
@@ -278,12 +286,14 @@ class Trainer:
         self.run.save({**files, "last.pt": self.state()})
         self.run.write_metrics(at.history)
         self.on_epoch(line)
+        if at.epoch == 1:
+            reset_peak_memory(self.device)
 
     # ------------------------------------------------------------------------------ the model
     @property
     def evaluated_model(self) -> nn.Module:
         """The network whose weights are validated and kept: the moving average where there is one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.average is None else self.average
 
     def _prepare_model(self) -> None:
         """Training mode, the right layers frozen, wrapped for ranks and compiled where asked."""
@@ -295,7 +305,7 @@ class Trainer:
             self._wrapped = self.model
             if self.ranks.size > 1:
                 self._wrapped = nn.parallel.DistributedDataParallel(self.model)
-            self._forward = Forward(self._wrapped, self.compile)
+            self._forward = Forward(self._wrapped, self.batches.full_sizes, self.compile)
         self.model.train()
         if frozen:  # a frozen layer's batch statistics stay as they were trained, too
             for name, module in self.model.named_modules():
@@ -309,7 +319,7 @@ class Trainer:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
         return evaluate(self._evaluating, self.validation, self.precision,
-                        stop=lambda: self.stop.number is not None, description="validating")
+                        stop=self._must_stop, description="validating")
 
     # -------------------------------------------------------------------------- reading back
     def _read(self, bar: Any) -> None:
@@ -323,7 +333,7 @@ class Trainer:
         for update, (loss, correct, norm, first_bad, scale) in enumerate(rows, begun + 1):
             finite = math.isfinite(norm)
             if not finite and not self.scaler.is_enabled():
-                self._not_finite(update, loss)
+                self._not_finite("gradient" if math.isfinite(loss) else "loss", update)
             count = self._images_in(update - 1)
             at.sums["images"] += count
             at.sums["correct"] += correct
@@ -337,9 +347,6 @@ class Trainer:
                 at.skips.append({"update": at.epoch * self._per_epoch + update, "parameter": names[int(first_bad)],
                                  "scale": scale})
         self._watch_scale()
-        if not self._peak_begun:  # the first updates hold the workspaces of cuDNN's search
-            self._peak_begun = True
-            reset_peak_memory(self.device)
         if self.ranks.is_first:
             bar.set_postfix(self._readings(), refresh=False)
 
@@ -354,9 +361,8 @@ class Trainer:
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
         return shown
 
-    def _not_finite(self, update: int, loss: float) -> None:
+    def _not_finite(self, what: str, update: int) -> None:
         at = self.progress
-        what = "loss" if not math.isfinite(loss) else "gradient"
         kept = f"best_model.pt and last.pt hold the end of epoch {at.epoch}" if at.epoch else "no epoch was finished"
         raise RunError(
             f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self._per_epoch} "
@@ -369,11 +375,11 @@ class Trainer:
             return
         scale = self.scaler.get_scale()
         if scale < 1 and not self._scale_warned:
-            self._scale_warned = True
+            self._scale_warned, skips = True, self.progress.skips
+            where = f" First at {skips[0]['parameter']}." if skips else ""
             self.log(
                 f"warning: the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
-                f"the run has probably diverged. First at {self.progress.skips[0]['parameter']}. Lower the learning "
-                "rate, or use --amp_dtype bfloat16."
+                f"the run has probably diverged.{where} Lower the learning rate, or use --amp_dtype bfloat16."
             )
         if scale < 2.0**-20:
             raise RunError(
@@ -384,7 +390,8 @@ class Trainer:
     def _metrics(self, found: Evaluation) -> dict[str, Any]:
         """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds."""
         at, memory = self.progress, peak_memory(self.device)
-        at.peak_memory_mb = max(at.peak_memory_mb, memory["peak_memory_mb"])
+        # The first epoch's peak counts only where there is no other: it holds the workspaces of cuDNN's searches.
+        at.peak_memory_mb = max(at.peak_memory_mb if at.epoch > 1 else 0.0, memory["peak_memory_mb"])
         at.elapsed = self.stopwatch.seconds
         sums = at.sums
         return {
@@ -411,43 +418,38 @@ class Trainer:
         return self.patience is not None and at.epoch - at.best_epoch >= self.patience > 0 and at.epoch > 0
 
     def _must_stop(self) -> bool:
-        if self.ranks.size == 1:
-            return self.stop.number is not None
-        reading = not self._unread  # ranks agree where they read anyway
-        return reading and self.ranks.any(self.stop.number is not None)
+        """Whether a signal came to any rank. They ask one another on the CPU, so no device is waited for."""
+        return self.ranks.any(self.stop.number is not None)
 
-    def _save_and_stop(self, bar: Any) -> None:
-        """Saves where the run stands; raises Stopped where a signal asked for it."""
-        if self._unread:
-            self._read(bar)
-        self.progress.elapsed = self.stopwatch.seconds
+    def _save(self) -> None:
+        """Hands last.pt, with the run as it stands, to the thread that writes it."""
+        self.progress.elapsed, self._last_save = self.stopwatch.seconds, time.monotonic()
         self.run.save({"last.pt": self.state()})
+
+    def _save_and_stop(self) -> None:
+        """Saves where the run stands; raises Stopped where a signal asked for it."""
+        self._save()
         self.run.write_metrics(self.progress.history)
         self.run.flush()
-        if self.ranks.any(self.stop.number is not None):
+        if self._must_stop():
             at = self.progress
             raise Stopped(self.stop.number or 15, f"stopped in epoch {at.epoch + 1} after update {at.update} of "
                           f"{self._per_epoch}; saved in {self.run.path}. Go on with the same command and --resume.")
 
-    def _save_between(self, bar: Any) -> None:
-        if self.checkpoint_every is None or self.progress.update == self._per_epoch:
-            return
+    def _save_is_due(self) -> bool:
+        if self.checkpoint_every is None:
+            return False
         amount, unit = float(self.checkpoint_every[:-1]), self.checkpoint_every[-1]
-        due = (self._updates_done % int(amount) == 0 if unit == "u"
-               else time.monotonic() - self._last_save > 60 * amount)
-        if self.ranks.any(due) if unit == "m" else due:
-            self._last_save = time.monotonic()
-            if self._unread:
-                self._read(bar)
-            self.progress.elapsed = self.stopwatch.seconds
-            self.run.save({"last.pt": self.state()})
+        if unit == "u":
+            return self._updates_done % int(amount) == 0
+        return self.ranks.any(time.monotonic() - self._last_save > 60 * amount)  # their clocks differ
 
     def state(self) -> dict[str, Any]:
         """What last.pt holds: tensors and plain types only."""
         return {
             **self.record,
             "model": self.model.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.average is None else self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {**vars(self.progress)},
@@ -456,8 +458,8 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state()` gave. The schedule is rebuilt and replayed, not loaded."""
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():  # fused kernels walk memory: moments must lie as their weights do
@@ -474,18 +476,16 @@ class Trainer:
 
 
 class Forward:
-    """Calls a model, compiled for full batches; a ragged last batch runs eagerly instead of recompiling."""
+    """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling."""
 
-    def __init__(self, model: nn.Module, compiled: bool):
-        self.model, self.full = model, None
-        self.compiled = torch.compile(model) if compiled else model
+    def __init__(self, model: nn.Module, sizes: set[int], compiled: bool):
+        self.model, self.sizes = model, sizes
+        self.compiled = torch.compile(model, dynamic=False) if compiled else model
         if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
             torch._functorch.config.backward_pass_autocast = "off"
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        if self.full is None:
-            self.full = images.shape
-        return (self.compiled if images.shape == self.full else self.model)(images)
+        return (self.compiled if len(images) in self.sizes else self.model)(images)
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.model.parameters()

@@ -22,10 +22,13 @@ SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
 
 
 def run_main(argv):
-    """main(argv) in this process; returns (exit status, stdout, stderr)."""
-    out, err = io.StringIO(), io.StringIO()
+    """main(argv) in this process, on the CPU unless it says otherwise; returns (exit status, stdout, stderr)."""
+    out, err, words = io.StringIO(), io.StringIO(), [str(word) for word in argv]
+    has_device = not words or words[0].startswith("-") or words[0] not in ("prepare", "export")
+    if has_device and not any(word.startswith(("--device", "--help", "--version")) for word in words):
+        words.append("--device=cpu")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = program.main([str(word) for word in argv])
+        status = program.main(words)
     return status, out.getvalue(), err.getvalue()
 
 

@@ -54,8 +54,9 @@ def opened(root, size=10, **options):
 
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
+    mixed = {"mixup": Augmentation("flip", mixup=0.4), "cutmix": Augmentation("flip", cutmix=1.0)}
     return Batches(subset or data.train, Pixels(CPU, size), batch_size, len(data.classes), seed=7,
-                   augmentation=Augmentation(kind), **options)
+                   augmentation=mixed.get(kind) or Augmentation(kind), **options)
 
 
 def updates(batches, epoch=0, first=0):
@@ -266,14 +267,31 @@ def test_each_epoch_holds_each_image_once(scenes_folder, kind):
 def test_mixup_and_cutmix_give_probabilities(scenes_folder):
     data = opened(scenes_folder, 33)
     batches = Batches(data.train, Pixels(CPU, 33), 16, 6, seed=7, augmentation=Augmentation("flip", 0.4, 1.0))
-    one, other = updates(batches), updates(batches)
-    labels = torch.cat([labels for _, labels in one])
+    labels = torch.cat([labels for _, labels in updates(batches)])
     assert labels.shape == (48, 6) and torch.allclose(labels.sum(1), torch.ones(48)) and (labels.amax(1) < 1).any()
-    assert same(one, other)
+
+
+def test_mixing_by_hand(scenes_folder):
+    """The weights of the labels are those of the pixels: MixUp as a sum, CutMix as the share of the area."""
+    data = opened(scenes_folder, 33)
+    (plain, labels), *_ = updates(fed(data, size=33))
+    before = plain.roll(1, 0)
+    for kind in ("mixup", "cutmix"):
+        (mixed, shares), *_ = updates(fed(data, size=33, kind=kind))
+        alike = labels == labels.roll(1)
+        assert torch.equal(shares.argmax(1)[alike], labels[alike]) and (shares.sum(1) - 1).abs().max() < 1e-6
+        own = shares[torch.arange(len(labels)), labels][~alike]
+        assert (own - own[0]).abs().max() < 1e-6 and 0 < own[0] < 1  # drawn once for the update
+        if kind == "mixup":
+            assert (mixed - before.lerp(plain, float(own[0]))).abs().max() < 1e-5
+        else:
+            from_own, from_other = (mixed == plain).all(1), (mixed == before).all(1)
+            assert (from_own | from_other).all()
+            assert abs(float(from_own[~alike].float().mean()) - float(own[0])) < 0.02
 
 
 # --------------------------------------------------------------------- determinism and ranks
-@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "mixup", "cutmix"])
 def test_batches_depend_on_seed_epoch_and_position_alone(scenes_folder, kind):
     data = opened(scenes_folder, 33)
     batches = fed(data, size=33, kind=kind)
@@ -286,7 +304,7 @@ def test_batches_depend_on_seed_epoch_and_position_alone(scenes_folder, kind):
     assert not same(updates(batches, 3), first)
 
 
-@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "mixup", "cutmix"])
 @pytest.mark.parametrize("first", [1, 4, 5, 6])
 def test_a_start_in_mid_epoch_goes_on_with_the_same_batches(scenes_folder, first, kind):
     data = opened(scenes_folder, 33)
@@ -295,7 +313,7 @@ def test_a_start_in_mid_epoch_goes_on_with_the_same_batches(scenes_folder, first
 
 
 @pytest.mark.parametrize("ranks, accumulate", [(1, 3), (2, 1), (3, 2), (5, 1), (8, 1)])
-@pytest.mark.parametrize("kind", ["flip", "crop", "trivial"])
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "mixup", "cutmix"])
 def test_the_pieces_of_all_ranks_are_one_process_batches(tmp_path, ranks, accumulate, kind):
     data = opened(folders(tmp_path, "train", "test", count=9))  # 21 after the split: a ragged last batch of 5
     whole = updates(fed(data, kind=kind))

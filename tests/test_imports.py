@@ -21,7 +21,7 @@ MAY = {
     "dataset": {"images", "utils"},
     "scenes": set(),
     "prepare": {"dataset", "scenes", "utils"},  # dataset for --check alone
-    "train": {"dataset", "evaluate", "precision", "run", "utils"},
+    "train": {"dataset", "evaluate", "model", "precision", "run", "utils"},
     "evaluate": {"dataset", "precision", "utils"},
     "predict": {"dataset", "evaluate", "images", "precision", "report", "utils"},
     "run": {"model", "utils"},

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches, Pixels, Subset
 from images import DecodedImages
+from model import update_average
 from precision import Precision
 from run import RunDirectory, load_checkpoint
-from train import Trainer, make_optimizer, make_scheduler, update_weights
+from train import Forward, Trainer, make_optimizer, make_scheduler, update_weights
 from utils import RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -363,24 +364,69 @@ def test_label_smoothing_changes_the_training_loss_alone(tmp_path):
 
 def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     model = network()
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    trails, expected = [], None
-
-    def follow(optimizer, *_):  # the average by hand: the first copy is the weights, then half and half
-        weights = model.head.weight.detach().clone()
-        trails.append(weights)
-
-    made = trainer(tmp_path, model, ema=average, epochs=1)
-    made.optimizer.register_step_post_hook(follow)
+    expected, trail = model.head.weight.detach().clone(), []
+    made = trainer(tmp_path, model, ema=0.15, epochs=1)
+    made.optimizer.register_step_post_hook(lambda *_: trail.append(model.head.weight.detach().clone()))
     made.train()
     made.run.close()
-    for weights in trails[-3:]:  # the schedule's own empty step comes before the three updates
-        expected = weights if expected is None else 0.5 * expected + 0.5 * weights
+    # The average by hand; the schedule's own empty step comes before the three updates.
+    for weights, decay in zip(trail[-3:], (1 / 10, 0.15, 0.15), strict=True):
+        expected = decay * expected + (1 - decay) * weights
     best, last = load_checkpoint(tmp_path / "best_model.pt"), load_checkpoint(tmp_path / "last.pt")
     assert best["model"].keys() == last["model"].keys()
-    torch.testing.assert_close(average.module.head.weight, expected)
-    assert torch.equal(best["model"]["head.weight"], average.module.head.weight)
-    assert torch.equal(last["model"]["head.weight"], model.head.weight) and difference(average.module, model) > 0
+    torch.testing.assert_close(made.average.head.weight, expected)
+    assert torch.equal(best["model"]["head.weight"], made.average.head.weight)
+    assert torch.equal(last["model"]["head.weight"], model.head.weight) and difference(made.average, model) > 0
+
+
+def test_ema_follows_buffers_and_counts():
+    model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    model(torch.randn(8, 2))
+    update_average(average, model, 0.9, 10**6)
+    torch.testing.assert_close(average.running_mean, 0.1 * model.running_mean)
+    assert average.num_batches_tracked == model.num_batches_tracked == 1
+
+
+def test_nothing_in_the_update_reads_from_the_device():
+    """Counts `aten::_local_scalar_dense`, which every .item(), float() and `if tensor` comes down to."""
+    class Readings(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.count += "_local_scalar_dense" in str(operator)
+            return operator(*args, **(kwargs or {}))
+
+    for precision in (FP32, BF16, FP16):
+        model, average = network(), network()
+        optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-3, weight_decay=0.0, fused=True)
+        schedule = make_scheduler(optimizer, "cosine_warmup", epochs=2, updates_per_epoch=5)
+        with Readings() as seen:
+            update(model, optimizer, [piece(last=False), piece()], 12, precision, clip=1.0)
+            schedule.step()
+            update_average(average, model, 0.9, 3)
+        assert seen.count == 0
+        with Readings() as seen:
+            float(model.head.weight.detach().sum())
+        assert seen.count == 1
+
+
+def test_validation_that_is_not_finite_ends_the_run(tmp_path):
+    """One float16 overflow leaves BatchNorm's running statistics infinite while every loss of training is finite."""
+    model = nn.Sequential(nn.BatchNorm2d(3), network())
+    model[0].running_var.fill_(math.nan)
+    with pytest.raises(RunError, match="validation loss is not finite"):
+        trained(tmp_path, model, epochs=1)
+    assert not (tmp_path / "best_model.pt").exists()
+
+
+def test_compiled_sizes_are_those_of_full_batches(monkeypatch):
+    """A ragged batch that comes first, as after a resume, does not take the compiled graph's place."""
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: lambda images: calls.append(len(images)) or model(images))
+    forward = Forward(network(), batches(batch_size=10, accumulate=3).full_sizes, True)
+    for count in (2, 4, 3, 4, 1):
+        assert forward(torch.zeros(count, 3, 9, 9)).shape == (count, 3)
+    assert calls == [4, 3, 4]
 
 
 def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
