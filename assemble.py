@@ -39,7 +39,7 @@ class Setup:
 
     @cached_property
     def device(self) -> torch.device:
-        name = getattr(self.options, "device", "cpu")  # an export needs no other
+        name = self.options.device
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
         return choose_device(name, self.ranks.local_rank)
@@ -60,30 +60,34 @@ class Setup:
     def data(self, *, test_only: bool = False) -> DataSet:
         """The data set, decoded; the demo's scenes are drawn first where they are missing."""
         options = self.options
-        if options.demo and self.ranks.is_first:
+        if options.demo:
             from prepare import draw_demo
 
-            draw_demo(Path(options.data_dir))
-        self.ranks.barrier()
+            self.ranks.share(lambda: draw_demo(Path(options.data_dir)))  # the others wait for the first
         data = open_data_set(
             options.data_dir, image_size=options.image_size, seed=options.seed, cache=options.cache,
             workers=options.num_workers, skip_unreadable=options.skip_unreadable, pin=self.device.type == "cuda",
-            keep_larger=getattr(options, "augment", "flip") == "crop", test_only=test_only, log=self.log,
+            keep_larger=options.augment == "crop", test_only=test_only, log=self.log,
         )
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
             raise UserError(f"the images in {options.data_dir} are not those of the job's first process: copy them.")
-        wanted = getattr(options, "num_classes", None)
-        if wanted is not None and wanted != len(data.classes):
-            raise UserError(f"--num_classes {wanted}: {options.data_dir} holds {len(data.classes)} class folders.")
+        if options.num_classes not in (None, len(data.classes)):
+            raise UserError(
+                f"--num_classes {options.num_classes}: {options.data_dir} holds {len(data.classes)} class folders."
+            )
         return data
+
+    @property
+    def pixels(self) -> Pixels:
+        options = self.options
+        return Pixels(self.device, options.image_size, options.normalize, options.channels_last)
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False) -> Batches:
         options, extra = self.options, {}
         if train:
             augmentation = Augmentation(options.augment, options.mixup, options.cutmix)
             extra = {"seed": options.seed, "accumulate": options.accumulate, "augmentation": augmentation}
-        pixels = Pixels(self.device, options.image_size, options.normalize, options.channels_last)
-        return Batches(subset, pixels, options.batch_size, len(data.classes), ranks=self.ranks, **extra)
+        return Batches(subset, self.pixels, options.batch_size, len(data.classes), ranks=self.ranks, **extra)
 
     def network(self, class_count: int) -> nn.Module:
         """The model to train, on the device, with the weights it starts from."""
@@ -95,8 +99,8 @@ class Setup:
         return self.placed(network)
 
     def placed(self, network: nn.Module) -> nn.Module:
-        layout = torch.channels_last if getattr(self.options, "channels_last", True) else torch.contiguous_format
-        if self.device.type == "cpu" and getattr(self.options, "amp", False):
+        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        if self.device.type == "cpu" and self.options.amp:
             avoid_in_place(network)
         return network.to(self.device, memory_format=layout)
 
@@ -106,15 +110,24 @@ class Setup:
         load_weights(network, checkpoint["model"], source="the checkpoint", new_head=False)
         return self.placed(network).eval()
 
-    def checkpoint(self) -> dict[str, Any]:
-        """--checkpoint FILE, or best_model.pt of the named run. Raises UserError where there is none."""
+    @property
+    def checkpoint_file(self) -> Path:
+        """--checkpoint FILE, or best_model.pt of the named run."""
         options = self.options
-        file = Path(options.checkpoint or Path(options.checkpoint_dir) / options.checkpoint_name / "best_model.pt")
+        return Path(options.checkpoint or Path(options.checkpoint_dir) / options.checkpoint_name / "best_model.pt")
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The checkpoint to use; images are read as it says, unless asked otherwise. UserError where there is none."""
+        file, options = self.checkpoint_file, self.options
         if not file.exists():
             runs = sorted(path.parent.name for path in Path(options.checkpoint_dir).glob("*/best_model.pt"))
             known = f"Runs there: {', '.join(map(printable, runs))}." if runs else "No run is there yet."
             raise UserError(f"{printable(file)} does not exist. Name a run with --checkpoint_name. {known}")
-        return load_checkpoint(file)
+        content = load_checkpoint(file)
+        for name in ("image_size", "normalize"):
+            if getattr(options, name) is None:
+                setattr(options, name, content[name])
+        return content
 
     def trainer(self, data: DataSet, run: RunDirectory) -> Trainer:
         """Everything a training needs, wired together."""
@@ -159,7 +172,7 @@ class Setup:
 
     def config(self, data: DataSet) -> dict[str, Any]:
         """What config.json records: every option, versions, device and data."""
-        hidden = ("command", "trained_with", "evaluate")
+        hidden = ("command", "evaluate")
         return {
             "options": {name: value for name, value in vars(self.options).items() if name not in hidden},
             "versions": {

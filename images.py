@@ -6,27 +6,29 @@ checksums. Knows nothing of classes, labels, splits or the device.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import signal
 import time
 import warnings
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import PIL
 import torch
 from PIL import Image, ImageOps
 
-from utils import RunError, atomic_write, printable, progress
+from utils import RunError, atomic_write, cores, linux_memory, lock, printable, progress, remove
 
 DECODER = f"rgb uint8, bilinear, exif; Pillow {PIL.__version__}; v1"
 
@@ -91,16 +93,6 @@ def stored_size(paths: Sequence[Path], limit: int) -> tuple[int, int]:
 
 
 # ------------------------------------------------------------------------------ image stores
-class ImageStore(Protocol):
-    """Images of one listing, handed out as uint8 batches in a given order."""
-
-    crc32: np.ndarray
-    unreadable: dict[int, str]
-
-    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        """One uint8 tensor (len(batch), height, width, 3) for each array of listing positions."""
-
-
 @dataclass
 class DecodedImages:
     """All images decoded, in one array (count, height, width, 3), usually mapped from a cache file."""
@@ -111,17 +103,12 @@ class DecodedImages:
     pin: bool = False
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+        """One uint8 tensor (len(batch), height, width, 3) for each array of listing positions."""
         if not self.pin:  # the CPU computes the step itself: a thread would only take a core from it
             yield from map(self._gather, batches)
             return
         with ThreadPoolExecutor(1) as pool:
-            pending: deque = deque()
-            for batch in batches:
-                pending.append(pool.submit(self._gather, batch))
-                if len(pending) > 2:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+            yield from ahead(pool, self._gather, batches, 2)
 
     def _gather(self, batch: np.ndarray) -> torch.Tensor:
         images = torch.empty((len(batch), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=self.pin)
@@ -135,29 +122,22 @@ class StreamedImages:
     def __init__(self, paths: list[Path], size: tuple[int, int], crc32: np.ndarray, unreadable: dict[int, str],
                  *, workers: int, pin: bool):
         self.crc32, self.unreadable = crc32, unreadable
-        self._order = _BatchOrder()
+        self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader = torch.utils.data.DataLoader(
             _Files(paths, size), batch_sampler=self._order, num_workers=workers, pin_memory=pin,
             persistent_workers=workers > 0, worker_init_fn=_quiet_worker, collate_fn=_batch_or_reason,
         )
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        self._order.batches = [batch.tolist() for batch in batches]
+        """As `DecodedImages.batches`. Raises RunError where a file can no longer be read."""
+        self._order[:] = [batch.tolist() for batch in batches]
         for batch in self._loader:
             if isinstance(batch, str):
                 raise RunError(f"{batch}\nRestore the file, then go on with --resume.")
             yield batch
 
 
-class _BatchOrder:
-    def __init__(self) -> None:
-        self.batches: list[list[int]] = []
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+ImageStore = DecodedImages | StreamedImages
 
 
 @dataclass
@@ -182,10 +162,19 @@ def _batch_or_reason(images: list[torch.Tensor | str]) -> torch.Tensor | str:
 
 def _quiet_worker(_worker: int) -> None:
     """Signals to the whole group are the main process's to handle; a second SIGTERM still ends a worker."""
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable, count: int) -> Iterator[Any]:
+    """`map` by a pool, in order, at most `count` results ahead of their reader."""
+    pending: deque = deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) > count:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
 
 
 def open_store(
@@ -197,17 +186,21 @@ def open_store(
     `limit` is the largest side kept, in pixels. Every image is read once whatever the mode, so that
     unreadable ones are known (`store.unreadable`: listing position to reason) before training starts.
     """
-    workers = workers if workers is not None else min(8, len(os.sched_getaffinity(0)) or 1)
+    workers = min(8, cores()) if workers is None else workers
     size = stored_size(paths, limit)
-    stats = [_stat(path) for path in paths]
-    key = hashlib.sha256(json.dumps([DECODER, size, [str(root.resolve()), *map(str, paths)], stats]).encode())
-    count_bytes = len(paths) * size[0] * size[1] * 3
-    if cache == "none" or (cache == "auto" and count_bytes > 0.6 * _available_memory()):
-        notes = _checked_notes(paths, size, root, key.hexdigest()[:20], workers, log)
-        log(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
-        return StreamedImages(paths, size, *notes, workers=workers, pin=pin)
-    array, crc32, unreadable = _decoded(paths, size, root, key.hexdigest()[:20], workers, log)
-    return DecodedImages(array, crc32, unreadable, pin)
+    shape = (len(paths), *size, 3)
+    identity = [DECODER, size, [str(root.resolve()), *map(str, paths)], [_stat(path) for path in paths]]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+    memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
+    streamed = cache == "none" or (cache == "auto" and np.prod(shape) > 0.6 * memory)
+    file = cache_folder(root) / f"{key}.npy"
+    with _only_builder(file.with_suffix(".lock"), log):
+        kept = _read_cache(file, shape, streamed, workers, log)
+        array, crc32, unreadable = kept or _build_cache(file, paths, shape, streamed, workers, log)
+    if not streamed:
+        return DecodedImages(array, crc32, unreadable, pin)
+    log(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
+    return StreamedImages(paths, size, crc32, unreadable, workers=workers, pin=pin)
 
 
 def _stat(path: Path) -> tuple[int, int, int]:
@@ -219,88 +212,107 @@ def _stat(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _available_memory() -> int:
-    """Bytes that can be used without swapping (Linux), else half the physical memory."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return 4 * 2**30
-
-
 # ------------------------------------------------------------------------------------- cache
+# KEY.npy holds the decoded images, KEY.json their checksums and what could not be read; streamed images have the
+# second file alone.
+Kept = tuple[np.ndarray | None, np.ndarray, dict[int, str]]
+
+
 def cache_folder(root: Path) -> Path:
     """Where decoded images are kept: inside the data folder, or the user's cache where that is read-only."""
     inside = root / ".cache"
-    try:
+    with suppress(OSError):
         inside.mkdir(exist_ok=True)
         if os.access(inside, os.W_OK):
             return inside
-    except OSError:
-        pass
     outside = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "amp-train"
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         outside.mkdir(parents=True, exist_ok=True)
     return outside
 
 
-def _decoded(paths, size, root, key, workers, log) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """The decoded array with its checksums: mapped from the cache if that is whole, else made anew."""
-    folder = cache_folder(root)
-    file = folder / f"{key}.npy"
-    shape = (len(paths), *size, 3)
-    with _locked(folder / f"{key}.lock", log):
-        found = _read_cache(file, shape, workers, log)
-        if found is not None:
-            log(f"images: {len(paths):,} decoded at {size[1]}x{size[0]}, mapped from {file} ({_size(shape)})")
-            return found
-        for stale in folder.glob(f".{key}.*.tmp"):  # of builders that were killed: a living one holds the lock
-            with contextlib.suppress(OSError):
-                stale.unlink()
-        temporary = folder / f".{key}.{os.getpid()}.tmp"
-        try:
-            array = _allocate(temporary, shape)
-        except OSError as error:
-            log(f"no cache of decoded images ({error.strerror}: {folder}); keeping {_size(shape)} in memory instead")
-            array = np.empty(shape, np.uint8)
-        try:
-            started = time.perf_counter()
-            crc32, unreadable = _decode_into(array, paths, size, workers)
-            seconds = time.perf_counter() - started
-            if isinstance(array, np.memmap):
-                array.flush()
+@contextmanager
+def _only_builder(file: Path, log) -> Iterator[None]:
+    """One builder of a cache at a time, on this machine; the others wait and then find it built."""
+    try:
+        handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
+    except OSError:  # where no lock can be written no cache can
+        yield
+        return
+    with handle:
+        if not lock(handle):
+            log("another process is decoding the images; waiting for it")
+            lock(handle, wait=True)
+        yield
+
+
+def _read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int, log) -> Kept | None:
+    """What an earlier run kept, if it is there and whole."""
+    try:
+        notes = json.loads(file.with_suffix(".json").read_text())
+        crc32 = np.array(notes["crc32"], np.uint32)
+        unreadable = {int(position): str(reason) for position, reason in notes["unreadable"].items()}
+        if crc32.shape != shape[:1]:
+            raise ValueError("another number of images")
+        if streamed:
+            return None, crc32, unreadable
+        array = np.load(file, mmap_mode="r")
+        if array.shape != shape or array.dtype != np.uint8:
+            raise ValueError("another shape")
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            found = np.fromiter(pool.map(zlib.crc32, array), np.uint32, len(array))
+        found[list(unreadable)] = 0
+        if not np.array_equal(found, crc32):
+            raise ValueError("checksums differ")
+        log(f"images: {_described(shape)}, mapped from {file}")
+        return array, crc32, unreadable
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError, EOFError) as error:
+        log(f"the cache {file} is damaged ({error}); decoding again")
+        return None
+
+
+def _build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed: bool, workers: int, log) -> Kept:
+    """Decodes every image into a cache file, or into memory where there is no room; streamed ones are only checked."""
+    remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
+    temporary, started = file.with_name(f".{file.stem}.{os.getpid()}.tmp"), time.perf_counter()
+    try:
+        array = None if streamed else _allocate(temporary, shape, log)
+        crc32, unreadable = _decode_into(array, paths, shape[1:3], workers)
+        log(f"images: {_described(shape)}, {'checked' if streamed else 'decoded'} in "
+            f"{time.perf_counter() - started:.1f} s")
+        if streamed or isinstance(array, np.memmap):
+            with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
+                notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
+        if isinstance(array, np.memmap):
+            array.flush()
+            with suppress(OSError):
                 os.replace(temporary, file)
-                _write_notes(file.with_suffix(".json"), crc32, unreadable)
-                array = np.load(file, mmap_mode="r")
-                log(f"images: {len(paths):,} decoded at {size[1]}x{size[0]} in {seconds:.1f} s, kept in {file} "
-                    f"({_size(shape)})")
-        except OSError as error:
-            log(f"the cache of decoded images was not kept ({error})")
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+    finally:
+        remove(temporary)
     return array, crc32, unreadable
 
 
-def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A .npy file of this shape whose blocks are all reserved: a full disk shows here, not as SIGBUS."""
-    need = int(np.prod(shape))
-    if shutil.disk_usage(file.parent).free < need + 2**28:
-        raise OSError(28, "not enough free disk space")
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+def _allocate(file: Path, shape: tuple[int, ...], log) -> np.ndarray:
+    """An array in a new .npy file, its blocks reserved (a full disk shows here, not as SIGBUS); else in memory."""
     try:
-        with open(file, "r+b") as handle:
-            if hasattr(os, "posix_fallocate"):
+        if shutil.disk_usage(file.parent).free < np.prod(shape) + 2**28:
+            raise OSError(errno.ENOSPC, "not enough free disk space")
+        array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
+        if hasattr(os, "posix_fallocate"):
+            with open(file, "r+b") as handle:
                 os.posix_fallocate(handle.fileno(), 0, os.path.getsize(file))
-    except OSError:
-        file.unlink()
-        raise
-    return array
+        return array
+    except OSError as error:
+        log(f"no cache of decoded images ({error.strerror}: {file.parent}); keeping them in memory")
+        remove(file)
+        return np.empty(shape, np.uint8)
 
 
-def _decode_into(array: np.ndarray | None, paths, size, workers) -> tuple[np.ndarray, dict[int, str]]:
+def _decode_into(
+    array: np.ndarray | None, paths: list[Path], size: tuple[int, int], workers: int
+) -> tuple[np.ndarray, dict[int, str]]:
     """Decodes every path with threads into `array` (or nowhere); returns checksums and unreadable ones."""
     crc32, unreadable = np.zeros(len(paths), np.uint32), {}
 
@@ -309,93 +321,16 @@ def _decode_into(array: np.ndarray | None, paths, size, workers) -> tuple[np.nda
         if isinstance(image, str):
             unreadable[position] = image
             return
-        crc32[position] = zlib.crc32(np.ascontiguousarray(image))
+        crc32[position] = zlib.crc32(image)
         if array is not None:
             array[position] = image
 
-    interrupted = False
-
-    def several(start: int) -> int:
-        positions = range(start, min(start + 64, len(paths)))
-        for position in positions:
-            if not interrupted:
-                one(position)
-        return len(positions)
-
     with ThreadPoolExecutor(max(1, workers)) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
-        try:
-            for done in pool.map(several, range(0, len(paths), 64)):
-                bar.update(done)
-        finally:  # the pool waits for its threads, which are not to finish the listing after Ctrl-C
-            interrupted = True
+        for _ in ahead(pool, one, range(len(paths)), 64):  # no more: the pool finishes what it has after Ctrl-C
+            bar.update()
     return crc32, dict(sorted(unreadable.items()))
 
 
-def _checked_notes(paths, size, root, key, workers, log) -> tuple[np.ndarray, dict[int, str]]:
-    """Checksums and unreadable images of a streamed listing; the check is made once and remembered."""
-    file = cache_folder(root) / f"{key}.json"
-    notes = _read_notes(file, len(paths))
-    if notes is None:
-        log(f"checking {len(paths):,} images once")
-        notes = _decode_into(None, paths, size, workers)
-        with contextlib.suppress(OSError):
-            _write_notes(file, *notes)
-    return notes
-
-
-def _read_cache(file: Path, shape, workers, log) -> tuple[np.ndarray, np.ndarray, dict[int, str]] | None:
-    notes = _read_notes(file.with_suffix(".json"), shape[0])
-    if notes is None or not file.exists():
-        return None
-    crc32, unreadable = notes
-    try:
-        array = np.load(file, mmap_mode="r")
-        if array.shape != shape or array.dtype != np.uint8:
-            raise ValueError("another shape")
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            found = np.fromiter(pool.map(zlib.crc32, array), np.uint32, len(array))
-        readable = np.setdiff1d(np.arange(len(array)), list(unreadable))
-        if not np.array_equal(found[readable], crc32[readable]):
-            raise ValueError("checksums differ")
-    except (OSError, ValueError, EOFError) as error:
-        log(f"the cache {file} is damaged ({error}); decoding again")
-        return None
-    return array, crc32, unreadable
-
-
-def _write_notes(file: Path, crc32: np.ndarray, unreadable: dict[int, str]) -> None:
-    with atomic_write(file) as handle:
-        handle.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
-
-
-def _read_notes(file: Path, count: int) -> tuple[np.ndarray, dict[int, str]] | None:
-    try:
-        notes = json.loads(file.read_text())
-        crc32 = np.array(notes["crc32"], np.uint32)
-        unreadable = {int(position): str(reason) for position, reason in notes["unreadable"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        return None
-    return (crc32, unreadable) if crc32.shape == (count,) else None
-
-
-@contextlib.contextmanager
-def _locked(file: Path, log) -> Iterator[None]:
-    """One builder of a cache file at a time, on this machine; the others wait and then find it built."""
-    try:
-        import fcntl
-
-        handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
-    except (ImportError, OSError):
-        yield
-        return
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            log("another process is decoding the images; waiting for it")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _size(shape: Sequence[int]) -> str:
-    return f"{int(np.prod(shape)) / 2**20:,.0f} MB"
+def _described(shape: tuple[int, ...]) -> str:
+    count, height, width, _ = shape
+    return f"{count:,} at {width}x{height} ({np.prod(shape) / 2**20:,.0f} MB)"

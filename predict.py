@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -21,7 +22,7 @@ from torch import nn
 
 from dataset import Pixels, find_images
 from evaluate import probabilities
-from images import try_decode
+from images import ahead, try_decode
 from precision import Precision
 from utils import UserError, atomic_write, printable, progress
 
@@ -39,10 +40,11 @@ def predict_files(
     Raises UserError where an input does not exist or no image is readable.
     """
     paths = list(_listed(inputs))
-    rows, unreadable = [], []
+    rows, unreadable, size = [], [], (pixels.image_size, pixels.image_size)
     bar = progress(total=len(paths), desc="predicting", unit="image", delay=2)
-    with bar, torch.inference_mode():
-        for batch in _decoded(paths, pixels.image_size, batch_size, workers):
+    with bar, ThreadPoolExecutor(max(1, workers)) as pool, torch.inference_mode():
+        decoded = ahead(pool, lambda path: (path, try_decode(path, size)), paths, 2 * batch_size)
+        while batch := list(islice(decoded, batch_size)):
             good = [(path, image) for path, image in batch if not isinstance(image, str)]
             unreadable += [(path, image) for path, image in batch if isinstance(image, str)]
             if good:
@@ -53,9 +55,9 @@ def predict_files(
                 rows += [_row(path, share, classes, top_k) for (path, _), share in zip(good, shares, strict=True)]
             bar.update(len(batch))
     for path, reason in unreadable[:10]:
-        log(f"cannot be read, skipped: {printable(path)}: {printable(reason)}")
+        log(f"warning: cannot be read, skipped: {printable(path)}: {printable(reason)}")
     if len(unreadable) > 10:
-        log(f"and {len(unreadable) - 10} more that cannot be read")
+        log(f"warning: and {len(unreadable) - 10} more cannot be read")
     if not rows:
         raise UserError("none of the images can be read.")
     _write(rows, classes, csv_file, json_file, sheet)
@@ -77,21 +79,6 @@ def _listed(inputs: list[str]) -> Iterator[Path]:
             raise UserError(f"{printable(name)} does not exist.")
 
 
-def _decoded(paths: list[Path], side: int, batch_size: int, workers: int) -> Iterator[list[tuple[Path, Any]]]:
-    """Batches of (path, image or reason), decoded by threads at most two batches ahead."""
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        starts = iter(range(0, len(paths), batch_size))
-
-        def submit(start: int) -> list[tuple[Path, Any]]:
-            return [(path, pool.submit(try_decode, path, (side, side))) for path in paths[start : start + batch_size]]
-
-        pending = [submit(start) for start in islice(starts, 2)]
-        while pending:
-            batch = pending.pop(0)
-            yield [(path, future.result()) for path, future in batch]
-            pending += [submit(start) for start in islice(starts, 1)]
-
-
 def _row(path: Path, share: np.ndarray, classes: list[str], top_k: int) -> dict[str, Any]:
     best = np.argsort(-share, kind="stable")[:top_k]
     return {
@@ -102,18 +89,15 @@ def _row(path: Path, share: np.ndarray, classes: list[str], top_k: int) -> dict[
 
 
 def _text(rows: list[dict[str, Any]]) -> str:
-    width = min(40, max(len(printable(row["path"])) for row in rows[:SHOWN]))
-    lines = []
-    for row in rows[:SHOWN]:
-        name = printable(row["path"])
-        name = name if len(name) <= width else "…" + name[-width + 1 :]
+    names = [printable(row["path"]) for row in rows[:SHOWN]]
+    names = [name if len(name) <= 40 else "…" + name[-39:] for name in names]
+    lines, width = [], max(map(len, names))
+    for name, row in zip(names, rows, strict=False):
         top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
         lines.append(f"{name:<{width}}  {top}")
     if len(rows) > SHOWN:
         lines.append(f"and {len(rows) - SHOWN:,} more (--csv FILE or --json FILE keeps all)")
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["top"][0]["class"]] = counts.get(row["top"][0]["class"], 0) + 1
+    counts = Counter(row["top"][0]["class"] for row in rows)
     summary = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items()))
     return "\n".join([*lines, f"{len(rows):,} images: {summary}"])
 

@@ -6,23 +6,26 @@ thread, so the step does not wait for the disk. Knows nothing of how the values 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import io
 import json
 import os
+import shutil
 import socket
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model import load_file
-from utils import RunError, UserError, atomic_write, printable, remove_stale_temporaries
+from utils import RunError, UserError, atomic_write, lock, printable, remove
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
 
 
 class RunDirectory:
@@ -31,7 +34,8 @@ class RunDirectory:
     def __init__(self, path: str | Path, *, writes: bool = True):
         self.path, self.writes = Path(path), writes
         self._lock: io.TextIOWrapper | None = None
-        self._saver = Saver()
+        self._writer = ThreadPoolExecutor(1, "checkpoint writer")
+        self._writing: Future | None = None
 
     # ------------------------------------------------------------------------ open and close
     def open(self) -> None:
@@ -44,175 +48,88 @@ class RunDirectory:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held while the run lasts)
+            self._lock = file = open(self.path / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         except OSError as error:
-            kind = RunError if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO) else UserError
+            kind = RunError if error.errno in (*FULL, errno.EROFS, errno.EIO) else UserError
             raise kind(
                 f"cannot write into {printable(self.path)} ({error.strerror}). Mend that, or name another "
                 "--checkpoint_dir."
             ) from None
-        self._take_lock()
-        remove_stale_temporaries(self.path)
-
-    def _take_lock(self) -> None:
-        """The kernel frees this lock when its holder dies, however it dies; the text is for people."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "another process"
-            self._lock.close()
-            self._lock = None
+        if not lock(file):
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            self.close()
             raise UserError(
                 f"{printable(self.path)} is in use by {holder}. Wait for it, or choose another --checkpoint_name."
-            ) from None
-        except OSError:  # a network file system without locks: two runs of one name are the user's to avoid
-            return
-        lock = self._lock
-        with contextlib.suppress(OSError):  # a full disk
-            lock.truncate(0)
-            os.write(lock.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
-        os.register_at_fork(after_in_child=lambda: lock.closed or os.close(lock.fileno()))
+            )
+        with suppress(OSError):  # a full disk; the text is for people
+            file.truncate(0)
+            os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+        if hasattr(os, "register_at_fork"):  # a loading worker that outlives this process must not hold the lock
+            os.register_at_fork(after_in_child=lambda: file.closed or os.close(file.fileno()))
+        remove(*self.path.glob(".*.tmp"))
 
     def close(self) -> None:
         """Waits for pending checkpoints and gives the folder free."""
         try:
-            self._saver.flush()
+            self.flush()
         finally:
             if self._lock is not None:
                 self._lock.close()
-                self._lock = None
 
     # ---------------------------------------------------------------------------- small files
     def file(self, name: str) -> Path:
         return self.path / name
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=1, allow_nan=True) + "\n")
+        self.write_text(name, json.dumps(content, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         if self.writes:
             write_bytes(self.file(name), text.encode("utf-8", "surrogateescape"))
 
-    def write_metrics(self, history: Iterable[dict[str, Any]]) -> None:
-        """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
-        history = list(history)
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
         table = io.StringIO()
-        writer = csv.DictWriter(table, list(history[0]) if history else ["epoch"], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(history)
-        self.write_text("metrics.csv", table.getvalue())
+        csv.writer(table, lineterminator="\n").writerows(rows)
+        self.write_text(name, table.getvalue())
+
+    def write_metrics(self, history: list[dict[str, Any]]) -> None:
+        """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
+        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        header = list(history[0]) if history else ["epoch"]
+        self.write_csv("metrics.csv", [header, *(line.values() for line in history)])
 
     def write_predictions(self, paths: list[str], labels, probabilities, classes: list[str]) -> None:
         """predictions.csv: path, label, predicted, confidence and one probability per class, a row an image."""
-        table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(["path", "label", "predicted", "confidence", *classes])
+        rows = [["path", "label", "predicted", "confidence", *classes]]
         for path, label, row in zip(paths, labels, probabilities, strict=True):
             best = int(row.argmax())
-            writer.writerow([path, classes[label], classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)])
-        self.write_text("predictions.csv", table.getvalue())
+            rows.append([path, classes[label], classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)])
+        self.write_csv("predictions.csv", rows)
 
     # ---------------------------------------------------------------------------- checkpoints
     def save(self, files: dict[str, dict[str, Any]]) -> None:
-        """Hands checkpoints (name to content) to the writing thread, which replaces them in this order."""
+        """Hands checkpoints (name to content) to the writing thread, which replaces them in this order.
+
+        Waits for those handed over before: memory holds one copy at a time.
+        """
         if self.writes:
-            self._saver.submit({self.file(name): _snapshot(content) for name, content in files.items()})
+            self.flush()
+            copies = {self.file(name): _snapshot(content) for name, content in files.items()}
+            self._writing = self._writer.submit(_write_checkpoints, copies)
 
     def flush(self) -> None:
         """Waits until every checkpoint handed over is on disk; raises RunError where that failed."""
-        self._saver.flush()
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
-    content = load_file(file)
-    known = isinstance(content, dict) and content.get("format") == 1
-    if not known or any(not fits(content.get(name)) for name, fits in _PARTS.items()):
-        raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
-    if not all(weight.isfinite().all() for weight in content["model"].values()):
-        raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
-    return content
-
-
-def _is_list_of_words(value: Any) -> bool:
-    return isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
-
-
-_PARTS: dict[str, Callable[[Any], bool]] = {
-    "model": lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
-    "classes": _is_list_of_words,
-    "model_name": lambda value: isinstance(value, str),
-    "image_size": lambda value: isinstance(value, int) and value > 0,
-    "normalize": lambda value: value in ("imagenet", "none"),
-}
-
-
-class Saver:
-    """Writes checkpoints in a thread; when a newer one comes before an older one was begun, the newer counts."""
-
-    def __init__(self) -> None:
-        self._pending: dict[Path, dict] = {}
-        self._error: Exception | None = None
-        self._change = threading.Condition()
-        self._busy = False
-
-    def submit(self, files: dict[Path, dict]) -> None:
-        with self._change:
-            self._raise_error()
-            self._pending = {path: files.get(path, self._pending.get(path)) for path in {**self._pending, **files}}
-            if not self._busy:
-                self._busy = True
-                threading.Thread(target=self._work, name="checkpoint writer").start()
-
-    def flush(self) -> None:
-        with self._change:
-            self._change.wait_for(lambda: not self._busy)
-            self._raise_error()
-
-    def _work(self) -> None:
-        while True:
-            with self._change:
-                files, self._pending = self._pending, {}
-                if not files or self._error:
-                    self._busy = False
-                    self._change.notify_all()
-                    return
-            try:
-                # best_model.pt before last.pt, which speaks of it
-                for path, content in sorted(files.items(), key=lambda item: item[0].name == "last.pt"):
-                    buffer = io.BytesIO()
-                    torch.save(content, buffer)
-                    write_bytes(path, buffer.getbuffer())
-            except Exception as error:  # handed to the thread that trains
-                self._error = error
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file whole. Raises RunError where the disk is full or the folder is gone."""
-    try:
-        with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
-        advice = (
-            f"free at least {len(content) / 2**20:,.0f} MB there" if full
-            else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
-        )
-        raise RunError(
-            f"{printable(path)} could not be written ({error.strerror}). What was saved before is intact: "
-            f"{advice}, then go on with --resume."
-        ) from None
+def _write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
+    for path, content in files.items():
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_bytes(path, buffer.getbuffer())
 
 
 def _snapshot(value: Any) -> Any:
@@ -230,6 +147,45 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Replaces a file whole. Raises RunError where the disk is full or the folder is gone."""
+    try:
+        with atomic_write(path) as file:
+            file.write(content)
+    except OSError as error:
+        advice = (
+            f"free at least {len(content) / 2**20:,.0f} MB there" if error.errno in FULL
+            else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
+        )
+        raise RunError(
+            f"{printable(path)} could not be written ({error.strerror}). What was saved before is intact: "
+            f"{advice}, then go on with --resume."
+        ) from None
+
+
+# ------------------------------------------------------------------------------- reading back
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "format": lambda value: value == 1,
+    "model": lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
+    "classes": lambda value: (
+        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
+    ),
+    "model_name": lambda value: isinstance(value, str),
+    "image_size": lambda value: isinstance(value, int) and value > 0,
+    "normalize": lambda value: value in ("imagenet", "none"),
+}
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
+    content = load_file(file)
+    if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
+        raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
+    if not all(weight.isfinite().all() for weight in content["model"].values()):
+        raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
+    return content
+
+
 def refuse_finished(run: RunDirectory) -> None:
     """Raises UserError where the folder holds a run already."""
     present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
@@ -243,10 +199,11 @@ def refuse_finished(run: RunDirectory) -> None:
 
 def remove_results(run: RunDirectory) -> None:
     """Removes what an earlier run of this name wrote, the files first that make it look finished."""
-    for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
-                 "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html"):
-        if run.writes:
+    if run.writes:
+        for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
+                     "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html"):
             run.file(name).unlink(missing_ok=True)
+        shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
 
 
 # Options that may differ between a run and its continuation: they do not change what is computed.

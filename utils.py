@@ -1,4 +1,4 @@
-"""This process: errors a user reads, device, seed, ranks, stopwatch, memory, stop signal, atomic files.
+"""This process: errors a user reads, device, seed, ranks, stopwatch, memory, stop signal, files and terminal.
 
 What every other file needs and none of them owns; torch is imported only where it is used, so that
 `--help` and data preparation stay instant. Knows nothing of models, data or training.
@@ -12,8 +12,6 @@ import os
 import platform
 import signal
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,8 +51,7 @@ class Ranks:
     @classmethod
     def from_environment(cls) -> Ranks:
         """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE."""
-        names = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
 
     @property
     def is_first(self) -> bool:
@@ -74,12 +71,10 @@ class Ranks:
         if self.size == 1:
             return flag
         import torch
-        import torch.distributed as dist
 
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flags = torch.tensor(int(flag), device=device)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-        return bool(flags.item())
+        count = torch.tensor(int(flag))
+        self.sum(count)
+        return count.item() > 0
 
     def share(self, make: Callable[[], Any]) -> Any:
         """What `make` returns on the first rank, on every rank: for files that other machines may not see."""
@@ -90,13 +85,6 @@ class Ranks:
         shared = [make() if self.is_first else None]
         dist.broadcast_object_list(shared)
         return shared[0]
-
-    def barrier(self) -> None:
-        """Waits until every rank has come here."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
 
 
 # ------------------------------------------------------------------------------------ device
@@ -128,10 +116,8 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
             device = torch.device("cuda", local_rank)
         torch.empty(1, device=device).item()  # which the device "meta" cannot do
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--device {name} is not available here: {reason}\nUse --device auto or --device cpu."
-        ) from None
+        reason = f"{str(error).splitlines()[0]}\nUse --device auto or --device cpu."
+        raise UserError(f"--device {name} is not available here: {reason}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
@@ -147,9 +133,13 @@ def device_name(device: torch.device) -> str:
         with contextlib.suppress(OSError):
             for line in Path("/proc/cpuinfo").read_text().splitlines():
                 if line.startswith("model name"):
-                    cores = len(os.sched_getaffinity(0))
-                    return f"{line.split(':', 1)[1].strip()}, {cores} core{'s' * (cores > 1)}"
+                    return f"{line.split(':', 1)[1].strip()}, {cores()} core{'s' * (cores() > 1)}"
     return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_everything(*numbers: int) -> None:
@@ -189,31 +179,32 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         import torch
 
-        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        return {
-            "peak_memory_mb": round(allocated / 2**20, 1),
-            "reserved_memory_mb": round(reserved / 2**20, 1),
-            "memory_kind": "CUDA allocated",
-        }
-    return {
-        "peak_memory_mb": round(_resident_peak() / 2**20, 1),
-        "reserved_memory_mb": None,
-        "memory_kind": "process resident peak",
-    }
+        taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        allocated, reserved = (round(size / 2**20, 1) for size in taken)
+        return {"peak_memory_mb": allocated, "reserved_memory_mb": reserved, "memory_kind": "CUDA allocated"}
+    resident = round(_resident_peak() / 2**20, 1)
+    return {"peak_memory_mb": resident, "reserved_memory_mb": None, "memory_kind": "process resident peak"}
 
 
 def _resident_peak() -> int:
     """The process's resident peak in bytes, mapped cache files included."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+    peak = linux_memory("/proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
     try:
         import resource
     except ImportError:  # Windows
         return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def linux_memory(file: str, name: str) -> int | None:
+    """Bytes that a line `name` of /proc/meminfo or /proc/self/status says; None where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in Path(file).read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
 
 
 # --------------------------------------------------------------------------------- stopwatch
@@ -243,12 +234,9 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -273,17 +261,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     A reader sees the old file or the new one, never a part, whatever stops the writer.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
+        remove(temporary)
         raise
     with contextlib.suppress(OSError, AttributeError):  # the rename itself reaches the disk
         directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -293,17 +279,27 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             os.close(directory)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def remove_stale_temporaries(directory: Path) -> None:
-    """Deletes what `atomic_write` left behind in `directory` when its process was killed."""
-    for path in Path(directory).glob(".*.tmp"):
+def remove(*paths: Path) -> None:
+    """Deletes what is there and can be deleted, such as what `atomic_write` left when its process was killed."""
+    for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def lock(file: IO, *, wait: bool = False) -> bool:
+    """Locks an open file until it is closed or this process ends, however it ends; False where another holds it.
+
+    Windows and some network file systems know no such locks: there it is as if nobody held it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
 
 def printable(text: object) -> str:
@@ -312,9 +308,12 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
+quiet = False  # with --quiet there are no bars
+
+
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr, silent where stderr is not a terminal and on all ranks but the first."""
+    """A tqdm bar on stderr, without colours; silent with --quiet, off a terminal and on all ranks but the first."""
     from tqdm import tqdm
 
-    options.setdefault("disable", not (sys.stderr.isatty() and Ranks.from_environment().is_first))
-    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options)
+    shown = sys.stderr.isatty() and Ranks.from_environment().is_first and not quiet
+    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, disable=not shown, **options)

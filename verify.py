@@ -5,7 +5,6 @@ Serves `train --verify_resume`, on the user's own model, data, precision and mac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +70,4 @@ def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
 def _equal(one: Any, other: Any) -> bool:
     if torch.is_tensor(one) and torch.is_tensor(other):
         return torch.equal(one, other)
-    if isinstance(one, float) and isinstance(other, float) and math.isnan(one):
-        return math.isnan(other)
-    return type(one) is type(other) and one == other
+    return repr(one) == repr(other)  # so that NaN equals NaN
