@@ -124,8 +124,8 @@ class StreamedImages:
         self.crc32, self.unreadable = crc32, unreadable
         self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader = torch.utils.data.DataLoader(
-            _Files(paths, size), batch_sampler=self._order, num_workers=workers, pin_memory=pin,
-            persistent_workers=workers > 0, worker_init_fn=_quiet_worker, collate_fn=_batch_or_reason,
+            _Files(paths, size), sampler=self._order, batch_size=None, num_workers=workers, pin_memory=pin,
+            persistent_workers=workers > 0, worker_init_fn=_quiet_worker,
         )
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
@@ -145,19 +145,13 @@ class _Files(torch.utils.data.Dataset):
     paths: list[Path]
     size: tuple[int, int]
 
-    def __getitem__(self, position: int) -> torch.Tensor | str:
-        image = try_decode(self.paths[position], self.size)
-        if isinstance(image, str):  # an exception would bring its worker's traceback along
-            return f"{printable(self.paths[position])} can no longer be read: {printable(image)}"
-        return torch.from_numpy(image.copy())
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-def _batch_or_reason(images: list[torch.Tensor | str]) -> torch.Tensor | str:
-    reasons = [image for image in images if isinstance(image, str)]
-    return reasons[0] if reasons else torch.utils.data.default_collate(images)
+    def __getitem__(self, batch: list[int]) -> torch.Tensor | str:
+        """A batch, or why it cannot be made: an exception would bring its worker's traceback along."""
+        images = [try_decode(self.paths[position], self.size) for position in batch]
+        for image, position in zip(images, batch, strict=True):
+            if isinstance(image, str):
+                return f"{printable(self.paths[position])} can no longer be read: {printable(image)}"
+        return torch.from_numpy(np.stack(images))
 
 
 def _quiet_worker(_worker: int) -> None:

@@ -12,6 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Container, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,9 @@ DEMO = {
     "learning_rate": 2e-3, "log_interval": 5,
 }  # fmt: skip
 _FROM_RUN = ("evaluate", "predict", "export", "inspect")  # take their defaults from the named run's config.json
-_NEVER_FROM_CONFIG = {
+_NEVER_HANDED_ON = {  # to another run
     "checkpoint_dir", "checkpoint_name", "config", "resume", "overwrite", "verify_resume", "quiet", "evaluate",
     "precisions", "report_only", "runs", "demo", "inputs",
-}  # fmt: skip
-_OWN_OF_EACH_RUN = {  # of a comparison
-    "checkpoint_dir", "checkpoint_name", "config", "resume", "overwrite", "seed", "amp", "amp_dtype", "tf32", "demo",
-    "evaluate",
 }  # fmt: skip
 
 
@@ -50,7 +47,9 @@ class Parser(argparse.ArgumentParser):
     """Accepts dashes for underscores, suggests the option that was meant, raises UserError instead of exiting."""
 
     def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **options)
+        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
 
     def error(self, message: str) -> None:
         if message.startswith("unrecognized arguments: "):
@@ -69,24 +68,6 @@ class Parser(argparse.ArgumentParser):
             name = "--" + name[2:].replace("-", "_")
             name = "--no-" + name[5:] if name.startswith("--no_") else name
         return name + equals + value
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of every option that has one, wide enough to read."""
-
-    def __init__(self, prog: str):
-        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
-        super().__init__(prog, max_help_position=30, width=width)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, "", argparse.SUPPRESS) or "%(default)" in action.help or action.default is False:
-            return action.help
-        return f"{action.help} (default: {'on' if action.default is True else '%(default)s'})"
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.option_strings and action.nargs != 0 and action.choices:
-            return f"{', '.join(action.option_strings)} {'|'.join(map(str, action.choices))}"
-        return super()._format_action_invocation(action)
 
 
 # ------------------------------------------------------------------------------------- kinds
@@ -296,11 +277,15 @@ def build_parser(command: str) -> Parser:
     if command == "predict":
         parser.usage += " PATH ..."
         parser.add_argument("inputs", nargs="+", metavar="PATH", help="image files and folders")
+    own_defaults = _DEFAULTS.get(command, {})
+    parser.set_defaults(**own_defaults)
     for title in GROUPS[command]:
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in OPTIONS[title].items():
+            default = own_defaults.get(name, default)
+            if default is not None and default is not False and default != "" and text is not argparse.SUPPRESS:
+                text += f" (default: {'on' if default is True else default})"
             group.add_argument(f"--{name}", default=default, help=text, **kind)
-    parser.set_defaults(**_DEFAULTS.get(command, {}))
     return parser
 
 
@@ -322,7 +307,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     earlier = as_words(parser, demo) if getattr(given, "demo", False) and command != "prepare" else []
     stored = _stored_options(command, given)
     try:  # the command line alone was right: what fails now comes from the file
-        earlier += as_words(parser, stored, _NEVER_FROM_CONFIG)
+        earlier += as_words(parser, stored, _NEVER_HANDED_ON)
         options = parser.parse_args([*earlier, *words])
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
@@ -368,7 +353,8 @@ def as_words(parser: Parser, values: dict[str, Any], left_out: Container[str] = 
 
 def training_words(options: argparse.Namespace) -> list[str]:
     """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
-    return as_words(build_parser("train"), vars(options), _OWN_OF_EACH_RUN)
+    each_sets = {"seed", "amp", "amp_dtype", "tf32"}
+    return as_words(build_parser("train"), vars(options), _NEVER_HANDED_ON - {"quiet"} | each_sets)
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -272,11 +272,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         remove(temporary)
         raise
     with contextlib.suppress(OSError, AttributeError):  # the rename itself reaches the disk
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        directory = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(directory)
+        os.close(directory)
 
 
 def remove(*paths: Path) -> None:

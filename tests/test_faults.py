@@ -16,7 +16,6 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -268,10 +267,10 @@ def test_read_only_folders(small_disk, finished, tmp_path, monkeypatch, said):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES])
 def test_disk_fails_while_training(number, data, tmp_path, monkeypatch, said):
     """As where a failing disk turns read-only, or a quota is reached, before the second checkpoint."""
-    def fail(*_, **__):
+    def fail(_):
         raise OSError(number, os.strerror(number))
 
-    during_update(monkeypatch, 5, lambda: monkeypatch.setattr(tempfile, "mkstemp", fail))
+    during_update(monkeypatch, 5, lambda: monkeypatch.setattr(os, "fsync", fail))
     assert tiny.train(data, tmp_path) == 1
     text = said()
     assert os.strerror(number) in text and "--resume" in text and str(tmp_path / "run") in text

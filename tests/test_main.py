@@ -173,6 +173,28 @@ def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_quiet_still_warns(scenes_folder, tmp_path, run):
+    status, out, _ = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet",
+                          "--amp", "--amp_dtype=float16"])
+    assert status == 0 and out.startswith("warning: CPUs emulate float16") and "epoch" not in out.splitlines()[1]
+
+
+def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = words(scenes_folder, tmp_path, "run", "--model=squeezenet1_1", "--tensorboard", "--amp",
+                  "--amp_dtype=float16")
+    assert run(given)[0] == run([*given, "--overwrite"])[0] == 0  # whose events take the place of the first run's
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    lines, tags = metrics(tmp_path / "run"), found.Tags()
+    assert set(tags["images"]) == {"confusion_matrix", "mistakes"}
+    assert set(tags["scalars"]) == METRICS - {"epoch", "skips"}
+    for name in ("learning_rate", "loss_scale", "val_acc"):
+        values = [(event.step, event.value) for event in found.Scalars(name)]
+        assert values == [(line["epoch"], pytest.approx(line[name])) for line in lines]
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_name_is_called_after_model_and_precision(scenes_folder, tmp_path, run):
     given = words(scenes_folder, tmp_path, "", "--model=SqueezeNet1_1", "--epochs=1", "--amp", "--quiet")
     assert run(given)[0] == 0 and (tmp_path / "squeezenet1_1_amp-bf16" / "result.json").exists()
@@ -533,13 +555,19 @@ def test_as_a_program_it_exits_with_the_status_and_no_bar(tmp_path):
 
 
 def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
+    """And not for --quiet; they have no colours, whatever NO_COLOR says."""
+    import utils
     from utils import progress
 
+    monkeypatch.setattr(utils, "quiet", False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert progress(total=1).disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = progress(total=1)
-    assert not bar.disable
+    assert not bar.disable and bar.colour is None
     bar.close()
+    monkeypatch.setattr(utils, "quiet", True)
+    assert progress(total=1).disable
+    monkeypatch.setattr(utils, "quiet", False)
     monkeypatch.setenv("RANK", "1")
     assert progress(total=1).disable

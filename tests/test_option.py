@@ -200,6 +200,14 @@ def test_commands_on_a_run_take_its_own_options(config, words):
                  "--data_dir", "here").data_dir == "here"
 
 
+def test_without_a_config_the_checkpoint_says_how_images_are_read(tmp_path):
+    for words in (["evaluate"], ["evaluate", "--demo"], ["predict", "x.png", "--demo"], ["export"]):
+        options = parse(*words, f"--checkpoint_dir={tmp_path}", "--checkpoint_name=gone")
+        assert options.image_size is options.normalize is None
+    assert parse("evaluate", "--demo").data_dir == option.DEMO["data_dir"]
+    assert parse("evaluate", "--image_size=77").image_size == 77
+
+
 def test_evaluate_may_stand_behind_a_trainings_own_options(config):
     options = parse("--model", "ResNet50", "--epochs", "3", "--amp", "--batch_size", "64", "--learning_rate", "0.1",
                     "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old", "--evaluate")
@@ -213,7 +221,7 @@ def test_a_comparisons_training_words_give_its_options_back():
              "--optimizer=SGD", "--data_dir=a folder"]
     options = parse("compare", *words, "--precisions", "fp32")
     again = parse("train", *option.training_words(options))
-    own = {"command", "trained_with", "precisions", "seeds", "report_only", "runs", "evaluate"}
+    own = {"command", "precisions", "seeds", "report_only", "runs", "evaluate"}
     assert {k: v for k, v in vars(again).items() if k not in own} == {
         k: v for k, v in vars(options).items() if k not in own}
 

@@ -154,7 +154,7 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=5,
 )
-names = st.sampled_from([action.dest for action in option.build_parser("train")._actions] + ["unknown", "trained_with"])
+names = st.sampled_from([action.dest for action in option.build_parser("train")._actions] + ["unknown", "inputs"])
 
 
 @settings(QUICK, max_examples=10 * EXAMPLES)
