@@ -127,15 +127,15 @@ def train(options: Namespace, ranks: Ranks) -> None:
         return
     run.open()
     try:
-        then, state = ranks.share(lambda: _earlier(setup))  # other machines may not see the folder
+        resuming, then = ranks.share(lambda: _earlier(setup))  # other machines may not see the folder
         data = setup.data()
         trainer, config = setup.trainer(data, run), setup.config(data)
-        if state is not None:
-            _restore(setup, trainer, data, state, then["dataset"])
+        if resuming:
+            _restore(setup, trainer, data, then["dataset"])
         else:  # only here is everything known to be right: a mistake must not cost an earlier run
             remove_results(run)
             run.write_json("config.json", config)
-        if then is not None:
+        if then:
             _say_differences(then, config)
         log(f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
             f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {run.path}")
@@ -153,13 +153,13 @@ def train(options: Namespace, ranks: Ranks) -> None:
         run.close()
 
 
-def _earlier(setup: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """config.json and last.pt of the run that goes on; of a new run only the --config that it repeats, if any.
+def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
+    """Whether a run goes on, and the config.json it was begun with, or that of --config where a new one begins.
 
     Raises UserError where there is nothing to resume, where the options would make it another run, and where a new
     run would replace one.
     """
-    from run import load_checkpoint, refuse_changed, refuse_finished
+    from run import refuse_changed, refuse_finished
 
     options, run = setup.options, setup.run
     last = run.file("last.pt")
@@ -168,14 +168,18 @@ def _earlier(setup: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     if options.resume and last.exists():
         then = option.read_config(run.file("config.json"))
         refuse_changed(then["options"], vars(options))
-        return then, load_checkpoint(last)
+        return True, then
     if not options.overwrite:
         refuse_finished(run)
-    return option.read_config(Path(options.config)) if options.config else None, None
+    return False, option.read_config(Path(options.config)) if options.config else None
 
 
-def _restore(setup: Any, trainer: Any, data: Any, state: dict[str, Any], was: dict[str, Any]) -> None:
+def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
     """Loads last.pt into a trainer; refuses images other than those that config.json says they were."""
+    from run import load_checkpoint
+
+    file = setup.run.file("last.pt")
+    state = setup.ranks.share(lambda: load_checkpoint(file))
     if state.get("fingerprint") != data.fingerprint:
         raise UserError(
             f"the images in {setup.options.data_dir} are not those this run began with: names or content differ "
@@ -189,7 +193,7 @@ def _restore(setup: Any, trainer: Any, data: Any, state: dict[str, Any], was: di
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         if _is_out_of_memory(error):
             raise
-        file, reason = setup.run.file("last.pt"), f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
     if setup.run.writes:
         setup.run.file("failure.json").unlink(missing_ok=True)
