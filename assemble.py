@@ -93,10 +93,8 @@ class Setup:
         """The model to train, on the device, with the weights it starts from."""
         options = self.options
         seed_everything(options.seed)  # of the new head, or of all weights
-        network = build_model(
-            options.model, class_count, pretrained=bool(options.pretrained), pretrained_path=options.pretrained_path
-        )
-        return self.placed(network)
+        return self.placed(build_model(options.model, class_count, pretrained=bool(options.pretrained),
+                                       pretrained_path=options.pretrained_path))
 
     def placed(self, network: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format

@@ -44,7 +44,7 @@ _NEVER_HANDED_ON = {  # to another run
 
 
 class Parser(argparse.ArgumentParser):
-    """Accepts dashes for underscores, suggests the option that was meant, raises UserError instead of exiting."""
+    """Suggests the option that was meant and raises UserError, where argparse would print and exit."""
 
     def __init__(self, **options: Any):
         width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
@@ -58,16 +58,6 @@ class Parser(argparse.ArgumentParser):
             if close:
                 message += f" (did you mean {close[0]}?)"
         raise UserError(f"{message}\nSee: python main.py --help")
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        return super().parse_known_args([self._spelled(word) for word in args or ()], namespace)
-
-    def _spelled(self, word: str) -> str:
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            name = "--" + name[2:].replace("-", "_")
-            name = "--no-" + name[5:] if name.startswith("--no_") else name
-        return name + equals + value
 
 
 # ------------------------------------------------------------------------------------- kinds
@@ -283,15 +273,24 @@ def build_parser(command: str) -> Parser:
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in OPTIONS[title].items():
             default = own_defaults.get(name, default)
-            if default is not None and default is not False and default != "" and text is not argparse.SUPPRESS:
+            if default is not None and default is not False and default != "":
                 text += f" (default: {'on' if default is True else default})"
             group.add_argument(f"--{name}", default=default, help=text, **kind)
     return parser
 
 
+def _with_underscores(word: str) -> str:
+    """--batch-size=4 as --batch_size=4, and --no_amp as --no-amp."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+        name = "--no-" + name[5:] if name.startswith("--no_") else name
+    return name + equals + value
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of one command line. Raises UserError for anything that is not a valid one."""
-    words = list(argv)
+    words = [_with_underscores(word) for word in argv]
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, 1)
