@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
         status, reason = explain(error, options)
         if reason is None:
             raise
+        signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends one to all when the first has failed
         job.say_once(reason if isinstance(error, Stopped) else f"error: {reason}")
         return status
     finally:

@@ -270,7 +270,13 @@ def test_disk_fails_while_training(number, data, tmp_path, monkeypatch, said):
     def fail(_):
         raise OSError(number, os.strerror(number))
 
-    during_update(monkeypatch, 5, lambda: monkeypatch.setattr(os, "fsync", fail))
+    def break_disk():
+        until = time.monotonic() + 60
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < until:
+            time.sleep(0.002)  # for the thread that writes the first
+        monkeypatch.setattr(os, "fsync", fail)
+
+    during_update(monkeypatch, 5, break_disk)
     assert tiny.train(data, tmp_path) == 1
     text = said()
     assert os.strerror(number) in text and "--resume" in text and str(tmp_path / "run") in text
