@@ -141,6 +141,9 @@ class Setup:
         if options.sync_batchnorm and ranks.size > 1:
             if device.type != "cuda":
                 raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
+            if options.accumulate > 1 or left_over < ranks.size:
+                raise UserError("--sync_batchnorm needs as many pieces on each process: leave out --accumulate, and "
+                                f"take a --batch_size that leaves more than {left_over} images over.")
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         batches = self.batches(data, data.train, train=True)
         optimizer = make_optimizer(

@@ -274,8 +274,8 @@ def _build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed
     try:
         array = None if streamed else _allocate(temporary, shape, log)
         crc32, unreadable = _decode_into(array, paths, shape[1:3], workers)
-        log(f"images: {_described(shape)}, {'checked' if streamed else 'decoded'} in "
-            f"{time.perf_counter() - started:.1f} s")
+        done = "checked" if streamed else f"decoded into {file if isinstance(array, np.memmap) else 'memory'}"
+        log(f"images: {_described(shape)}, {done} in {time.perf_counter() - started:.1f} s")
         if streamed or isinstance(array, np.memmap):
             with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
                 notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())

@@ -296,7 +296,10 @@ def _verify_resume(setup: Any) -> None:
     from run import RunDirectory
     from verify import shortened, verify_resume
 
+    if setup.ranks.size > 1:
+        raise UserError("--verify_resume is one process's work: run it without torchrun.")
     data, folder = setup.data(), Path(setup.options.checkpoint_dir)
+    setup.options.epochs = max(2, setup.options.epochs)
     shortened(data, setup.options.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as inside:

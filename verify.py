@@ -5,6 +5,7 @@ Serves `train --verify_resume`, on the user's own model, data, precision and mac
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,14 +14,22 @@ import torch
 from dataset import DataSet
 from run import load_checkpoint
 from train import Trainer
-from utils import RunError
+from utils import RunError, UserError
 
 _MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "epoch_seconds",
              "epoch_waited"}  # fmt: skip
 
 
 def shortened(data: DataSet, batch_size: int) -> None:
-    """Cuts the data to epochs of three updates, the last of them ragged, and a small validation."""
+    """Cuts the data to epochs of three updates, the last of them ragged, and a small validation.
+
+    Raises UserError where the data is too small for that.
+    """
+    if len(data.train) <= 2 * batch_size:
+        raise UserError(
+            f"--verify_resume stops within an epoch: {len(data.train)} training images need a --batch_size below "
+            f"{-(-len(data.train) // 2)}."
+        )
     data.train.keep(2 * batch_size + max(1, batch_size // 2))
     data.validation.keep(batch_size + 1)
 
@@ -28,25 +37,37 @@ def shortened(data: DataSet, batch_size: int) -> None:
 def verify_resume(make_trainer: Callable[[str], Trainer]) -> list[str]:
     """Trains five updates straight, and again stopped after the fourth, in the middle of the second epoch.
 
-    Returns the findings in words. Raises RunError naming the first values that differ.
+    Returns the findings in words. Raises RunError naming the first values that differ. On CUDA deterministic
+    kernels are asked for, and a second straight training tells whether there is anything to prove.
     """
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
     straight = _train(make_trainer("straight"), 5)
+    if straight.device.type == "cuda" and _differences(straight, _train(make_trainer("again"), 5)):
+        raise RunError("two trainings that were not stopped differ on this device, so a resumed one cannot be judged.")
     _train(make_trainer("stopped"), 4)
     resumed = make_trainer("stopped")
     resumed.load_state(load_checkpoint(resumed.run.file("last.pt")))
-    again = _train(resumed, 5)
-    before, after = dict(_leaves(straight.state())), dict(_leaves(again.state()))
-    different = [name for name in before if not _equal(before[name], after.get(name))]
-    if different or before.keys() != after.keys():
+    different = _differences(straight, _train(resumed, 5))
+    if different:
         shown = "".join(f"\n  {name}" for name in different[:10])
         raise RunError(f"the resumed run differs from the one that was not stopped in {len(different)} values:{shown}")
-    tensors = [value for value in before.values() if torch.is_tensor(value)]
+    values = dict(_leaves(straight.state())).values()
+    tensors = [value for value in values if torch.is_tensor(value)]
     return [
         "resume verified: 5 updates straight equal 4 updates, a stop in mid-epoch, a resume and 1 more",
         f"  {len(tensors)} tensors ({sum(t.numel() for t in tensors):,} values) bit for bit, "
-        f"{len(before) - len(tensors)} plain values; learning rate {straight.optimizer.param_groups[0]['lr']:.3e}, "
+        f"{len(values) - len(tensors)} plain values; learning rate {straight.optimizer.param_groups[0]['lr']:.3e}, "
         f"loss scale {straight.scaler.get_scale() if straight.scaler.is_enabled() else 'none'}",
     ]
+
+
+def _differences(one: Trainer, other: Trainer) -> list[str]:
+    """Names of the values in which two trainers' checkpoints differ."""
+    before, after = dict(_leaves(one.state())), dict(_leaves(other.state()))
+    return [name for name in before | after if name not in after or not _equal(before.get(name), after[name])]
 
 
 def _train(trainer: Trainer, updates: int) -> Trainer:

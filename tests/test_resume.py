@@ -296,3 +296,9 @@ def test_verify_resume_finds_what_is_not_exact(data, tmp_path, monkeypatch, caps
     monkeypatch.setattr(training.Trainer, "load_state", forgetful)
     assert tiny.train(data, tmp_path, "--verify_resume") == 1
     assert "differs" in capsys.readouterr().err
+
+
+def test_verify_resume_does_not_pass_without_a_stop_in_mid_epoch(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path, "--verify_resume", "--epochs=1") == 0
+    assert tiny.train(data, tmp_path, "--verify_resume", "--batch_size=12") == 2
+    assert "--batch_size" in capsys.readouterr().err
