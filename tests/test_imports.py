@@ -31,9 +31,9 @@ MAY = {
     "html_report": {"report", "results", "utils"},
     "compare": {"html_report", "report", "results", "run", "utils"},
     "export": {"dataset", "utils"},
-    "inspector": {"dataset", "evaluate", "model", "precision", "probe", "report", "results", "utils"},
+    "inspector": {"precision", "probe", "report", "utils"},  # report for the picture alone
     "probe": {"dataset", "images", "model", "precision", "train", "utils"},
-    "doctor": {"dataset", "images", "model", "precision", "probe", "utils"},
+    "doctor": {"dataset", "inspector", "model", "precision", "probe", "utils"},
     "utils": set(),
 }
 HEAVY = {"torch", "torchvision", "warmup_scheduler"}
