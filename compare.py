@@ -1,4 +1,4 @@
-"""The comparison: one training per precision, each in a fresh process, then the performance table.
+"""The comparison: one training per precision and seed, each in a fresh process, then the performance table.
 
 A fresh process has a clean allocator and cold caches, so no run inherits another's. Results are files: the
 table is drawn from what the runs wrote. Knows nothing of models or training.
@@ -6,20 +6,24 @@ table is drawn from what the runs wrote. Knows nothing of models or training.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import html_report
 import report
 import results
-from run import refuse_changed
-from utils import RunError, Stopped, UserError, printable
+from precision import named_precision
+from run import HARMLESS
+from utils import RunError, Stopped, UserError, choose_device, printable
 
 FLAGS = {
     "fp32": ["--no-amp", "--no-tf32"],
@@ -27,6 +31,21 @@ FLAGS = {
     "amp-fp16": ["--amp", "--amp_dtype=float16"],
     "amp-bf16": ["--amp", "--amp_dtype=bfloat16"],
 }
+# Options with which a finished run is still the run that is asked for, and those in which compared runs may differ.
+SAME_RUN = HARMLESS - {"data_dir", "device", "skip_unreadable", "pretrained", "pretrained_path"}
+MAY_DIFFER = SAME_RUN | {"data_dir", "device", "amp", "amp_dtype", "tf32", "seed"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One training of a comparison: `epochs` are those still to be trained, `state` is new, begun or finished."""
+
+    folder: Path
+    precision: str
+    words: list[str]
+    device: str
+    state: str
+    epochs: int
 
 
 def run_all(
@@ -36,102 +55,112 @@ def run_all(
     """Trains every precision with every seed below `folder`; what is finished with these options is kept.
 
     `words` are the training options that all runs share, `parse` turns a command line into its options. A run
-    that fails is recorded and leaves the others standing. Raises Stopped when a signal ended one.
+    that fails is recorded and leaves the others standing. Raises UserError, before anything is trained, where a
+    folder holds a run with other options, and Stopped when a signal ended one.
     """
-    planned = [(seed, name) for seed in seeds for name in precisions]
-    spent: list[float] = []
-    for number, (seed, name) in enumerate(planned, 1):
+    planned = []
+    for seed, name in itertools.product(seeds, precisions):
         run = folder / (name if len(seeds) == 1 else f"{name}-seed{seed}")
         own = [*words, *FLAGS[name], f"--seed={seed}", f"--checkpoint_dir={folder}", f"--checkpoint_name={run.name}"]
-        state = "new" if overwrite else _state(run, parse(own))
-        left = f"; about {_minutes(sum(spent) / len(spent) * (len(planned) - number + 1))} left" if spent else ""
-        title = f"run {number} of {len(planned)}: {name}, seed {seed}"
-        if state == "finished":
-            log(f"{title}: already finished with these options")
-            continue
-        log(f"\n{title}{left}")
-        started = time.monotonic()
-        status = _train([*own, "--overwrite" if state == "new" else "--resume=auto"])
-        spent.append(time.monotonic() - started)
-        if status in (130, 143):
-            raise Stopped(status - 128, f"comparison stopped in {name}; the same command goes on from there.")
-        if status:
-            _record_failure(run, name, status)
+        options = parse(own)
+        state = "new" if overwrite else _state(run, options)
+        done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
+        planned.append(Planned(run, name, own, options["device"], state, options["epochs"] - done))
+    for number, run in enumerate(planned, 1):
+        log(f"\nrun {number} of {len(planned)}: {run.folder.name}" + ", already finished" * (run.state == "finished"))
+        if run.state != "finished":
+            reason = _train(run, sum(later.epochs for later in planned[number:]), log)
+            if reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
+                run.folder.mkdir(parents=True, exist_ok=True)
+                failure = {"precision": run.precision, "reason": reason}
+                results.write_atomically(run.folder / "failure.json", json.dumps(failure))
+
+
+def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str | None:
+    """Runs one training in a process and says now and then how long all will take; the reason where it failed."""
+    try:
+        named_precision(run.precision, choose_device(run.device))
+    except UserError as error:
+        log(str(error))
+        return str(error).splitlines()[0]
+    before, since = (_epochs(run.folder), 0) if run.state == "begun" else (0, time.time())
+    started, said, clear = time.monotonic(), 0, "\r\x1b[K" if sys.stdout.isatty() else ""
+    for status in _process([*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]):  # noqa: B007
+        done = _epochs(run.folder, since) - before
+        if done > said and (not said or done - said >= run.epochs / 4):
+            seconds = (time.monotonic() - started) / done * (run.epochs - done + epochs_later)
+            log(f"{clear}about {results.duration(seconds)} left for all runs")  # over the run's bar, which comes again
+            said = done
+    if status in (130, 143):
+        raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command goes on from there.")
+    return f"ended by {signal.Signals(status - 128).name}" if status > 128 else status and f"exit status {status}"
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:
     """`new`, `begun` or `finished`. Raises UserError where the folder holds a run with other options."""
-    try:
-        stored = results.read_json(run / "config.json")["options"]
-    except (ValueError, KeyError):
+    if not (run / "config.json").exists():
         return "new"
-    try:
-        refuse_changed(stored, options)
-    except UserError as error:
-        changes = "\n".join(str(error).splitlines()[1:-1])
-        raise UserError(
-            f"{printable(run)} was run with other options:\n{changes}\n"
-            "Choose another --checkpoint_name, or replace it with --overwrite."
-        ) from None
-    if (run / "result.json").exists():
-        return "finished"
-    return "begun" if (run / "last.pt").exists() else "new"
+    stored = results.read_json(run / "config.json").get("options", {})
+    changed = [f"  --{name}: {printable(stored[name])}, now {printable(options[name])}"
+               for name in sorted(stored.keys() & options.keys() - SAME_RUN) if stored[name] != options[name]]
+    if changed:
+        raise UserError("\n".join([f"{printable(run)} was run with other options:", *changed,
+                                   "Choose another --checkpoint_name, or replace it with --overwrite."]))
+    return "finished" if (run / "result.json").exists() else "begun" if (run / "last.pt").exists() else "new"
 
 
-def _train(words: list[str]) -> int:
-    """Runs one training in a process and a session of its own; hands signals on once and waits for it."""
+def _epochs(run: Path, since: float = 0) -> int:
+    """How many epochs metrics.jsonl holds; none where it was last written before `since`."""
+    with contextlib.suppress(OSError):
+        file = run / "metrics.jsonl"
+        if file.stat().st_mtime >= since:
+            return file.read_bytes().count(b"\n")
+    return 0
+
+
+def _process(words: list[str]) -> Iterator[int]:
+    """Runs one training in a process and a session of its own and hands signals on; yields 0 every second while it
+    runs, and at last its exit status."""
+    sys.stdout.flush()
     command = [sys.executable, str(Path(__file__).with_name("main.py")), "train", *words]
     child = subprocess.Popen(command, start_new_session=True)
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, lambda number, _frame: child.send_signal(number))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _frame: child.send_signal(number)) for number in numbers]
     try:
-        status = child.wait()
+        while child.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(timeout=1)
+            yield 0
+        yield child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
-        for number, handler in previous.items():
+        for number, handler in zip(numbers, previous, strict=True):
             signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
-
-
-def _record_failure(run: Path, name: str, status: int) -> None:
-    """Where the training itself could not say why it failed, its exit status has to do."""
-    run.mkdir(parents=True, exist_ok=True)
-    if not (run / "failure.json").exists():
-        reason = f"ended by signal {status - 128}" if status > 128 else f"exit status {status}"
-        results.write_atomically(run / "failure.json", json.dumps({"precision": name, "reason": reason}))
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The finished and failed runs directly below `folder`."""
-    found = {file.parent for name in ("result.json", "failure.json") for file in folder.glob(f"*/{name}")}
-    return sorted(found, key=lambda path: [list(FLAGS).index(n) for n in FLAGS if path.name.startswith(n)] or [9])
+    """The runs directly below `folder`, in the order of their names."""
+    return sorted({file.parent for name in ("config.json", "failure.json") for file in folder.glob(f"*/{name}")})
 
 
 def report_runs(directories: list[Path], folder: Path) -> None:
-    """Writes performance_table.md, comparison.json, comparison.png and report.html; prints the table.
+    """Writes performance_table.md, comparison.json, comparison.png, reliability.png and report.html into `folder` and
+    prints the table. A directory may also be one of runs.
 
-    Raises UserError where a folder holds no run, RunError where every run failed.
+    Raises UserError where a directory holds no run, RunError where no run is finished.
     """
-    if not directories:
-        raise UserError(f"{printable(folder)} holds no finished run. Run compare first, or name folders with --runs.")
-    try:
-        runs = [results.read_run(directory) for directory in directories]
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    runs = [results.read_run(run) for directory in directories for run in run_folders(directory) or [directory]]
+    if not runs:
+        raise UserError(f"{printable(folder)} holds no run. Run compare first, or name folders with --runs.")
     folder.mkdir(parents=True, exist_ok=True)
-    comparison = results.compare_runs(runs)
-    table = results.performance_table(comparison)
-    results.write_atomically(folder / "performance_table.md", table)
+    comparison = results.compare_runs(runs, MAY_DIFFER)
+    results.write_atomically(folder / "performance_table.md", results.performance_table(comparison))
     results.write_atomically(folder / "comparison.json", json.dumps(comparison, indent=1))
-    print(results.terminal_table(comparison))
+    print("\n" + results.terminal_table(comparison))
     finished = [run for run in runs if run["result"]]
     if not finished:
-        raise RunError("every run of the comparison failed; the reasons are in the table.")
+        raise RunError("no run of the comparison finished; the reasons are in the table.")
     report.comparison_picture(runs, comparison, folder / "comparison.png")
-    report.reliability_curve(finished, folder / "reliability.png")
-    html_report.html_comparison(folder, runs, comparison, folder / "report.html")
+    first = [next(run for run in finished if run["label"] == row["label"]) for row in comparison["rows"] if row["runs"]]
+    report.reliability_curve(first, folder / "reliability.png")
+    html_report.html_comparison(folder, first, comparison, folder / "report.html")
     print(f"\nresults: {folder}")

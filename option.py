@@ -29,7 +29,7 @@ COMMANDS = {
     "prepare": "put a data set on disk: download, archive or demo scenes; --check reports on one",
     "export": "write a trained run as ONNX",
 }
-PRECISIONS = ("fp32", "tf32", "amp-fp16", "amp-bf16")
+PRECISIONS = {"fp32": "FP32", "tf32": "TF32", "amp-fp16": "AMP float16", "amp-bf16": "AMP bfloat16"}  # as tables say it
 
 # What --demo changes: a problem that two CPU cores learn from scratch in well under a minute.
 DEMO = {

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
+from option import PRECISIONS
 from utils import UserError
 
-NAMES = ("fp32", "tf32", "amp-fp16", "amp-bf16")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-_LABELS = {"fp32": "FP32", "tf32": "TF32", "amp-fp16": "AMP float16", "amp-bf16": "AMP bfloat16"}
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One numeric regime: `name` is one of NAMES, `reason` says in words why it was chosen."""
+    """One numeric regime: `name` is one of PRECISIONS, `reason` says in words why it was chosen."""
 
     name: str
     device: torch.device
@@ -36,7 +35,7 @@ class Precision:
 
     @property
     def label(self) -> str:
-        return _LABELS[self.name]
+        return PRECISIONS[self.name]
 
     def autocast(self) -> torch.autocast:
         """Wraps forward and loss only; the weights stay float32."""
@@ -83,7 +82,7 @@ def _set_float32_mode(tf32: bool) -> None:
 
 
 def named_precision(name: str, device: torch.device) -> Precision:
-    """The precision called `name` (one of NAMES) on `device`, set up as by `choose_precision`."""
+    """The precision called `name` (one of PRECISIONS) on `device`, set up as by `choose_precision`."""
     amp_dtype = {"amp-fp16": "float16", "amp-bf16": "bfloat16"}.get(name, "auto")
     return choose_precision(device, amp=name.startswith("amp"), amp_dtype=amp_dtype, tf32=name == "tf32")
 
@@ -92,7 +91,7 @@ def sensible_precisions(device: torch.device) -> list[str]:
     """Names of the precisions worth comparing on `device`."""
     if device.type == "cuda":
         ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return list(NAMES) if ampere else ["fp32", "amp-fp16"]
+        return list(PRECISIONS) if ampere else ["fp32", "amp-fp16"]
     return ["fp32", "amp-bf16"]
 
 

@@ -379,7 +379,7 @@ def test_compare_writes_a_run_a_precision_and_one_table(comparison):
 def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatch):
     folder, given, _ = comparison
     started = []
-    monkeypatch.setattr(compare, "_train", lambda given: started.append(given) or 1)
+    monkeypatch.setattr(compare, "_process", lambda given: started.append(given) or [1])
     status, out, err = run(given)
     assert status == 0 and started == [] and out.count("already finished") == 2
     status, _, err = run([*given, "--learning_rate=0.5"])
@@ -407,7 +407,9 @@ def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):
     folders = [trained[name][0] for name in ("fp32", "amp-bf16")]
     status, out, err = run(["compare", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=own", "--runs", *folders])
     assert status == 0, err
-    assert "FP32" in out.upper() and (tmp_path / "own" / "comparison.json").exists()
+    rows = read(tmp_path / "own", "comparison.json")["rows"]
+    assert "AMP bfloat16" in out and [row["precision"] for row in rows] == ["fp32", "amp-bf16"]
+    assert rows[0]["images_per_second"]["mean"] == metrics(folders[0])[1]["images_per_second"]  # not the first epoch
     status, _, err = run(["compare", f"--checkpoint_dir={tmp_path}", "--runs", tmp_path / "nothing"])
     assert status == 2 and "nothing" in err
 
@@ -415,12 +417,47 @@ def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):
 @pytest.mark.usefixtures("undrawn")
 def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run, monkeypatch):
     folder, given, _ = comparison
-    monkeypatch.setattr(compare, "_train", lambda given: 1)
+    monkeypatch.setattr(compare, "_process", lambda given: [0, 1])
     status, out, err = run([*given[:-1], "--precisions=fp32,amp-fp16"])
     assert status == 0, err
     assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]
     table = (folder / "performance_table.md").read_text()
-    assert "fp16" in table.lower() or "float16" in table.lower()
+    assert "| SqueezeNet1_1 AMP float16 | failed: exit status 1 |" in table.replace("\\", "").replace("squ", "Squ")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have TF32")
+def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, run):
+    folder, given, _ = comparison
+    status, out, err = run([*given[:-1], "--precisions=fp32,tf32"])
+    assert status == 0 and "TF32: failed: --tf32 is a mode of NVIDIA's Tensor Cores" in " ".join(out.split()), err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_path, run, monkeypatch):
+    folder, given, _ = comparison
+    started = []
+    monkeypatch.setattr(compare, "_process", lambda given: started.append(given) or [1])
+    status, _, err = run([*given[:-1], "--precisions=amp-fp16,fp32", f"--data_dir={tmp_path}"])
+    assert status == 2 and not started and "--data_dir" in err and "--overwrite" in err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, monkeypatch):
+    def process(given):
+        folder = tmp_path / "timed" / given[-2].removeprefix("--checkpoint_name=")
+        folder.mkdir(parents=True)
+        for epoch in (1, 2):
+            (folder / "metrics.jsonl").write_text('{"epoch": 1}\n' * epoch)
+            yield 0
+        config = {"precision": "fp32", "options": {"seed": folder.name[-2:]}}
+        (folder / "config.json").write_text(json.dumps(config))
+        yield 1
+
+    monkeypatch.setattr(compare, "_process", process)
+    status, out, err = run(["compare", *words(scenes_folder, tmp_path, "timed"), "--precisions=fp32", "--seeds=2"])
+    assert out.count(" left for all runs") == 4  # after each epoch of these short runs
+    assert status == 1 and "no run of the comparison finished" in err and "(seed 43): failed: exit status 1" in out
 
 
 # ----------------------------------------------------------------------------------- bad input
