@@ -140,7 +140,8 @@ def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], p
                           alpha=1 if first else 0.4, label=fit(row["label"], 40) if first else None)
         axes.set(title="Validation accuracy (%)", xlabel=f"time since the start, evaluation included ({unit})",
                  xlim=(0, None))  # fmt: skip
-        axes.legend(loc="lower right")
+        if rows:
+            axes.legend(loc="lower right")
         divisor, unit = time_unit(max((row["train_seconds"]["mean"] for row, _ in rows), default=0))
         _bars(panels["time"], rows, "train_seconds", divisor, f"Training time without evaluation ({unit})")
         kinds = " or ".join(dict.fromkeys(row["memory_kind"] for row, _ in rows))
@@ -156,7 +157,7 @@ def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) 
                       textcoords="offset points", va="center", fontsize=9)
     axes.set(title=title)
     axes.margins(x=0.18)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.set_yticks(range(len(rows)), [fit(row["label"], 28) for row, _ in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")

@@ -330,7 +330,7 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
             lines.append([
                 printable(row["label"]), measured(row["test_acc"], ".2f", 1, "%"),
                 measured(row["memory_mb"], ".0f", 1, "MB"), measured(row["total_seconds"], ".1f", *time),
-                measured(row["images_per_second"], ",.1f"),
+                measured(row["images_per_second"], ",.0f" if row["images_per_second"]["mean"] >= 100 else ".1f"),
                 *(f"{row[name]:.2f}×" if row[name] else "–" for name in ("speed_up", "memory_ratio")),
                 measured(row["train_seconds"], ".1f", *time),
             ])  # fmt: skip

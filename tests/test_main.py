@@ -422,7 +422,7 @@ def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run
     assert status == 0, err
     assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]
     table = (folder / "performance_table.md").read_text()
-    assert "| SqueezeNet1_1 AMP float16 | failed: exit status 1 |" in table.replace("\\", "").replace("squ", "Squ")
+    assert "AMP float16 | failed: exit status 1 |" in table
 
 
 @pytest.mark.usefixtures("undrawn")
