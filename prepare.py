@@ -121,7 +121,7 @@ def _refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
 # ------------------------------------------------------------------------------ demo scenes
 def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, seed: int = 0,
               workers: int | None = None) -> None:
-    """Draws six balanced classes of scenes in the Intel layout below `root`, with `workers` processes (None: all cores).
+    """Draws six balanced classes of scenes in the Intel layout below `root`, with `workers` processes (all cores).
 
     Every picture depends on (seed, split, class, index) alone. Returns at once where `root` holds these scenes
     already; an interrupted drawing starts anew.
@@ -241,8 +241,8 @@ def _unpack(members: Iterable[Member], source: Path, data_dir: Path, packed: int
     with _building(data_dir, key) as stage, progress(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
         missing = total + SPARE - shutil.disk_usage(stage).free
         if missing > 0:
-            raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free {missing / 2**20:,.1f} "
-                           "MB more there, or choose another --data_dir, and run the same command again.")
+            raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free "
+                           f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again.")
         for path, (name, size, _, open_member) in files.items():
             target = stage / path
             target.parent.mkdir(parents=True, exist_ok=True)

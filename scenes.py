@@ -7,12 +7,13 @@ Knows nothing of files, folders or splits: prepare.py writes what this module dr
 from itertools import pairwise
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 SIZE = 150  # pixels of a side, as in the Intel set
 VERSION = 2  # raised whenever the same seed would draw another picture
 
+BILINEAR = Image.Resampling.BILINEAR
 X = np.arange(SIZE, dtype=np.float32)[None] / SIZE  # a row and a column of coordinates from 0 to 1
 Y = X.T
 LIGHTS = (  # sky above, sky at the horizon, the light that falls on things; the first ones are drawn most often
@@ -69,11 +70,9 @@ class Scene:
 
     def noise(self, columns: int, rows: int) -> np.ndarray:
         """Smooth noise [SIZE, SIZE] from 0 to 1 with so many cells across and down, and a finer octave."""
-        coarse, fine = (Image.fromarray(self.count(0, 256, (rows * octave, columns * octave), np.uint8))
-                        for octave in (1, 3))
-        cells = Image.blend(coarse.resize(fine.size, Image.Resampling.BILINEAR), fine, 0.4)
-        smooth = np.asarray(cells.resize((SIZE, SIZE), Image.Resampling.BILINEAR), np.float32)
-        return np.clip(smooth * (1.7 / 255) - 0.35, 0, 1)
+        cells = [Image.fromarray(self.count(0, 256, (rows * size, columns * size), np.uint8)) for size in (1, 3)]
+        blend = Image.blend(cells[0].resize(cells[1].size, BILINEAR), cells[1], 0.4).resize((SIZE, SIZE), BILINEAR)
+        return np.clip(np.asarray(blend, np.float32) * (1.7 / 255) - 0.35, 0, 1)
 
     def profile(self, points: int) -> np.ndarray:
         """A broken line [SIZE] from 0 to 1: four octaves, each with twice the points and half the height."""
@@ -100,8 +99,8 @@ class Scene:
         if self.random() < 0.6:
             cover = self.noise(self.count(2, 5), self.count(3, 9)) * 1.8 - self.uniform(0.5, 1.3)
             self.fill(np.clip(cover, 0, 0.85), self.colour(SNOW, 0.4, 0.85), self.colour(SNOW, 0.2), 1 - Y)
-        if self.random() < 0.25:
-            self.ridge(horizon + 0.05, self.uniform(0.15, 0.4), 0.9, self.uniform(-0.4, 0.5))
+        if self.random() < 0.4:
+            self.ridge(horizon + 0.05, self.uniform(0.1, 0.5), self.uniform(0.3, 0.9), self.uniform(-0.4, 0.5))
 
     def ridge(self, base: float, height: float, depth: float, snow: float) -> None:
         """A mountain chain: lit and shaded faces run down from the crest, snow lies on the upper part."""
@@ -128,92 +127,84 @@ class Scene:
 
     def trees(self, foot: float, height: float, count: int, depth: float, leaf: tuple, conifer: bool) -> None:
         """A row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
-        shades = [self.colour(leaf, depth, shade) for shade in (0.6, 0.85, 1.1)]
+        bark, shades = self.colour(ROCKS[5], depth), [self.colour(leaf, depth, shade) for shade in (0.6, 0.85, 1.1)]
         for x, down, size in self.random((count, 3)).tolist():
             x, y, tall = x * 1.1 - 0.05, foot + 0.05 * down, height * (0.6 + 0.5 * size)
             for side in (-tall, tall) if conifer else ():
                 steps = ((0, 1), (0.06, 0.7), (0.03, 0.7), (0.12, 0.35), (0.06, 0.35), (0.2, 0), (0, 0))
                 self.polygon(shades[1 + (side < 0)], *((x + side * out, y - tall * up) for out, up in steps))
             if not conifer:
-                self.box(self.colour(ROCKS[5], depth, 0.8), x, y, tall * 0.07, tall * 0.6)
-            for place, (across, up, wide) in enumerate(() if conifer else self.random((12, 3)).tolist()):
-                middle, low = x + (across - 0.5) * 0.4 * tall, y - tall * (0.43 + place / 40 + up / 5)
-                self.box(shades[place // 4], middle, low, tall * (0.22 + wide / 5), tall * (0.2 + wide / 6), round=True)
+                self.box(bark, x, y, tall * 0.07, tall * 0.6)
+            for place, (across, up, wide) in enumerate(() if conifer else self.random((9, 3)).tolist()):
+                middle, low = x + (across - 0.5) * 0.4 * tall, y - tall * (0.43 + place / 30 + up / 5)
+                self.box(shades[place // 3], middle, low, tall * (0.22 + wide / 5), tall * 0.28, round=True)
 
     def facade(self, corners: list, depth: float = 0.0, shade: float = 1.0) -> None:
         """A wall seen as a quadrilateral (top left, top right, bottom right, bottom left) with its windows."""
         self.polygon(self.colour(self.choose(WALLS), depth, shade), *corners)
-        (a, b, c, d), size, glass = np.array(corners), self.count(2, (7, 10)), self.choose(GLASS)
+        (a, b, c, d), size, glass = np.array(corners), self.count(2, (6, 9)), self.choose(GLASS)
         panes = [LAMP, *(self.colour(glass, depth, light) for light in (0.8, 1.0, 1.15))]
         half = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * self.uniform(0.2, 0.4, 2)
         u, v = np.split((np.stack(np.indices(size), -1).reshape(-1, 1, 2) + 0.5 + half) / size, 2, -1)
         dark = (self.random(len(u)) > (0.45 if self.lamps else 0.02)).tolist()
-        for place, points in enumerate((a + u * (b - a) + v * (d - a) + u * v * (a - b + c - d)).tolist()):
-            self.polygon(panes[dark[place] * (1 + place * 5 % 3)], *points)
+        windows = SIZE * (a + u * (b - a) + v * (d - a) + u * v * (a - b + c - d))
+        for place, points in enumerate(windows.reshape(-1, 8).tolist()):
+            self.pen.polygon(points, panes[dark[place] * (1 + place * 5 % 3)])
 
     # ---------------------------------------------------------------------------- the six classes
     def buildings(self) -> None:
         """Blocks and towers with two walls each, from one close by to a skyline; no road."""
-        foot, count = self.uniform(0.78, 1.02), self.count(1, 6)
+        foot, count = self.uniform(0.65, 1.02), self.count(1, 6)
         self.sky(foot)
         self.ground(foot, self.choose(FLOORS))
         for depth in np.linspace(0.8, 0, count).tolist() if count > 1 else [0.0]:
-            left, wide, top = self.uniform(-0.2, 0.7), self.uniform(0.1, 0.3) + 0.7 / count, foot - self.uniform(0.25, 1)
-            edge = left + wide * self.uniform(0.2, 0.8)
+            left, wide = self.uniform(-0.2, 0.7), self.uniform(0.1, 0.3) + 0.7 / count
+            edge, top = left + wide * self.uniform(0.2, 0.8), foot - self.uniform(0.25, 1)
             for end, shade in ((left, 1.0), (left + wide, 0.7)):
                 fall = self.uniform(0, 0.4) * abs(end - edge)
                 self.facade([(end, top + fall), (edge, top), (edge, foot), (end, foot - fall / 5)], depth, shade)
-        self.trees(foot, self.uniform(0.15, 0.4), self.count(4), 0.0, self.choose(LEAVES), self.random() < 0.3)
+        self.trees(foot, self.uniform(0.15, 0.5), self.count(6), 0.0, self.choose(LEAVES), self.random() < 0.3)
 
     def forest(self) -> None:
-        """Rows of conifers or broad-leaved trees on a slope, or trunks from within."""
-        leaf, horizon, conifer = self.choose(LEAVES), self.uniform(0.0, 0.42), self.random() < 0.55
+        """Rows of conifers or of broad-leaved trees, up a slope or around the viewer."""
+        leaf, horizon, conifer, grown = self.choose(LEAVES), self.uniform(0, 0.7), self.random() < 0.5, self.random()
         self.sky(horizon)
         self.ground(horizon + 0.08, leaf, 0.4)
-        if self.random() < 0.65:
-            for near in np.linspace(0, 1, self.count(4, 6)).tolist():
-                foot, tint = horizon + 0.12 + (1 - horizon) * near**1.4, [part * self.uniform(0.8, 1.05) for part in leaf]
-                self.trees(foot, 0.18 + 0.3 * near, 20 - int(12 * near), 1 - near, tint, conifer)
-            return
-        self.fill(below(-1.0), self.colour(leaf, 0.3, 0.5), self.colour(leaf, 0.7, 1.3), self.noise(7, 7))
-        self.ground(0.8 - 0.08 * self.profile(2), self.choose((*FLOORS, *LEAVES, SNOW)), 0.6)
-        for depth in np.linspace(0.9, 0, self.count(8, 18)).tolist():
-            x, y, half, lean = self.random(), 1.02 - 0.2 * depth, 0.02 - 0.015 * depth, self.uniform(-0.05, 0.05)
-            bark = self.colour(self.choose(ROCKS), depth, self.uniform(0.5, 1.3))
-            self.polygon(bark, (x - half, y), (x + half, y), (x + lean + half, 0), (x + lean - half, 0))
-            self.box(self.colour(leaf, depth), x + lean, self.uniform(0, 0.4), half * 6, half * 5, round=True)
+        for near in np.linspace(0, 1, self.count(3, 6)).tolist():
+            foot, height = horizon + 0.12 + (1.1 - horizon) * near**1.4, 0.18 + (0.3 + 0.6 * grown) * near
+            self.trees(foot, height, 20 - int(14 * near), 1 - near, leaf, conifer)
 
     def mountain(self) -> None:
         """Ridges behind each other over a lake, a meadow, scree or snow, perhaps with woods."""
-        base, snow = self.uniform(0.6, 0.92), self.uniform(-0.4, 0.8)
+        base, snow = self.uniform(0.45, 0.92), self.uniform(-0.4, 0.9)
         self.sky(base)
         for depth in (0.9, 0.3)[self.count(2):]:
             self.ridge(base, self.uniform(0.4, 0.75) * (0.6 + 0.4 * depth), depth, snow * (0.4 + 0.6 * depth))
-        if self.random() < 0.3:
+        if self.random() < 0.35:
             self.water(base)
         else:
             self.ground(base - 0.08 * self.profile(3), self.choose((*FLOORS[1:4], LEAVES[0], SNOW)))
-        if self.random() < 0.45:
-            self.trees(base + self.uniform(0, 0.1), self.uniform(0.06, 0.2), 20, 0.2, self.choose(LEAVES), True)
+        if self.random() < 0.5:
+            self.trees(base + self.uniform(0, 0.15), self.uniform(0.06, 0.4), 15, 0.2, self.choose(LEAVES), True)
 
     def glacier(self) -> None:
         """A river of ice between ridges, or the broken front of the ice over water with bergs."""
-        base, level, grain = self.uniform(0.3, 0.55), self.uniform(0.55, 0.8), self.noise(8, 14)
+        base, level = self.uniform(0.3, 0.6), self.uniform(0.5, 0.85)
         blue, ice = self.colour(SHADOW), self.colour(SNOW, 0, self.uniform(0.85, 1))
         self.sky(base)
-        self.ridge(base + 0.05, self.uniform(0, 0.5), 0.7, self.uniform(0.0, 0.9))
+        self.ridge(base + 0.05, self.uniform(0, 0.6), 0.6, self.uniform(-0.4, 0.9))
         if self.random() < 0.5:
             self.ground(base - 0.12 * self.profile(3), self.choose(ROCKS))
-            near = np.clip((Y - base + 0.05) / (1.05 - base), 0, 1)
-            half = self.uniform(0.03, 0.12) + self.uniform(0.25, 0.9) * near**1.3
+            near, grain = np.clip((Y - base + 0.05) / (1.05 - base), 0, 1), self.noise(8, 14)
+            half = self.uniform(0.02, 0.1) + self.uniform(0.1, 0.8) * near**1.3
             across = (X - self.uniform(0.3, 0.7) - self.uniform(-0.3, 0.3) * np.sin(4 * near) - 0.1 * grain) / half
             cracks = np.sin((near**0.6 + 0.15 * across**2 * near + 0.06 * grain) * self.uniform(50, 110)) > 0.7
             self.fill((abs(across) < 1) * (near > 0), blue, ice, grain * (1 - 0.8 * cracks))
             return
-        wall = below(base + 0.05 - self.uniform(0, 0.15) * self.profile(16))
+        wall = below(base + 0.08 - self.uniform(0, 0.15) * self.profile(16))
         self.fill(wall, blue, ice, self.noise(self.count(20, 50), 3))
         self.water(level)
-        for y in np.sort(self.uniform(level + 0.01, 1.0, self.count(1, 12))).tolist():
+        for y in np.sort(self.uniform(level + 0.01, 1.0, self.count(9))).tolist():
             x, wide, tall = self.uniform(), (y - level + 0.08) * self.uniform(0.3, 0.8), self.uniform(0.02, 0.2)
             split, peak = (x + wide * 0.2, y), (x + self.uniform(-0.4, 0.4) * wide, y - tall)
             self.polygon(ice, (x - wide, y), (x - wide * 0.6, y - tall * 0.6), peak, split)
@@ -247,22 +238,20 @@ class Scene:
 
         self.sky(y)
         self.ground(y, FLOORS[2], 0.9)
-        self.trees(y, self.uniform(0.1, 0.3), self.count(9), 0.8, self.choose(LEAVES), False)
+        self.trees(y, self.uniform(0.1, 0.5), self.count(9), 0.5, self.choose(LEAVES), False)
         self.polygon(self.colour(self.choose(FLOORS[:3])), at(0, 0), at(reach, 1.2), at(-reach, 1.2))
-        for near in (0.12, 0.25, 0.42, 0.65, 0.95):
-            stripe = at(-0.02, near), at(0.02, near), at(0.02, near * 1.2), at(-0.02, near * 1.2)
-            self.polygon(self.colour(SNOW), *stripe)
+        if self.random() < 0.6:
+            self.polygon(self.colour(SNOW), at(0, 0), at(0.03, 1.2), at(-0.03, 1.2))
         for edge, shade in ((-1.25 * reach, 0.75), (1.25 * reach, 1.0)):
             for far, near in pairwise([0.06, *np.sort(self.uniform(0.12, 0.9, self.count(1, 4))).tolist(), 1.4]):
-                tall = self.uniform(0.6, 1.7) * (self.random() < 0.85)
+                tall = self.uniform(0.6, 1.7) * (self.random() < 0.65)
                 wall = [at(edge, far, tall), at(edge, near, tall), at(edge, near), at(edge, far)]
                 self.facade(wall, 0.5 - near / 3, shade)
-        for near in np.sort(self.uniform(0.12, 0.8, self.count(5))).tolist():
+        for near in np.sort(self.uniform(0.12, 0.8, self.count(4))).tolist():
             (middle, foot), size = at(self.uniform(-0.7, 0.7) * reach, near), 0.4 * near
-            self.box(self.colour(GLASS[1]), middle, foot - size * 0.3, size * 0.72, size * 0.32)
-            self.box(self.colour(self.choose(WALLS)), middle, foot, size, size * 0.38)
-            for light in (middle - size * 0.36, middle + size * 0.36):
-                self.box(LAMP if self.lamps else (200, 60, 50), light, foot - size * 0.2, size * 0.14, size * 0.12)
+            self.box(self.colour(GLASS[1]), middle, foot, size * 0.72, size * 0.62)
+            self.box(self.colour(self.choose(WALLS)), middle, foot, size, size * 0.36)
+            self.box(LAMP if self.lamps else (160, 40, 40), middle, foot - size * 0.18, size * 0.84, size * 0.08)
 
 
 def draw_scene(name: str, random: np.random.Generator) -> Image.Image:
@@ -270,8 +259,9 @@ def draw_scene(name: str, random: np.random.Generator) -> Image.Image:
     scene = Scene(random)
     getattr(scene, name)()
     image = scene.image
-    if random.random() < 0.35:
-        image = image.filter(ImageFilter.BoxBlur(random.uniform(0.2, 1.2)))
-    gain = (random.uniform(0.72, 1.25) * random.normal(1, 0.05, 3)).astype(np.float32)  # exposure, colour cast
-    grain = random.integers(-128, 128, (SIZE, SIZE, 1), np.int8) * np.float32(random.uniform(0, 0.09))
-    return Image.fromarray(np.clip(np.asarray(image) * gain + grain, 0, 255).astype(np.uint8))
+    if random.random() < 0.4:
+        image = image.filter(ImageFilter.BoxBlur(random.uniform(0.2, 1.6)))
+    gain = random.uniform(0.6, 1.25) * random.normal(1, 0.07, (3, 1))  # exposure, and a cast of colour
+    image = image.point(np.clip(np.arange(256) * gain, 0, 255).astype(int).ravel().tolist())
+    grain = 128 + random.integers(-128, 128, (SIZE, SIZE), np.int8) * np.float32(random.uniform(0, 0.12))
+    return ImageChops.add(image, Image.merge("RGB", [Image.fromarray(grain.astype(np.uint8))] * 3), 1, -128)
