@@ -116,7 +116,8 @@ COUNT, WHOLE = _number("N", int, 1, 2**31), _number("N", int, 0, 2**31)
 SEED, PIXELS, WORKERS = _number("N", int, 0, 2**63), _number("PIXELS", int, 16, 4096), _number("N", int, 0, 1024)
 RATE, SHARE = _number("RATE", float, 0), _number("SHARE", float, 0, 1, below=True)
 POSITIVE = _number("VALUE", float, 0, above=True)
-ALPHA, LIST = {"metavar": "ALPHA", "type": _mixing}, {"metavar": "LIST", "type": _precision_list}
+ALPHA, EVERY = {"metavar": "ALPHA", "type": _mixing}, {"metavar": "10m|500u", "type": _checkpoint_every}
+LIST = {"metavar": "LIST", "type": _precision_list}
 
 # ----------------------------------------------------------------------------------- options
 # Groups of options, each as: its kind, its default, what it does.
@@ -176,7 +177,7 @@ OPTIONS = {
         "resume": (_one_of("yes", "auto", nargs="?", const="yes", metavar="auto"), None,
                    "go on from last.pt; auto: start anew where there is none"),
         "overwrite": (FLAG, False, "replace a finished run of the same name"),
-        "checkpoint_every": ({"metavar": "10m|500u", "type": _checkpoint_every}, None, "save within epochs, too"),
+        "checkpoint_every": (EVERY, None, "save within epochs, too, by minutes or updates"),
         "verify_resume": (FLAG, False, "prove on a short run that resuming is exact"),
         "tensorboard": (FLAG, False, "write TensorBoard events into the run's folder"),
     },
