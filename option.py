@@ -11,7 +11,7 @@ import difflib
 import json
 import math
 import shutil
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,31 +61,22 @@ class Parser(argparse.ArgumentParser):
 
 
 # ------------------------------------------------------------------------------------- kinds
-def _number(metavar: str, kind: type, low: float, high: float = math.inf, *, above=False, below=False) -> dict:
-    """A number from `low` to `high`, or `above` and `below` them; a message says what the bounds are."""
-    bounds = [f"{'greater than' if above else 'at least'} {low:g}"]
-    bounds += [f"{'less than' if below else 'at most'} {high:g}"] if high < math.inf else []
-
+def _number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
+    """A number that `fits`; `bounds` says in words what does."""
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
-        if value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} must be finite")
-        if not (low < value if above else low <= value) or not (value < high if below else value <= high):
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
         return value
 
     return {"metavar": metavar, "type": convert}
 
 
-def _mixing(text: str) -> float:
-    """An alpha that PyTorch can draw from a Beta distribution in float32; 0 is off."""
-    value = RATE["type"](text)
-    if value and not 0.001 <= value <= 1000:
-        raise argparse.ArgumentTypeError(f"{text} must be 0 (off) or between 0.001 and 1000")
-    return value
+def _whole(low: int, high: int = 2**31, metavar: str = "N") -> dict[str, Any]:
+    return _number(metavar, int, lambda value: low <= value <= high, f"at least {low} and at most {high}")
 
 
 def _precision_list(text: str) -> list[str]:
@@ -112,11 +103,14 @@ def _one_of(*choices: Any, **more: Any) -> dict[str, Any]:
 
 FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
 DIR, FILE, NAME = {"metavar": "DIR"}, {"metavar": "FILE"}, {"metavar": "NAME"}
-COUNT, WHOLE = _number("N", int, 1, 2**31), _number("N", int, 0, 2**31)
-SEED, PIXELS, WORKERS = _number("N", int, 0, 2**63), _number("PIXELS", int, 16, 4096), _number("N", int, 0, 1024)
-RATE, SHARE = _number("RATE", float, 0), _number("SHARE", float, 0, 1, below=True)
-POSITIVE = _number("VALUE", float, 0, above=True)
-ALPHA, LIST = {"metavar": "ALPHA", "type": _mixing}, {"metavar": "LIST", "type": _precision_list}
+COUNT, SEED, PIXELS = _whole(1), _whole(0, 2**63), _whole(16, 4096, "PIXELS")
+RATE = _number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+POSITIVE = _number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
+SHARE = _number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+ALPHA = _number("ALPHA", float, lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
+                "0 (off) or between 0.001 and 1000")
+EVERY = {"metavar": "10m|500u", "type": _checkpoint_every}
+LIST = {"metavar": "LIST", "type": _precision_list}
 
 # ----------------------------------------------------------------------------------- options
 # Groups of options, each as: its kind, its default, what it does.
@@ -134,12 +128,12 @@ OPTIONS = {
         "image_size": (PIXELS, 256, "side"),
         "normalize": (_one_of("imagenet", "none"), "imagenet", "of pixels, per channel"),
         "cache": (_one_of("auto", "memory", "none"), "auto", "keep images decoded, stream them (none), or what fits"),
-        "num_workers": (WORKERS, None, "decoding threads or processes (default: cores)"),
+        "num_workers": (_whole(0, 1024), None, "decoding threads or processes (default: cores)"),
         "skip_unreadable": (FLAG, False, "leave out images that cannot be read"),
     },
     "model": {
         "model": (NAME, "ResNet18", "any torchvision classification model"),
-        "num_classes": (_number("N", int, 2, 2**31), None, "default: counted from the folders"),
+        "num_classes": (_whole(2), None, "default: counted from the folders"),
         "pretrained": (_one_of(1, 0, type=int), 1, "start from ImageNet weights"),
         "pretrained_path": (FILE, None, "start from this state dict instead"),
     },
@@ -159,7 +153,7 @@ OPTIONS = {
         "learning_rate": (POSITIVE, 1e-4, "at its peak"),
         "weight_decay": (RATE, 1e-4, "L2 penalty"),
         "decay_type": (_one_of("cosine_warmup", "step", "step_warmup"), "cosine_warmup", "learning rate schedule"),
-        "warmup_epochs": (_number("N", float, 0), None, "default: epochs/10 for cosine_warmup, 5 for step_warmup"),
+        "warmup_epochs": ({**RATE, "metavar": "N"}, None, "default: epochs/10 for cosine_warmup, 5 for step_warmup"),
         "clip_grad_norm": (POSITIVE, None, "largest gradient norm"),
         "label_smoothing": (SHARE, 0.0, "spread over all classes"),
         "augment": (_one_of("flip", "crop", "trivial", "none"), "flip",
@@ -167,7 +161,7 @@ OPTIONS = {
         "mixup": (ALPHA, 0.0, "mix pairs of images; 0: off"),
         "cutmix": (ALPHA, 0.0, "paste patches; 0: off"),
         "ema": (SHARE, 0.0, "evaluate a moving average of the weights with this decay; 0: off"),
-        "freeze_epochs": (WHOLE, 0, "train the head alone at first"),
+        "freeze_epochs": (_whole(0), 0, "train the head alone at first"),
         "patience": (COUNT, None, "stop after N epochs without a better one"),
         "sync_batchnorm": (FLAG, False, "share batch statistics among ranks"),
     },
@@ -176,7 +170,7 @@ OPTIONS = {
         "resume": (_one_of("yes", "auto", nargs="?", const="yes", metavar="auto"), None,
                    "go on from last.pt; auto: start anew where there is none"),
         "overwrite": (FLAG, False, "replace a finished run of the same name"),
-        "checkpoint_every": ({"metavar": "10m|500u", "type": _checkpoint_every}, None, "save within epochs, too"),
+        "checkpoint_every": (EVERY, None, "save within epochs, too, by minutes or updates"),
         "verify_resume": (FLAG, False, "prove on a short run that resuming is exact"),
         "tensorboard": (FLAG, False, "write TensorBoard events into the run's folder"),
     },
@@ -225,10 +219,10 @@ OPTIONS = {
     },
     "preparation": {
         "data_dir": (DIR, "data", "where to put the data set"),
-        "train_images": (_number("N", int, 60, 10**6), 1200, "demo scenes to draw"),
-        "test_images": (_number("N", int, 12, 10**6), 300, "demo scenes to draw"),
+        "train_images": (_whole(60, 10**6), 1200, "demo scenes to draw"),
+        "test_images": (_whole(12, 10**6), 300, "demo scenes to draw"),
         "seed": (SEED, 0, "of the drawing"),
-        "num_workers": (_number("N", int, 1, 1024), None, "processes that draw (default: cores)"),
+        "num_workers": (_whole(1, 1024), None, "processes that draw (default: cores)"),
     },
     "export": {
         "checkpoint": (FILE, None, "default: best_model.pt of the run"),

@@ -140,7 +140,7 @@ def test_options_are_not_abbreviated():
     (["--epochs", "0"], "at least 1"), (["--epochs", "1.5"], "not an integer"), (["--batch_size", "0"], "at least 1"),
     (["--batch_size", "-4"], "at least 1"), (["--learning_rate", "-1"], "greater than 0"),
     (["--learning_rate", "0"], "greater than 0"), (["--learning_rate", "nan"], "greater than 0"),
-    (["--learning_rate", "inf"], "must be finite"), (["--weight_decay", "-1"], "at least 0"),
+    (["--learning_rate", "inf"], "and finite"), (["--weight_decay", "-1"], "at least 0"),
     (["--clip_grad_norm", "0"], "greater than 0"), (["--warmup_epochs", "-1"], "at least 0"),
     (["--image_size", "8"], "at least 16"), (["--num_classes", "1"], "at least 2"), (["--ema", "1"], "less than 1"),
     (["--label_smoothing", "1"], "less than 1"), (["--log_interval", "0"], "at least 1"),
