@@ -14,8 +14,7 @@ SIZE = 150  # pixels of a side, as in the Intel set
 VERSION = 2  # raised whenever the same seed would draw another picture
 
 BILINEAR = Image.Resampling.BILINEAR
-X = np.arange(SIZE, dtype=np.float32)[None] / SIZE  # a row and a column of coordinates from 0 to 1
-Y = X.T
+Y, X = (part.astype(np.float32) / SIZE for part in np.ogrid[:SIZE, :SIZE])  # a column and a row from 0 to 1
 LIGHTS = (  # sky above, sky at the horizon, the light that falls on things; the first ones are drawn most often
     ((70, 130, 205), (190, 218, 236), (1.0, 1.0, 1.0)),  # day
     ((30, 92, 182), (140, 188, 228), (1.08, 1.03, 0.94)),  # clear
@@ -76,8 +75,8 @@ class Scene:
 
     def profile(self, points: int) -> np.ndarray:
         """A broken line [SIZE] from 0 to 1: four octaves, each with twice the points and half the height."""
-        counts = [points * 2**octave + 1 for octave in range(4)]
-        total = sum(np.interp(X[0], np.linspace(0, 1, count), self.random(count)) / count for count in counts)
+        counts = [points * 2**octave for octave in range(4)]
+        total = sum(np.interp(X[0] * n, np.arange(n + 1), self.random(n + 1)) / n for n in counts)
         return ((total - total.min()) / np.ptp(total)).astype(np.float32)
 
     def fill(self, mask: np.ndarray, dark: tuple, bright: tuple, mix: np.ndarray) -> None:
@@ -90,12 +89,11 @@ class Scene:
     def sky(self, horizon: float) -> None:
         """A gradient and, by chance, sun or moon, clouds, a distant ridge."""
         top, low = np.array((self.top, self.low))[:, None, None]
-        column = top + (low - top) * np.clip(Y / max(horizon, 0.3), 0, 1)[..., None] ** self.uniform(0.6, 1.6)
-        self.image.paste(Image.fromarray(column.astype(np.uint8)).resize((SIZE, SIZE)))
+        column = top + (low - top) * np.clip(Y[..., None] / max(horizon, 0.3), 0, 1) ** self.uniform(0.6, 1.6)
+        self.image.paste(Image.fromarray(column.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST))
         if self.random() < 0.3:
-            distance = np.hypot(X - self.uniform(0.1, 0.9), Y - self.uniform(0.1, 0.9) * horizon)
-            disc = np.clip((self.uniform(0.02, 0.05) - distance) * SIZE, 0, 1)
-            self.fill(np.maximum(disc, 0.4 / (1 + 100 * distance**2)), LAMP, SNOW, disc)
+            x, y, size = self.uniform(0.1, 0.9), self.uniform(0.1, 1) * horizon, self.uniform(0.05, 0.1)
+            self.box((255, 240, 205), x, y, size, size, round=True)
         if self.random() < 0.6:
             cover = self.noise(self.count(2, 5), self.count(3, 9)) * 1.8 - self.uniform(0.5, 1.3)
             self.fill(np.clip(cover, 0, 0.85), self.colour(SNOW, 0.4, 0.85), self.colour(SNOW, 0.2), 1 - Y)
@@ -121,9 +119,8 @@ class Scene:
         """Water from a horizon down, the sky in it, its waves growing towards the viewer."""
         near = np.sqrt(np.clip((Y[:, 0] - top) / (1 - top), 0, 1))
         waves = self.noise(self.count(3, 8), self.count(16, 36))[(near * (SIZE - 1)).astype(np.intp)]
-        deep = self.colour(self.choose(WATERS), 0, self.uniform(0.6, 0.9))
-        sheen = tuple(int(0.6 * part + 0.4 * far) for part, far in zip(deep, self.low, strict=True))
-        self.fill(below(top), deep, sheen, waves)
+        colour = self.choose(WATERS)
+        self.fill(below(top), self.colour(colour, 0, 0.75), self.colour(colour, 1), waves)
 
     def trees(self, foot: float, height: float, count: int, depth: float, leaf: tuple, conifer: bool) -> None:
         """A row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
@@ -211,12 +208,10 @@ class Scene:
             self.polygon(blue, split, peak, (x + wide * 0.7, y - tall * 0.5), (x + wide, y))
 
     def sea(self) -> None:
-        """Open water with a level horizon, sometimes with foam, a path of light, boats or a beach."""
+        """Open water with a level horizon, sometimes with a path of light, boats or a beach."""
         horizon, white = self.uniform(0.15, 0.7), self.colour(SNOW)
         self.sky(horizon)
         self.water(horizon)
-        if self.random() < 0.5:
-            self.fill(below(horizon) * (self.noise(5, 40) > self.uniform(0.8, 0.95)), white, white, Y)
         if self.lamps or self.random() < 0.2:
             path = abs(X - self.uniform(0.2, 0.8)) < (0.04 + 0.2 * (Y - horizon)) * self.noise(2, 40)
             self.fill(below(horizon + 0.01) * path, LAMP, SNOW, 1 - Y)
@@ -240,13 +235,13 @@ class Scene:
         self.ground(y, FLOORS[2], 0.9)
         self.trees(y, self.uniform(0.1, 0.5), self.count(9), 0.5, self.choose(LEAVES), False)
         self.polygon(self.colour(self.choose(FLOORS[:3])), at(0, 0), at(reach, 1.2), at(-reach, 1.2))
-        if self.random() < 0.6:
-            self.polygon(self.colour(SNOW), at(0, 0), at(0.03, 1.2), at(-0.03, 1.2))
+        self.polygon(self.colour(SNOW), at(0, 0), at(0.03, 1.2), at(-0.03, 1.2))
         for edge, shade in ((-1.25 * reach, 0.75), (1.25 * reach, 1.0)):
             for far, near in pairwise([0.06, *np.sort(self.uniform(0.12, 0.9, self.count(1, 4))).tolist(), 1.4]):
-                tall = self.uniform(0.6, 1.7) * (self.random() < 0.65)
-                wall = [at(edge, far, tall), at(edge, near, tall), at(edge, near), at(edge, far)]
-                self.facade(wall, 0.5 - near / 3, shade)
+                if self.random() < 0.65:
+                    tall = self.uniform(0.6, 1.7)
+                    wall = [at(edge, far, tall), at(edge, near, tall), at(edge, near), at(edge, far)]
+                    self.facade(wall, 0.5 - near / 3, shade)
         for near in np.sort(self.uniform(0.12, 0.8, self.count(4))).tolist():
             (middle, foot), size = at(self.uniform(-0.7, 0.7) * reach, near), 0.4 * near
             self.box(self.colour(GLASS[1]), middle, foot, size * 0.72, size * 0.62)
@@ -258,10 +253,12 @@ def draw_scene(name: str, random: np.random.Generator) -> Image.Image:
     """Draws one RGB picture of SIZE x SIZE pixels of the class `name`; `random` is the only source of variation."""
     scene = Scene(random)
     getattr(scene, name)()
-    image = scene.image
-    if random.random() < 0.4:
+    side = SIZE * random.uniform(0.6, 1)
+    left, top = random.uniform(0, SIZE - side, 2).tolist()
+    image = scene.image.resize((SIZE, SIZE), BILINEAR, (left, top, left + side, top + side))
+    if random.random() < 0.2:
         image = image.filter(ImageFilter.BoxBlur(random.uniform(0.2, 1.6)))
-    gain = random.uniform(0.6, 1.25) * random.normal(1, 0.07, (3, 1))  # exposure, and a cast of colour
-    image = image.point(np.clip(np.arange(256) * gain, 0, 255).astype(int).ravel().tolist())
+    gain = random.uniform(0.6, 1.25) * random.normal(1, 0.07, 3)  # exposure, and a cast of colour
+    image = image.convert("RGB", np.pad(np.diag(gain), ((0, 0), (0, 1))).ravel().tolist())
     grain = 128 + random.integers(-128, 128, (SIZE, SIZE), np.int8) * np.float32(random.uniform(0, 0.12))
     return ImageChops.add(image, Image.merge("RGB", [Image.fromarray(grain.astype(np.uint8))] * 3), 1, -128)
