@@ -186,27 +186,25 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
     }
 
 
-def amdahl(parts: list[tuple[float, float]]) -> float:
-    """Speed-up of the whole where each part (share of the old time, own speed-up) gets faster.
+def amdahl(share: float, speedup: float) -> float:
+    """Speed-up of the whole where only a part, `share` of the old time, gets faster by `speedup`: 1 / (1 - f + f/s).
 
-    Amdahl's law for several parts, 1 / (1 - sum f + sum f/s); with one part 1 / ((1 - f) + f/s).
     Source: G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing
-    capabilities", AFIPS 1967; the form with several parts as in Hennessy and Patterson, section 1.9.
+    capabilities", AFIPS 1967.
     """
-    return 1 / (1 - sum(share for share, _ in parts) + sum(share / speedup for share, speedup in parts))
+    return 1 / (1 - share + share / speedup)
 
 
 def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each precision but FP32: f, s, and the two ceilings that follow, over the whole update, data included."""
+    """For each precision but FP32: f (of the whole update, data included), s, the ceiling that follows from them, and
+    how much faster the update's own matrix products and convolutions became."""
     reference, found = measured["fp32"], {}
-    computing = 1 - reference["phase_shares"]["data"]
-    share, light = (reference["shares"][kind] * computing for kind in ("products", "activations"))
+    share = reference["shares"]["products"] * (1 - reference["phase_shares"]["data"])
     for name, row in measured.items():
         if name != "fp32":
             speedup = row["tflops"] / reference["tflops"]
-            halved = 2.0 if name.startswith("amp") else 1.0  # TF32 still stores 32 bits
-            found[name] = {"share": share, "speedup": speedup, "products_only": amdahl([(share, speedup)]),
-                           "with_halved_bytes": amdahl([(share, speedup), (light, halved)])}
+            gained = row["speedup"] * reference["shares"]["products"] / max(row["shares"]["products"], 0.01)
+            found[name] = {"f": share, "s": speedup, "ceiling": amdahl(share, speedup), "gained": gained}
     return found
 
 
@@ -253,9 +251,9 @@ def _hardware_reason(has: dict[str, Any]) -> str:
 def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str]:
     row, top = findings["measured"][best], findings["ceiling"][best]
     reasons = [
-        f"Matrix products and convolutions take {top['share']:.0%} of an FP32 update, and in 16 bits a product runs "
-        f"{top['speedup']:.1f} times as fast; that allows {top['products_only']:.2f}. In the AMP update they take "
-        f"{row['shares']['products']:.0%}: the rest gains less, and sets the limit."]
+        f"Matrix products and convolutions take {top['f']:.0%} of an FP32 update. A large product runs {top['s']:.1f} "
+        f"times as fast in 16 bits, which allows {top['ceiling']:.2f} if nothing else gets faster; those of this model "
+        f"ran {top['gained']:.1f} times as fast, and are {row['shares']['products']:.0%} of the AMP update."]
     if row["busy"] is not None and row["busy"] < 0.8:
         reasons.append(f"The GPU computes in {row['busy']:.0%} of an AMP update and waits for the next kernel "
                        "otherwise. A larger --batch_size or --compile would let AMP show more.")
@@ -311,8 +309,8 @@ def report(findings: dict[str, Any]) -> str:
     for name, value in findings["machine"].items():
         lines += paragraph(f"{value}", f"  {name.replace('_', ' '):<20}") if value else []
     lines += ["", *paragraph(
-        f"The training update: {setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
-        f"pixels, median of {len(turns)} rounds of {turns[0]['updates']}; and the shares of its time by phase")]
+        f"The training update ({setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
+        f"pixels): median of {len(turns)} rounds of {turns[0]['updates']}, and the shares of its time by phase")]
     lines += table("<>>>>>>>", [["", "images/s", "speed-up", "memory", *PHASES]] + [
         [_label(name), f"{row['images_per_second']:,.1f}", f"{row['speedup']:.2f}", f"{row['training_mb']:,.0f}",
          *(f"{row['phase_shares'][phase]:.1%}" for phase in PHASES)] for name, row in measured.items()])
@@ -320,23 +318,17 @@ def report(findings: dict[str, Any]) -> str:
         f"Memory in MB: {measured['fp32']['memory']['memory_kind']}, less what was held before there was a model."
         + (f" The loader by itself feeds {loader:,.0f} images/s." if loader else ""), "  ")
     lines += ["", "The same by kind of operator, and how far the speed-up can go"]
-    cells = [["", *OPERATORS, "other", "s", "ceiling", "halved"]]
-    for name, row in measured.items():
-        top = findings["ceiling"].get(name)
-        keys = ("speedup", "products_only", "with_halved_bytes")
-        cells.append([_label(name), *(f"{share:.0%}" for share in row["shares"].values()),
-                      *(f"{top[key]:.2f}" if top else "" for key in keys)])
-    lines += table("<>>>>>>>>", cells, gap=1)
+    lines += table("<>>>>>>>", [["", *OPERATORS, "other", "s", "ceiling"]] + [
+        [_label(name), *(f"{share:.0%}" for share in row["shares"].values()),
+         *(f"{findings['ceiling'][name][key]:.2f}" if name != "fp32" else "" for key in ("s", "ceiling"))]
+        for name, row in measured.items()])
     rates = ", ".join(f"{row['tflops']:.3g} in {_label(name)}" for name, row in measured.items())
     lines += paragraph(
         "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
-        f"a large matrix product runs ({rates} TFLOP/s). Halved: if operators on activations take half their time too, "
-        "because 16-bit activations are half the bytes.", "  ")
-    minutes = 10_000 / measured[findings["recommended"]]["images_per_second"] / 60
+        f"a large matrix product runs ({rates} TFLOP/s).", "  ")
     command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # to fit the terminal
-    return "\n".join([*lines, "", "To copy", f"  {command}", "", *paragraph(
-        f"At these {setting['image_size']} pixels an epoch of 10,000 images takes about {minutes:.1f} min; time and "
-        f"activations grow with the square of --image_size. (This took {findings['seconds']:.0f} s.)")])
+    return "\n".join([*lines, "", "To copy (with --demo, if you have no data yet)", f"  {command}", "",
+                      f"This took {findings['seconds']:.0f} s."])
 
 
 def _label(name: str) -> str:

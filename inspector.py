@@ -15,7 +15,7 @@ import math
 import statistics
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,13 @@ def heading(title: str, how_to_read: str) -> list[str]:
 def table(align: str, rows: list[list[str]], gap: int = 2) -> list[str]:
     """Rows of cells as lines, columns set to the left (<) or right (>) by `align`, and cut where the terminal ends.
 
-    A row of one cell is a line of its own.
+    A row of one cell is a heading.
     """
     widths = [max(map(len, column)) for column in zip(*(row for row in rows if len(row) > 1), strict=True)]
     lines = []
     for row in rows:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, align, widths, strict=False)]
-        line = "  " + (" " * gap).join(cells).rstrip()
+        line = row[0] if len(row) == 1 else "  " + (" " * gap).join(cells).rstrip()
         lines.append(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
     return lines
 
@@ -198,19 +198,19 @@ def dtype_lines(
     for row in rows if full else ran:
         inputs = ",".join([name for name in row["inputs"] if "float" in name] or row["inputs"][:1])
         types = [name.replace("bfloat", "bf").replace("float", "fp") for name in (inputs, row["output"])]
-        place = f"{row['phase']} {row['module']}" if full else row["phase"]
+        place = f"{row['phase']} {row['module']} {row['kind']}".rstrip() if full else row["phase"]
         groups[place, row["op"] + " (cast)" * bool(row["cast"]), *types].append(row)
-    cells = [["operator", "in", "out", "calls", "modules"]]
+    cells = [["operator", "in", "out", "calls", "" if full else "modules"]]
     for place, found in itertools.groupby(groups.items(), lambda group: group[0][0]):
         cells.append([place])
         for (_, op, *types), members in found:
             modules = {row["module"]: row["kind"] for row in members if row["module"]}
             kinds = ", ".join(f"{number} {kind}" for kind, number in Counter(modules.values()).items())
-            name = "".join(modules) if len(modules) == 1 and not full else kinds
-            cells.append([f"  {op}", *types, str(sum(row["calls"] for row in members)), name])
+            name = "".join(modules) if len(modules) == 1 else kinds
+            cells.append([op, *types, str(sum(row["calls"] for row in members)), "" if full else name])
     update = cost["update_seconds"]
     phases = ", ".join(f"{cost['casts'][phase]} in {phase}" for phase in ("forward", "loss", "backward"))
-    return lines + table("<<<><", cells) + paragraph(
+    return lines + table("<<<><", cells, gap=1) + paragraph(
         ("" if full else f"{count - calls} views, which compute nothing, are left out; --full lists all by module. ")
         + f"Casts: {sum(cost['casts'].values())} an update ({phases}), {cost['bytes'] / 2**20:,.0f} MB read and "
         f"written. By themselves they take {1000 * cost['seconds']:,.1f} ms, {cost['seconds'] / update:.1%} of the "
@@ -390,38 +390,40 @@ def underflow_lines(underflow: dict[str, Any], *, full: bool = False) -> list[st
     """The map as a table of the layers autocast computes in float16; the 24 that lose most, or all with `full`."""
     low = {(row["group"], row["name"]): row for row in underflow["layers"] if row["through_float16"]}
     scales = {scale: f"2^{math.log2(scale):.4g}" for scale in underflow["scales"]}
-
-    def share(rows: Collection[dict[str, Any]], scale: float, kind: str = "zero") -> float:
-        return sum(row["by_scale"][f"{scale:g}"][kind] for row in rows) / max(1, sum(row["nonzero"] for row in rows))
-
-    def percent(value: float) -> str:
-        return f"{value:.2%}" if value else "0"
-
     names = [name.removesuffix(".weight") for group, name in low if group == "parameter" and name.endswith(".weight")]
     layers = {name: [[low[key] for key in [key] if key in low]
                      for key in (("parameter", f"{name}.weight"), ("activation", name))] for name in names}
-    worst = sorted(names, key=lambda name: share(sum(layers[name], []), 1.0), reverse=True)[: None if full else 24]
-    cells = [["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
-             ["at loss scale", *(2 * [*scales.values()])]]
-    for name in names:
-        if name in worst:
-            cells.append([name if len(name) <= 22 else f"…{name[-21:]}",
-                          *(percent(share(rows, scale)) for rows in layers[name] for scale in scales)])
+
+    def lost(rows: list[dict[str, Any]], scale: float, kind: str = "zero") -> float:
+        return sum(row["by_scale"][f"{scale:g}"][kind] for row in rows) / max(1, sum(row["nonzero"] for row in rows))
+
+    def cells(title: str, parts: list[list[dict[str, Any]]], kind: str = "zero") -> list[str]:
+        shares = [lost(rows, scale, kind) for rows in parts for scale in scales]
+        return [title, *(f"{share:.2%}" if share >= 1e-4 else "<.01%" if share else "0" for share in shares)]
+
+    worst = sorted(names, key=lambda name: lost(sum(layers[name], []), 1.0), reverse=True)[: None if full else 24]
+    room = 78 - 14 * len(scales)
+    everything = [sum((layers[name][part] for name in names), []) for part in (0, 1)]
     lines = heading("3. Underflow map", "The share of nonzero gradient values, computed in true FP32, that become zero "
                     "when they are multiplied by the loss scale and cast to float16. What vanishes at scale 2^0 and "
                     "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale.")
-    lines += table("<" + 2 * len(scales) * ">", cells, gap=1)
+    lines += table("<" + 2 * len(scales) * ">", [
+        ["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
+        ["at loss scale", *(2 * [*scales.values()])],
+        *(cells(name if len(name) <= room else f"…{name[1 - room:]}", layers[name]) for name in names if name in worst),
+        *(cells(f"all: {kind}", everything, kind) for kind in ("zero", "subnormal", "overflow")),
+    ], gap=1)
     if len(worst) < len(names):
-        lines.append("  These 24 layers lose most; --full lists all.")
+        lines.append("  The layers shown are the 24 that lose most; --full lists all.")
+    if underflow["scaler_scale"]:
+        lines.append(f"  The scaler's own scale stood at {underflow['scaler_scale']:,.10g}.")
     for scale, power in scales.items():
         over = [f"{'output of ' * (group == 'activation')}{name}" for (group, name), row in low.items()
                 if row["by_scale"][f"{scale:g}"]["overflow"]]
-        own = ", the scaler's own," * (scale == underflow["scaler_scale"])
-        lines += paragraph(
-            f"At {power}{own} {share(low.values(), scale):.2%} of all are zero, "
-            f"{share(low.values(), scale, 'subnormal'):.2%} subnormal, kept with fewer bits, and "
-            + (f"GradScaler would skip the update for overflow in {', '.join(over[:3])}"
-               f"{f' and {len(over) - 3} more' * (len(over) > 3)}." if over else "nothing overflows."), "  ")
+        if over:
+            more = f" and {len(over) - 3} more" * (len(over) > 3)
+            lines += paragraph(f"Overflow at {power}: {', '.join(over[:3])}{more}; GradScaler would skip this update.",
+                               "  ")
     return lines
 
 
@@ -433,32 +435,32 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
     # Half of the smallest subnormal number rounds to zero, everything above it to that number or more.
     smallest = math.log2(half.smallest_normal * half.eps / 2)
     tiny, largest = math.log2(half.tiny), math.log2(half.max)
-    lowest, highest, tallest = -40, 17, 1.0
+    span, tallest = range(-45, 20), 1.0
     with picture(path, 9, 5) as figure:
         axes = figure.add_subplot()
         for group, color, line in (("parameter", BLUE, "-"), ("activation", VERMILION, "--")):
-            counts = histogram[group] or {0: 0}
-            span, total = range(min(counts), max(counts) + 2), max(1, sum(counts.values()))
-            shares = [100 * counts.get(exponent, 0) / total for exponent in span[:-1]]
-            axes.stairs(shares, span, color=color, linestyle=line, linewidth=1.8, baseline=None,
-                        label=f"gradients of {group}s")
+            counts = Counter()
+            for exponent, count in histogram[group].items():  # what lies beyond the picture stands at its edge
+                counts[min(max(exponent, span[0]), span[-2])] += count
+            shares = [100 * counts[exponent] / max(1, counts.total()) for exponent in span[:-1]]
+            axes.stairs(shares, span, color=color, linestyle=line, linewidth=1.8, label=f"gradients of {group}s")
             axes.stairs(shares, span, color=color, alpha=0.15, fill=True)
-            lowest, highest, tallest = min(lowest, *span), max(highest, *span), max(tallest, *shares)
+            tallest = max(tallest, *shares)
         axes.axvspan(smallest, tiny, color=FAINT, alpha=0.25, linewidth=0)
         for border in (smallest, largest):
             axes.axvline(border, color=INK, linewidth=1.2)
-        for place, text in (((lowest + smallest) / 2, f"zero in float16\n(below 2^{smallest:.0f})"),
+        for place, text in (((span[0] + smallest) / 2, f"zero in float16\n(below 2^{smallest:.0f})"),
                             ((smallest + tiny) / 2, "float16,\nsubnormal"),
                             ((tiny + largest) / 2, f"float16, full precision\n(2^{tiny:.0f} to {half.max:,.0f})")):
             axes.text(place, 1.24 * tallest, text, ha="center", va="top", fontsize=9)
-        axes.annotate("a loss scale of 2^16 moves\nevery value this far", (smallest - 0.3, 0.55 * tallest),
-                      (smallest - 16.3, 0.55 * tallest), arrowprops={"arrowstyle": "->", "color": INK}, fontsize=9)
-        axes.set(xlim=(lowest - 1, highest + 1), ylim=(0, 1.26 * tallest), ylabel="% of nonzero values",
+        axes.annotate("", (smallest - 0.3, 0.55 * tallest), (smallest - 16.3, 0.55 * tallest),
+                      arrowprops={"arrowstyle": "->", "color": INK})
+        axes.text(smallest - 16, 0.57 * tallest, "a loss scale of 2^16 moves\nevery value this far", fontsize=9)
+        axes.set(xlim=(span[0], span[-1]), ylim=(0, 1.26 * tallest), ylabel="% of nonzero values",
                  title="Gradient magnitudes against what float16 can hold",
                  xlabel="log2 of the magnitude of a gradient value   (bfloat16 holds all of it: "
                  f"2^{math.log2(brain.tiny):.0f} to 2^{math.log2(brain.max):.0f})")
-        axes.legend(loc="upper right", bbox_to_anchor=(0.965, 0.82), fontsize=9, frameon=True, edgecolor="none",
-                    framealpha=1)
+        axes.legend(loc="upper right", bbox_to_anchor=(0.93, 0.82), fontsize=9)
 
 
 # ---------------------------------------------------------------------------------------- 4. scaler diary

@@ -164,13 +164,14 @@ class Bench:
         return {"memory": memory, "shares": shares, "busy": busy, "tflops": tflops, "float16_slowdown": slowdown}
 
     def _shares(self) -> tuple[dict[str, float], float | None]:
-        """Shares of an update by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
+        """Shares of some updates by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
         cuda = self.device.type == "cuda"
-        pieces = list(next(self.updates))  # on the device already: data is timed by `round`
+        updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
         wait(self.device)
         started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
-            self.update(pieces, self.batch_size)
+            for pieces in updates:
+                self.update(pieces, self.batch_size)
             wait(self.device)
         wall, totals = time.perf_counter() - started, dict.fromkeys([*OPERATORS, "other"], 0.0)
         for event in profiler.key_averages():
@@ -192,8 +193,8 @@ def _random_batches(device: torch.device, image_size: int, batch_size: int) -> B
 
 def _convolution_seconds(dtype: torch.dtype) -> float:
     """Of a small convolution on the CPU, forward and backward."""
-    images, weight = (torch.randn(count, 64, side, side, dtype=dtype, requires_grad=True)
-                      for count, side in ((8, 28), (64, 3)))
+    images, weight = (torch.randn(count, side, side, 64, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
+                      for count, side in ((8, 28), (64, 3)))  # channels last, as in training
     return min(timed(lambda: nn.functional.conv2d(images, weight).sum().backward(), images.device))
 
 

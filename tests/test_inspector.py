@@ -267,7 +267,7 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
 
 @pytest.mark.parametrize("align, rows, lines", [
     ("<>", [["a", "bb"], ["ccc", "1"]], ["  a    bb", "  ccc   1"]),
-    ("<>", [["", "b"], ["a heading of its own"], ["c", "d"]], ["     b", "  a heading of its own", "  c  d"]),
+    ("<>", [["", "b"], ["a heading of its own"], ["c", "d"]], ["     b", "a heading of its own", "  c  d"]),
     ("<<", [["a", "b" * 90]], ["  a  " + "b" * 74 + "…"]),
 ])  # fmt: skip
 def test_tables_are_set_by_their_longest_cells(align, rows, lines):
