@@ -36,7 +36,7 @@ def inspect(
     model_factory: Callable[[], nn.Module], images: torch.Tensor, labels: torch.Tensor, precisions: list[Precision],
     *, out: Path, metrics: list[dict[str, Any]] | None = None, full: bool = False,
 ) -> str:
-    """All four sections as text of 80 columns; inspect.json and underflow.png go into the folder `out`.
+    """All four sections as text of 80 columns; inspect.json and pictures go into the folder `out`.
 
     `model_factory` makes the same model each time, on the device of `images` (N, 3, H, W) and `labels` (N).
     `metrics` are the lines of a run's metrics.jsonl. Raises UserError where `out` cannot be written.
@@ -51,6 +51,9 @@ def inspect(
     try:
         out.mkdir(parents=True, exist_ok=True)
         magnitude_picture(underflow["histogram"], out / "underflow.png")
+        memory_picture(ledger, out / "memory.png")
+        if scales:
+            diary_picture(metrics, out / "scaler.png")
         content = {"dtypes": dtypes, "casts": casts, "memory": ledger, "underflow": underflow, "scaler": metrics}
         with atomic_write(out / "inspect.json") as file:
             file.write((json.dumps(content, indent=1) + "\n").encode())
@@ -63,7 +66,7 @@ def inspect(
     for precision in precisions:
         lines += ["", *dtype_lines(precision, dtypes[precision.name], casts[precision.name], full=full)]
     lines += ["", *memory_lines(ledger), "", *underflow_lines(underflow, full=full), "", *diary_lines(metrics)]
-    return "\n".join([*lines, "", *paragraph(f"underflow.png and inspect.json are in {out}.")])
+    return "\n".join([*lines, "", *paragraph(f"Pictures and inspect.json are in {out}.")])
 
 
 # ------------------------------------------------------------------------------------- text of 80 columns
@@ -325,6 +328,28 @@ def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
+    """Stacked bars of what stays FP32 and what AMP changes."""
+    from report import STYLES, picture
+
+    parts = ("parameters", "gradients", "optimizer_state", "activations", "weight_copies")
+    with picture(path, 9, 1.9 + 0.7 * len(ledger)) as figure:
+        axes, ends = figure.add_subplot(), [0.0] * len(ledger)
+        for part, (color, _, _, hatch) in zip(parts, STYLES, strict=False):
+            sizes = [row[part] / 2**20 for row in ledger]
+            axes.barh(range(len(ledger)), sizes, left=ends, height=0.55, color=color, hatch=hatch, edgecolor="white",
+                      label=part.replace("_", " "))
+            ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+        for place, (end, row) in enumerate(zip(ends, ledger, strict=True)):
+            axes.text(end, place, f"  peak {row['peak'] / 2**20:,.0f} MB", va="center")
+        axes.set_yticks(range(len(ledger)), [row["precision"] for row in ledger])
+        axes.set(title="What one training update holds", xlim=(0, 1.2 * max(ends)),
+                 xlabel="MB (gradients come as activations go, so the peak is not the sum)")
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+
+
 # -------------------------------------------------------------------------------------- 3. underflow map
 def underflow_map(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, scaler_scale: float | None = None
@@ -493,3 +518,12 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
         lines += ["", *table(">><", [["update", "scale", "first gradient that was not finite"], *cells])]
         lines.append(f"  {len(skips)} skipped{' in all; the first 20 are shown' * (len(skips) > 20)}")
     return lines
+
+
+def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Loss scale as a line and skipped updates as bars over the epochs."""
+    from report import picture, scale_panel
+    from results import column
+
+    with picture(path, 9, 3.4) as figure:
+        scale_panel(figure.add_subplot(), metrics, column(metrics, "loss_scale"))

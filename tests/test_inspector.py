@@ -254,8 +254,9 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
     assert all(len(line) <= 80 for line in text.splitlines()), max(text.splitlines(), key=len)
     for title in ("1. What ran", "2. Memory", "3. Underflow", "4. Scaler"):
         assert title in text
-    assert {path.name for path in out.iterdir()} == {"inspect.json", "underflow.png"}
-    assert (out / "underflow.png").stat().st_size > 20_000
+    pictures = {"underflow.png", "memory.png", "scaler.png"}
+    assert {path.name for path in out.iterdir()} == {"inspect.json", *pictures}
+    assert all((out / name).stat().st_size > 20_000 for name in pictures)
     content = json.loads((out / "inspect.json").read_text())
     assert set(content["dtypes"]) == {"fp32", "amp-bf16"}
     assert content["underflow"]["scaler_scale"] == 0.5
