@@ -41,7 +41,6 @@ SMALL = 16 * 2**20  # bytes that are harmless at any ratio
 SPARE = 64 * 2**20  # bytes to leave free on the disk
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 BY_HAND = (f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
            "and run: python main.py prepare --archive FILE.zip")
@@ -95,20 +94,17 @@ def _explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
         if isinstance(error, (UserError, RunError)) or source is None and number is None:
             raise
         if number is None:
-            locked = "password" in str(error) or "encrypted" in str(error)
-            problem = f"{printable(source)} is protected by a password; unpack it by hand."
-            raise UserError(problem if locked else _damaged(source, error)) from None
+            problem = f"damaged or incomplete ({printable(error)}). Download it again."
+            if "password" in str(error) or "encrypted" in str(error):
+                problem = "protected by a password; unpack it by hand."
+            raise UserError(f"{printable(source)} is {problem}") from None
         if number in FULL:
             raise RunError(f"the disk that holds {printable(data_dir)} is full. Free some space there and run the "
                            "same command again.") from None
-        kind = UserError if number in FORBIDDEN else RunError
+        forbidden = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or number == errno.EROFS
         verb = "read" if source and error.filename == str(source) else "write"
-        raise kind(f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}. Change that, or choose "
-                   "another --data_dir, and run the same command again.") from None
-
-
-def _damaged(source: Path, reason: object) -> str:
-    return f"{printable(source)} is damaged or incomplete ({printable(reason)}). Download it again."
+        problem = f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}."
+        raise (UserError if forbidden else RunError)(f"{problem} Mend that, or choose another --data_dir.") from None
 
 
 def _refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
@@ -155,12 +151,10 @@ def _is_drawn(root: Path, manifest: dict[str, int]) -> bool:
     names, found = sorted(name for name in os.listdir(root) if name[0] != ".") if root.exists() else [], None
     with contextlib.suppress(OSError, ValueError):
         found = json.loads((root / "demo.json").read_text())
-    if found == manifest and {"seg_train", "seg_test"} <= set(names):
-        return True
-    if names:
+    if names and (found != manifest or not {"seg_train", "seg_test"} <= set(names)):
         held = f"demo scenes drawn with other settings ({found}; asked for: {manifest})" if found else names[:3]
         raise UserError(f"{printable(root)} is not empty: it holds {printable(held)}. Choose another --data_dir.")
-    return False
+    return bool(names)
 
 
 def _draw_all(jobs: list[tuple], workers: int) -> Iterator[int]:
@@ -249,7 +243,7 @@ def _unpack(members: Iterable[Member], source: Path, data_dir: Path, packed: int
             with open_member() as stream, target.open("wb") as file:
                 shutil.copyfileobj(stream, file)
             if target.stat().st_size != size:
-                raise UserError(_damaged(source, f"{name} has not the size it declares"))
+                raise ValueError(f"{name} has not the size it declares")
             bar.update(size)
 
 

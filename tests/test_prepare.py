@@ -361,7 +361,7 @@ def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
 
 def test_a_file_that_shrinks_while_it_is_copied(tmp_path):
     members = [(name, 10, True, lambda: io.BytesIO(b"short")) for name in LAYOUT]
-    with pytest.raises(UserError, match="has not the size"):
+    with pytest.raises(UserError, match="has not the size"), prepare._explained(tmp_path, tmp_path):
         prepare._unpack(members, tmp_path / "folder", tmp_path / "data", None)
     assert os.listdir(tmp_path / "data") == []
 
