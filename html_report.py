@@ -25,18 +25,21 @@ body{margin:0 auto;max-width:68rem;padding:1.5rem;background:var(--paper);color:
  font:1rem/1.5 system-ui,"Segoe UI","DejaVu Sans",sans-serif;overflow-wrap:anywhere}
 h2{margin-top:2.5rem;border-bottom:1px solid var(--line)}
 p{max-width:46rem}
-dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.75rem}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.75rem}
 dl div{border:1px solid var(--line);border-radius:.5rem;padding:.7rem .9rem}
 dd{margin:0;font-size:1.2rem;font-weight:600}
 dt,small,th{color:var(--soft);font-size:.85rem;font-weight:400}small{display:block}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .7rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th:first-child,td:first-child,.plain td{text-align:left}
+th,td{overflow-wrap:normal}.plain td{overflow-wrap:anywhere}
+th:first-child,td:first-child,td[colspan],.plain td{text-align:left}
 .wide td{white-space:nowrap;font-size:.8rem;padding:.1rem .5rem}
-img{display:block;max-width:100%;background:#fff;border:1px solid var(--line);border-radius:.5rem;margin:1rem 0}
+img{display:block;box-sizing:border-box;max-width:100%;margin:1rem 0;background:#fff;border:1px solid var(--line);
+ border-radius:.5rem}
 @media print{:root{--paper:#fff;--ink:#000;--soft:#444;--line:#bbb}body{max-width:none;padding:0;font-size:10pt}
- img,tr,dl div{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}img{max-height:22cm}
+ img,tr,dl div{break-inside:avoid}h2,h3{break-after:avoid}.scroll{overflow:visible}
+ img{max-height:13cm;width:auto!important}
  table{font-size:8.5pt}.wide td,.wide th{font-size:6pt;padding:.1rem .2rem}}
 """
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
@@ -51,9 +54,11 @@ def text(value: object) -> str:
 
 
 def table(header: list[str], rows: list[list[object]], kind: str = "") -> str:
-    head, *body = ("".join(f"<{tag}>{text(value)}</{tag}>" for value in row)
-                   for tag, row in (("th", header), *(("td", row) for row in rows)))
-    lines = "".join(f"<tr>{row}</tr>\n" for row in body)
+    """The last cell of a row that is shorter than the header spans the rest of it."""
+    head, lines = "".join(f"<th>{text(name)}</th>" for name in header), ""
+    for row in rows:
+        span = f' colspan="{len(header) - len(row) + 1}"' if len(row) < len(header) else ""
+        lines += f"<tr>{''.join(f'<td>{text(value)}</td>' for value in row[:-1])}<td{span}>{text(row[-1])}</td></tr>\n"
     return (f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
             f"<tbody>{lines}</tbody></table></div>\n")
 

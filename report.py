@@ -124,7 +124,7 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
 # ------------------------------------------------------------------------------ of several runs
 def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
     """Validation accuracy against wall-clock time, a curve per run, beside bars of training time and memory."""
-    rows = [(row, style) for row, style in zip(comparison["rows"], STYLES * 9, strict=False) if row["runs"]]
+    rows = list(zip([row for row in comparison["rows"] if row["runs"]], STYLES * 9, strict=False))
     metrics = {str(run["directory"]): run["metrics"] for run in runs}
     times = {name: column(lines, "elapsed") for name, lines in metrics.items()}
     with picture(path, 11.5, 4.4 + 0.5 * max(0, len(rows) - 3)) as figure:
@@ -181,7 +181,7 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
                       edgecolor="white", linewidth=0.3)
         upper.set(title="Reliability on the test images", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
         lower.set(xlabel="confidence (%)", ylabel="% of images")
-        upper.legend()
+        figure.legend(loc="outside lower left")
 
 
 # -------------------------------------------------------------------------------- of images

@@ -296,13 +296,14 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
-        ("Precision", f"{result.get('precision')} on {result.get('device_name') or result.get('device')}", ""),
+        ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
     ]  # fmt: skip
 
 
 def summary(result: dict[str, Any]) -> str:
     """The closing words of a run, at most 80 columns wide; above 30 classes only the weakest."""
-    lines = [fit(f"{name:<15}{value}" + f" ({remark})" * bool(remark), WIDTH) for name, value, remark in facts(result)]
+    lines = [fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
+             for name, value, remark in facts(result)]  # fmt: skip
     rows, most = list(result["per_class"].items()), 30
     shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1]["f1"])[:most]
     table = [[fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]

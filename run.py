@@ -201,7 +201,8 @@ def remove_results(run: RunDirectory) -> None:
     """Removes what an earlier run of this name wrote, the files first that make it look finished."""
     if run.writes:
         for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
-                     "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html"):
+                     "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "reliability.png",
+                     "report.html"):
             run.file(name).unlink(missing_ok=True)
         shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
 
