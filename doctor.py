@@ -159,7 +159,7 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
 
     try:
         slowest = max([turn["seconds"] for turn in ask_all("warm_up").values()], default=1.0)
-        for _ in range(ROUNDS if slowest < 6 else 1):
+        for _ in range(ROUNDS if slowest < 6 else 2):
             for name, turn in ask_all("round", updates=int(min(50, max(1, ROUND_SECONDS / slowest)))).items():
                 answers[name]["rounds"].append(turn)
         size = PRODUCT_SIZE["cpu" if request["device"] == "cpu" else "gpu"]
