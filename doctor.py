@@ -23,8 +23,8 @@ from dataset import Batches, Pixels, open_data_set
 from inspector import paragraph, table
 from model import build_model
 from precision import Precision, gives_nan_in_float16, sensible_precisions
-from probe import OPERATORS, PHASES, Probe, endless, kernel_bytes, wait
-from utils import RunError, device_name
+from probe import OPERATORS, PHASES, Probe, endless, wait
+from utils import RunError, device_name, linux_memory
 
 ROUNDS, ROUND_SECONDS = 5, 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
@@ -89,11 +89,11 @@ def machine(device: torch.device) -> dict[str, Any]:
     elif device.type == "cpu":
         found = _cpu({name for name, has in torch.cpu.get_capabilities().items() if has})
     else:
-        found = {"bfloat16": "unknown", "float16": "native"}
-    gigabytes = {name: kernel_bytes("/proc/meminfo", name) / 2**30 for name in ("MemTotal", "MemAvailable")}
+        found = {"bfloat16": "native", "float16": "native"}
+    memory, available = ((linux_memory("/proc/meminfo", name) or 0) / 2**30 for name in ("MemTotal", "MemAvailable"))
     return {
-        "device": str(device), "name": device_name(device), **found, "memory_gb": round(gigabytes["MemTotal"], 1),
-        "available_gb": round(gigabytes["MemAvailable"], 1), "torch_threads": torch.get_num_threads(),
+        "device": str(device), "name": device_name(device), **found, "memory_gb": round(memory, 1),
+        "available_gb": round(available, 1), "torch_threads": torch.get_num_threads(),
         "torch": str(torch.__version__), "torchvision": torchvision.__version__,
         "python": platform.python_version(), "system": platform.platform(),
     }  # fmt: skip
@@ -159,7 +159,7 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
 
     try:
         slowest = max([turn["seconds"] for turn in ask_all("warm_up").values()], default=1.0)
-        for _ in range(ROUNDS if slowest < 6 else 1):
+        for _ in range(ROUNDS if slowest < 6 else 2):
             for name, turn in ask_all("round", updates=int(min(50, max(1, ROUND_SECONDS / slowest)))).items():
                 answers[name]["rounds"].append(turn)
         size = PRODUCT_SIZE["cpu" if request["device"] == "cpu" else "gpu"]
@@ -243,9 +243,9 @@ def _hardware_reason(has: dict[str, Any]) -> str:
         return (f"{has['name']} (compute capability {has['compute_capability']}, float16 {has['float16']}) has " + (
             "Tensor Cores, which multiply 16-bit numbers several times as fast as FP32." if has["tensor_cores"] == "yes"
             else "no Tensor Cores: 16-bit products are no faster, though activations take half the memory."))
-    if has["bfloat16"] == "native":
-        return f"bfloat16 is multiplied by the processor itself{', in its AMX unit' * (has['matrix_unit'] == 'AMX')}."
-    return f"bfloat16 is {has['bfloat16']} here: imitated with FP32, so that only memory traffic shrinks."
+    if has["bfloat16"] == "emulated":
+        return "bfloat16 is imitated with FP32 on this processor, so that only memory traffic shrinks."
+    return f"bfloat16 is computed natively{', in the AMX matrix unit' * (has.get('matrix_unit') == 'AMX')}."
 
 
 def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str]:

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from precision import Precision, named_precision
-from probe import Update, kernel_bytes, timed
-from utils import UserError, atomic_write
+from probe import Update, timed
+from utils import UserError, atomic_write, linux_memory
 
 WIDTH = 80
 
@@ -293,7 +293,7 @@ def memory_ledger(
         outside = {"reserved": torch.cuda.memory_reserved(device), "driver": total - free}
     else:
         peak = fixed + peak_of_allocations(step)
-        outside = {"resident": kernel_bytes("/proc/self/status", "VmRSS")}
+        outside = {"resident": linux_memory("/proc/self/status", "VmRSS") or 0}
     workspace = max(0, peak - fixed - sizes["activations"] - sizes["weight_copies"])
     return {"precision": precision.name, **sizes, "workspace": workspace, "peak": peak, **outside}
 

@@ -85,15 +85,6 @@ def endless(batches: Batches) -> Iterator[Iterator]:
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
 
-def kernel_bytes(file: str, name: str) -> int:
-    """Bytes under `name` in /proc/meminfo or /proc/self/status; 0 where there is no such file."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return 0
-
-
 def kind_of(operator: str) -> str:
     """Which of OPERATORS an operator's name belongs to, or `other`."""
     return next((kind for kind, pattern in OPERATORS.items() if re.search(pattern, operator)), "other")
