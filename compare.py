@@ -60,7 +60,7 @@ def run_all(
     """
     planned = []
     for seed, name in itertools.product(seeds, precisions):
-        run = folder / (name if len(seeds) == 1 else f"{name}-seed{seed}")
+        run = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
         own = [*words, *FLAGS[name], f"--seed={seed}", f"--checkpoint_dir={folder}", f"--checkpoint_name={run.name}"]
         options = parse(own)
         state = "new" if overwrite else _state(run, options)
