@@ -31,7 +31,7 @@ TELLING = {
     "07_distributed_data_parallel": [r"\n +2 .*4096 skip.*nan +4096 skip", r"\n +3 .* 2048 .* 2048 ",
                                      r"\n +2 .*4096 +nan +nan +4096 skip"],
     "08_custom_autograd_function": [r"expected m1 and m2 to have the same dtype", r"naked +inf float16",
-                                    r"70244\.0 float32, gradient float16"],
+                                    r"7024\d\.\d float32, gradient float16"],
     "09_save_and_resume": [r"difference 0\.0\n", r"difference 0\.0[1-9]\d*\n", r"2097152, after: 1048576",
                            r"RuntimeError: The source state dict is empty"],
     "10_without_a_scaler": [r"float16, no scaler +100\.0%", r"float16 \+ scaler +0\.0%", r"exactly zero +100\.0%"],
