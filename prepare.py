@@ -153,7 +153,8 @@ def _is_drawn(root: Path, manifest: dict[str, int]) -> bool:
         found = json.loads((root / "demo.json").read_text())
     if names and (found != manifest or not {"seg_train", "seg_test"} <= set(names)):
         held = f"demo scenes drawn with other settings ({found}; asked for: {manifest})" if found else names[:3]
-        raise UserError(f"{printable(root)} is not empty: it holds {printable(held)}. Choose another --data_dir.")
+        raise UserError(f"{printable(root)} is not empty: it holds {printable(held)}. Choose another --data_dir, or "
+                        "remove that folder if you do not need it.")
     return bool(names)
 
 
