@@ -310,18 +310,22 @@ def _decode_into(
     """Decodes every path with threads into `array` (or nowhere); returns checksums and unreadable ones."""
     crc32, unreadable = np.zeros(len(paths), np.uint32), {}
 
-    def one(position: int) -> None:
-        image = try_decode(paths[position], size)
-        if isinstance(image, str):
-            unreadable[position] = image
-            return
-        crc32[position] = zlib.crc32(image)
-        if array is not None:
-            array[position] = image
+    def some(start: int) -> int:  # a task for each image costs a tenth of the speed
+        positions = range(start, min(start + 16, len(paths)))
+        for position in positions:
+            image = try_decode(paths[position], size)
+            if isinstance(image, str):
+                unreadable[position] = image
+                continue
+            crc32[position] = zlib.crc32(image)
+            if array is not None:
+                array[position] = image
+        return len(positions)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
-        for _ in ahead(pool, one, range(len(paths)), 64):  # no more: the pool finishes what it has after Ctrl-C
-            bar.update()
+    workers = max(1, workers)
+    with ThreadPoolExecutor(workers) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
+        for done in ahead(pool, some, range(0, len(paths), 16), 2 * workers):  # after Ctrl-C these few are finished
+            bar.update(done)
     return crc32, dict(sorted(unreadable.items()))
 
 
