@@ -87,8 +87,9 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
     started, said, clear = time.monotonic(), 0, "\r\x1b[K" if sys.stdout.isatty() else ""
     for status in _process([*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]):  # noqa: B007
         done = _epochs(run.folder, since) - before
-        if done > said and (not said or done - said >= run.epochs / 4):
-            seconds = (time.monotonic() - started) / done * (run.epochs - done + epochs_later)
+        left = run.epochs - done + epochs_later
+        if left and done > said and (not said or done - said >= run.epochs / 4):
+            seconds = (time.monotonic() - started) / done * left
             log(f"{clear}about {results.duration(seconds)} left for all runs")  # over the run's bar, which comes again
             said = done
     if status in (130, 143):
