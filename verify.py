@@ -47,7 +47,8 @@ def verify_resume(make_trainer: Callable[[str], Trainer]) -> list[str]:
     straight = _train(make_trainer("straight"), 5)
     if straight.device.type == "cuda" and _differences(straight, _train(make_trainer("again"), 5)):
         raise RunError("two trainings that were not stopped differ on this device, so a resumed one cannot be judged.")
-    _train(make_trainer("stopped"), 4)
+    if not _train(make_trainer("stopped"), 4).progress.update:
+        raise RunError("the training was not stopped within an epoch, so nothing is proved.")
     resumed = make_trainer("stopped")
     resumed.load_state(load_checkpoint(resumed.run.file("last.pt")))
     different = _differences(straight, _train(resumed, 5))
