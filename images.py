@@ -280,8 +280,7 @@ def _build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed
             with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
                 notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
         if isinstance(array, np.memmap):
-            array.flush()
-            with suppress(OSError):
+            with suppress(OSError):  # not waiting for the disk: what a power cut loses fails its checksum
                 os.replace(temporary, file)
     finally:
         remove(temporary)
