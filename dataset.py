@@ -52,7 +52,7 @@ def find_image_set(data_dir: str | Path) -> ImageSet:
     """
     root = Path(data_dir)
     if (root / ".partial").exists():
-        raise UserError(f"{root} holds a partly extracted archive. Run the same `prepare --archive` again.")
+        raise UserError(f"{root} holds half of a data set, whose `prepare` was stopped. Run it again.")
     train, test = _first_folder(root, _TRAIN_FOLDERS), _first_folder(root, _TEST_FOLDERS)
     validation = _first_folder(root, _VALIDATION_FOLDERS)
     if test is None:

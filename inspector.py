@@ -521,9 +521,19 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Loss scale as a line and skipped updates as bars over the epochs."""
-    from report import picture, scale_panel
-    from results import column
+    """The loss scale over the updates, as each skip and each epoch's end tell it, and the updates skipped."""
+    from report import BLUE, VERMILION, picture
 
-    with picture(path, 9, 3.4) as figure:
-        scale_panel(figure.add_subplot(), metrics, column(metrics, "loss_scale"))
+    skips = [(skip["update"], skip["scale"]) for line in metrics for skip in line.get("skips") or []]
+    ends = [(line["updates"], line["loss_scale"]) for line in metrics if line.get("updates") and line.get("loss_scale")]
+    with picture(path, 9, 3.6) as figure:
+        axes = figure.add_subplot()
+        for points, look in ((sorted(skips + ends), "-"), (skips, "v")):
+            axes.plot([update for update, _ in points], [scale for _, scale in points], look, drawstyle="steps-pre",
+                      color=BLUE if look == "-" else VERMILION, label=None if look == "-" else "skipped")
+        axes.set_xscale("log")  # the search happens in the first updates
+        axes.set_yscale("log", base=2)
+        axes.set(xlabel="update", ylabel="loss scale", title=f"Loss scale, and the {len(skips)} updates skipped")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.legend()

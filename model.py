@@ -7,6 +7,7 @@ do not fit. Knows nothing of data, precision or training.
 from __future__ import annotations
 
 import pickle
+import sys
 import urllib.error
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+import utils
 from utils import UserError, printable
 
 # These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
@@ -109,7 +111,8 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
 def _imagenet_state_dict(key: str) -> dict[str, torch.Tensor]:
     weights = models.get_model_weights(key).DEFAULT
     try:
-        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        shown = sys.stderr.isatty() and not utils.quiet
+        return weights.get_state_dict(progress=shown, check_hash=True, weights_only=True)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(

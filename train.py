@@ -396,6 +396,7 @@ class Trainer:
         sums = at.sums
         return {
             "epoch": at.epoch + 1,
+            "updates": (at.epoch + 1) * self._per_epoch,
             "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
             "train_acc": 100 * sums["correct"] / sums["images"],
             "val_loss": found.loss,

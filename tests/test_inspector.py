@@ -221,12 +221,12 @@ def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
 
 
 METRICS = [
-    {"epoch": 1, "loss_scale": 16384.0, "skipped_updates": 2, "skips": [
+    {"epoch": 1, "updates": 10, "loss_scale": 16384.0, "skipped_updates": 2, "skips": [
         {"update": 1, "parameter": "conv1.weight", "scale": 65536.0},
         {"update": 2, "parameter": "fc.weight", "scale": 32768.0}]},
-    {"epoch": 2, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
-    {"epoch": 3, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
-    {"epoch": 4, "loss_scale": 0.5, "skipped_updates": 1, "skips": [
+    {"epoch": 2, "updates": 20, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
+    {"epoch": 3, "updates": 30, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
+    {"epoch": 4, "updates": 40, "loss_scale": 0.5, "skipped_updates": 1, "skips": [
         {"update": 37, "parameter": "bn1.bias", "scale": 1.0}]},
 ]  # fmt: skip
 

@@ -20,6 +20,7 @@ from PIL import Image
 
 import compare
 import html_report
+import option
 import prepare
 import report
 from model import load_file
@@ -31,8 +32,9 @@ FILES = {
     "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html",
 }
 METRICS = {
-    "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "learning_rate", "loss_scale", "skipped_updates",
-    "images_per_second", "data_wait_share", "seconds", "peak_memory_mb", "grad_norm", "elapsed", "skips",
+    "epoch", "updates", "train_loss", "train_acc", "val_loss", "val_acc", "learning_rate", "loss_scale",
+    "skipped_updates", "images_per_second", "data_wait_share", "seconds", "peak_memory_mb", "grad_norm", "elapsed",
+    "skips",
 }
 RESULT = {
     "test_acc", "test_loss", "best_epoch", "best_val_acc", "total_seconds", "images_per_second", "peak_memory_mb",
@@ -85,6 +87,7 @@ def test_a_run_writes_what_the_contract_says(trained, name):
     assert set(result) == RESULT
     assert all(set(line) == METRICS for line in lines)
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["updates"] for line in lines] == [lines[0]["updates"] * line["epoch"] for line in lines]
     assert result["precision"] == name and result["device"] == "cpu" and result["classes"] == CLASSES
     assert result["memory_kind"] == "process resident peak" and result["peak_memory_mb"] > 50
     assert 0 < result["train_seconds"] <= result["total_seconds"]
@@ -446,16 +449,19 @@ def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_pa
 def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, monkeypatch):
     def process(given):
         folder = tmp_path / "timed" / given[-2].removeprefix("--checkpoint_name=")
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for epoch in (1, 2):
             (folder / "metrics.jsonl").write_text('{"epoch": 1}\n' * epoch)
             yield 0
-        config = {"precision": "fp32", "options": {"seed": folder.name[-2:]}}
+        config = {"precision": "fp32", "options": {"seed": option.parse(given).seed}}
         (folder / "config.json").write_text(json.dumps(config))
         yield 1
 
     monkeypatch.setattr(compare, "_process", process)
-    status, out, err = run(["compare", *words(scenes_folder, tmp_path, "timed"), "--precisions=fp32", "--seeds=2"])
+    command = ["compare", *words(scenes_folder, tmp_path, "timed"), "--precisions=fp32"]
+    run(command)
+    status, out, err = run([*command, "--seeds=2"])
+    assert {path.name for path in (tmp_path / "timed").iterdir() if path.is_dir()} == {"fp32", "fp32-seed43"}
     assert out.count(" left for all runs") == 3  # after each epoch of these short runs but the very last
     assert status == 1 and "no run of the comparison finished" in err and "(seed 43): failed: exit status 1" in out
 
