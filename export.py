@@ -32,7 +32,7 @@ class FromPixels(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.permute(0, 3, 1, 2).float()
-        pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False)
+        pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True)  # as images are read here
         return self.model((pixels - self.mean) / self.std).softmax(1)
 
 

@@ -31,7 +31,7 @@ MAY = {
     "html_report": {"report", "results", "utils"},
     "compare": {"html_report", "precision", "report", "results", "run", "utils"},
     "export": {"dataset", "utils"},
-    "inspector": {"precision", "probe", "report", "results", "utils"},  # report and results for the pictures alone
+    "inspector": {"precision", "probe", "report", "utils"},  # report for the pictures alone
     "probe": {"dataset", "images", "model", "precision", "train", "utils"},
     "doctor": {"dataset", "inspector", "model", "precision", "probe", "utils"},
     "utils": set(),
