@@ -351,11 +351,12 @@ def test_export_agrees_with_onnx_runtime(trained, scenes_folder, tmp_path, run):
         pixels = (torch.from_numpy(array.copy()).permute(0, 3, 1, 2) / 255 - mean) / std
         expected = network.eval()(pixels).softmax(1)
     np.testing.assert_allclose(session.run(None, {"images": array})[0], expected, atol=1e-3)
-    photo = next(scenes_folder.rglob("*.jpg"))  # larger than what the network takes: reduced as `predict` reduces it
+    photo = tmp_path / "noise.png"  # larger than what the network takes: reduced as `predict` reduces it
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (150, 150, 3), np.uint8)).save(photo)
     run(["predict", str(photo), f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32", f"--json={tmp_path}/p"])
     predicted = [*json.loads((tmp_path / "p").read_text())[0]["probabilities"].values()]
     found = session.run(None, {"images": np.asarray(Image.open(photo))[None]})[0][0]
-    np.testing.assert_allclose(found, predicted, atol=0.01)
+    np.testing.assert_allclose(found, predicted, atol=0.003)
 
 
 # ------------------------------------------------------------------------------------- compare
