@@ -197,6 +197,14 @@ def test_what_is_no_image_is_a_reason_in_words(tmp_path):
         assert isinstance(try_decode(tmp_path / name, None), str), name
 
 
+@pytest.mark.parametrize("limit, larger, kept", [(33, False, 33), (33, True, 49), (200, False, 150)])
+def test_images_are_kept_no_larger_than_needed(scenes_folder, limit, larger, kept):
+    data = opened(scenes_folder, limit, keep_larger=larger)
+    assert data.train.store.array.shape[1:] == (kept, kept, 3)
+    first = Image.open(data.train.paths[0]).resize((kept, kept), Image.Resampling.BILINEAR)
+    assert np.array_equal(data.train.store.array[data.train.positions[0]], first)
+
+
 # ------------------------------------------------------------------------- pixels and flips
 def torchvisions(paths, side, *, normalize=True):
     steps = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]

@@ -678,7 +678,7 @@ def test_nan_in_a_checkpoint(data, tmp_path, said):
     next(iter(content["model"].values())).fill_(float("nan"))
     torch.save(content, file)
     said()
-    assert tiny.train(data, tmp_path, "--resume") in (1, 2)
+    assert tiny.train(data, tmp_path, "--resume") == 2
     assert "finite" in said()
 
 

@@ -1,0 +1,86 @@
+"""What each device is given for the precision asked, with reasons; cards are impersonated, none is needed.
+
+Run it alone: pytest tests/test_precision.py
+"""
+
+import pytest
+import torch
+
+import precision
+from option import PRECISIONS
+from precision import choose_precision, gives_nan_in_float16, named_precision, sensible_precisions
+from utils import UserError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Makes CUDA answer as a card of that name and compute capability would; float32's mode is put back."""
+    def be(name, capability):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
+
+    yield be
+    precision._set_float32_mode(False)
+
+
+def modes():
+    return {part.fp32_precision for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)}
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_a_precision_is_its_dtype_its_autocast_and_its_scaler(name, card):
+    card("NVIDIA H100", (9, 0))
+    found = named_precision(name, CUDA if name == "tf32" else CPU)
+    expected = {"amp-fp16": torch.float16, "amp-bf16": torch.bfloat16}.get(name, torch.float32)
+    assert (found.name, found.dtype, found.label) == (name, expected, PRECISIONS[name]) and found.reason
+    if found.device == CPU:
+        with found.autocast():
+            assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype is expected
+        assert found.grad_scaler().is_enabled() == (name == "amp-fp16")
+
+
+def test_fp32_is_told_not_to_be_tf32_and_tf32_to_be(card):
+    card("NVIDIA A100", (8, 0))
+    choose_precision(CUDA, tf32=True)
+    assert modes() == {"tf32"} and torch.backends.cudnn.allow_tf32
+    choose_precision(CUDA)
+    assert modes() == {"ieee"} and not torch.backends.cudnn.allow_tf32
+    choose_precision(CUDA, amp=True)
+    assert modes() == {"ieee"}, "what autocast leaves in float32 is true float32"
+
+
+@pytest.mark.parametrize("name, capability, auto, sensible", [
+    ("NVIDIA H100", (9, 0), "amp-fp16", list(PRECISIONS)),
+    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), "amp-fp16", ["fp32", "amp-fp16"]),
+    ("NVIDIA GeForce GTX 1080 Ti", (6, 1), "amp-fp16", ["fp32", "amp-fp16"]),
+])  # fmt: skip
+def test_cards_get_float16_and_what_they_can_do(card, name, capability, auto, sensible):
+    card(name, capability)
+    assert choose_precision(CUDA, amp=True).name == auto and sensible_precisions(CUDA) == sensible
+
+
+def test_without_a_card_auto_is_bfloat16():
+    assert choose_precision(CPU, amp=True).name == "amp-bf16" and sensible_precisions(CPU) == ["fp32", "amp-bf16"]
+
+
+@pytest.mark.parametrize("name, capability, asked, named", [
+    ("NVIDIA GeForce GTX 1660", (7, 5), {"amp": True}, "GTX 16"),
+    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"amp": True, "amp_dtype": "bfloat16"}, "float16"),
+    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"tf32": True}, "Ampere"),
+])  # fmt: skip
+def test_what_a_card_cannot_do_is_refused_with_its_name(card, name, capability, asked, named):
+    card(name, capability)
+    with pytest.raises(UserError, match=named) as error:
+        choose_precision(CUDA, **asked)
+    assert name in str(error.value)
+
+
+def test_tf32_needs_cuda_and_a_faulty_card_may_be_insisted_on(card):
+    with pytest.raises(UserError, match="--device cuda"):
+        choose_precision(CPU, tf32=True)
+    card("NVIDIA GeForce GTX 1650", (7, 5))
+    assert gives_nan_in_float16(CUDA) and not gives_nan_in_float16(CPU)
+    assert choose_precision(CUDA, amp=True, amp_dtype="float16").name == "amp-fp16"
