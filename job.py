@@ -14,7 +14,7 @@ import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from utils import Ranks
+from utils import Ranks, wrapped
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -82,7 +82,7 @@ def leave(ranks: Ranks) -> None:
 def say_once(message: str) -> None:
     """Prints to stderr; in a job of several only the first process to fail does, so that its reason stands alone."""
     if Ranks.from_environment().size == 1 or _is_first_to_fail():
-        print(message, file=sys.stderr, flush=True)
+        print(wrapped(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _is_first_to_fail() -> bool:

@@ -103,7 +103,7 @@ def log(text: str) -> None:
     from tqdm import tqdm
 
     if Ranks.from_environment().is_first and (not utils.quiet or text.startswith("warning")):
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(utils.wrapped(text, sys.stdout), file=sys.stdout)
 
 
 def _setup(options: Namespace, ranks: Ranks) -> Any:

@@ -235,7 +235,8 @@ class Trainer:
         at, batches = self.progress, self.batches
         watch, batches.seconds_waited = Stopwatch(at.epoch_seconds), at.epoch_waited
         bar = progress(total=len(batches.subset), initial=min(at.update * batches.batch_size, len(batches.subset)),
-                       desc=f"epoch {at.epoch + 1}/{self.epochs}", unit="image")
+                       desc=f"epoch {at.epoch + 1}/{self.epochs}", unit="image",
+                       bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}{postfix}")
         with bar:
             for pieces in batches.epoch(at.epoch, at.update):
                 count = self._images_in(at.update)

@@ -10,8 +10,10 @@ import contextlib
 import ctypes
 import os
 import platform
+import shutil
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -304,6 +306,15 @@ def printable(text: object) -> str:
     """`text` on one line whatever a file name holds: control characters and stray bytes are escaped."""
     escaped = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def wrapped(text: str, stream: IO) -> str:
+    """`text` with its lines broken between words where they end up on a terminal that is narrower."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                     if len(line) > width else line for line in text.split("\n"))
 
 
 quiet = False  # with --quiet there are no bars

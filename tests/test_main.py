@@ -5,6 +5,7 @@ Run it alone: pytest tests/test_main.py
 """
 
 import csv
+import io
 import json
 import math
 import subprocess
@@ -23,6 +24,7 @@ import html_report
 import option
 import prepare
 import report
+import utils
 from model import load_file
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
@@ -620,3 +622,18 @@ def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
     monkeypatch.setattr(utils, "quiet", False)
     monkeypatch.setenv("RANK", "1")
     assert progress(total=1).disable
+
+
+# ---------------------------------------------------------------------------------- the terminal
+def test_long_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = staticmethod(lambda: True)
+
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/without/any/space/in/it/that/is/longer/than/forty/columns.pt"
+    text = f"a short  line\nwords, many of them, and then the file {path} cannot be read"
+    lines = utils.wrapped(text, Terminal()).split("\n")
+    assert lines[0] == "a short  line" and f"  {path}" in lines
+    assert all(len(line) <= 40 for line in lines if path not in line)
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert utils.wrapped(text, io.StringIO()) == text
