@@ -1,0 +1,26 @@
+"""Draws assets/demo_scenes.png: the first ten test scenes of each class of the demo data.
+
+    python docs/demo_scenes.py
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scenes import CLASSES, draw_scene  # noqa: E402
+
+SIDE, STEP, LEFT, COUNT = 100, 103, 90, 10  # pixels of a scene, from one to the next, for the names; scenes in a row
+
+sheet = Image.new("RGB", (LEFT + COUNT * STEP, len(CLASSES) * STEP), "white")
+pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+for label, name in enumerate(CLASSES):
+    pen.text((LEFT - 10, label * STEP + SIDE / 2), name, "#222222", font, anchor="rm")
+    for index in range(COUNT):
+        scene = draw_scene(name, np.random.default_rng([0, 1, label, index]))  # seed, test, class, as prepare.py has it
+        sheet.paste(scene.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (LEFT + index * STEP, label * STEP))
+sheet.quantize(256).save(ROOT / "assets" / "demo_scenes.png", optimize=True)
