@@ -17,10 +17,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from model import load_file
 from utils import RunError, UserError, atomic_write, lock, printable, remove
@@ -86,7 +88,8 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         if self.writes:
-            write_bytes(self.file(name), text.encode("utf-8", "surrogateescape"))
+            content = text.encode("utf-8", "surrogateescape")
+            _write(self.file(name), len(content), lambda file: file.write(content))
 
     def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
         table = io.StringIO()
@@ -127,9 +130,8 @@ class RunDirectory:
 
 def _write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
     for path, content in files.items():
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_bytes(path, buffer.getbuffer())
+        size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
+        _write(path, size, partial(torch.save, content))
 
 
 def _snapshot(value: Any) -> Any:
@@ -147,14 +149,21 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Replaces a file whole. Raises RunError where the disk is full or the folder is gone."""
+def _write(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Replaces a file whole by what `fill` writes, about `size` bytes.
+
+    Raises RunError where the disk is full or the folder is gone.
+    """
     try:
         with atomic_write(path) as file:
-            file.write(content)
-    except OSError as error:
+            fill(file)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error.__context__, OSError):  # torch.save raises an error of its own over the file's
+            error = error.__context__
+        if not isinstance(error, OSError):
+            raise
         advice = (
-            f"free at least {len(content) / 2**20:,.0f} MB there" if error.errno in FULL
+            f"free at least {size / 2**20:,.0f} MB there" if error.errno in FULL
             else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
         )
         raise RunError(
