@@ -492,7 +492,7 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
 def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
     """A run's loss scale and skipped updates; quiet epochs of the same scale share a line.
 
-    `metrics` are the lines of metrics.jsonl: epoch, loss_scale, skipped_updates, and `skips`, a list of
+    `metrics` are the lines of metrics.jsonl: epoch, updates, loss_scale, skipped_updates, and `skips`, a list of
     {"update": 1-based over the run, "parameter": first one whose gradient was not finite, "scale"}.
     """
     if not metrics:
@@ -521,16 +521,16 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
-    """The loss scale over the updates, as each skip and each epoch's end tell it, and the updates skipped."""
+    """The loss scale of each update, as the skips and the ends of epochs tell it, and the updates skipped."""
     from report import BLUE, VERMILION, picture
 
-    skips = [(skip["update"], skip["scale"]) for line in metrics for skip in line.get("skips") or []]
-    ends = [(line["updates"], line["loss_scale"]) for line in metrics if line.get("updates") and line.get("loss_scale")]
+    skips = {skip["update"]: skip["scale"] for line in metrics for skip in line.get("skips") or []}
+    scales = skips | {line["updates"] + 1: line["loss_scale"]  # an epoch's line says what the next update begins with
+                      for line in metrics if line.get("updates") and line.get("loss_scale")}
     with picture(path, 9, 3.6) as figure:
         axes = figure.add_subplot()
-        for points, look in ((sorted(skips + ends), "-"), (skips, "v")):
-            axes.plot([update for update, _ in points], [scale for _, scale in points], look, drawstyle="steps-pre",
-                      color=BLUE if look == "-" else VERMILION, label=None if look == "-" else "skipped")
+        axes.step(sorted(scales), [scales[update] for update in sorted(scales)], color=BLUE)
+        axes.plot(list(skips), list(skips.values()), "v", color=VERMILION, label="skipped")
         axes.set_xscale("log")  # the search happens in the first updates
         axes.set_yscale("log", base=2)
         axes.set(xlabel="update", ylabel="loss scale", title=f"Loss scale, and the {len(skips)} updates skipped")

@@ -7,7 +7,6 @@ do not fit. Knows nothing of data, precision or training.
 from __future__ import annotations
 
 import pickle
-import sys
 import urllib.error
 import warnings
 from pathlib import Path
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-import utils
-from utils import UserError, printable
+from utils import UserError, printable, shows_bars
 
 # These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
 _AUXILIARY = {
@@ -111,8 +109,7 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
 def _imagenet_state_dict(key: str) -> dict[str, torch.Tensor]:
     weights = models.get_model_weights(key).DEFAULT
     try:
-        shown = sys.stderr.isatty() and not utils.quiet
-        return weights.get_state_dict(progress=shown, check_hash=True, weights_only=True)
+        return weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(

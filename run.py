@@ -158,16 +158,16 @@ def _write(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
         with atomic_write(path) as file:
             fill(file)
     except (OSError, RuntimeError) as error:
-        if isinstance(error.__context__, OSError):  # torch.save raises an error of its own over the file's
-            error = error.__context__
-        if not isinstance(error, OSError):
+        # torch.save raises an error of its own over the file's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
             raise
         advice = (
-            f"free at least {size / 2**20:,.0f} MB there" if error.errno in FULL
+            f"free at least {size / 2**20:,.0f} MB there" if cause.errno in FULL
             else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
         )
         raise RunError(
-            f"{printable(path)} could not be written ({error.strerror}). What was saved before is intact: "
+            f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "
             f"{advice}, then go on with --resume."
         ) from None
 

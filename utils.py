@@ -320,9 +320,13 @@ def wrapped(text: str, stream: IO) -> str:
 quiet = False  # with --quiet there are no bars
 
 
+def shows_bars() -> bool:
+    """Whether this process draws bars: not with --quiet, off a terminal, or on a rank but the first."""
+    return sys.stderr.isatty() and Ranks.from_environment().is_first and not quiet
+
+
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr, without colours; silent with --quiet, off a terminal and on all ranks but the first."""
+    """A tqdm bar on stderr, without colours, where `shows_bars`."""
     from tqdm import tqdm
 
-    shown = sys.stderr.isatty() and Ranks.from_environment().is_first and not quiet
-    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, disable=not shown, **options)
+    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, disable=not shows_bars(), **options)

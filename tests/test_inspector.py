@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from torch import nn
 
 import inspector
@@ -240,6 +241,18 @@ def test_diary_tells_scales_skips_and_parameters():
     assert "  3 skipped" in lines
     for words in (("1 (epoch 1)", "65,536", "conv1.weight"), ("37 (epoch 4)", "bn1.bias")):
         assert any(all(word in line for word in words) for line in lines), words
+
+
+def test_diary_is_drawn_update_by_update(tmp_path, monkeypatch):
+    def step(_axes, updates, scales, **_look):
+        drawn.extend(zip(updates, scales, strict=True))
+
+    drawn = []
+    monkeypatch.setattr(Axes, "step", step)
+    skip_at_an_end = {"update": 30, "parameter": "fc.weight", "scale": 16384.0}
+    third = METRICS[2] | {"loss_scale": 8192.0, "skips": [skip_at_an_end]}
+    inspector.diary_picture([*METRICS[:2], third], tmp_path / "scaler.png")
+    assert drawn == [(1, 65536), (2, 32768), (11, 16384), (21, 16384), (30, 16384), (31, 8192)]
 
 
 def test_diary_of_a_run_without_a_scaler():

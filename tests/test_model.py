@@ -104,6 +104,19 @@ def test_imagenet_weights_fill_all_but_the_head(imagenet, monkeypatch, name, opt
     assert model(torch.zeros(2, 3, 33, 33)).shape == (2, 6)
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_download_has_a_bar_where_other_bars_are_shown(monkeypatch, shown):
+    def get_state_dict(_weights, *, progress, **_options):
+        asked.append(progress)
+        return models.squeezenet1_1().state_dict()
+
+    asked = []
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", get_state_dict)
+    monkeypatch.setattr("model.shows_bars", lambda: shown)
+    build_model("squeezenet1_1", 6)
+    assert asked == [shown]
+
+
 def test_a_thousand_classes_keep_the_imagenet_head(imagenet):
     state = imagenet("squeezenet1_1")
     found = build_model("squeezenet1_1", 1000).state_dict()
