@@ -90,8 +90,8 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
         left = run.epochs - done + epochs_later
         if left and done > said and (not said or done - said >= run.epochs / 4):
             seconds = (time.monotonic() - started) / done * left
-            # written over the run's bar, which comes again
-            log(f"{clear}about {results.duration(seconds)} left for all runs, at the speed of this one")
+            print(clear, end="")  # the run's bar, which comes again
+            log(f"about {results.duration(seconds)} left for all runs, at the speed of this one")
             said = done
     if status in (130, 143):
         raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command goes on from there.")
