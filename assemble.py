@@ -20,8 +20,8 @@ import torchvision
 from torch import nn
 
 import option
-from dataset import Augmentation, Batches, DataSet, Pixels, Subset, open_data_set
-from model import avoid_in_place, build_model, check_input_size, head_name, load_weights
+from dataset import Batches, DataSet, Pixels, Subset, open_data_set
+from model import avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
 from precision import Precision, choose_precision
 from run import RunDirectory, load_checkpoint
 from train import Trainer, make_optimizer, make_scheduler
@@ -35,7 +35,8 @@ class Setup:
 
     def __init__(self, options: Namespace, ranks: Ranks, log: Log):
         self.options, self.ranks, self.log = options, ranks, log
-        torch.backends.cudnn.benchmark = True  # the shapes of full batches never change
+        # The shapes of full batches never change; a single pass would not pay for the search.
+        torch.backends.cudnn.benchmark = options.command not in ("evaluate", "predict")
 
     @cached_property
     def device(self) -> torch.device:
@@ -54,11 +55,14 @@ class Setup:
         """The run's folder; a run without a name is called after its model and precision."""
         options = self.options
         if not options.checkpoint_name:
-            options.checkpoint_name = f"{options.model.lower()}_{self.precision.name}"
+            options.checkpoint_name = f"{known_model(options.model)}_{self.precision.name}"
         return RunDirectory(Path(options.checkpoint_dir) / options.checkpoint_name, writes=self.ranks.is_first)
 
-    def data(self, *, test_only: bool = False) -> DataSet:
-        """The data set, decoded; the demo's scenes are drawn first where they are missing."""
+    def data(self, *, test_only: bool = False, classes: list[str] | None = None) -> DataSet:
+        """The data set, decoded; the demo's scenes are drawn first where they are missing.
+
+        Raises UserError where it holds others than `classes`, those of a checkpoint.
+        """
         options = self.options
         if options.demo:
             from prepare import draw_demo
@@ -75,6 +79,8 @@ class Setup:
             raise UserError(
                 f"--num_classes {options.num_classes}: {options.data_dir} holds {len(data.classes)} class folders."
             )
+        if classes not in (None, data.classes):
+            raise UserError(f"{options.data_dir} holds the classes {data.classes}, the checkpoint {classes}.")
         return data
 
     @property
@@ -83,11 +89,9 @@ class Setup:
         return Pixels(self.device, options.image_size, options.normalize, options.channels_last)
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False) -> Batches:
-        options, extra = self.options, {}
-        if train:
-            augmentation = Augmentation(options.augment, options.mixup, options.cutmix)
-            extra = {"seed": options.seed, "accumulate": options.accumulate, "augmentation": augmentation}
-        return Batches(subset, self.pixels, options.batch_size, len(data.classes), ranks=self.ranks, **extra)
+        own = ("seed", "accumulate", "augment", "mixup", "cutmix") if train else ()
+        return Batches(subset, self.pixels, self.options.batch_size, len(data.classes), ranks=self.ranks,
+                       **{name: getattr(self.options, name) for name in own})
 
     def network(self, class_count: int) -> nn.Module:
         """The model to train, on the device, with the weights it starts from."""

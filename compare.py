@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from typing import Any
 import html_report
 import report
 import results
+from dataset import find_image_set
+from option import read_config
 from precision import named_precision
 from run import HARMLESS
-from utils import RunError, Stopped, UserError, choose_device, printable
+from utils import RunError, Stopped, UserError, choose_device, printable, remove, write_text
 
 FLAGS = {
     "fp32": ["--no-amp", "--no-tf32"],
@@ -56,9 +59,10 @@ def run_all(
 
     `words` are the training options that all runs share, `parse` turns a command line into its options. A run
     that fails is recorded and leaves the others standing. Raises UserError, before anything is trained, where a
-    folder holds a run with other options, and Stopped when a signal ended one.
+    folder holds a run with other options or there are no images, Stopped when a signal ended a run, and at the end
+    RunError where one that was to be replaced still stands.
     """
-    planned = []
+    planned, kept = [], []
     for seed, name in itertools.product(seeds, precisions):
         run = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
         own = [*words, *FLAGS[name], f"--seed={seed}", f"--checkpoint_dir={folder}", f"--checkpoint_name={run.name}"]
@@ -66,20 +70,27 @@ def run_all(
         state = "new" if overwrite else _state(run, options)
         done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
         planned.append(Planned(run, name, own, options["device"], state, options["epochs"] - done))
+    if any(run.state != "finished" for run in planned):
+        find_image_set(options["data_dir"])  # what is wrong with the folder need not be found out by each run
     for number, run in enumerate(planned, 1):
         log(f"\nrun {number} of {len(planned)}: {run.folder.name}" + ", already finished" * (run.state == "finished"))
         if run.state != "finished":
+            remove(run.folder / "failure.json")  # an earlier attempt's
             reason = _train(run, sum(later.epochs for later in planned[number:]), log)
-            if reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
+            if reason and (run.folder / "result.json").exists():  # it failed before anything was replaced
+                kept.append(f"{run.folder.name} ({reason})")
+            elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
                 run.folder.mkdir(parents=True, exist_ok=True)
                 failure = {"precision": run.precision, "reason": reason}
-                results.write_atomically(run.folder / "failure.json", json.dumps(failure))
+                write_text(run.folder / "failure.json", json.dumps(failure))
+    if kept:
+        raise RunError(f"not replaced, so that an earlier comparison's runs stand there: {', '.join(kept)}.")
 
 
 def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str | None:
     """Runs one training in a process and says now and then how long all will take; the reason where it failed."""
     try:
-        named_precision(run.precision, choose_device(run.device))
+        named_precision(run.precision, choose_device(run.device, use=False))
     except UserError as error:
         log(str(error))
         return str(error).splitlines()[0]
@@ -94,15 +105,16 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
             log(f"about {results.duration(seconds)} left for all runs, at the speed of this one")
             said = done
     if status in (130, 143):
-        raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command goes on from there.")
-    return f"ended by {signal.Signals(status - 128).name}" if status > 128 else status and f"exit status {status}"
+        raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command, without --overwrite, "
+                      "goes on from there.")
+    return f"ended by signal {status - 128}" if status > 128 else status and f"exit status {status}"
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:
     """`new`, `begun` or `finished`. Raises UserError where the folder holds a run with other options."""
     if not (run / "config.json").exists():
         return "new"
-    stored = results.read_json(run / "config.json").get("options", {})
+    stored = read_config(run / "config.json")["options"]
     changed = [f"  --{name}: {printable(stored[name])}, now {printable(options[name])}"
                for name in sorted(stored.keys() & options.keys() - SAME_RUN) if stored[name] != options[name]]
     if changed:
@@ -127,7 +139,9 @@ def _process(words: list[str]) -> Iterator[int]:
     command = [sys.executable, str(Path(__file__).with_name("main.py")), "train", *words]
     child = subprocess.Popen(command, start_new_session=True)
     numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda number, _frame: child.send_signal(number)) for number in numbers]
+    # On Windows the console has sent it to the child, too.
+    hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
+    previous = [signal.signal(number, hand_on) for number in numbers]
     try:
         while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -155,8 +169,8 @@ def report_runs(directories: list[Path], folder: Path) -> None:
         raise UserError(f"{printable(folder)} holds no run. Run compare first, or name folders with --runs.")
     folder.mkdir(parents=True, exist_ok=True)
     comparison = results.compare_runs(runs, MAY_DIFFER)
-    results.write_atomically(folder / "performance_table.md", results.performance_table(comparison))
-    results.write_atomically(folder / "comparison.json", json.dumps(comparison, indent=1))
+    write_text(folder / "performance_table.md", results.performance_table(comparison))
+    write_text(folder / "comparison.json", json.dumps(comparison, indent=1))
     print("\n" + results.terminal_table(comparison))
     finished = [run for run in runs if run["result"]]
     if not finished:

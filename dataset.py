@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional as F
 
 from images import ImageStore, open_store
-from utils import Ranks, UserError, fold, printable, seed_everything
+from utils import Ranks, UserError, fold, printable
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -213,19 +213,10 @@ def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:
     if not skip:
         lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
         raise UserError("\n".join([f"{head}:", *lines]))
-    log("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+    log("\n".join([f"warning: {head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
 
 
 # ----------------------------------------------------------------------- batches on the device
-@dataclass(frozen=True)
-class Augmentation:
-    """What training does to images and labels; `flip` alone is the default recipe."""
-
-    kind: str = "flip"  # flip | crop | trivial | none
-    mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
-    cutmix: float = 0.0
-
-
 @dataclass
 class Pixels:
     """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
@@ -275,7 +266,9 @@ class Batches:
     class_count: int
     seed: int = 0
     accumulate: int = 1
-    augmentation: Augmentation = Augmentation()
+    augment: str = "flip"  # flip | crop | trivial | none
+    mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
+    cutmix: float = 0.0
     ranks: Ranks = Ranks()
 
     def __post_init__(self) -> None:
@@ -295,8 +288,6 @@ class Batches:
 
     def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[Piece]]:
         """The updates of one epoch from `first_update` on, each an iterator of pieces.
-
-        A piece is (images, labels, weight, whether it is the last of its update).
 
         Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last
         batch is empty gets one image with weight 0, because every rank must take part in every update.
@@ -364,13 +355,13 @@ class Batches:
 
     def _augmented(self, images, draws, moment, places) -> torch.Tensor:
         """Flips, and crops or distorts, each image by its own row of `draws`; resizes; values 0 to 255."""
-        kind = self.augmentation.kind
-        draws = draws.to(self.device, non_blocking=True)
-        if kind == "trivial":
+        cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
+        draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
+        if self.augment == "trivial":
             images = self._trivial(images, moment, places)
-        if kind == "crop":
+        if self.augment == "crop":
             return self._cropped(images, draws)
-        if kind != "none":
+        if self.augment != "none":
             images = torch.where(draws[:, :1, None, None] < 0.5, images.flip(3), images)
         return self.pixels.resized(images)
 
@@ -393,13 +384,13 @@ class Batches:
 
         transform, distorted = TrivialAugmentWide(), []
         for image, place in zip(images, places.tolist(), strict=True):
-            seed_everything(self.seed, moment[0], place)
+            torch.default_generator.manual_seed(fold(self.seed, moment[0], place))
             distorted.append(transform(image))
         return torch.stack(distorted)
 
     @property
     def _mixes(self) -> bool:
-        return bool(self.augmentation.mixup or self.augmentation.cutmix)
+        return bool(self.mixup or self.cutmix)
 
     def _mixed(self, images, labels, moment) -> tuple[torch.Tensor, torch.Tensor]:
         """Each image but the first mixed with the one before it; labels become probabilities (count, classes).
@@ -407,7 +398,7 @@ class Batches:
         MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019), drawn once for all pieces of an update.
         """
         random = np.random.default_rng(fold(self.seed, *moment))
-        kinds = {"mixup": self.augmentation.mixup, "cutmix": self.augmentation.cutmix}
+        kinds = {"mixup": self.mixup, "cutmix": self.cutmix}
         kind = random.choice([name for name, alpha in kinds.items() if alpha])
         share, labels = random.beta(kinds[kind], kinds[kind]), F.one_hot(labels, self.class_count).float()
         mixed = images[1:].clone(memory_format=torch.preserve_format)

@@ -22,7 +22,8 @@ import torchvision
 from dataset import Batches, Pixels, open_data_set
 from inspector import paragraph, table
 from model import build_model
-from precision import Precision, gives_nan_in_float16, sensible_precisions
+from option import PRECISIONS
+from precision import gives_nan_in_float16, sensible_precisions
 from probe import OPERATORS, PHASES, Probe, endless, wait
 from utils import RunError, device_name, linux_memory
 
@@ -90,10 +91,10 @@ def machine(device: torch.device) -> dict[str, Any]:
         found = _cpu({name for name, has in torch.cpu.get_capabilities().items() if has})
     else:
         found = {"bfloat16": "native", "float16": "native"}
-    memory, available = ((linux_memory("/proc/meminfo", name) or 0) / 2**30 for name in ("MemTotal", "MemAvailable"))
     return {
-        "device": str(device), "name": device_name(device), **found, "memory_gb": round(memory, 1),
-        "available_gb": round(available, 1), "torch_threads": torch.get_num_threads(),
+        "device": str(device), "name": device_name(device), **found,
+        "memory_gb": round((linux_memory("/proc/meminfo", "MemTotal") or 0) / 2**30, 1),
+        "torch_threads": torch.get_num_threads(),
         "torch": str(torch.__version__), "torchvision": torchvision.__version__,
         "python": platform.python_version(), "system": platform.platform(),
     }  # fmt: skip
@@ -224,8 +225,8 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
         if speedup >= 1.05 or (speedup >= 0.95 and saving <= 0.85):
             recommended = best
         effect = "pays" if speedup >= 1.05 else "brings no speed" if speedup > 0.95 else "is slower"
-        verdict = (f"AMP {effect} here: {_label(best)} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} of "
-                   "its memory.")
+        verdict = (f"AMP {effect} here: {PRECISIONS[best]} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
+                   "of its memory.")
         reasons += _amp_reasons(findings, best, saving)
     if speedups.get("tf32", 0.0) >= 1.05 * speedups[recommended]:
         recommended, verdict = "tf32", f"{verdict} TF32 is the fastest."
@@ -269,7 +270,7 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
 
 
 def _command(findings: dict[str, Any], name: str) -> str:
-    """The training command for precision `name`, with the largest batch up to 256 that fits in memory."""
+    """The training command for precision `name`, at the size that was timed."""
     setting, device = findings["setting"], torch.device(findings["machine"]["device"])
     words = ["python main.py"] + ["--tf32"] * (name == "tf32") + ["--amp"] * name.startswith("amp")
     if name == "amp-bf16" and device.type == "cuda":
@@ -278,23 +279,10 @@ def _command(findings: dict[str, Any], name: str) -> str:
         words.append("--device cpu")
     if setting["model_name"].lower() != "resnet18":
         words.append(f"--model {setting['model_name']}")
-    words += [f"--image_size {setting['image_size']}", f"--batch_size {fitting_batch(findings, name)}"]
+    words += [f"--{option} {setting[option]}" for option in ("image_size", "batch_size")]
     if "data_dir" in findings:
         words.append(f"--data_dir {shlex.quote(findings['data_dir'])}")
     return " ".join(words)
-
-
-def fitting_batch(findings: dict[str, Any], name: str) -> int:
-    """Largest power of two up to 256, or the batch tried if that is larger, using 70 % of the free memory.
-
-    Weights, gradients and Adam's moments take four times the parameters whatever the batch; the rest of the
-    measured peak grows with it.
-    """
-    tried, row, has = findings["setting"]["batch_size"], findings["measured"][name], findings["machine"]
-    fixed = 4 * row["memory"]["parameters_mb"]
-    per_image = max(row["training_mb"] - fixed, 0.1) / tried
-    free = 1024 * has.get("gpu_memory_free_gb", has["available_gb"])
-    return max([tried, *(2**power for power in range(9) if fixed + 2**power * per_image <= 0.7 * free)])
 
 
 # ----------------------------------------------------------------------------------------------- the text
@@ -312,24 +300,20 @@ def report(findings: dict[str, Any]) -> str:
         f"The training update ({setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
         f"pixels): median of {len(turns)} rounds of {turns[0]['updates']}, and the shares of its time by phase")]
     lines += table("<>>>>>>>", [["", "images/s", "speed-up", "memory", *PHASES]] + [
-        [_label(name), f"{row['images_per_second']:,.1f}", f"{row['speedup']:.2f}", f"{row['training_mb']:,.0f}",
+        [PRECISIONS[name], f"{row['images_per_second']:,.1f}", f"{row['speedup']:.2f}", f"{row['training_mb']:,.0f}",
          *(f"{row['phase_shares'][phase]:.1%}" for phase in PHASES)] for name, row in measured.items()])
     lines += paragraph(
         f"Memory in MB: {measured['fp32']['memory']['memory_kind']}, less what was held before there was a model."
         + (f" The loader by itself feeds {loader:,.0f} images/s." if loader else ""), "  ")
     lines += ["", "The same by kind of operator, and how far the speed-up can go"]
     lines += table("<>>>>>>>", [["", *OPERATORS, "other", "s", "ceiling"]] + [
-        [_label(name), *(f"{share:.0%}" for share in row["shares"].values()),
+        [PRECISIONS[name], *(f"{share:.0%}" for share in row["shares"].values()),
          *(f"{findings['ceiling'][name][key]:.2f}" if name != "fp32" else "" for key in ("s", "ceiling"))]
         for name, row in measured.items()])
-    rates = ", ".join(f"{row['tflops']:.3g} in {_label(name)}" for name, row in measured.items())
+    rates = ", ".join(f"{row['tflops']:.3g} in {PRECISIONS[name]}" for name, row in measured.items())
     lines += paragraph(
         "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
         f"a large matrix product runs ({rates} TFLOP/s).", "  ")
     command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # to fit the terminal
     return "\n".join([*lines, "", "To copy (with --demo, if you have no data yet)", f"  {command}", "",
                       f"This took {findings['seconds']:.0f} s."])
-
-
-def _label(name: str) -> str:
-    return Precision(name, torch.device("cpu"), "").label

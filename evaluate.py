@@ -78,7 +78,7 @@ def evaluate(
             cells = labels * count + logits.argmax(1)
             confusion.index_add_(0, cells, torch.ones_like(cells))
             if kept is not None:
-                kept[torch.from_numpy(positions).to(device)] = logits
+                kept[positions[0] : positions[-1] + 1 : batches.ranks.size] = logits
             bar.update(len(positions) * batches.ranks.size)
     batches.ranks.sum(confusion, loss_sum, *([kept] if keep_logits else []))
     return Evaluation(

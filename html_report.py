@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 
 import report
-from results import SHARES, conditions, facts, read_run, table_cells, verdict, write_atomically
-from utils import printable
+from results import SHARES, conditions, facts, read_run, table_cells, verdict
+from utils import printable, write_text
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--soft:#5b636d;--line:#d5d9de}
@@ -128,7 +128,7 @@ def html_comparison(directory: Path, runs: list[dict[str, Any]], comparison: dic
 def write_page(path: Path, title: str, body: str) -> None:
     """One HTML file, whose policy forbids everything but what is inside it."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    write_atomically(path, f"""<!doctype html>
+    write_text(path, f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">

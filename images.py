@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -79,12 +80,8 @@ def stored_size(paths: Sequence[Path], limit: int) -> tuple[int, int]:
     The size that nine in ten of 100 evenly spaced images share is kept as it is while it is no larger
     than `limit`, so that small images stay small in memory and are enlarged on the device.
     """
-    step = max(1, len(paths) // 100)
-    sizes = Counter()
-    for path in paths[::step]:
-        image = try_decode(path, None)
-        if not isinstance(image, str):
-            sizes[image.shape[:2]] += 1
+    images = (try_decode(path, None) for path in paths[:: max(1, len(paths) // 100)])
+    sizes = Counter(image.shape[:2] for image in images if not isinstance(image, str))
     if sizes:
         (size, count), = sizes.most_common(1)
         if count >= 0.9 * sizes.total() and max(size) <= limit:
@@ -186,7 +183,7 @@ def open_store(
     identity = [DECODER, size, [str(root.resolve()), *map(str, paths)], [_stat(path) for path in paths]]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
     memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
-    streamed = cache == "none" or (cache == "auto" and np.prod(shape) > 0.6 * memory)
+    streamed = cache == "none" or (cache == "auto" and math.prod(shape) > 0.6 * memory)
     file = cache_folder(root) / f"{key}.npy"
     with _only_builder(file.with_suffix(".lock"), log):
         kept = _read_cache(file, shape, streamed, workers, log)
@@ -262,7 +259,8 @@ def _read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int
         return array, crc32, unreadable
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError, EOFError,
+            RecursionError) as error:
         log(f"the cache {file} is damaged ({error}); decoding again")
         return None
 
@@ -280,8 +278,11 @@ def _build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed
             with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
                 notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
         if isinstance(array, np.memmap):
+            array, kept = None, temporary  # Windows moves no file that is mapped
             with suppress(OSError):  # not waiting for the disk: what a power cut loses fails its checksum
                 os.replace(temporary, file)
+                kept = file
+            array = np.load(kept, mmap_mode="r")
     finally:
         remove(temporary)
     return array, crc32, unreadable
@@ -290,7 +291,7 @@ def _build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed
 def _allocate(file: Path, shape: tuple[int, ...], log) -> np.ndarray:
     """An array in a new .npy file, its blocks reserved (a full disk shows here, not as SIGBUS); else in memory."""
     try:
-        if shutil.disk_usage(file.parent).free < np.prod(shape) + 2**28:
+        if shutil.disk_usage(file.parent).free < math.prod(shape) + 2**28:
             raise OSError(errno.ENOSPC, "not enough free disk space")
         array = np.lib.format.open_memmap(file, mode="w+", dtype=np.uint8, shape=shape)
         if hasattr(os, "posix_fallocate"):
@@ -330,4 +331,4 @@ def _decode_into(
 
 def _described(shape: tuple[int, ...]) -> str:
     count, height, width, _ = shape
-    return f"{count:,} at {width}x{height} ({np.prod(shape) / 2**20:,.0f} MB)"
+    return f"{count:,} at {width}x{height} ({math.prod(shape) / 2**20:,.0f} MB)"

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from precision import Precision, named_precision
 from probe import Update, timed
+from report import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from utils import UserError, atomic_write, linux_memory
 
 WIDTH = 80
@@ -65,7 +66,7 @@ def inspect(
                     "their own.")
     for precision in precisions:
         lines += ["", *dtype_lines(precision, dtypes[precision.name], casts[precision.name], full=full)]
-    lines += ["", *memory_lines(ledger), "", *underflow_lines(underflow, full=full), "", *diary_lines(metrics)]
+    lines += ["", *memory_lines(ledger), "", *underflow_lines(underflow), "", *diary_lines(metrics)]
     return "\n".join([*lines, "", *paragraph(f"Pictures and inspect.json are in {out}.")])
 
 
@@ -330,8 +331,6 @@ def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
 
 def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
     """Stacked bars of what stays FP32 and what AMP changes."""
-    from report import STYLES, picture
-
     parts = ("parameters", "gradients", "optimizer_state", "activations", "weight_copies")
     with picture(path, 9, 1.9 + 0.7 * len(ledger)) as figure:
         axes, ends = figure.add_subplot(), [0.0] * len(ledger)
@@ -411,51 +410,40 @@ def fate(gradient: torch.Tensor, scales: list[float]) -> tuple[Counter, Counter]
     return counts, Counter(dict(zip(exponents.tolist(), numbers.tolist(), strict=True)))
 
 
-def underflow_lines(underflow: dict[str, Any], *, full: bool = False) -> list[str]:
-    """The map as a table of the layers autocast computes in float16; the 24 that lose most, or all with `full`."""
-    low = {(row["group"], row["name"]): row for row in underflow["layers"] if row["through_float16"]}
-    scales = {scale: f"2^{math.log2(scale):.4g}" for scale in underflow["scales"]}
-    names = [name.removesuffix(".weight") for group, name in low if group == "parameter" and name.endswith(".weight")]
-    layers = {name: [[low[key] for key in [key] if key in low]
-                     for key in (("parameter", f"{name}.weight"), ("activation", name))] for name in names}
+def underflow_lines(underflow: dict[str, Any]) -> list[str]:
+    """The map as a table of the layers whose products autocast computes in float16."""
+    rows = {(row["group"], row["name"]): row for row in underflow["layers"] if row["through_float16"]}
+    names = [name.removesuffix(".weight") for group, name in rows if group == "parameter" and name.endswith(".weight")]
+    scales = {f"{scale:g}": f"2^{math.log2(scale):.4g}" for scale in underflow["scales"]}
+    room = 78 - 14 * len(scales)
 
-    def lost(rows: list[dict[str, Any]], scale: float, kind: str = "zero") -> float:
-        return sum(row["by_scale"][f"{scale:g}"][kind] for row in rows) / max(1, sum(row["nonzero"] for row in rows))
-
-    def cells(title: str, parts: list[list[dict[str, Any]]], kind: str = "zero") -> list[str]:
-        shares = [lost(rows, scale, kind) for rows in parts for scale in scales]
+    def cells(title: str, kind: str, layers: list[str]) -> list[str]:
+        """A line: the shares among these layers' weight gradients, then among those of their outputs."""
+        shares = []
+        for keys in ([("parameter", f"{name}.weight") for name in layers], [("activation", name) for name in layers]):
+            found = [rows[key] for key in keys if key in rows]
+            total = max(1, sum(row["nonzero"] for row in found))
+            shares += [sum(row["by_scale"][scale][kind] for row in found) / total for scale in scales]
+        title = title if len(title) <= room else f"…{title[1 - room:]}"
         return [title, *(f"{share:.2%}" if share >= 1e-4 else "<.01%" if share else "0" for share in shares)]
 
-    worst = sorted(names, key=lambda name: lost(sum(layers[name], []), 1.0), reverse=True)[: None if full else 24]
-    room = 78 - 14 * len(scales)
-    everything = [sum((layers[name][part] for name in names), []) for part in (0, 1)]
     lines = heading("3. Underflow map", "The share of nonzero gradient values, computed in true FP32, that become zero "
                     "when they are multiplied by the loss scale and cast to float16. What vanishes at scale 2^0 and "
-                    "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale.")
+                    "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale. The last line "
+                    "is what would overflow: one such value, and GradScaler skips the update.")
     lines += table("<" + 2 * len(scales) * ">", [
         ["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
-        ["at loss scale", *(2 * [*scales.values()])],
-        *(cells(name if len(name) <= room else f"…{name[1 - room:]}", layers[name]) for name in names if name in worst),
-        *(cells(f"all: {kind}", everything, kind) for kind in ("zero", "subnormal", "overflow")),
+        ["at loss scale", *2 * [*scales.values()]],
+        *(cells(name, "zero", [name]) for name in names),
+        *(cells(f"all: {kind}", kind, names) for kind in ("zero", "subnormal", "overflow")),
     ], gap=1)
-    if len(worst) < len(names):
-        lines.append("  The layers shown are the 24 that lose most; --full lists all.")
     if underflow["scaler_scale"]:
         lines.append(f"  The scaler's own scale stood at {underflow['scaler_scale']:,.10g}.")
-    for scale, power in scales.items():
-        over = [f"{'output of ' * (group == 'activation')}{name}" for (group, name), row in low.items()
-                if row["by_scale"][f"{scale:g}"]["overflow"]]
-        if over:
-            more = f" and {len(over) - 3} more" * (len(over) > 3)
-            lines += paragraph(f"Overflow at {power}: {', '.join(over[:3])}{more}; GradScaler would skip this update.",
-                               "  ")
     return lines
 
 
 def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
     """Gradient magnitudes against the ranges of float16 and bfloat16."""
-    from report import BLUE, FAINT, INK, VERMILION, picture
-
     half, brain = torch.finfo(torch.float16), torch.finfo(torch.bfloat16)
     # Half of the smallest subnormal number rounds to zero, everything above it to that number or more.
     smallest = math.log2(half.smallest_normal * half.eps / 2)
@@ -493,7 +481,7 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
     """A run's loss scale and skipped updates; quiet epochs of the same scale share a line.
 
     `metrics` are the lines of metrics.jsonl: epoch, updates, loss_scale, skipped_updates, and `skips`, a list of
-    {"update": 1-based over the run, "parameter": first one whose gradient was not finite, "scale"}.
+    {"update": 1-based over the run, "parameter": first one on the way back whose gradient was not finite, "scale"}.
     """
     if not metrics:
         return heading("4. Scaler diary", "No run was named, so there is no diary to show. Name one with "
@@ -515,15 +503,13 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
     if skips:
         cells = [[f"{skip['update']:,} (epoch {epoch})", f"{skip['scale']:,.10g}", skip["parameter"]]
                  for epoch, skip in skips[:20]]
-        lines += ["", *table(">><", [["update", "scale", "first gradient that was not finite"], *cells])]
+        lines += ["", *table(">><", [["update", "scale", "first bad gradient on the way back"], *cells])]
         lines.append(f"  {len(skips)} skipped{' in all; the first 20 are shown' * (len(skips) > 20)}")
     return lines
 
 
 def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
     """The loss scale of each update, as the skips and the ends of epochs tell it, and the updates skipped."""
-    from report import BLUE, VERMILION, picture
-
     skips = {skip["update"]: skip["scale"] for line in metrics for skip in line.get("skips") or []}
     scales = skips | {line["updates"] + 1: line["loss_scale"]  # an epoch's line says what the next update begins with
                       for line in metrics if line.get("updates") and line.get("loss_scale")}

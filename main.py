@@ -76,6 +76,8 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str | None]:
         return 1, f"{printable(error.filename)}: {error.strerror}" if error.filename else error.strerror or text
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return 1, _memory_advice(options)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave it out."
     if "DataLoader worker" in text:
         return 1, (f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
                    "use fewer --num_workers, then go on with --resume.")
@@ -122,7 +124,7 @@ def train(options: Namespace, ranks: Ranks) -> None:
     writer = _tensorboard() if options.tensorboard else None
     log(f"{options.model} on {setup.device}: {precision.label} ({precision.reason})")
     if precision.name == "amp-fp16" and setup.device.type == "cpu":
-        log("warning: CPUs emulate float16, many times slower than FP32: fit for tiny tests only")
+        log("warning: on CPUs float16 is many times slower than FP32: fit for tiny tests only")
     if options.verify_resume:
         _verify_resume(setup)
         return
@@ -146,7 +148,8 @@ def train(options: Namespace, ranks: Ranks) -> None:
         _finish(setup, trainer, data, events)
     except Exception as error:
         status, reason = explain(error, options)
-        if status == 1 and reason:
+        earlier = any(run.file(name).exists() for name in ("last.pt", "result.json"))
+        if reason and (status == 1 or status == 2 and not earlier):
             with contextlib.suppress(RunError):  # the disk may be the failure
                 run.write_json("failure.json", {"precision": precision.name, "reason": reason.splitlines()[0]})
         raise
@@ -170,8 +173,8 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
         then = option.read_config(run.file("config.json"))
         refuse_changed(then["options"], vars(options))
         return True, then
-    if not options.overwrite:
-        refuse_finished(run)
+    if not options.overwrite and not (options.resume and not run.file("result.json").exists()):
+        refuse_finished(run)  # --resume auto may meet a run that ended before its first last.pt: it begins anew
     return False, option.read_config(Path(options.config)) if options.config else None
 
 
@@ -187,6 +190,9 @@ def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
             f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
+    if state.get("precision") != setup.precision.name:  # "auto" is another one on another device
+        raise UserError(f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
+                        f"{setup.precision.name}. Choose with --amp_dtype and --device, or start another run.")
     try:
         if (state["classes"], state["model_name"]) != (data.classes, setup.options.model):
             raise ValueError("other classes, or another model")
@@ -236,6 +242,8 @@ def _tensorboard() -> Any:
 
 def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     """Tests the best epoch once; writes the result, the predictions, the pictures and the page; prints the summary."""
+    import torch
+
     import html_report
     import report
     import results
@@ -245,12 +253,13 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
 
     options, run, at = setup.options, setup.run, trainer.progress
     network = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
+    torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
     found = evaluate(network, setup.batches(data, data.test), setup.precision, keep_logits=True, description="testing")
     if not run.writes:
         return
     result = {
         **_result(setup, data, found), "best_epoch": at.best_epoch, "best_val_acc": at.best_val_acc,
-        "total_seconds": round(trainer.stopwatch.seconds, 3),
+        "total_seconds": round(trainer.seconds, 3),
         "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
         "images_per_second": results.steady_rate(at.history),
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
@@ -286,7 +295,7 @@ def _result(setup: Any, data: Any, found: Any) -> dict[str, Any]:
 
 
 def _test_names(setup: Any, data: Any) -> list[str]:
-    return [os.path.relpath(path, setup.options.data_dir) for path in data.test.paths]
+    return [Path(os.path.relpath(path, setup.options.data_dir)).as_posix() for path in data.test.paths]
 
 
 def _verify_resume(setup: Any) -> None:
@@ -315,16 +324,14 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
 
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
-    data = setup.data(test_only=True)
-    if data.classes != checkpoint["classes"]:
-        raise UserError(f"{options.data_dir} holds the classes {data.classes}, the checkpoint {checkpoint['classes']}.")
+    data = setup.data(test_only=True, classes=checkpoint["classes"])
     network, batches = setup.trained(checkpoint), setup.batches(data, data.test)
     if options.precisions:
         rows = parity(network, batches, options.precisions, _test_names(setup, data), data.classes)
         if ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
             print(results.parity_table(rows))
-            results.write_atomically(file, json.dumps(rows, indent=1))
+            utils.write_text(file, json.dumps(rows, indent=1))
             log(f"details: {file}")
         return
     utils.reset_peak_memory(setup.device)
@@ -342,12 +349,13 @@ def predict(options: Namespace, ranks: Ranks) -> None:
     """Classifies files and folders with a trained run."""
     from predict import predict_files
 
+    utils.refuse_missing_folders(options.csv, options.json, options.contact_sheet)
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
     predict_files(
         setup.trained(checkpoint), checkpoint["classes"], options.inputs, pixels=setup.pixels,
         precision=setup.precision, batch_size=options.batch_size, top_k=options.top_k,
-        workers=utils.cores() if options.num_workers is None else options.num_workers, csv_file=options.csv,
+        workers=min(8, utils.cores()) if options.num_workers is None else options.num_workers, csv_file=options.csv,
         json_file=options.json, sheet=options.contact_sheet, log=log,
     )
 
@@ -367,7 +375,7 @@ def compare(options: Namespace, ranks: Ranks) -> None:
         if options.demo:
             draw_demo(Path(options.data_dir))
         compare.run_all(
-            folder, options.precisions or sensible_precisions(utils.choose_device(options.device)),
+            folder, options.precisions or sensible_precisions(utils.choose_device(options.device, use=False)),
             [options.seed + extra for extra in range(options.seeds)], option.training_words(options), log,
             parse=lambda words: vars(option.parse(words)), overwrite=options.overwrite,
         )
@@ -377,15 +385,15 @@ def compare(options: Namespace, ranks: Ranks) -> None:
 def doctor(options: Namespace, ranks: Ranks) -> None:
     """What this machine can do, and what to expect of AMP on it."""
     import doctor
-    from results import write_atomically
 
+    utils.refuse_missing_folders(options.json)
     findings = doctor.examine(
         utils.choose_device(options.device), image_size=options.image_size, batch_size=options.batch_size,
         model_name=options.model, data_dir=options.data_dir,
     )
     print(doctor.report(findings))
     if options.json:
-        write_atomically(Path(options.json), json.dumps(findings, indent=1))
+        utils.write_text(Path(options.json), json.dumps(findings, indent=1))
 
 
 def inspect(options: Namespace, ranks: Ranks) -> None:
@@ -395,10 +403,10 @@ def inspect(options: Namespace, ranks: Ranks) -> None:
     from results import read_metrics
 
     setup = _setup(options, ranks)
-    data = setup.data()
+    checkpoint = setup.checkpoint() if options.checkpoint_name or options.checkpoint else None
+    data = setup.data(classes=checkpoint and checkpoint["classes"])
     images, labels, *_ = next(next(setup.batches(data, data.train, train=True).epoch(0)))
     names = options.precisions or sensible_precisions(setup.device)
-    checkpoint = setup.checkpoint() if options.checkpoint_name or options.checkpoint else None
     metrics = Path(options.checkpoint_dir) / options.checkpoint_name / "metrics.jsonl"
     print(inspector.inspect(
         lambda: setup.trained(checkpoint).train() if checkpoint else setup.network(len(data.classes)), images, labels,
@@ -411,6 +419,7 @@ def export(options: Namespace, ranks: Ranks) -> None:
     """Writes a trained run as ONNX."""
     from export import export_onnx
 
+    utils.refuse_missing_folders(options.out)
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
     file = Path(options.out or setup.checkpoint_file.with_name("model.onnx"))
@@ -424,7 +433,7 @@ def prepare(options: Namespace, ranks: Ranks) -> None:
     folder = Path(options.data_dir)
     if options.demo:
         prepare.draw_demo(folder, train_images=options.train_images, test_images=options.test_images,
-                          seed=options.seed, workers=options.num_workers)
+                          seed=options.seed)
         print(f"{options.train_images + options.test_images:,} demo scenes are in {folder}")
     elif options.archive:
         prepare.extract_archive(Path(options.archive), folder)

@@ -6,7 +6,9 @@ do not fit. Knows nothing of data, precision or training.
 
 from __future__ import annotations
 
+import difflib
 import pickle
+import re
 import urllib.error
 import warnings
 from pathlib import Path
@@ -19,15 +21,21 @@ from torchvision import models
 from utils import UserError, printable, shows_bars
 
 # These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
-_AUXILIARY = {
-    "inception_v3": ("AuxLogits.",),
-    "googlenet": ("aux1.", "aux2."),
-}
+_AUXILIARY = {"inception_v3": ("AuxLogits.",), "googlenet": ("aux1.", "aux2.")}
 
 
 def model_names() -> list[str]:
     """Names of torchvision's image classification models."""
     return models.list_models(module=models)
+
+
+def known_model(name: str) -> str:
+    """torchvision's name of a classifier in any spelling. Raises UserError where it has none of that name."""
+    key = name.lower()
+    if key not in model_names():
+        close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
+        raise UserError(f"--model {name} is not a torchvision classifier. Did you mean {', '.join(close)}?")
+    return key
 
 
 def build_model(
@@ -39,12 +47,7 @@ def build_model(
     (torchvision's ImageNet weights). A head for another number of classes is left as initialised.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
-    key = name.lower()
-    if key not in model_names():
-        import difflib
-
-        close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
-        raise UserError(f"--model {name} is not a torchvision classifier. Did you mean {', '.join(close)}?")
+    key = known_model(name)
     options = {"aux_logits": False, "init_weights": True} if key in _AUXILIARY else {}
     model = models.get_model(key, num_classes=class_count, **options)
     ignored = _AUXILIARY.get(key, ())
@@ -132,14 +135,11 @@ def load_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{printable(path)} does not exist.") from None
-    except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() or "Unsupported" in str(error):
-            raise UserError(
-                f"{printable(path)} was refused: it holds more than tensors and plain types, and loading it could "
-                "run code. Use a file that holds a state dict only."
-            ) from None
-        raise UserError(f"{printable(path)} is damaged or not a PyTorch file.") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError,
+            IndexError) as error:
+        if isinstance(error, pickle.UnpicklingError) and re.search("weights_only|Unsupported", str(error), re.I):
+            raise UserError(f"{printable(path)} was refused: it holds more than tensors and plain types, and loading "
+                            "it could run code. Use a file that holds a state dict only.") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{printable(path)} is damaged or not a PyTorch file ({reason}).") from None
 
@@ -164,7 +164,7 @@ def load_weights(
     Raises UserError with the offending names where anything else is missing, unknown or of another shape.
     """
     own, head = model.state_dict(), head_name(model)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)} if ignored else state
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
     shapes = {name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}" for name in own.keys() & state.keys()
               if state[name].shape != own[name].shape}
     replaced = {name for name in shapes if new_head and name.rpartition(".")[0] == head}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import json
 import math
 import shutil
 from collections.abc import Callable, Container, Sequence
@@ -16,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from utils import UserError
+from utils import UserError, read_json, reading
 
 VERSION = "0.1.0"
 COMMANDS = {
@@ -41,6 +40,7 @@ _NEVER_HANDED_ON = {  # to another run
     "checkpoint_dir", "checkpoint_name", "config", "resume", "overwrite", "verify_resume", "quiet", "evaluate",
     "precisions", "report_only", "runs", "demo", "inputs",
 }  # fmt: skip
+_EACH_RUN_SETS = {"amp", "amp_dtype", "tf32"}  # of a comparison
 
 
 class Parser(argparse.ArgumentParser):
@@ -125,10 +125,11 @@ OPTIONS = {
     "data": {
         "data_dir": (DIR, "data", "folder that holds the images"),
         "demo": (FLAG, False, "use drawn scenes and demo-sized defaults"),
-        "image_size": (PIXELS, 256, "side"),
-        "normalize": (_one_of("imagenet", "none"), "imagenet", "of pixels, per channel"),
-        "cache": (_one_of("auto", "memory", "none"), "auto", "keep images decoded, stream them (none), or what fits"),
-        "num_workers": (_whole(0, 1024), None, "decoding threads or processes (default: cores)"),
+        "image_size": (PIXELS, 256, "side of the square images"),
+        "normalize": (_one_of("imagenet", "none"), "imagenet", "by ImageNet's mean and deviation; none: values 0 to 1"),
+        "cache": (_one_of("auto", "memory", "none"), "auto",
+                  "memory: keep images decoded; none: stream them; auto: what fits"),
+        "num_workers": (_whole(0, 1024), None, "decoding threads or processes (default: cores, at most 8)"),
         "skip_unreadable": (FLAG, False, "leave out images that cannot be read"),
     },
     "model": {
@@ -141,18 +142,19 @@ OPTIONS = {
         "device": (NAME, "auto", "auto, cpu, cuda, cuda:1, mps"),
         "amp": (SWITCH, False, "automatic mixed precision"),
         "amp_dtype": (_one_of("auto", "float16", "bfloat16"), "auto", "auto: float16 on CUDA, bfloat16 elsewhere"),
-        "tf32": (SWITCH, False, "without --amp, let CUDA round products to TF32"),
+        "tf32": (SWITCH, False, "without --amp, let CUDA round the factors of products to TF32"),
         "channels_last": (SWITCH, True, "memory format of convolutions"),
         "compile": (SWITCH, False, "use torch.compile"),
     },
     "training": {
         "batch_size": (COUNT, 256, "images in one update"),
-        "accumulate": (COUNT, 1, "pieces that a batch is computed in, to save memory"),
+        "accumulate": (COUNT, 1, "pieces that a batch is computed in, to save memory (BatchNorm sees each by itself)"),
         "epochs": (COUNT, 120, "passes over the images"),
-        "optimizer": (_one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "rule"),
+        "optimizer": (_one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "the optimizer"),
         "learning_rate": (POSITIVE, 1e-4, "at its peak"),
-        "weight_decay": (RATE, 1e-4, "L2 penalty"),
-        "decay_type": (_one_of("cosine_warmup", "step", "step_warmup"), "cosine_warmup", "learning rate schedule"),
+        "weight_decay": (RATE, 1e-4, "L2 penalty; with ADAMW decoupled from the gradient"),
+        "decay_type": (_one_of("cosine_warmup", "step", "step_warmup"), "cosine_warmup",
+                       "learning rate schedule; step: a tenth at epochs 30, 60 and 90"),
         "warmup_epochs": ({**RATE, "metavar": "N"}, None, "default: epochs/10 for cosine_warmup, 5 for step_warmup"),
         "clip_grad_norm": (POSITIVE, None, "largest gradient norm"),
         "label_smoothing": (SHARE, 0.0, "spread over all classes"),
@@ -163,7 +165,7 @@ OPTIONS = {
         "ema": (SHARE, 0.0, "evaluate a moving average of the weights with this decay; 0: off"),
         "freeze_epochs": (_whole(0), 0, "train the head alone at first"),
         "patience": (COUNT, None, "stop after N epochs without a better one"),
-        "sync_batchnorm": (FLAG, False, "share batch statistics among ranks"),
+        "sync_batchnorm": (FLAG, False, "share batch statistics among processes"),
     },
     "recording and resuming": {
         "log_interval": (COUNT, 20, "updates between readings"),
@@ -190,7 +192,8 @@ OPTIONS = {
         "contact_sheet": (FILE, None, "write a PNG of images with their labels"),
     },
     "comparison": {
-        "precisions": (LIST, None, f"of {','.join(PRECISIONS)} (default: those that make sense on the device)"),
+        "precisions": (LIST, None, f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and "
+                       "amp-fp16 on older ones, fp32 and amp-bf16 elsewhere)"),
         "seeds": (COUNT, 1, "runs per precision"),
         "report_only": (FLAG, False, "redraw table and picture from finished runs"),
         "runs": ({"metavar": "DIR", "nargs": "+"}, None, "report on these run folders instead"),
@@ -198,7 +201,7 @@ OPTIONS = {
     "examination": {
         "device": (NAME, "auto", "auto, cpu, cuda, cuda:1, mps"),
         "model": (NAME, "ResNet18", "any torchvision classification model"),
-        "image_size": (PIXELS, None, "side (default: 256 on a GPU, 128 on a CPU)"),
+        "image_size": (PIXELS, None, "side of the square images (default: 256 on a GPU, 128 on a CPU)"),
         "batch_size": (COUNT, None, "images in one update (default: what fits on a GPU, 32 on a CPU)"),
         "data_dir": (DIR, None, "measure this data set's loader too"),
         "json": (FILE, None, "write all findings as JSON"),
@@ -213,16 +216,15 @@ OPTIONS = {
     },
     "one of these": {
         "download": (FLAG, False, "Intel Image Classification from Kaggle"),
-        "archive": (FILE, None, "unpack this .zip or .tar.gz"),
+        "archive": (FILE, None, "unpack this .zip"),
         "demo": (FLAG, False, "draw six classes of scenes"),
         "check": (FLAG, False, "report on the data set that is there"),
     },
     "preparation": {
         "data_dir": (DIR, "data", "where to put the data set"),
-        "train_images": (_whole(60, 10**6), 1200, "demo scenes to draw"),
-        "test_images": (_whole(12, 10**6), 300, "demo scenes to draw"),
+        "train_images": (_whole(60, 10**6), 1200, "demo scenes for training"),
+        "test_images": (_whole(12, 10**6), 300, "demo scenes for testing"),
         "seed": (SEED, 0, "of the drawing"),
-        "num_workers": (_whole(1, 1024), None, "processes that draw (default: cores)"),
     },
     "export": {
         "checkpoint": (FILE, None, "default: best_model.pt of the run"),
@@ -284,7 +286,8 @@ def _with_underscores(word: str) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options of one command line. Raises UserError for anything that is not a valid one."""
-    words = [_with_underscores(word) for word in argv]
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows are files, whatever they look like
+    words = [*map(_with_underscores, argv[:end]), *argv[end:]]
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, 1)
@@ -300,7 +303,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     earlier = as_words(parser, demo) if getattr(given, "demo", False) and command != "prepare" else []
     stored = _stored_options(command, given)
     try:  # the command line alone was right: what fails now comes from the file
-        earlier += as_words(parser, stored, _NEVER_HANDED_ON)
+        earlier += as_words(parser, stored, _NEVER_HANDED_ON | (_EACH_RUN_SETS if command == "compare" else set()))
         options = parser.parse_args([*earlier, *words])
     except UserError as error:
         raise UserError(f"config.json: {error}") from None
@@ -346,21 +349,16 @@ def as_words(parser: Parser, values: dict[str, Any], left_out: Container[str] = 
 
 def training_words(options: argparse.Namespace) -> list[str]:
     """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
-    each_sets = {"seed", "amp", "amp_dtype", "tf32"}
-    return as_words(build_parser("train"), vars(options), _NEVER_HANDED_ON - {"quiet"} | each_sets)
+    return as_words(build_parser("train"), vars(options), _NEVER_HANDED_ON - {"quiet"} | _EACH_RUN_SETS | {"seed"})
 
 
 def read_config(file: Path) -> dict[str, Any]:
     """A run's config.json. Raises UserError where it is missing or damaged."""
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
+    with reading(file):
         parts = config["options"], config.setdefault("versions", {}), config.setdefault("dataset", {})
         if not all(isinstance(part, dict) for part in parts):
             raise TypeError("a table was expected")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a run's config.json ({type(error).__name__}: {error}).") from None
     return config
 
 
@@ -373,7 +371,11 @@ def _check_together(options: argparse.Namespace) -> None:
         (get("accumulate", 1) > (get("batch_size") or 1),
          "--accumulate cannot be larger than --batch_size: a piece needs at least one image."),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
-        (get("amp_dtype", "auto") != "auto" and not get("amp") and options.command == "train",
+        (options.command == "compare" and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
+         "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions."),
+        (options.command == "compare" and get("verify_resume"), "--verify_resume is for train."),
+        (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
+        (get("amp_dtype", "auto") != "auto" and not get("amp") and options.command != "compare",
          f"--amp_dtype {get('amp_dtype')} has no effect without --amp."),
         ((get("warmup_epochs") or 0) > epochs,
          f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}."),

@@ -13,8 +13,6 @@ import torch
 from option import PRECISIONS
 from utils import UserError
 
-_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Precision:
@@ -39,9 +37,7 @@ class Precision:
 
     def autocast(self) -> torch.autocast:
         """Wraps forward and loss only; the weights stay float32."""
-        if not self.amp:
-            return torch.autocast(self.device.type, enabled=False)
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, self.dtype if self.amp else None, enabled=self.amp)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Enabled for float16 alone: bfloat16 has float32's range, so nothing underflows there."""
@@ -57,20 +53,30 @@ def choose_precision(
     unless told not to: an FP32 baseline must not be TF32 by accident.
     Raises UserError where the device cannot do what is asked.
     """
-    if tf32 and device.type != "cuda":
+    cuda = device.type == "cuda"
+    if tf32 and not cuda:
         raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
-    if device.type == "cuda":
+    if cuda:
+        card = torch.cuda.get_device_name(device)
         if tf32 and torch.cuda.get_device_capability(device) < (8, 0):
-            name = torch.cuda.get_device_name(device)
-            raise UserError(f"--tf32 needs an Ampere or later GPU; {name} is older.")
+            raise UserError(f"--tf32 needs an Ampere or later GPU; {card} is older.")
+        if amp and amp_dtype == "auto" and gives_nan_in_float16(device):
+            raise UserError(f"{card}: cards of the GTX 16 series are known to give NaN in float16. Train without "
+                            "--amp, or insist with --amp_dtype float16.")
+        if amp and amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"{card} has no bfloat16 arithmetic. Use --amp_dtype float16.")
         _set_float32_mode(tf32)
-    if not amp:
-        if tf32:
-            return Precision("tf32", device, "--tf32: float32 storage, products rounded to 10 bits of mantissa")
-        reason = "no --amp: true FP32, TF32 off" if device.type == "cuda" else "no --amp"
-        return Precision("fp32", device, reason)
-    dtype, reason = _amp_dtype(device, amp_dtype)
-    return Precision("amp-fp16" if dtype is torch.float16 else "amp-bf16", device, reason)
+    if tf32:
+        name, reason = "tf32", "--tf32: float32 storage, factors of products rounded to 10 bits of fraction"
+    elif not amp:
+        name, reason = "fp32", "no --amp: true FP32, TF32 off" if cuda else "no --amp"
+    elif amp_dtype != "auto":
+        name, reason = "amp-fp16" if amp_dtype == "float16" else "amp-bf16", f"--amp_dtype {amp_dtype}"
+    elif cuda:
+        name, reason = "amp-fp16", "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
+    else:
+        name, reason = "amp-bf16", f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
+    return Precision(name, device, reason)
 
 
 def _set_float32_mode(tf32: bool) -> None:
@@ -95,29 +101,6 @@ def sensible_precisions(device: torch.device) -> list[str]:
     return ["fp32", "amp-bf16"]
 
 
-def _amp_dtype(device: torch.device, asked: str) -> tuple[torch.dtype, str]:
-    if asked != "auto":
-        return _check_dtype(device, _DTYPES[asked]), f"--amp_dtype {asked}"
-    if device.type == "cuda":
-        if gives_nan_in_float16(device):
-            raise UserError(
-                f"{torch.cuda.get_device_name(device)}: cards of the GTX 16 series are known to give NaN in "
-                "float16. Train without --amp, or insist with --amp_dtype float16."
-            )
-        return torch.float16, "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
-    return torch.bfloat16, f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
-
-
 def gives_nan_in_float16(device: torch.device) -> bool:
     """Whether this is a GTX 16xx card, which give NaN in float16 convolutions."""
     return device.type == "cuda" and "GTX 16" in torch.cuda.get_device_name(device)
-
-
-def _check_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    if device.type == "cuda" and dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported(
-        including_emulation=False
-    ):
-        raise UserError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16 arithmetic. Use --amp_dtype float16."
-        )
-    return dtype

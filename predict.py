@@ -24,7 +24,7 @@ from dataset import Pixels, find_images
 from evaluate import probabilities
 from images import ahead, try_decode
 from precision import Precision
-from utils import UserError, atomic_write, printable, progress
+from utils import UserError, printable, progress, write_text
 
 SHOWN = 50  # lines on the terminal; files hold all
 
@@ -105,22 +105,14 @@ def _text(rows: list[dict[str, Any]]) -> str:
 def _write(rows, classes: list[str], csv_file: str | None, json_file: str | None, sheet: str | None) -> None:
     if csv_file:
         table = io.StringIO()
-        writer = csv.writer(table, lineterminator="\n")
+        writer = csv.writer(table)
         writer.writerow(["path", "predicted", "probability", *classes])
         writer.writerows([row["path"], *row["top"][0].values(), *row["probabilities"].values()] for row in rows)
-        _replace(csv_file, table.getvalue())
+        write_text(Path(csv_file), table.getvalue())
     if json_file:
-        _replace(json_file, json.dumps(rows, indent=1))
+        write_text(Path(json_file), json.dumps(rows, indent=1))
     if sheet:
         from report import labelled_sheet
 
         captions = [f"{row['top'][0]['class']} {100 * row['top'][0]['probability']:.0f}%" for row in rows]
         labelled_sheet([Path(row["path"]) for row in rows], captions, Path(sheet))
-
-
-def _replace(name: str, text: str) -> None:
-    try:
-        with atomic_write(Path(name)) as file:
-            file.write(text.encode("utf-8", "surrogateescape"))
-    except OSError as error:
-        raise UserError(f"{printable(name)} cannot be written ({error.strerror}).") from None

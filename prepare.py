@@ -12,17 +12,13 @@ import json
 import os
 import re
 import shutil
-import signal
 import stat
-import tarfile
+import sys
 import warnings
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import partial
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -30,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from scenes import CLASSES, VERSION, draw_scene
-from utils import RunError, UserError, printable, progress
+from utils import FULL, RunError, UserError, cores, lock, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
 TRAIN_NAMES = {"seg_train", "train"}
@@ -39,16 +35,30 @@ MAX_MEMBERS = 1_000_000
 MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
 SMALL = 16 * 2**20  # bytes that are harmless at any ratio
 SPARE = 64 * 2**20  # bytes to leave free on the disk
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 BY_HAND = (f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
            "and run: python main.py prepare --archive FILE.zip")
 
-Member = tuple[str, int, bool, Callable[[], IO[bytes]]]  # name, bytes, whether it is a regular file, what opens it
-
 
 # ------------------------------------------------------------------- begun, whole, in place
+@contextlib.contextmanager
+def _alone(data_dir: Path) -> Iterator[None]:
+    """One builder of a data set at a time on this machine; the others wait, and then find it built."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(data_dir, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        yield
+        return
+    try:
+        if not lock(folder):
+            print(f"another process is filling {printable(data_dir)}; waiting for it", file=sys.stderr)
+            lock(folder, wait=True)
+        yield
+    finally:
+        os.close(folder)
+
+
 @contextlib.contextmanager
 def _building(data_dir: Path, source: str) -> Iterator[Path]:
     """A hidden folder for a data set to grow in; what it holds is moved into place when the block succeeds.
@@ -115,155 +125,101 @@ def _refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
 
 
 # ------------------------------------------------------------------------------ demo scenes
-def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, seed: int = 0,
-              workers: int | None = None) -> None:
-    """Draws six balanced classes of scenes in the Intel layout below `root`, with `workers` processes (all cores).
+def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, seed: int = 0) -> None:
+    """Draws six balanced classes of scenes in the Intel layout below `root`.
 
     Every picture depends on (seed, split, class, index) alone. Returns at once where `root` holds these scenes
-    already; an interrupted drawing starts anew.
-
-    Raises:
-        UserError: `root` holds other data or cannot be written.
-        RunError: the disk is full.
+    already; an interrupted drawing starts anew. Raises UserError where `root` holds other data or cannot be written,
+    RunError where the disk is full.
     """
-    root = Path(root)
-    manifest = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
-    with _explained(root):
+    settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
+    root, manifest = Path(root), json.dumps(settings, indent=1).encode() + b"\n"
+    drawn = root / "demo.json"
+    with _explained(root), _alone(root):
         _finish(root)
-        if _is_drawn(root, manifest):
+        if drawn.exists() and drawn.read_bytes() == manifest and (root / "seg_train").exists():
             return
-        with _building(root, "demo scenes") as stage:
-            jobs = []  # (folder, what seeds its images, indices), at most 50 images each
-            for split, (name, count) in enumerate((("seg_train", train_images), ("seg_test", test_images))):
-                for label, class_name in enumerate(CLASSES):
-                    folder = stage / name / name / class_name
-                    folder.mkdir(parents=True)
-                    indices = range(count // len(CLASSES) + (label < count % len(CLASSES)))
-                    jobs += [(folder, (seed, split, label), indices[first:first + 50]) for first in indices[::50]]
-            with progress(total=train_images + test_images, desc="drawing", unit="image") as bar:
-                for drawn in _draw_all(jobs, min(workers or CORES, bar.total // 250 + 1)):
-                    bar.update(drawn)
-            (stage / "demo.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _is_drawn(root: Path, manifest: dict[str, int]) -> bool:
-    """Whether `root` holds exactly these scenes. Raises UserError where it holds anything else."""
-    names, found = sorted(name for name in os.listdir(root) if name[0] != ".") if root.exists() else [], None
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads((root / "demo.json").read_text())
-    if names and (found != manifest or not {"seg_train", "seg_test"} <= set(names)):
-        held = f"demo scenes drawn with other settings ({found}; asked for: {manifest})" if found else names[:3]
-        raise UserError(f"{printable(root)} is not empty: it holds {printable(held)}. Choose another --data_dir, or "
-                        "remove that folder if you do not need it.")
-    return bool(names)
-
-
-def _draw_all(jobs: list[tuple], workers: int) -> Iterator[int]:
-    """Draws in processes, or in this one where none can be started; yields the counts of images drawn."""
-    if workers > 1:
-        ignore = signal.signal, (signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is this process's affair
-        pool = ProcessPoolExecutor(workers, get_context("spawn"), *ignore)
-        with contextlib.suppress(BrokenProcessPool), pool:
-            yield from pool.map(_draw_images, jobs)
-            return
-    yield from map(_draw_images, jobs)
-
-
-def _draw_images(job: tuple[Path, tuple[int, ...], range]) -> int:
-    folder, seeds, indices = job
-    for index in indices:
-        image = draw_scene(CLASSES[seeds[-1]], np.random.default_rng([*seeds, index]))
-        image.save(folder / f"{index:05d}.jpg", "JPEG", quality=90)
-    return len(indices)
+        _refuse_existing(root, {"demo.json"})
+        bar = progress(total=train_images + test_images, desc="drawing", unit="image")
+        with _building(root, "demo scenes") as stage, bar:
+            for split, (folder, count) in enumerate((("seg_train", train_images), ("seg_test", test_images))):
+                for number in range(count):
+                    index, label = divmod(number, len(CLASSES))
+                    file = stage / folder / folder / CLASSES[label] / f"{index:05d}.jpg"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    image = draw_scene(CLASSES[label], np.random.default_rng([seed, split, label, index]))
+                    image.save(file, "JPEG", quality=90)
+                    bar.update()
+            (stage / "demo.json").write_bytes(manifest)
 
 
 # ------------------------------------------------------------------- archives and downloads
 def extract_archive(archive: Path, data_dir: Path) -> None:
-    """Unpacks a .zip or .tar(.gz) that holds train and test folders, at any depth, into `data_dir`.
+    """Unpacks a .zip that holds train and test folders, at any depth, into `data_dir`.
 
     Nothing is written before every name and size was found harmless; an interrupted extraction starts anew.
-
-    Raises:
-        UserError: missing, damaged, hostile or unsuitable archive, or `data_dir` holds data already.
-        RunError: the disk is full.
+    Raises UserError for a missing, damaged, hostile or unsuitable archive and where `data_dir` holds data already,
+    RunError where the disk is full.
     """
     archive, data_dir = Path(archive), Path(data_dir)
     if not archive.is_file():
         raise UserError(f"--archive {printable(archive)}: no such file.")
-    with _explained(data_dir, archive), _open(archive) as opened:
-        _unpack(_members(opened), archive, data_dir, archive.stat().st_size)
-
-
-def _open(archive: Path) -> zipfile.ZipFile | tarfile.TarFile:
-    with archive.open("rb") as file:
-        start = file.read(512)
-    if start.startswith(b"PK"):
-        return zipfile.ZipFile(archive)
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
-        return tarfile.open(archive)
-    web = " It looks like a web page: was the download refused?" if start.lstrip()[:1] == b"<" else ""
-    raise UserError(f"{printable(archive)} is not a .zip, .tar or .tar.gz archive.{web}")
-
-
-def _members(opened: zipfile.ZipFile | tarfile.TarFile) -> Iterator[Member]:
-    if isinstance(opened, tarfile.TarFile):
-        for info in opened:
-            if not info.isdir():
-                yield info.name, info.size, info.isreg(), partial(opened.extractfile, info)
-    else:
-        for info in opened.infolist():
-            if not info.is_dir():
-                regular = stat.S_IFMT(info.external_attr >> 16) in (0, stat.S_IFREG)  # 0: not packed on Unix
-                yield info.filename, info.file_size, regular, partial(opened.open, info)
+    with _explained(data_dir, archive), archive.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise UserError(f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
+                            "page, one cut off a part. Download it again, or unpack other archives by hand.")
+        opened = zipfile.ZipFile(file)
+        files = [info for info in opened.infolist() if not info.is_dir()]
+        _unpack(files, opened.open, archive, data_dir, archive.stat().st_size)
 
 
 def _hostile(archive: Path, name: str, problem: str) -> UserError:
     return UserError(f"{printable(archive)} is not safe to unpack: {printable(name)!r} {problem}. Nothing was written.")
 
 
-def _unpack(members: Iterable[Member], source: Path, data_dir: Path, packed: int | None) -> None:
-    """Checks all members, copies them to a hidden folder and moves the whole into place.
+def _unpack(files: list[zipfile.ZipInfo], open_file: Callable[[zipfile.ZipInfo], IO[bytes]], source: Path,
+            data_dir: Path, packed: int | None) -> None:
+    """Checks all files, copies them to a hidden folder and moves the whole into place.
 
-    Args:
-        packed: bytes of the archive, for the ratio; None for a folder.
+    `packed` is the size of the archive in bytes, for the ratio; None for a folder.
     """
-    key = str(source.absolute())
-    if _finish(data_dir) == key:
-        return
-    files = _below_root(_checked(members, source, packed), source)
-    _refuse_existing(data_dir, {path.parts[0] for path in files})
-    total = sum(member[1] for member in files.values())
-    with _building(data_dir, key) as stage, progress(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
-        missing = total + SPARE - shutil.disk_usage(stage).free
-        if missing > 0:
-            raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free "
-                           f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again.")
-        for path, (name, size, _, open_member) in files.items():
-            target = stage / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with open_member() as stream, target.open("wb") as file:
-                shutil.copyfileobj(stream, file)
-            if target.stat().st_size != size:
-                raise ValueError(f"{name} has not the size it declares")
-            bar.update(size)
+    key, inside = str(source.absolute()), _below_root(_checked(files, source, packed), source)
+    total = sum(info.file_size for info in inside.values())
+    with _alone(data_dir):
+        if _finish(data_dir) == key:
+            return
+        _refuse_existing(data_dir, {path.parts[0] for path in inside})
+        bar = progress(total=total, desc="unpacking", unit="B", unit_scale=True)
+        with _building(data_dir, key) as stage, bar:
+            missing = total + SPARE - shutil.disk_usage(stage).free
+            if missing > 0:
+                raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free "
+                               f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again.")
+            for path, info in inside.items():
+                target = stage / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open_file(info) as stream, target.open("wb") as file:
+                    shutil.copyfileobj(stream, file)
+                if target.stat().st_size != info.file_size:
+                    raise ValueError(f"{info.filename} has not the size it declares")
+                bar.update(info.file_size)
 
 
-def _checked(members: Iterable[Member], source: Path, packed: int | None) -> dict[PurePosixPath, Member]:
-    """All members by their path, refused as soon as one is hostile or their sum looks like a bomb."""
-    found: dict[PurePosixPath, Member] = {}
-    total = 0
-    for name, size, regular, open_member in members:
-        path, total = _safe_path(name, source), total + size
-        if not regular:
+def _checked(files: list[zipfile.ZipInfo], source: Path, packed: int | None) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """All files by their path, refused as soon as one is hostile or their sum looks like a bomb."""
+    found, total = {}, 0
+    for info in files:
+        name, path, total = info.filename, _safe_path(info.filename, source), total + info.file_size
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):  # 0: not packed on Unix
             raise _hostile(source, name, "is a link or a device")
-        if size < 0 or (packed is not None and total > max(SMALL, MAX_RATIO * packed)):
+        if packed is not None and total > max(SMALL, MAX_RATIO * packed):
             raise _hostile(source, name, f"brings it to {total / 2**20:,.0f} MB, like a decompression bomb")
         if len(found) >= MAX_MEMBERS:
             raise _hostile(source, name, f"is one of more than {MAX_MEMBERS:,} files")
         if path in found:
             raise _hostile(source, name, "occurs twice")
         if not any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
-            found[path] = name, size, regular, open_member
+            found[path] = info
     for clash in found.keys() & {parent for path in found for parent in path.parents}:
         raise _hostile(source, str(clash), "is both a file and a folder")
     return found
@@ -279,11 +235,11 @@ def _safe_path(name: str, source: Path) -> PurePosixPath:
     return path
 
 
-def _below_root(found: dict[PurePosixPath, Member], source: Path) -> dict[Path, Member]:
+def _below_root(found: dict[PurePosixPath, zipfile.ZipInfo], source: Path) -> dict[Path, zipfile.ZipInfo]:
     """Cuts off the folders above train and test, and what lies beside them."""
     roots = {path.parts[:path.parts.index(name)] for path in found for name in TRAIN_NAMES & set(path.parts[:-1])}
     for root in sorted(roots, key=len)[:1]:
-        inside = {Path(*path.parts[len(root):]): member for path, member in found.items()
+        inside = {Path(*path.parts[len(root):]): info for path, info in found.items()
                   if path.parts[:len(root)] == root}
         if any(path.parts[0] in TEST_NAMES for path in inside):
             return inside
@@ -294,9 +250,8 @@ def _below_root(found: dict[PurePosixPath, Member], source: Path) -> dict[Path, 
 def download(data_dir: Path) -> None:
     """Fetches Intel Image Classification with kagglehub and puts it in place as `extract_archive` does.
 
-    Raises:
-        UserError: kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already.
-        RunError: offline, or Kaggle fails otherwise.
+    Raises UserError where kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError
+    where there is no network or Kaggle fails otherwise.
     """
     data_dir = Path(data_dir)
     try:
@@ -310,13 +265,10 @@ def download(data_dir: Path) -> None:
         fetched = Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # kagglehub lets through whatever requests, its own API and the disk raise
         raise _download_error(error, data_dir) from None
-    if fetched.is_file():
-        extract_archive(fetched, data_dir)
-        return
     with _explained(data_dir, fetched):
-        files = sorted(path for path in fetched.rglob("*") if path.is_file() and not path.is_symlink())
-        _unpack([(path.relative_to(fetched).as_posix(), path.stat().st_size, True, partial(path.open, "rb"))
-                 for path in files], fetched, data_dir, None)
+        files = [zipfile.ZipInfo.from_file(path, path.relative_to(fetched), strict_timestamps=False)
+                 for path in sorted(fetched.rglob("*")) if path.is_file() and not path.is_symlink()]
+        _unpack(files, lambda info: io.FileIO(fetched / info.filename), fetched, data_dir, None)
 
 
 def _download_error(error: Exception, data_dir: Path) -> Exception:
@@ -353,13 +305,10 @@ def _look(path: Path) -> tuple[str, str, str, str]:
 def check(data_dir: Path) -> dict[str, Any]:
     """Reads every image of a data set and reports what a training would meet.
 
-    Returns:
-        `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest}, `sizes` and
-        `modes` {name: images}, `unreadable` {file: reason}, and lists of groups of files with equal bytes:
-        `duplicates`, and of these `across_splits` and `across_labels`. Files are named relative to `data_dir`.
-
-    Raises:
-        UserError: `data_dir` holds no data set.
+    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest}, `sizes` and
+    `modes` {name: images}, `unreadable` {file: reason}, and lists of groups of files with equal bytes: `duplicates`,
+    and of these `across_splits` and `across_labels`. Files are named relative to `data_dir`. Raises UserError where
+    that holds no data set.
     """
     from dataset import find_image_set  # brings torch, which nothing else in this file needs
 
@@ -367,7 +316,7 @@ def check(data_dir: Path) -> dict[str, Any]:
     listings = {"train": images.train, "validation": images.validation or [], "test": images.test}
     files = [(split, images.classes[label], path.relative_to(images.root).as_posix())
              for split, listing in listings.items() for path, label in listing]
-    with ThreadPoolExecutor(min(16, 2 * CORES)) as pool, warnings.catch_warnings():
+    with ThreadPoolExecutor(min(16, 2 * cores())) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on large or odd files; what matters is an error
         looks = progress(pool.map(_look, [images.root / name for *_, name in files]), total=len(files), desc="checking")
         seen = [(*file, *look) for file, look in zip(files, looks, strict=True)]

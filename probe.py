@@ -62,10 +62,8 @@ class Update:
 
 def wait(device: torch.device) -> None:
     """Returns when the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
@@ -142,8 +140,7 @@ class Bench:
 
     def details(self, size: int) -> dict[str, Any]:
         """Memory in MB over all rounds, shares by kind of operator, and TFLOP/s of a square matrix product."""
-        parameters = sum(parameter.nbytes for parameter in self.update.model.parameters()) / 2**20
-        memory = {**self.peak, "before_mb": self.memory_before, "parameters_mb": round(parameters, 1)}
+        memory = {**self.peak, "before_mb": self.memory_before}
         shares, busy = self._shares()
         left, right = (torch.randn(size, size, device=self.device).to(self.update.precision.dtype) for _ in range(2))
         # The shortest of some runs: whatever else runs on the machine can only make one longer.
@@ -159,18 +156,21 @@ class Bench:
         cuda = self.device.type == "cuda"
         updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
         wait(self.device)
-        started = time.perf_counter()
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
             for pieces in updates:
                 self.update(pieces, self.batch_size)
             wait(self.device)
-        wall, totals = time.perf_counter() - started, dict.fromkeys([*OPERATORS, "other"], 0.0)
+        totals = dict.fromkeys([*OPERATORS, "other"], 0.0)
         for event in profiler.key_averages():
-            if event.device_type == DeviceType.CPU:  # on CUDA each carries the time of the kernels it started
+            # On CUDA each operator carries the time of the kernels it started; so may the profiler's own entries.
+            if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key):
                 totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
         total = sum(totals.values())
         shares = {kind: microseconds / total if total else 0.0 for kind, microseconds in totals.items()}
-        return shares, min(1.0, total / 1e6 / wall) if cuda else None
+        if not cuda:
+            return shares, None
+        phases = self.round(len(updates))["phases"]  # by the device's clock, without what the profiler costs
+        return shares, min(1.0, total / 1e6 / (sum(phases.values()) - phases["data"]))
 
 
 def _random_batches(device: torch.device, image_size: int, batch_size: int) -> Batches:

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageOps
+from PIL import Image
 
 from results import column, fit, read_predictions, run_calibration, time_unit
 from utils import atomic_write
@@ -100,7 +100,7 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
     """Counts and row percentages of the test images; above 20 classes the colours alone speak."""
     counts, number = np.array(confusion), len(classes)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = number * (0.85 if number <= 8 else 0.62 if number <= 20 else max(0.15, 9 / number))
+    size = min(20, number * (0.85 if number <= 8 else 0.62 if number <= 20 else max(0.15, 9 / number)))
     small = 10 if number <= 8 else 8 if number <= 20 else 5
     with picture(path, size + 3.2, size + 2.2) as figure:
         figure.suptitle(fit(title, 50), x=0.01, ha="left", fontsize=12)
@@ -187,17 +187,14 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
 # -------------------------------------------------------------------------------- of images
 def load_picture(path: Path, side: int) -> np.ndarray | None:
     """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey, which Pillow would clip at 255
-                values = np.asarray(image, dtype=float)
-                image = Image.fromarray((255 * values / max(values.max(), 1)).clip(0, 255).astype(np.uint8))
-            image = image.convert("RGB")
-            image.thumbnail((side, side))
-            return np.asarray(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    from images import try_decode  # brings torch, which nothing else in this file needs
+
+    pixels = try_decode(path, None)
+    if isinstance(pixels, str):
         return None
+    image = Image.fromarray(pixels)
+    image.thumbnail((side, side))
+    return np.asarray(image)
 
 
 def labelled_sheet(paths: list[Path], captions: list[str], path: Path, *, most: int = 60, heading: str = "") -> None:

@@ -6,14 +6,13 @@ torch, of training, or of how anything is drawn.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import html
 import json
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,37 +21,19 @@ from scipy import stats
 from tqdm.utils import disp_len, disp_trim  # columns on a terminal: wide letters take two
 
 from option import PRECISIONS
-from utils import UserError, atomic_write, printable
+from utils import UserError, printable, read_json, reading
 
 SHARES = ("precision", "recall", "f1")
 WIDTH = 80
 
 
 # ------------------------------------------------------------------------------------- files
-@contextlib.contextmanager
-def reading(file: Path) -> Iterator[None]:
-    """Turns whatever is wrong with a file into a UserError that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{printable(file)} cannot be read ({error.strerror or error}).") from None
-    except (ValueError, TypeError, KeyError, csv.Error) as error:
-        raise UserError(f"{printable(file)} is damaged ({type(error).__name__}: {error}).") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is missing or damaged."""
-    with reading(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise TypeError("no JSON object")
-        return content
-
-
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The epochs of metrics.jsonl. Raises UserError where it is missing or damaged."""
     with reading(file):
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if any(isinstance(value, (str, dict)) for line in metrics for value in line.values()):
+            raise ValueError("no number")
         return [line | {"epoch": int(line["epoch"])} for line in metrics]
 
 
@@ -75,8 +56,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     with reading(config_file):
         config |= {part: dict(config.get(part, {})) for part in ("options", "dataset", "versions")}
         options, precision = config["options"], config.get("precision") or failure.get("precision")
-        if precision not in PRECISIONS:
-            raise ValueError(f"unknown precision {precision}")
+        if precision not in PRECISIONS or not isinstance(options.get("seed", 0), int):
+            raise ValueError(f"unknown precision {precision}, or no seed")
     if result is not None:
         with reading(result_file):
             _check(result)
@@ -111,12 +92,6 @@ def read_predictions(file: Path) -> dict[str, Any]:
         return {"classes": header[4:], "paths": [row[0] for row in rows], "labels": [row[1] for row in rows],
                 "predicted": [row[2] for row in rows], "confidence": numbers[:, 0],
                 "probabilities": numbers[:, 1:]}  # fmt: skip
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replaces a text file whole."""
-    with atomic_write(file) as handle:
-        handle.write(text.encode("utf-8", "backslashreplace"))
 
 
 def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -209,7 +184,8 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
                      all(other[name] == row[name] for name in ("model", "device_name"))), None)
         if base:
             row["speed_up"] = row["images_per_second"]["mean"] / base["images_per_second"]["mean"]
-            row["memory_ratio"] = row["memory_mb"]["mean"] / base["memory_mb"]["mean"]
+            if base["memory_mb"]["mean"]:  # Windows does not say
+                row["memory_ratio"] = row["memory_mb"]["mean"] / base["memory_mb"]["mean"]
             row["difference"] = None if row is base else _difference(base, row)
     configs = [run["config"] for run in runs if run["options"]]
     options = [config["options"] | {"images": config["dataset"].get("fingerprint")} for config in configs]
@@ -248,16 +224,17 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Accuracy against FP32 in points, and the test of whether it can be told from noise: of single runs McNemar's
     exact test on the images, of several seeds on both sides Welch's t-test on the accuracies."""
     one, other = base["test_acc"], row["test_acc"]
-    counts, name, p_value = [len(one["values"]), len(other["values"])], None, math.nan
+    counts, test, p_value = [len(one["values"]), len(other["values"])], None, None
     if counts == [1, 1]:
         found = mcnemar(*(Path(rows["runs"][0]) / "predictions.csv" for rows in (base, row)))
         if found:
-            name, p_value = "{gained} images gained, {lost} lost of {images:,}, exact McNemar test", found["p_value"]
-            name = name.format(**found)
+            test = f"{found['gained']} images gained, {found['lost']} lost of {found['images']:,}, exact McNemar test"
+            p_value = found["p_value"]
     elif min(counts) > 1 and (one["std"] or other["std"]):
-        name, p_value = "Welch's t-test over seeds", float(stats.ttest_ind_from_stats(
+        test = "Welch's t-test over seeds"
+        p_value = float(stats.ttest_ind_from_stats(  # `ttest_ind` warns where the accuracies of one side are equal
             one["mean"], one["std"], counts[0], other["mean"], other["std"], counts[1], equal_var=False).pvalue)
-    return {"points": other["mean"] - one["mean"], "test": name, "p_value": None if math.isnan(p_value) else p_value}
+    return {"points": other["mean"] - one["mean"], "test": test, "p_value": p_value}
 
 
 # -------------------------------------------------------------------------------------- text
@@ -315,7 +292,7 @@ def summary(result: dict[str, Any]) -> str:
 def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the performance table; a failed run is a line of two cells, the second its reason."""
     rows = comparison["rows"]
-    kinds = list(dict.fromkeys(row["memory_kind"] for row in rows if row["memory_kind"]))
+    kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
     memory = "GPU Memory (peak allocated)" if kinds == ["CUDA allocated"] else f"Memory ({' or '.join(kinds) or '–'})"
     header = ["Algorithm", "Test Accuracy", memory, "Total Training Time", "Images/s", "Speed-up", "Memory ratio",
               "Time without evaluation"]  # fmt: skip
@@ -401,7 +378,7 @@ def performance_table(comparison: dict[str, Any]) -> str:
     """The performance table as Markdown, with the verdict on accuracy and the conditions below it."""
     header, lines = table_cells(comparison)
     cells = [[markdown(cell) for cell in [*line, *["–"] * len(header)][:len(header)]] for line in lines]
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+    table = [[markdown(cell) for cell in header], ["---", *["---:"] * (len(header) - 1)], *cells]
     below = [markdown(line) for line in (verdict(comparison), *conditions(comparison))]
     return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in table), *below]) + "\n"
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -22,12 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from model import load_file
-from utils import RunError, UserError, atomic_write, lock, printable, remove
-
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no quotas
+from utils import FULL, RunError, UserError, atomic_write, lock, printable, remove
 
 
 class RunDirectory:
@@ -93,7 +90,7 @@ class RunDirectory:
 
     def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
         table = io.StringIO()
-        csv.writer(table, lineterminator="\n").writerows(rows)
+        csv.writer(table).writerows(rows)  # CRLF: with less a return in a name would not be quoted
         self.write_text(name, table.getvalue())
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
@@ -134,19 +131,13 @@ def _write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
         _write(path, size, partial(torch.save, content))
 
 
-def _snapshot(value: Any) -> Any:
+def _snapshot(content: dict[str, Any]) -> dict[str, Any]:
     """A copy on the CPU that later updates do not change; tensors that share memory are copied apart."""
-    if torch.is_tensor(value):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        copied = {key: _snapshot(item) for key, item in value.items()}
-        if hasattr(value, "_metadata"):  # a state dict's versions of layers, which MNASNet's loader asks for
-            copied = OrderedDict(copied)
-            copied._metadata = value._metadata
-        return copied
-    if isinstance(value, (list, tuple)):
-        return [_snapshot(item) for item in value]
-    return value
+    copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
+    for name in ("model", "ema"):
+        if content.get(name) is not None:  # versions of layers, which MNASNet's loader asks for
+            copied[name]._metadata = content[name]._metadata
+    return copied
 
 
 def _write(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
@@ -175,7 +166,8 @@ def _write(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
 # ------------------------------------------------------------------------------- reading back
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: value == 1,
-    "model": lambda value: isinstance(value, dict) and all(map(torch.is_tensor, value.values())),
+    "model": lambda value: isinstance(value, dict) and all(
+        isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items()),
     "classes": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
     ),
@@ -199,7 +191,8 @@ def refuse_finished(run: RunDirectory) -> None:
     """Raises UserError where the folder holds a run already."""
     present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
     if present:
-        kind, way = ("finished", "") if "result.json" in present else ("begun", "go on with --resume, ")
+        kind = "finished" if "result.json" in present else "begun"
+        way = "go on with --resume, " if kind == "begun" and "last.pt" in present else ""
         raise UserError(
             f"{printable(run.path)} holds a {kind} run.\n"
             f"Choose another --checkpoint_name, {way}or replace it with --overwrite."
@@ -211,7 +204,7 @@ def remove_results(run: RunDirectory) -> None:
     if run.writes:
         for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
                      "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "reliability.png",
-                     "report.html"):
+                     "report.html", "parity.json"):
             run.file(name).unlink(missing_ok=True)
         shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
 

@@ -24,16 +24,7 @@ from evaluate import Evaluation, evaluate
 from model import update_average
 from precision import Precision
 from run import RunDirectory
-from utils import (
-    RunError,
-    Stopped,
-    StopSignal,
-    Stopwatch,
-    peak_memory,
-    progress,
-    reset_peak_memory,
-    seed_everything,
-)  # fmt: skip
+from utils import RunError, Stopped, StopSignal, peak_memory, progress, reset_peak_memory, seed_everything
 
 
 def update_weights(
@@ -43,9 +34,9 @@ def update_weights(
 ) -> torch.Tensor:
     """One optimizer update on `image_count` images, in pieces: the whole AMP recipe.
 
-    Returns, still on the device: loss sum, correct predictions, gradient norm, index of the first parameter
-    whose gradient is not finite, and loss scale. The order of the five scaler calls is PyTorch's own:
-    https://docs.pytorch.org/docs/stable/notes/amp_examples.html
+    Returns, still on the device: loss sum, correct predictions, gradient norm, index of the last parameter whose
+    gradient is not finite (the first that the backward pass reached), and loss scale. The order of the five scaler
+    calls is PyTorch's own: https://docs.pytorch.org/docs/stable/notes/amp_examples.html
     """
     loss_sum, correct = 0.0, 0
     for images, labels, weight, last in pieces:
@@ -57,18 +48,18 @@ def update_weights(
             scaler.scale(loss * (ranks / image_count)).backward()
         loss_sum = loss_sum + loss.detach()
         correct = correct + weight * (logits.argmax(1) == hard(labels)).sum()
-    loss_scale = scaler.scale(torch.ones_like(loss_sum))
+    loss_scale = scaler.scale(torch.ones_like(loss_sum))  # on the device: get_scale() would wait for it
     scaler.unscale_(optimizer)  # from here on .grad holds true gradients, which is what clipping needs
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in parameters]))
     norm = torch.linalg.vector_norm(norms)
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, clip_grad_norm, norm)
-    scaler.step(optimizer)  # skipped, inside the fused kernel, where a gradient is not finite
+    scaler.step(optimizer)  # skipped as a whole, inside the fused kernel, where any gradient is not finite
     scaler.update()  # halves the scale after a skip, doubles it after 2,000 updates without one
     optimizer.zero_grad(set_to_none=True)
-    first_bad = norms.isfinite().logical_not().float().argmax()
-    return torch.stack([loss_sum.float(), correct.float(), norm, first_bad.float(), loss_scale.float()])
+    last_bad = len(norms) - 1 - norms.isfinite().logical_not().flip(0).float().argmax()
+    return torch.stack([loss_sum.float(), correct.float(), norm, last_bad.float(), loss_scale.float()])
 
 
 def hard(labels: torch.Tensor) -> torch.Tensor:
@@ -157,6 +148,7 @@ class Progress:
     learning_rate: float = 0.0  # of the last update
     elapsed: float = 0.0
     peak_memory_mb: float = 0.0
+    steady: bool = False  # whether that is of an epoch after warm-up
 
 
 @dataclass
@@ -205,7 +197,7 @@ class Trainer:
         """
         self.scheduler = self.make_scheduler(done=self._updates_done)
         self._last_save = time.monotonic()
-        self.stopwatch = Stopwatch(self.progress.elapsed)
+        self._begun = time.perf_counter() - self.progress.elapsed
         with StopSignal() as self.stop:
             while self.progress.epoch < self.epochs and not self._out_of_patience():
                 if self._train_epoch(stop_after) is False:
@@ -213,10 +205,16 @@ class Trainer:
                 self._finish_epoch()
                 if stop_after is not None and self._updates_done >= stop_after:
                     break
+        self.run.write_metrics(self.progress.history)  # as last.pt knows it, whatever ended an earlier process
         self.run.flush()
         if self._must_stop():  # the signal came while the last epoch was being finished
             raise Stopped(self.stop.number or 15, f"stopped after the last epoch; saved in {self.run.path}. Test it "
                           "with the same command and --resume.")
+
+    @property
+    def seconds(self) -> float:
+        """Of this run so far, those before a resume included."""
+        return time.perf_counter() - self._begun
 
     @property
     def _per_epoch(self) -> int:
@@ -233,7 +231,7 @@ class Trainer:
         """The updates that are left of this epoch; False where `stop_after` ended it early."""
         self._prepare_model()
         at, batches = self.progress, self.batches
-        watch, batches.seconds_waited = Stopwatch(at.epoch_seconds), at.epoch_waited
+        begun, batches.seconds_waited = time.perf_counter() - at.epoch_seconds, at.epoch_waited
         bar = progress(total=len(batches.subset), initial=min(at.update * batches.batch_size, len(batches.subset)),
                        desc=f"epoch {at.epoch + 1}/{self.epochs}", unit="image",
                        bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}{postfix}")
@@ -257,13 +255,13 @@ class Trainer:
                 saving = not ended and self._save_is_due()
                 if ended or stopping or saving or at.update % self.log_interval == 0:
                     self._read(bar)
-                at.epoch_seconds, at.epoch_waited = watch.seconds, batches.seconds_waited
+                at.epoch_seconds, at.epoch_waited = time.perf_counter() - begun, batches.seconds_waited
                 if stopping:
                     self._save_and_stop()
                     return False
                 if saving:
-                    with watch.paused():
-                        self._save()
+                    self._save()
+                    begun = time.perf_counter() - at.epoch_seconds  # saving is no training
         return True
 
     def _finish_epoch(self) -> None:
@@ -287,7 +285,8 @@ class Trainer:
         self.run.save({**files, "last.pt": self.state()})
         self.run.write_metrics(at.history)
         self.on_epoch(line)
-        if at.epoch == 1:
+        if self._warming:
+            self._warming = False
             reset_peak_memory(self.device)
 
     # ------------------------------------------------------------------------------ the model
@@ -301,6 +300,7 @@ class Trainer:
         frozen = self.progress.epoch < self.freeze_epochs
         if frozen != self._frozen:
             self._frozen = frozen
+            self._warming = True  # this epoch's peak will hold the workspaces of cuDNN's searches
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(not frozen or name.startswith(self.head))
             self._wrapped = self.model
@@ -331,7 +331,7 @@ class Trainer:
         self.ranks.sum(totals)  # loss and correct predictions are per rank, the rest is the same on all
         rows = torch.cat([totals, records[:, 2:]], 1).tolist()
         self._unread.clear()
-        for update, (loss, correct, norm, first_bad, scale) in enumerate(rows, begun + 1):
+        for update, (loss, correct, norm, bad, scale) in enumerate(rows, begun + 1):
             finite = math.isfinite(norm)
             if not finite and not self.scaler.is_enabled():
                 self._not_finite("gradient" if math.isfinite(loss) else "loss", update)
@@ -345,7 +345,7 @@ class Trainer:
                 at.sums["counted"] += count
             else:
                 names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-                at.skips.append({"update": at.epoch * self._per_epoch + update, "parameter": names[int(first_bad)],
+                at.skips.append({"update": at.epoch * self._per_epoch + update, "parameter": names[int(bad)],
                                  "scale": scale})
         self._watch_scale()
         if self.ranks.is_first:
@@ -364,7 +364,7 @@ class Trainer:
 
     def _not_finite(self, what: str, update: int) -> None:
         at = self.progress
-        kept = f"best_model.pt and last.pt hold the end of epoch {at.epoch}" if at.epoch else "no epoch was finished"
+        kept = f"best_model.pt of epoch {at.best_epoch}" if at.epoch else "none is of a finished epoch"
         raise RunError(
             f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self._per_epoch} "
             f"({self.precision.label}). Last good checkpoint: {kept} ({self.run.path}).\nUsual causes: a learning rate "
@@ -377,7 +377,7 @@ class Trainer:
         scale = self.scaler.get_scale()
         if scale < 1 and not self._scale_warned:
             self._scale_warned, skips = True, self.progress.skips
-            where = f" First at {skips[0]['parameter']}." if skips else ""
+            where = f" The backward pass met it first at {skips[0]['parameter']}." if skips else ""
             self.log(
                 f"warning: the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
                 f"the run has probably diverged.{where} Lower the learning rate, or use --amp_dtype bfloat16."
@@ -391,9 +391,10 @@ class Trainer:
     def _metrics(self, found: Evaluation) -> dict[str, Any]:
         """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds."""
         at, memory = self.progress, peak_memory(self.device)
-        # The first epoch's peak counts only where there is no other: it holds the workspaces of cuDNN's searches.
-        at.peak_memory_mb = max(at.peak_memory_mb if at.epoch > 1 else 0.0, memory["peak_memory_mb"])
-        at.elapsed = self.stopwatch.seconds
+        if not (self._warming and at.steady):  # such an epoch counts only where there is no other
+            at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
+            at.steady = not self._warming
+        at.elapsed = self.seconds
         sums = at.sums
         return {
             "epoch": at.epoch + 1,
@@ -416,8 +417,7 @@ class Trainer:
 
     # --------------------------------------------------------------------- stopping and saving
     def _out_of_patience(self) -> bool:
-        at = self.progress
-        return self.patience is not None and at.epoch - at.best_epoch >= self.patience > 0 and at.epoch > 0
+        return self.patience is not None and self.progress.epoch - self.progress.best_epoch >= self.patience
 
     def _must_stop(self) -> bool:
         """Whether a signal came to any rank. They ask one another on the CPU, so no device is waited for."""
@@ -425,7 +425,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Hands last.pt, with the run as it stands, to the thread that writes it."""
-        self.progress.elapsed, self._last_save = self.stopwatch.seconds, time.monotonic()
+        self.progress.elapsed, self._last_save = self.seconds, time.monotonic()
         self.run.save({"last.pt": self.state()})
 
     def _save_and_stop(self) -> None:

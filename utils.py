@@ -1,4 +1,4 @@
-"""This process: errors a user reads, device, seed, ranks, stopwatch, memory, stop signal, files and terminal.
+"""This process: errors a user reads, device, seed, ranks, memory, stop signal, files and terminal.
 
 What every other file needs and none of them owns; torch is imported only where it is used, so that
 `--help` and data preparation stay instant. Knows nothing of models, data or training.
@@ -7,14 +7,16 @@ What every other file needs and none of them owns; torch is imported only where 
 from __future__ import annotations
 
 import contextlib
+import csv
 import ctypes
+import errno
+import json
 import os
 import platform
 import shutil
 import signal
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import IO, TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # of a disk, of a quota (Windows has none)
 
 
 class UserError(Exception):
@@ -90,23 +94,22 @@ class Ranks:
 
 
 # ------------------------------------------------------------------------------------ device
-def keep_freed_memory() -> bool:
+def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of handing it back to the kernel; call before torch allocates.
 
-    Activations are freed and taken again in every update; without this each one costs page faults.
-    Returns whether it took effect (glibc only; elsewhere nothing happens). See mallopt(3).
+    Activations are freed and taken again in every update; without this each one costs page faults. See mallopt(3).
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    m_trim_threshold, m_mmap_max = -1, -4
-    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1))
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
-def choose_device(name: str, local_rank: int = 0) -> torch.device:
+def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.device:
     """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...).
 
-    Raises UserError where this machine or this build of PyTorch has no such device.
+    Without `use` a process that only starts others takes no memory on a GPU. Raises UserError where this machine or
+    this build of PyTorch has no such device.
     """
     import torch
 
@@ -116,11 +119,14 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
-        torch.empty(1, device=device).item()  # which the device "meta" cannot do
+        if use or device.type != "cuda":
+            torch.empty(1, device=device).item()  # which the device "meta" cannot do
+        else:
+            torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"{str(error).splitlines()[0]}\nUse --device auto or --device cpu."
         raise UserError(f"--device {name} is not available here: {reason}") from None
-    if device.type == "cuda":
+    if use and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
@@ -209,27 +215,6 @@ def linux_memory(file: str, name: str) -> int | None:
     return None
 
 
-# --------------------------------------------------------------------------------- stopwatch
-class Stopwatch:
-    """Adds up seconds while it runs; pauses for what should not count, and survives a checkpoint."""
-
-    def __init__(self, seconds: float = 0.0):
-        self._seconds, self._started = seconds, time.perf_counter()
-
-    @property
-    def seconds(self) -> float:
-        running = time.perf_counter() - self._started if self._started is not None else 0.0
-        return self._seconds + running
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        self._seconds, self._started = self.seconds, None
-        try:
-            yield
-        finally:
-            self._started = time.perf_counter()
-
-
 # ------------------------------------------------------------------------------- stop signal
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one ends at once."""
@@ -262,7 +247,6 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     A reader sees the old file or the new one, never a part, whatever stops the writer.
     """
-    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -279,6 +263,44 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.close(directory)
 
 
+def write_text(file: Path, text: str) -> None:
+    """Replaces a text file whole. Raises UserError where it cannot stand there, RunError where the disk fails."""
+    try:
+        with atomic_write(file) as handle:
+            handle.write(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        misplaced = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
+        raise (UserError if misplaced else RunError)(
+            f"{printable(file)} cannot be written ({error.strerror}).") from None
+
+
+def refuse_missing_folders(*files: str | None) -> None:
+    """Raises UserError where a file that is to be written has no folder: before the work, not after it."""
+    for file in files:
+        if file and not Path(file).parent.is_dir():
+            raise UserError(f"{printable(file)} cannot be written: there is no such folder.")
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns whatever is wrong with a file into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{printable(file)} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise UserError(f"{printable(file)} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where it is missing or damaged."""
+    with reading(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("no JSON object")
+        return content
+
+
 def remove(*paths: Path) -> None:
     """Deletes what is there and can be deleted, such as what `atomic_write` left when its process was killed."""
     for path in paths:
@@ -286,7 +308,7 @@ def remove(*paths: Path) -> None:
             path.unlink()
 
 
-def lock(file: IO, *, wait: bool = False) -> bool:
+def lock(file: IO | int, *, wait: bool = False) -> bool:
     """Locks an open file until it is closed or this process ends, however it ends; False where another holds it.
 
     Windows and some network file systems know no such locks: there it is as if nobody held it.

@@ -17,7 +17,7 @@ from train import Trainer
 from utils import RunError, UserError
 
 _MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "epoch_seconds",
-             "epoch_waited"}  # fmt: skip
+             "epoch_waited", "steady"}  # fmt: skip
 
 
 def shortened(data: DataSet, batch_size: int) -> None:

@@ -55,7 +55,8 @@ def run(command: list[str], out) -> None:
     print(title, end="", flush=True)
     out.write(title)
     script, *words = command
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], text=True, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)
     for line in process.stdout:
         print(line, end="", flush=True)
         out.write(line)

@@ -31,7 +31,7 @@ def main() -> None:
     if arguments.child:
         serve(arguments)
         return
-    sides = [*(["seed"] if not arguments.no_seed else []), *arguments.precisions.split(",")]
+    sides = [*(["tutorial"] if not arguments.no_tutorial else []), *arguments.precisions.split(",")]
     if arguments.compile:
         sides += [f"{name}+compile" for name in arguments.precisions.split(",")]
     rates: dict[str, list[float]] = {}
@@ -68,7 +68,7 @@ def measure(sides: list[str], rounds: int, rates: dict[str, list[float]], facts:
 def uses_cuda(arguments: argparse.Namespace) -> bool:
     from utils import choose_device
 
-    return choose_device(arguments.device).type == "cuda"
+    return choose_device(arguments.device, use=False).type == "cuda"
 
 
 def parse() -> argparse.Namespace:
@@ -79,7 +79,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precisions", default="fp32,amp-bf16")
     parser.add_argument("--compile", action="store_true", help="measure each precision with torch.compile, too")
-    parser.add_argument("--no_seed", action="store_true", help="leave the tutorial's loop out")
+    parser.add_argument("--no_tutorial", action="store_true", help="leave the tutorial's loop out")
     parser.add_argument("--updates", type=int, default=4, help="in one round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", help="write all figures to this file")
@@ -110,7 +110,7 @@ def serve(arguments: argparse.Namespace) -> None:
     """A child: sets one side up, then runs a round for each line it reads."""
     side, _, compiled = arguments.child.partition("+")
     with tempfile.TemporaryDirectory() as folder:
-        make = seed_loop if side == "seed" else package_loop
+        make = tutorial_loop if side == "tutorial" else package_loop
         rounds, facts = make(arguments, side, bool(compiled), folder)
         print(json.dumps(facts), flush=True)
         for line in sys.stdin:
@@ -174,6 +174,9 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     def answer_to(word: str) -> dict:
         if word == "round":
             return {"": updates(loader, arguments.updates), " bound": updates(resident, arguments.updates)}
+        piece.clear()  # what the compute bound held is no part of the loop
+        utils.reset_peak_memory(setup.device)
+        updates(loader, 2)
         facts = {**utils.peak_memory(setup.device),
                  "matmul_flops": matrix_product_rate(setup.device, trainer.precision)}
         trainer.model.eval()
@@ -225,7 +228,7 @@ def start_up(arguments: argparse.Namespace) -> float:
     return statistics.median(float(run.stdout) for run in runs[1:])
 
 
-def seed_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
+def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
     """The 2020 tutorial's loop, its `.cuda()` made device-agnostic: ImageFolder, PIL transforms, DataLoader."""
     import torch
     import torchvision
@@ -233,8 +236,10 @@ def seed_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callab
 
     import utils
     from dataset import find_image_set
+    from precision import named_precision
 
     device = utils.choose_device(arguments.device)
+    named_precision("fp32", device)  # convolutions would use TF32 unasked
     train = find_image_set(arguments.data_dir).train[0][0].parents[1]
     side_pixels = (arguments.image_size, arguments.image_size)
     transform = transforms.Compose(
@@ -278,13 +283,16 @@ def matrix_product_rate(device, precision) -> float:
     """Floating-point operations per second of a large matrix product in this precision's dtype."""
     import torch
 
-    one, other = (torch.randn(4096, 4096, device=device, dtype=precision.dtype) for _ in range(2))
+    side, times = (4096, 1) if device.type == "cpu" else (8192, 10)  # a GPU is done with few too soon
+    one, other = (torch.randn(side, side, device=device, dtype=precision.dtype) for _ in range(2))
     seconds = []
     for _ in range(4):
         started = time.perf_counter()
-        (one @ other)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * 4096**3 / min(seconds)
+        for _ in range(times):
+            product = one @ other
+        product[0, 0].item()
+        seconds.append((time.perf_counter() - started) / times)
+    return 2 * side**3 / min(seconds)
 
 
 # ---------------------------------------------------------------------------------------- report
@@ -294,10 +302,10 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: 
     from utils import choose_device, device_name
 
     medians = {figure: statistics.median(values) for figure, values in rates.items()}
-    base = medians.get("seed")
+    base = medians.get("tutorial")
     print(f"{device_name(choose_device(arguments.device))}; torch {torch.__version__}; {arguments.image_size} px, "
           f"batch {arguments.batch_size}; {arguments.rounds} rounds of {arguments.updates} updates\n")
-    print("| side | images/s, median (min to max) | ÷ seed | ÷ its compute bound | of its matrix product "
+    print("| side | images/s, median (min to max) | ÷ tutorial | ÷ its compute bound | of its matrix product "
           "| evaluation, images/s | peak memory, MB |")
     print("|---|---|---|---|---|---|---|")
     for side, fact in facts.items():

@@ -1,7 +1,7 @@
 """Recipe 7: DistributedDataParallel, one process per device.
 
-Rule: nothing changes. One device per process, a scaler in each; let DDP sum the gradients within backward().
-Why: DDP sums the scaled gradients before the scaler looks at them. An inf on one rank is an inf on all, so
+Rule: nothing changes. One device per process, a scaler in each; let DDP average the gradients within backward().
+Why: DDP averages the scaled gradients before the scaler looks at them. An inf on one rank is an inf on all, so
 every rank skips the same update and halves its scale: weights and scales stay equal without a message.
 When it is broken: gradients summed by hand after unscale_. The rank that overflowed skips; the others have
 already passed the check, step with the inf that arrives late, and end as NaN.
@@ -46,7 +46,7 @@ def train(rank, device, dtype, broken):
         with torch.amp.autocast(kind, dtype=dtype):
             loss = functional.cross_entropy(network(images.to(device)), labels.to(device))
         scale = scaler.get_scale()
-        scaler.scale(loss).backward()  # DDP sums the gradients in here
+        scaler.scale(loss).backward()  # DDP averages the gradients in here
         scaler.unscale_(optimizer)
         if broken:
             sum_by_hand(model)  # too late: this rank's check for inf is done
@@ -102,7 +102,7 @@ def main(device):
     first, second = runs["broken"]
     assert not first[BAD_UPDATE][2] and second[BAD_UPDATE][2], "rank 1 skips alone"
     assert first[BAD_UPDATE][3] != first[BAD_UPDATE][3], "rank 0 took a step with NaN"
-    print("RULE: unchanged code; DDP sums inside backward, so all ranks skip together.")
+    print("RULE: unchanged code; DDP averages inside backward, so all ranks skip together.")
 
 
 if __name__ == "__main__":

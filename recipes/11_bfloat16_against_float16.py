@@ -42,7 +42,7 @@ def range_and_digits(device):
 
 
 def running_sum(device):
-    """A sum kept in 16 bits stops where one more is less than half a digit: never keep one."""
+    """A sum kept in 16 bits stops where one more is no more than half a step: never keep one."""
     sums, safe = [], []
     for dtype in DTYPES:
         total = torch.zeros((), dtype=dtype, device=device)

@@ -41,7 +41,7 @@ def run():
 def scenes_folder(tmp_path_factory):
     """Sixty training scenes (48 after the split) and eighteen to test, ten and three a class."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    prepare.draw_demo(folder, train_images=60, test_images=18, workers=1)
+    prepare.draw_demo(folder, train_images=60, test_images=18)
     return folder
 
 

@@ -17,7 +17,6 @@ import images as image_module
 from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    Augmentation,
     Batches,
     Pixels,
     find_image_set,
@@ -54,9 +53,9 @@ def opened(root, size=10, **options):
 
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
-    mixed = {"mixup": Augmentation("flip", mixup=0.4), "cutmix": Augmentation("flip", cutmix=1.0)}
+    mixed = {"mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1.0}}
     return Batches(subset or data.train, Pixels(CPU, size), batch_size, len(data.classes), seed=7,
-                   augmentation=mixed.get(kind) or Augmentation(kind), **options)
+                   **mixed.get(kind, {"augment": kind}), **options)
 
 
 def updates(batches, epoch=0, first=0):
@@ -274,7 +273,7 @@ def test_each_epoch_holds_each_image_once(scenes_folder, kind):
 
 def test_mixup_and_cutmix_give_probabilities(scenes_folder):
     data = opened(scenes_folder, 33)
-    batches = Batches(data.train, Pixels(CPU, 33), 16, 6, seed=7, augmentation=Augmentation("flip", 0.4, 1.0))
+    batches = Batches(data.train, Pixels(CPU, 33), 16, 6, seed=7, mixup=0.4, cutmix=1.0)
     labels = torch.cat([labels for _, labels in updates(batches)])
     assert labels.shape == (48, 6) and torch.allclose(labels.sum(1), torch.ones(48)) and (labels.amax(1) < 1).any()
 

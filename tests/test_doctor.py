@@ -20,7 +20,7 @@ def row(speed, speedup, memory_mb, tflops, *, busy=None, spread=0.02, kind="proc
         "images_per_second": speed, "seconds_per_update": 32 / speed, "speedup": speedup, "spread": spread,
         "rounds": 3 * [{"updates": 2}], "phase_seconds": dict.fromkeys(probe.PHASES, 0.1),
         "phase_shares": {"data": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1}, "training_mb": memory_mb,
-        "memory": {"memory_kind": kind, "peak_memory_mb": memory_mb + 300, "before_mb": 300, "parameters_mb": 40.0},
+        "memory": {"memory_kind": kind, "peak_memory_mb": memory_mb + 300, "before_mb": 300},
         "shares": {"products": 0.8, "activations": 0.1, "optimizer": 0.05, "casts": 0.0, "other": 0.05},
         "busy": busy, "tflops": tflops,
     }  # fmt: skip
@@ -31,7 +31,7 @@ def findings():
     found = {
         "machine": {
             "device": "cpu", "name": "A processor", "instructions": "avx2 avx512_bf16", "bfloat16": "native",
-            "float16": "emulated", "matrix_unit": "none", "memory_gb": 8.0, "available_gb": 4.0, "torch_threads": 2,
+            "float16": "emulated", "matrix_unit": "none", "memory_gb": 8.0, "torch_threads": 2,
             "torch": "2", "torchvision": "0", "python": "3.12", "system": "an OS",
         },
         "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32}, "failed": {},
@@ -97,7 +97,7 @@ def test_amp_that_pays_is_recommended(findings):
     found = advised(findings)
     assert found["recommended"] == "amp-bf16" and "1.60 times as fast" in found["verdict"]
     assert "50% of its memory" in found["verdict"]
-    assert found["command"] == "python main.py --amp --image_size 128 --batch_size 256"
+    assert found["command"] == "python main.py --amp --image_size 128 --batch_size 32"
 
 
 def test_amp_that_is_slower_is_not(findings):
@@ -145,13 +145,6 @@ def test_gpu_reasons(findings):
 def test_bfloat16_on_cuda_needs_its_option(findings):
     findings["machine"].update(GPU, compute_capability="9.0", tensor_cores="yes")
     assert "--amp --amp_dtype bfloat16" in advised(findings)["command"]
-
-
-def test_fitting_batch_by_hand(findings):
-    # 480 MB, of them 4 x 40 whatever the batch: 10 MB an image; 70 % of 4,096 MB holds 160 + 10 x 256 = 2,720
-    assert doctor.fitting_batch(findings, "amp-bf16") == 256
-    findings["machine"]["available_gb"] = 2.0  # 1,433 MB hold 160 + 10 x 64 = 800, not 1,440
-    assert doctor.fitting_batch(findings, "amp-bf16") == 64
 
 
 def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
@@ -206,8 +199,8 @@ def test_examination_end_to_end(scenes_folder, monkeypatch):
         assert all(value > 0 for value in phases.values()) and phases["backward"] > phases["data"] / 10
         assert sum(measured["shares"].values()) == pytest.approx(1)
         assert measured["shares"]["products"] > 0.1
-        assert measured["memory"]["parameters_mb"] == pytest.approx(725_574 * 4 / 2**20, abs=0.1)
-    assert found["loader_images_per_second"] > 0 and f"--data_dir {scenes_folder}" in found["command"]
+    assert found["loader_images_per_second"] > 0
+    assert f"--image_size 32 --batch_size 4 --data_dir {scenes_folder}" in found["command"]
     json.dumps(found)
     assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
 

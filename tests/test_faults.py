@@ -357,6 +357,7 @@ def mutilations(checkpoint: Path, mark: Path):
         "size below zero": changed(image_size=-1), "classes of numbers": changed(classes=[1, 2, 3]),
         "other classes": changed(classes=["a", "b", "c"]), "fewer classes": changed(classes=["coast", "field"]),
         "unknown normalisation": changed(normalize="sometimes"),
+        "a name of numbers": changed(model={**weights, 5: weights[first]}),
     }  # fmt: skip
 
 
@@ -365,7 +366,7 @@ NAMES = [
     "without its end", "image", "folder", "list", "tensor", "empty table", "no model", "no classes", "no model name",
     "no format", "no image size", "model of text", "weights of text", "missing weight", "other shape", "other head",
     "other model", "unknown model", "model name of numbers", "size of text", "size below zero", "classes of numbers",
-    "other classes", "fewer classes", "unknown normalisation",
+    "other classes", "fewer classes", "unknown normalisation", "a name of numbers",
 ]  # fmt: skip
 
 
@@ -548,9 +549,9 @@ def test_odd_but_good_images(own_data, tmp_path, said):
 
 def test_hostile_class_names(tmp_path):
     """Names that would break paths, Markdown, HTML or plots go through training, testing, pictures and prediction."""
-    names = ("quote'\"`", "pipe|s**", "$x_{", "<b>&amp;<i>", "new\nline", os.fsdecode(b"\xff\xfe"), "-dash", "日本 🙂",
-             "%s{0}\\n", "x" * 200)  # fmt: skip
-    data = tiny.draw(tmp_path / "data", train=60, test=10, classes=names)
+    names = ("quote'\"`", "pipe|s**", "$x_{", "<b>&amp;<i>", "new\nline", "car\rriage", os.fsdecode(b"\xff\xfe"),
+             "-dash", "日本 🙂", "%s{0}\\n", "x" * 200)  # fmt: skip
+    data = tiny.draw(tmp_path / "data", train=66, test=11, classes=names)
     commands = [
         tiny.words(data, tmp_path, "--epochs=1"),
         ["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"],

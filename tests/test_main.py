@@ -77,7 +77,7 @@ def test_training_ends_well_and_says_its_precision(trained, name):
     assert status == 0 and "Traceback" not in err
     label = {"fp32": "FP32", "amp-bf16": "AMP bfloat16", "amp-fp16": "AMP float16"}[name]
     assert f"on cpu: {label} (" in out
-    assert ("CPUs emulate float16" in out) == (name == "amp-fp16")
+    assert ("on CPUs float16 is many times slower" in out) == (name == "amp-fp16")
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -181,7 +181,7 @@ def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
 def test_quiet_still_warns(scenes_folder, tmp_path, run):
     status, out, _ = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet",
                           "--amp", "--amp_dtype=float16"])
-    assert status == 0 and out.startswith("warning: CPUs emulate float16") and "epoch" not in out.splitlines()[1]
+    assert status == 0 and out.startswith("warning: on CPUs float16 is many times slower") and "epoch" not in out.splitlines()[1]
 
 
 def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
@@ -288,7 +288,7 @@ def test_evaluate_in_several_precisions(trained, run):
 def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
     draw, drawn = prepare.draw_demo, []
     monkeypatch.setattr(prepare, "draw_demo", lambda root: drawn.append(root) or draw(
-        root, train_images=60, test_images=18, workers=1))
+        root, train_images=60, test_images=18))
     monkeypatch.chdir(tmp_path)
     status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "squeezenet1_1"])
     assert status == 0, err
@@ -437,6 +437,38 @@ def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monkeypatch):
+    folder, given, _ = comparison
+    monkeypatch.setattr(compare, "_process", lambda given: [2])
+    status, out, err = run([*given, "--overwrite"])
+    assert status == 1 and "fp32 (exit status 2)" in err and "Accuracy" not in out
+    assert not (folder / "fp32" / "failure.json").exists()
+    monkeypatch.setattr(compare, "_process", lambda given: [130])
+    status, _, err = run([*given, "--overwrite"])
+    assert status == 130 and "without --overwrite" in err
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_reason_of_an_earlier_failure_is_not_shown_again(scenes_folder, tmp_path, run, monkeypatch):
+    (tmp_path / "own" / "fp32").mkdir(parents=True)
+    (tmp_path / "own" / "fp32" / "failure.json").write_text('{"precision": "fp32", "reason": "an old one"}')
+    monkeypatch.setattr(compare, "_process", lambda given: [2])
+    status, out, _ = run(["compare", *words(scenes_folder, tmp_path, "own"), "--precisions=fp32"])
+    assert status == 1 and "failed: exit status 2" in out and "an old one" not in out
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder, tmp_path, run):
+    status, out, err = run(["compare", *words(tmp_path / "nowhere", tmp_path, "own"), "--precisions=fp32"])
+    assert status == 2 and "Three ways to get data" in err and "run 1" not in out
+    file = next(broken_copy(scenes_folder, tmp_path / "data", lambda target: None).rglob("*.jpg"))
+    file.unlink()
+    file.write_bytes(b"no image")
+    status, out, _ = run(["compare", *words(tmp_path / "data", tmp_path, "own"), "--precisions=fp32"])
+    assert status == 1 and "cannot be read" in out
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have TF32")
 def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, run):
     folder, given, _ = comparison
@@ -575,9 +607,36 @@ def test_another_data_sets_classes_are_refused(trained, tmp_path, run):
             for index in range(5):
                 Image.new("RGB", (40, 40), (index * 40, 0, 0)).save(tmp_path / part / name / f"{index}.png")
     folder = trained["fp32"][0]
-    status, _, err = run(["evaluate", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
-                          f"--data_dir={tmp_path}"])
-    assert status == 2 and "cat" in err and "buildings" in err
+    for command in ("evaluate", "inspect"):
+        status, _, err = run([command, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
+                              f"--data_dir={tmp_path}"])
+        assert status == 2 and "cat" in err and "buildings" in err
+
+
+def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, run):
+    finished = [f"--checkpoint_dir={trained['fp32'][0].parent}", "--checkpoint_name=fp32"]
+    for given in (["predict", *finished, str(tmp_path), f"--contact_sheet={tmp_path / 'no' / 'x.png'}"],
+                  ["export", *finished, f"--out={tmp_path / 'no' / 'x.onnx'}"],
+                  ["doctor", f"--json={tmp_path / 'no' / 'x.json'}"]):
+        status, out, err = run(given)
+        assert status == 2 and err.startswith(f"error: {tmp_path / 'no'}/x") and not out
+
+
+def test_a_misspelt_model_leaves_no_folder(scenes_folder, tmp_path, run):
+    status, _, err = run(["train", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path / 'runs'}",
+                          "--model=../../up", "--pretrained=0"])
+    assert status == 2 and "is not a torchvision classifier" in err and not list(tmp_path.iterdir())
+
+
+def test_a_compiler_that_fails_is_one_message(scenes_folder, tmp_path, run, monkeypatch):
+    from torch._inductor.exc import InductorError
+
+    def fail(*_, **__):
+        raise InductorError(RuntimeError("No working C++ compiler found"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    status, _, err = run(words(scenes_folder, tmp_path, "run", "--model=squeezenet1_1", "--compile"))
+    assert status == 1 and "--compile does not work here" in err and "No working C++ compiler" in err
 
 
 def test_a_loss_that_is_not_finite_is_status_1_and_recorded(scenes_folder, tmp_path, run):

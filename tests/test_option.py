@@ -33,7 +33,7 @@ OPTIONS = {
     "compare": f"{ALL} --precisions --seeds --report_only --runs",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out",
-    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed --num_workers",
+    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed",
     "export": f"{RUN} --checkpoint --out",
 }
 SEED_DEFAULTS = {
@@ -162,7 +162,10 @@ def test_impossible_values_are_refused_by_name(words, named):
     (["--checkpoint_name", "../up"], "--checkpoint_name"), (["--checkpoint_name", "/root"], "--checkpoint_name"),
     (["--checkpoint_name", "a\nb"], "--checkpoint_name"), (["compare", "--precisions", "fp8"], "fp32"),
     (["compare", "--precisions", ","], "fp32"), (["predict"], "PATH"), (["prepare"], "--download"),
-    (["--config", "absent.json"], "absent.json"),
+    (["--config", "absent.json"], "absent.json"), (["--decay_type", "step", "--warmup_epochs", "3"], "step_warmup"),
+    (["compare", "--amp"], "--precisions"), (["compare", "--amp_dtype", "float16"], "--precisions"),
+    (["compare", "--tf32"], "--precisions"), (["compare", "--verify_resume"], "train"),
+    (["evaluate", "--amp_dtype", "float16"], "without --amp"),
 ])
 def test_options_that_do_not_go_together_are_refused(words, named):
     assert named in refused(*words)
@@ -172,7 +175,11 @@ def test_options_that_do_not_go_together_are_refused(words, named):
 def test_a_damaged_config_is_one_message(tmp_path, content):
     file = tmp_path / "config.json"
     file.write_text(content)
-    assert "is not a run's config.json" in refused("--config", str(file))
+    assert "config.json is damaged" in refused("--config", str(file))
+
+
+def test_files_behind_two_dashes_keep_theirs():
+    assert parse("predict", "--batch-size=4", "--", "--my-picture.jpg").inputs == ["--my-picture.jpg"]
 
 
 # --------------------------------------------------------------------------------- precedence

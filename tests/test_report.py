@@ -20,7 +20,7 @@ import html_report
 import report
 import results
 from compare import MAY_DIFFER
-from utils import UserError
+from utils import UserError, write_text
 
 CLASSES = ["buildings", "forest", "sea"]
 HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]
@@ -102,7 +102,10 @@ def test_read_run(tmp_path):
 @pytest.mark.parametrize(("file", "content"), [
     ("config.json", None), ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"options": 1}'),
     ("metrics.jsonl", None), ("metrics.jsonl", '{"epoch": 1}\n{"epo'), ("metrics.jsonl", '{"loss": 1}\n'),
-    ("metrics.jsonl", "[1]\n"), ("result.json", "{}"), ("result.json", "\x00"), ("result.json", "null")])
+    ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", '{"epoch": Infinity}'),
+    ("metrics.jsonl", '{"epoch": 1, "elapsed": "x"}'),
+    ("config.json", '{"options": {"seed": [1]}, "precision": "fp32"}'), ("config.json", 10**5 * "["),
+    ("result.json", "{}"), ("result.json", "\x00"), ("result.json", "null")])
 def test_missing_or_damaged_files_are_named(tmp_path, file, content):
     directory = make_run(tmp_path / "run")
     (directory / file).unlink()
@@ -114,7 +117,7 @@ def test_missing_or_damaged_files_are_named(tmp_path, file, content):
 
 @pytest.mark.parametrize("change", [{"confusion": [[1, 2]]}, {"confusion": [[0] * 3] * 3}, {"test_acc": "high"},
                                     {"confusion": None}, {"classes": 3}, {"peak_memory_mb": None},
-                                    {"per_class": {}}, {"per_class": []}])
+                                    {"per_class": {}}, {"per_class": []}, {"confusion": [[math.inf] * 3] * 3}])
 def test_a_result_that_makes_no_sense_is_refused(tmp_path, change):
     file = make_run(tmp_path / "run") / "result.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -148,12 +151,19 @@ def test_predictions_without_their_columns_are_refused(tmp_path, content):
 
 
 def test_writing_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
-    results.write_atomically(tmp_path / "a", "first")
-    results.write_atomically(tmp_path / "a", "second\udce9")  # of an undecodable file name
-    assert (tmp_path / "a").read_text() == "second\\udce9" and [file.name for file in tmp_path.iterdir()] == ["a"]
+    write_text(tmp_path / "a", "first")
+    write_text(tmp_path / "a", "second\udce9")  # of an undecodable file name
+    assert (tmp_path / "a").read_bytes() == b"second\xe9" and [file.name for file in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(UserError, match="nowhere/a cannot be written"):
+        write_text(tmp_path / "nowhere" / "a", "first")
 
 
 # Numbers
+
+def test_memory_that_is_not_known_gives_no_ratio(tmp_path):
+    _, comparison = compare(make_run(tmp_path / "a", memory=0.0), make_run(tmp_path / "b", "amp-bf16", memory=0.0))
+    assert [row["memory_ratio"] for row in comparison["rows"]] == [None, None] and comparison["rows"][1]["speed_up"]
+
 
 def test_wilson_interval_against_its_closed_form():
     share, total, z = 0.9, 50, 1.959963984540054
@@ -382,7 +392,7 @@ def test_learning_curve_of_a_diverged_run(tmp_path):
     is_picture(tmp_path / "a.png")
 
 
-@pytest.mark.parametrize("number", [2, 6, 40, 100])
+@pytest.mark.parametrize("number", [2, 6, 40, 100, 1000])
 def test_confusion_matrix(tmp_path, number):
     classes = (HOSTILE + [f"class {place}" for place in range(number)])[:number]
     report.confusion_matrix(np.eye(number, dtype=int).tolist(), classes, tmp_path / "a.png", title="t" * 300)

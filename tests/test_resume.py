@@ -13,6 +13,7 @@ import tiny
 import torch
 from tiny import assert_equal, outcome
 
+import run as run_module
 import train as training
 from run import RunDirectory
 from utils import RunError
@@ -171,6 +172,45 @@ def test_resume_auto(data, straight, tmp_path, monkeypatch):
     assert_equal(straight, outcome(tmp_path / "run"))
 
 
+def test_first_last_pt_that_was_never_written(data, straight, tmp_path, monkeypatch, capsys):
+    """Killed, or out of disk, after the first best_model.pt: nothing to go on from, and `auto` begins anew."""
+    original = run_module._write
+
+    def fail(path, size, fill):
+        if path.name == "last.pt":
+            raise RunError("the disk is full")
+        original(path, size, fill)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_write", fail)
+        assert tiny.train(data, tmp_path) == 1
+    assert (tmp_path / "run" / "best_model.pt").exists() and not (tmp_path / "run" / "last.pt").exists()
+    capsys.readouterr()
+    assert tiny.train(data, tmp_path) == 2 and "--resume" not in capsys.readouterr().err
+    assert tiny.train(data, tmp_path, "--resume=auto") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+def test_metrics_that_were_cut_short_are_whole_again(data, straight, tmp_path, monkeypatch):
+    def fail():
+        raise RunError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        at_call(patch, RunDirectory, "write_metrics", 2, fail, before=True)
+        assert tiny.train(data, tmp_path) == 1
+    assert tiny.train(data, tmp_path, "--resume") == 0
+    assert_equal(straight, outcome(tmp_path / "run"))
+
+
+def test_another_precision_is_refused(data, begun, capsys):
+    """`--amp_dtype auto` is another type on another device."""
+    file = begun / "run" / "last.pt"
+    torch.save({**torch.load(file, weights_only=True), "precision": "amp-fp16"}, file)
+    assert tiny.train(data, begun, "--resume") == 2
+    said = capsys.readouterr().err
+    assert "amp-fp16" in said and "fp32" in said and "--amp_dtype" in said
+
+
 def test_nothing_to_resume(data, tmp_path, capsys):
     assert tiny.train(data, tmp_path, "--resume") == 2
     assert "nothing to resume" in capsys.readouterr().err
@@ -246,7 +286,7 @@ def test_config_repeats_a_run(data, straight, tmp_path):
     "", "{", "[]", "{}", '{"options": []}', '{"options": {"batch_size": -5}}', '{"options": {"batch_size": "many"}}',
     '{"options": {"model": 5}}', '{"options": {"epochs": [1]}}', '{"options": {"amp": "perhaps"}}',
     '{"options": {"checkpoint_every": "soon"}}', '{"options": {"cache": "never"}}', '{"options": {"image_size": null}}',
-    '{"options": {"learning_rate": NaN}}', "\ud800",
+    '{"options": {"learning_rate": NaN}}', "\ud800", 10**5 * "[",
 ])  # fmt: skip
 def test_hostile_config_is_refused(content, data, tmp_path, capsys):
     file = tmp_path / "config.json"

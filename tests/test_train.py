@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train as training
 from dataset import Batches, Pixels, Subset
 from images import DecodedImages
 from model import update_average
@@ -138,6 +139,7 @@ def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     update(model, optimizer, [piece()], 6, FP16, scaler)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    model.body.weight.register_hook(lambda gradient: gradient * math.inf)  # the backward pass meets the head's first
     found = update(model, optimizer, [piece(seed=1)], 6, FP16, scaler)
     names = [name for name, _ in model.named_parameters()]
     assert names[int(found[3])] == "head.weight" and not math.isfinite(found[2]) and found[4] == 256
@@ -295,7 +297,7 @@ def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
 def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
     with pytest.raises(RunError, match=r"epoch 2, update 2 of 3 .*\n?.*") as failure:
         trained(tmp_path, network(spoil=[5]), FP32, epochs=3)
-    assert "end of epoch 1" in str(failure.value) and str(tmp_path) in str(failure.value)
+    assert "best_model.pt of epoch 1" in str(failure.value) and str(tmp_path) in str(failure.value)
     kept = load_checkpoint(tmp_path / "last.pt")
     assert kept["progress"]["epoch"] == 1 and all(t.isfinite().all() for t in kept["model"].values())
     assert len(lines(tmp_path)) == 1
@@ -332,6 +334,15 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     kept = [[{k: v for k, v in line.items() if k not in measured} for line in lines(tmp_path / name)] for name in "ab"]
     assert kept[0] == kept[1]
     assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
+
+
+@pytest.mark.parametrize("peaks, freeze_epochs, kept", [
+    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0,), 0, 900.0)])
+def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
+    readings = iter(peaks)
+    monkeypatch.setattr(training, "peak_memory", lambda device: {"peak_memory_mb": next(readings)})
+    run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, head="head")
+    assert run.progress.peak_memory_mb == kept
 
 
 def test_accumulation_gives_the_run_of_whole_batches(tmp_path):

@@ -24,7 +24,7 @@ CLASSES = ("coast", "field", "town")
 # What a clock or the memory allocator says: all that may differ between two equal runs.
 MEASURED = {
     "seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "reserved_memory_mb",
-    "epoch_seconds", "epoch_waited", "total_seconds", "train_seconds",
+    "epoch_seconds", "epoch_waited", "total_seconds", "train_seconds", "steady",
 }  # fmt: skip
 
 
