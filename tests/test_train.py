@@ -139,8 +139,9 @@ def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     update(model, optimizer, [piece()], 6, FP16, scaler)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
-    model.body.weight.register_hook(lambda gradient: gradient * math.inf)  # the backward pass meets the head's first
+    later = model.body.weight.register_hook(lambda gradient: gradient * math.inf)  # backward meets the head's first
     found = update(model, optimizer, [piece(seed=1)], 6, FP16, scaler)
+    later.remove()
     names = [name for name, _ in model.named_parameters()]
     assert names[int(found[3])] == "head.weight" and not math.isfinite(found[2]) and found[4] == 256
     assert scaler.get_scale() == 128
