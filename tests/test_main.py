@@ -181,7 +181,8 @@ def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
 def test_quiet_still_warns(scenes_folder, tmp_path, run):
     status, out, _ = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet",
                           "--amp", "--amp_dtype=float16"])
-    assert status == 0 and out.startswith("warning: on CPUs float16 is many times slower") and "epoch" not in out.splitlines()[1]
+    assert status == 0 and out.startswith("warning: on CPUs float16 is many times slower")
+    assert "epoch" not in out.splitlines()[1]
 
 
 def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
@@ -620,6 +621,18 @@ def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, r
                   ["doctor", f"--json={tmp_path / 'no' / 'x.json'}"]):
         status, out, err = run(given)
         assert status == 2 and err.startswith(f"error: {tmp_path / 'no'}/x") and not out
+
+
+def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
+    from assemble import Setup
+
+    given = words(scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3",
+                  "--cutmix=0.7")
+    setup = Setup(option.parse(given), utils.Ranks(), lambda text: None)
+    data = setup.data()
+    batches = setup.batches(data, data.train, train=True)
+    assert (batches.seed, batches.accumulate, batches.augment) == (5, 2, "crop")
+    assert (batches.mixup, batches.cutmix) == (0.3, 0.7)
 
 
 def test_a_misspelt_model_leaves_no_folder(scenes_folder, tmp_path, run):

@@ -178,6 +178,11 @@ def test_a_damaged_config_is_one_message(tmp_path, content):
     assert "config.json is damaged" in refused("--config", str(file))
 
 
+def test_a_comparison_takes_all_but_the_precision_from_a_config(config):
+    options = parse("compare", "--config", str(config))
+    assert (options.epochs, options.amp) == (7, False)
+
+
 def test_files_behind_two_dashes_keep_theirs():
     assert parse("predict", "--batch-size=4", "--", "--my-picture.jpg").inputs == ["--my-picture.jpg"]
 

@@ -6,6 +6,7 @@ Images are made here; nothing is read from disk. Run it alone: pytest tests/test
 import copy
 import json
 import math
+import time
 import warnings
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as training
 from dataset import Batches, Pixels, Subset
+from evaluate import evaluate
 from images import DecodedImages
 from model import update_average
 from precision import Precision
 from run import RunDirectory, load_checkpoint
 from train import Forward, Trainer, make_optimizer, make_scheduler, update_weights
-from utils import RunError, Stopped
+from utils import Ranks, RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")
 CPU = torch.device("cpu")
@@ -338,12 +340,35 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
 
 
 @pytest.mark.parametrize("peaks, freeze_epochs, kept", [
-    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0,), 0, 900.0)])
+    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0, 100.0, 800.0, 120.0), 2, 120.0),
+    ((900.0,), 0, 900.0)])
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
     readings = iter(peaks)
     monkeypatch.setattr(training, "peak_memory", lambda device: {"peak_memory_mb": next(readings)})
     run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, head="head")
     assert run.progress.peak_memory_mb == kept
+
+
+def test_saving_is_no_training_time(tmp_path, monkeypatch):
+    original = Trainer._save
+
+    def slowly(self):
+        time.sleep(1)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "_save", slowly)
+    trained(tmp_path, epochs=1, checkpoint_every="1u")
+    (line,) = lines(tmp_path)
+    assert line["seconds"] < 1 < line["elapsed"]
+
+
+def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
+    monkeypatch.setattr(Ranks, "sum", lambda *_: None)
+    model, images = network().eval(), subset(11)
+    whole, *parts = (
+        evaluate(model, Batches(images, Pixels(CPU, 9), 4, 3, ranks=ranks), FP32, keep_logits=True).logits
+        for ranks in (Ranks(), Ranks(0, 0, 2), Ranks(1, 1, 2)))
+    assert np.allclose(whole, sum(parts), atol=1e-6) and not parts[0][1::2].any() and not parts[1][::2].any()
 
 
 def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
