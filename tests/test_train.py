@@ -340,7 +340,7 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
 
 
 @pytest.mark.parametrize("peaks, freeze_epochs, kept", [
-    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0, 100.0, 800.0, 120.0), 2, 120.0),
+    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0, 500.0, 800.0, 120.0), 2, 500.0),
     ((900.0,), 0, 900.0)])
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
     readings = iter(peaks)
