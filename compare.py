@@ -76,8 +76,9 @@ def run_all(
         log(f"\nrun {number} of {len(planned)}: {run.folder.name}" + ", already finished" * (run.state == "finished"))
         if run.state != "finished":
             remove(run.folder / "failure.json")  # an earlier attempt's
+            earlier = _written(run.folder / "result.json")
             reason = _train(run, sum(later.epochs for later in planned[number:]), log)
-            if reason and (run.folder / "result.json").exists():  # it failed before anything was replaced
+            if reason and earlier and _written(run.folder / "result.json") == earlier:  # nothing was replaced
                 kept.append(f"{run.folder.name} ({reason})")
             elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
                 run.folder.mkdir(parents=True, exist_ok=True)
@@ -121,6 +122,13 @@ def _state(run: Path, options: dict[str, Any]) -> str:
         raise UserError("\n".join([f"{printable(run)} was run with other options:", *changed,
                                    "Choose another --checkpoint_name, or replace it with --overwrite."]))
     return "finished" if (run / "result.json").exists() else "begun" if (run / "last.pt").exists() else "new"
+
+
+def _written(file: Path) -> int | None:
+    """When a file was last written, in nanoseconds; None where it is not there."""
+    with contextlib.suppress(OSError):
+        return file.stat().st_mtime_ns
+    return None
 
 
 def _epochs(run: Path, since: float = 0) -> int:

@@ -143,12 +143,12 @@ def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, s
         bar = progress(total=train_images + test_images, desc="drawing", unit="image")
         with _building(root, "demo scenes") as stage, bar:
             for split, (folder, count) in enumerate((("seg_train", train_images), ("seg_test", test_images))):
+                for name in CLASSES:
+                    (stage / folder / folder / name).mkdir(parents=True)
                 for number in range(count):
                     index, label = divmod(number, len(CLASSES))
-                    file = stage / folder / folder / CLASSES[label] / f"{index:05d}.jpg"
-                    file.parent.mkdir(parents=True, exist_ok=True)
                     image = draw_scene(CLASSES[label], np.random.default_rng([seed, split, label, index]))
-                    image.save(file, "JPEG", quality=90)
+                    image.save(stage / folder / folder / CLASSES[label] / f"{index:05d}.jpg", "JPEG", quality=90)
                     bar.update()
             (stage / "demo.json").write_bytes(manifest)
 

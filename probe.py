@@ -162,7 +162,7 @@ class Bench:
             wait(self.device)
         totals = dict.fromkeys([*OPERATORS, "other"], 0.0)
         for event in profiler.key_averages():
-            # On CUDA each operator carries the time of the kernels it started; so may the profiler's own entries.
+            # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
             if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key):
                 totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
         total = sum(totals.values())

@@ -444,6 +444,17 @@ def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monke
     status, out, err = run([*given, "--overwrite"])
     assert status == 1 and "fp32 (exit status 2)" in err and "Accuracy" not in out
     assert not (folder / "fp32" / "failure.json").exists()
+
+    def fails_at_its_pictures(given):
+        for name in ("fp32", "amp-bf16"):
+            (folder / name / "result.json").touch()  # new numbers, whatever came after them
+        return [1]
+
+    monkeypatch.setattr(compare, "_process", fails_at_its_pictures)
+    status, out, err = run([*given, "--overwrite"])
+    assert status == 0 and "Accuracy" in out, err
+    for name in ("fp32", "amp-bf16"):
+        (folder / name / "failure.json").unlink()
     monkeypatch.setattr(compare, "_process", lambda given: [130])
     status, _, err = run([*given, "--overwrite"])
     assert status == 130 and "without --overwrite" in err
