@@ -54,9 +54,10 @@ def build_model(
     if pretrained_path is not None:
         load_weights(model, read_state_dict(pretrained_path), source=str(pretrained_path), ignored=ignored)
     elif pretrained:
-        load_weights(model, _imagenet_state_dict(key), source="ImageNet weights", ignored=ignored)
+        original = _imagenet_model(key)
+        load_weights(model, original.state_dict(), source="ImageNet weights", ignored=ignored)
         if key in _AUXILIARY:
-            model.transform_input = True  # their ImageNet files were trained on another normalisation
+            model.transform_input = original.transform_input  # their files were trained on another normalisation
     return model
 
 
@@ -109,10 +110,16 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
         ) from None
 
 
-def _imagenet_state_dict(key: str) -> dict[str, torch.Tensor]:
+def _imagenet_model(key: str) -> nn.Module:
+    """The classifier of 1,000 classes as torchvision's own constructor loads it.
+
+    Published files are old: many hold no batch counters, or names of layers from before they were renamed. Only
+    their constructors know. They would also run code that a file holds, so it is read without that first.
+    """
     weights = models.get_model_weights(key).DEFAULT
     try:
-        return weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
+        weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
+        return models.get_model(key, weights=weights, progress=False)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(

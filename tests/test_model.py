@@ -5,6 +5,7 @@ No network: ImageNet files are made here and found where torch.hub looks. Run it
 
 import pickle
 import urllib.error
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torchvision import models
 
 from model import build_model, check_input_size, head_name, load_file, load_weights, model_names, read_state_dict
 from utils import UserError
+
+WITHOUT_COUNTERS = {"resnet18", "googlenet"}  # published before BatchNorm counted its batches
 
 
 @pytest.fixture
@@ -23,6 +26,8 @@ def imagenet(tmp_path, monkeypatch):
     def place(name, content=None, **options):
         torch.manual_seed(1)
         state = models.get_model(name, num_classes=1000, **options).state_dict()
+        if name in WITHOUT_COUNTERS:  # nor do such files hold the versions of their layers
+            state = OrderedDict(item for item in state.items() if not item[0].endswith("num_batches_tracked"))
         file = tmp_path / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rsplit("/", 1)[-1]
         torch.save(state, file) if content is None else file.write_bytes(content)
         return state
@@ -100,7 +105,7 @@ def test_imagenet_weights_fill_all_but_the_head(imagenet, monkeypatch, name, opt
         if key.rpartition(".")[0] == head:
             assert tensor.shape[0] == 6
         else:
-            assert torch.equal(tensor, state[key]), key
+            assert torch.equal(tensor, state.get(key, torch.tensor(0))), key
     assert model(torch.zeros(2, 3, 33, 33)).shape == (2, 6)
 
 
@@ -114,7 +119,16 @@ def test_the_download_has_a_bar_where_other_bars_are_shown(monkeypatch, shown):
     monkeypatch.setattr(models.WeightsEnum, "get_state_dict", get_state_dict)
     monkeypatch.setattr("model.shows_bars", lambda: shown)
     build_model("squeezenet1_1", 6)
-    assert asked == [shown]
+    assert any(asked) == shown
+
+
+def test_a_file_in_the_published_form_has_the_published_size(imagenet, tmp_path):
+    """torchvision publishes 44.661 MiB: 102 entries. With batch counters the same file has 44.666."""
+    state = imagenet("resnet18")
+    assert len(state) == 102
+    weights = models.ResNet18_Weights.DEFAULT
+    size = next(tmp_path.rglob("resnet18*.pth")).stat().st_size / 2**20
+    assert abs(size - weights.meta["_file_size"]) < 0.0025
 
 
 def test_a_thousand_classes_keep_the_imagenet_head(imagenet):
