@@ -23,7 +23,7 @@ import option
 from dataset import Batches, DataSet, Pixels, Subset, open_data_set
 from model import avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
 from precision import Precision, choose_precision
-from run import RunDirectory, load_checkpoint
+from runs.folder import RunDirectory, load_checkpoint
 from train import Trainer, make_optimizer, make_scheduler
 from utils import Ranks, UserError, choose_device, device_name, printable, seed_everything
 
@@ -65,7 +65,7 @@ class Setup:
         """
         options = self.options
         if options.demo:
-            from prepare import draw_demo
+            from commands.prepare import draw_demo
 
             self.ranks.share(lambda: draw_demo(Path(options.data_dir)))  # the others wait for the first
         data = open_data_set(

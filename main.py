@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import job
+import distributed
 import option
 import utils
 from utils import Ranks, RunError, Stopped, UserError, printable
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
         utils.quiet = getattr(options, "quiet", False)
         utils.keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)
-        job.join(ranks)
+        distributed.join(ranks)
         COMMANDS[options.command](options, ranks)
         return 0
     except (Exception, KeyboardInterrupt) as error:
@@ -42,10 +42,10 @@ def main(argv: Sequence[str]) -> int:
         if reason is None:
             raise
         signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends one to all when the first has failed
-        job.say_once(reason if isinstance(error, Stopped) else f"error: {reason}")
+        distributed.say_once(reason if isinstance(error, Stopped) else f"error: {reason}")
         return status
     finally:
-        job.leave(ranks)
+        distributed.leave(ranks)
 
 
 def run() -> None:
@@ -81,8 +81,8 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str | None]:
     if "DataLoader worker" in text:
         return 1, (f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
                    "use fewer --num_workers, then go on with --resume.")
-    if Ranks.from_environment().size > 1 and job.is_lost_connection(error):
-        return 1, job.LOST_RANK
+    if Ranks.from_environment().size > 1 and distributed.is_lost_connection(error):
+        return 1, distributed.LOST_RANK
     return 1, None
 
 
@@ -117,7 +117,7 @@ def _setup(options: Namespace, ranks: Ranks) -> Any:
 # ------------------------------------------------------------------------------------- train
 def train(options: Namespace, ranks: Ranks) -> None:
     """Trains, tests the best epoch once, and writes the run's results."""
-    from run import remove_results
+    from runs.folder import remove_results
 
     setup = _setup(options, ranks)
     run, precision = setup.run, setup.precision
@@ -163,7 +163,7 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
     Raises UserError where there is nothing to resume, where the options would make it another run, and where a new
     run would replace one.
     """
-    from run import refuse_changed, refuse_finished
+    from runs.folder import refuse_changed, refuse_finished
 
     options, run = setup.options, setup.run
     last = run.file("last.pt")
@@ -180,7 +180,7 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
 
 def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
     """Loads last.pt into a trainer; refuses images other than those that config.json says they were."""
-    from run import load_checkpoint
+    from runs.folder import load_checkpoint
 
     file = setup.run.file("last.pt")
     state = setup.ranks.share(lambda: load_checkpoint(file))
@@ -244,12 +244,10 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     """Tests the best epoch once; writes the result, the predictions, the pictures and the page; prints the summary."""
     import torch
 
-    import html_report
-    import report
-    import results
     from evaluate import evaluate, probabilities
-    from images import decode
-    from run import load_checkpoint
+    from images.stores import decode
+    from reports import page, pictures, results
+    from runs.folder import load_checkpoint
 
     options, run, at = setup.options, setup.run, trainer.progress
     network = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
@@ -268,10 +266,10 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     run.write_predictions(_test_names(setup, data), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
     title = f"{options.model}, {setup.precision.label}"
-    report.learning_curve(at.history, run.file("learning_curve.png"), title=title, best_epoch=at.best_epoch)
-    report.confusion_matrix(result["confusion"], data.classes, run.file("confusion_matrix.png"), title=title)
-    report.gallery(run.file("predictions.csv"), Path(options.data_dir), run.file("mistakes.png"))
-    html_report.html_report(run.path, run.file("report.html"))
+    pictures.learning_curve(at.history, run.file("learning_curve.png"), title=title, best_epoch=at.best_epoch)
+    pictures.confusion_matrix(result["confusion"], data.classes, run.file("confusion_matrix.png"), title=title)
+    pictures.gallery(run.file("predictions.csv"), Path(options.data_dir), run.file("mistakes.png"))
+    page.html_report(run.path, run.file("report.html"))
     if events is not None:
         for file in (run.file("confusion_matrix.png"), run.file("mistakes.png")):
             if file.exists():
@@ -284,7 +282,7 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
 def _result(setup: Any, data: Any, found: Any) -> dict[str, Any]:
     """What a test says, before anything about the training."""
     from evaluate import probabilities
-    from results import calibration
+    from reports.results import calibration
 
     return {
         "test_acc": found.accuracy, "test_loss": found.loss, **utils.peak_memory(setup.device),
@@ -302,8 +300,8 @@ def _verify_resume(setup: Any) -> None:
     """Trains a little, stops in mid-epoch, resumes, and compares with a training that was not stopped."""
     import tempfile
 
-    from run import RunDirectory
-    from verify import shortened, verify_resume
+    from commands.verify_resume import shortened, verify_resume
+    from runs.folder import RunDirectory
 
     if setup.ranks.size > 1:
         raise UserError("--verify_resume is one process's work: run it without torchrun.")
@@ -319,8 +317,8 @@ def _verify_resume(setup: Any) -> None:
 # ------------------------------------------------------------------------ the other commands
 def evaluate(options: Namespace, ranks: Ranks) -> None:
     """Tests a finished run's best checkpoint; with --precisions, in each of them."""
-    import results
     from evaluate import evaluate, parity
+    from reports import results
 
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
@@ -347,7 +345,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
 
 def predict(options: Namespace, ranks: Ranks) -> None:
     """Classifies files and folders with a trained run."""
-    from predict import predict_files
+    from commands.predict import predict_files
 
     utils.refuse_missing_folders(options.csv, options.json, options.contact_sheet)
     setup = _setup(options, ranks)
@@ -362,15 +360,15 @@ def predict(options: Namespace, ranks: Ranks) -> None:
 
 def compare(options: Namespace, ranks: Ranks) -> None:
     """One training per precision, each in a fresh process, and the performance table."""
-    import compare
+    from commands import compare
 
     folder = Path(options.checkpoint_dir) / (options.checkpoint_name or "comparison")
     if options.runs:
         compare.report_runs([Path(run) for run in options.runs], folder)
         return
     if not options.report_only:
+        from commands.prepare import draw_demo
         from precision import sensible_precisions
-        from prepare import draw_demo
 
         if options.demo:
             draw_demo(Path(options.data_dir))
@@ -384,7 +382,7 @@ def compare(options: Namespace, ranks: Ranks) -> None:
 
 def doctor(options: Namespace, ranks: Ranks) -> None:
     """What this machine can do, and what to expect of AMP on it."""
-    import doctor
+    from commands import doctor
 
     utils.refuse_missing_folders(options.json)
     findings = doctor.examine(
@@ -398,9 +396,9 @@ def doctor(options: Namespace, ranks: Ranks) -> None:
 
 def inspect(options: Namespace, ranks: Ranks) -> None:
     """What AMP did: dtypes, memory, gradient underflow, loss scale."""
-    import inspector
+    from inspection import inspector
     from precision import named_precision, sensible_precisions
-    from results import read_metrics
+    from reports.results import read_metrics
 
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint() if options.checkpoint_name or options.checkpoint else None
@@ -417,7 +415,7 @@ def inspect(options: Namespace, ranks: Ranks) -> None:
 
 def export(options: Namespace, ranks: Ranks) -> None:
     """Writes a trained run as ONNX."""
-    from export import export_onnx
+    from commands.export import export_onnx
 
     utils.refuse_missing_folders(options.out)
     setup = _setup(options, ranks)
@@ -428,7 +426,7 @@ def export(options: Namespace, ranks: Ranks) -> None:
 
 def prepare(options: Namespace, ranks: Ranks) -> None:
     """Puts a data set on disk, or reports on one."""
-    import prepare
+    from commands import prepare
 
     folder = Path(options.data_dir)
     if options.demo:

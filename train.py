@@ -23,7 +23,7 @@ from dataset import Batches
 from evaluate import Evaluation, evaluate
 from model import update_average
 from precision import Precision
-from run import RunDirectory
+from runs.folder import RunDirectory
 from utils import RunError, Stopped, StopSignal, peak_memory, progress, reset_peak_memory, seed_everything
 
 

@@ -129,9 +129,9 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     import torch
 
     from assemble import Setup
-    from compare import FLAGS
+    from commands.compare import FLAGS
     from evaluate import evaluate
-    from run import RunDirectory
+    from runs.folder import RunDirectory
     from train import update_weights
 
     words = [*FLAGS[side], "--pretrained=0", f"--device={arguments.device}", f"--data_dir={arguments.data_dir}",
@@ -191,7 +191,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 def decode_rate(arguments: argparse.Namespace) -> float:
     """Images per second from files into a new cache on disk: the median of three passes over up to 4,000 images."""
     from dataset import find_image_set
-    from images import open_store
+    from images.stores import open_store
 
     paths, seconds = [path for path, _ in find_image_set(arguments.data_dir).train][:4000], []
     for _ in range(4):  # the first one fetches the files from the disk

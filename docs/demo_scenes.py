@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scenes import CLASSES, draw_scene  # noqa: E402
+from images.scenes import CLASSES, draw_scene  # noqa: E402
 
 SIDE, STEP, LEFT, COUNT = 100, 103, 90, 10  # pixels of a scene, from one to the next, for the names; scenes in a row
 

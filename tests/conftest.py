@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inher
 import pytest
 
 import main as program
-import prepare
+from commands import prepare
 
 ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"

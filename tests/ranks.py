@@ -22,12 +22,11 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import assemble
-import html_report
-import job
+import distributed
 import main as program
 import model
-import report
 import train
+from reports import page, pictures
 from utils import Ranks
 
 
@@ -48,7 +47,7 @@ def steady(build):
 
 def leave_out_pictures(setattr=setattr):
     """They take longer than the trainings here."""
-    for module, names in ((report, ("learning_curve", "confusion_matrix", "gallery")), (html_report, ("html_report",))):
+    for module, names in ((pictures, ("learning_curve", "confusion_matrix", "gallery")), (page, ("html_report",))):
         for name in names:
             setattr(module, name, lambda *_, **__: None)
 
@@ -119,10 +118,10 @@ def run(scenarios, folder):
     assemble.build_model = steady(model.build_model)
     leave_out_pictures()
     ranks, attempt = Ranks.from_environment(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    join, leave = job.join, job.leave
-    job.join = lambda ranks: None if torch.distributed.is_initialized() else join(ranks)
+    join, leave = distributed.join, distributed.leave
+    distributed.join = lambda ranks: None if torch.distributed.is_initialized() else join(ranks)
     if len(scenarios) > 1:
-        job.leave = lambda ranks: None
+        distributed.leave = lambda ranks: None
     seen = {}
     for name, scenario in scenarios.items():
         if len(scenarios) > 1:  # each has its own first failure

@@ -13,7 +13,6 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
-import images as image_module
 from dataset import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -23,7 +22,8 @@ from dataset import (
     open_data_set,
     split_train,
 )  # fmt: skip
-from images import decode, try_decode
+from images import stores as image_module
+from images.stores import decode, try_decode
 from utils import Ranks, UserError
 
 CPU = torch.device("cpu")

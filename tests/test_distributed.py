@@ -21,7 +21,7 @@ from conftest import ROOT, run_main
 from ranks import leave_out_pictures, steady
 
 import assemble
-import job
+import distributed
 import model
 from utils import Ranks
 
@@ -271,7 +271,8 @@ def test_a_restarted_rank_does_not_meet_its_predecessors():
         with ThreadPoolExecutor(3) as pool:
             meetings = []
             for rank in (0, 2, 1):  # the first rank reads the old signatures of those that come later
-                meetings.append(pool.submit(job.meet, store, Ranks(rank, rank, 3), patience=timedelta(seconds=0.2)))
+                patience = timedelta(seconds=0.2)
+                meetings.append(pool.submit(distributed.meet, store, Ranks(rank, rank, 3), patience=patience))
                 time.sleep(0.1)
             found = {meeting.result(timeout=30) for meeting in meetings}
         assert len(found) == 1

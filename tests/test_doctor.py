@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-import doctor
-import probe
+from commands import doctor
+from inspection import probe
 from utils import RunError, UserError
 
 CPU = torch.device("cpu")

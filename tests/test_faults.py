@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from tiny import assert_equal, outcome
 
-import images as image_files
 import main
 import train as training
-from run import load_checkpoint
+from images import stores as image_files
+from runs.folder import load_checkpoint
 from utils import UserError
 
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
-import inspector
+from inspection import inspector
 from precision import named_precision
 
 CPU = torch.device("cpu")

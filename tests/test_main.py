@@ -19,13 +19,11 @@ import torchvision
 from conftest import ROOT, SMALL
 from PIL import Image
 
-import compare
-import html_report
 import option
-import prepare
-import report
 import utils
+from commands import compare, prepare
 from model import load_file
+from reports import page, pictures
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
@@ -65,9 +63,9 @@ def shown_accuracy(out):
 def undrawn(monkeypatch):
     """Leaves out the pictures, which take longer than the training, where a test is not about them."""
     for name in ("learning_curve", "confusion_matrix", "gallery", "comparison_picture", "reliability_curve"):
-        monkeypatch.setattr(report, name, lambda *_, **__: None)
+        monkeypatch.setattr(pictures, name, lambda *_, **__: None)
     for name in ("html_report", "html_comparison"):
-        monkeypatch.setattr(html_report, name, lambda *_, **__: None)
+        monkeypatch.setattr(page, name, lambda *_, **__: None)
 
 
 # -------------------------------------------------------------------------- training, each precision

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
-import prepare
-import scenes
+from commands import prepare
+from images import scenes
 from utils import RunError, UserError
 
 LAYOUT = [f"seg_{split}/seg_{split}/{name}/{index}.jpg" for split in ("train", "test") for name in ("forest", "sea")
@@ -465,5 +466,5 @@ def test_check_needs_data(tmp_path):
 
 
 def test_prepare_imports_no_torch():
-    code = "import sys, prepare; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(prepare.__file__).parent, check=False).returncode == 0
+    code = "import sys, commands.prepare; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -29,11 +29,3 @@ def test_linked_files_exist():
 def test_every_command_is_listed():
     for command in option.COMMANDS:
         assert f"| `{command}" in README
-
-
-def test_every_module_is_listed_in_contributing_and_packaged():
-    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for module in ROOT.glob("*.py"):
-        assert f"`{module.name}`" in contributing
-        assert f'"{module.stem}"' in project

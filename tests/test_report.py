@@ -16,10 +16,8 @@ import pytest
 from PIL import Image
 from tqdm.utils import disp_len
 
-import html_report
-import report
-import results
-from compare import MAY_DIFFER
+from commands.compare import MAY_DIFFER
+from reports import page, pictures, results
 from utils import UserError, write_text
 
 CLASSES = ["buildings", "forest", "sea"]
@@ -269,7 +267,7 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     assert amp["difference"]["p_value"] == pytest.approx(expected)
     table = results.performance_table(comparison)
     assert "88.00 ± 2.00 %" in table and "Welch" in table and "over seeds" in table
-    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     is_picture(tmp_path / "comparison.png")
 
 
@@ -289,7 +287,7 @@ def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_pat
     assert "| ResNet18 AMP bfloat16 | not finished: 4 of 4 epochs done |" in table
     assert "nothing can be said about accuracy" in table
     assert [row["speed_up"] for row in comparison["rows"]] == [1, None, None]
-    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     is_picture(tmp_path / "comparison.png")
 
 
@@ -298,8 +296,8 @@ def test_without_fp32_and_without_any_finished_run(tmp_path):
     assert comparison["rows"][0]["speed_up"] is None and "–" in results.performance_table(comparison)
     runs, comparison = compare(fail_run(tmp_path / "a", "fp32", "out of memory"))
     assert "failed: out of memory" in results.performance_table(comparison)
-    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
-    html_report.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
+    pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
     assert "out of memory" in (tmp_path / "report.html").read_text()
     assert results.performance_table(results.compare_runs([]))
 
@@ -380,7 +378,7 @@ def test_fit_and_markdown():
 def test_learning_curve(tmp_path, epochs, scales):
     run = results.read_run(make_run(tmp_path / "run", rates=[100.0] * epochs,
                                    scales=scales and (scales * epochs)[:epochs]))
-    report.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
+    pictures.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
     height = is_picture(tmp_path / "a.png")[1]
     assert height == (840 if scales else 630)
 
@@ -388,14 +386,14 @@ def test_learning_curve(tmp_path, epochs, scales):
 def test_learning_curve_of_a_diverged_run(tmp_path):
     metrics = [{"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_acc": math.inf},
                {"epoch": 2, "train_loss": 1.0, "loss_scale": 0.25}]
-    report.learning_curve(metrics, tmp_path / "a.png", title="t", best_epoch=None)
+    pictures.learning_curve(metrics, tmp_path / "a.png", title="t", best_epoch=None)
     is_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("number", [2, 6, 40, 100, 1000])
 def test_confusion_matrix(tmp_path, number):
     classes = (HOSTILE + [f"class {place}" for place in range(number)])[:number]
-    report.confusion_matrix(np.eye(number, dtype=int).tolist(), classes, tmp_path / "a.png", title="t" * 300)
+    pictures.confusion_matrix(np.eye(number, dtype=int).tolist(), classes, tmp_path / "a.png", title="t" * 300)
     assert max(is_picture(tmp_path / "a.png")) < 3500
 
 
@@ -404,14 +402,14 @@ def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatc
     texts, original = [], Axes.text
     monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **options: (
         texts.append((x, y, text)), original(self, x, y, text, **options))[1])
-    report.confusion_matrix([[3, 1], [0, 500]], ["a", "b"], tmp_path / "a.png", title="t")
+    pictures.confusion_matrix([[3, 1], [0, 500]], ["a", "b"], tmp_path / "a.png", title="t")
     assert set(texts) == {(0, 0, "3\n75 %"), (1, 0, "1\n25 %"), (0, 1, "0"), (1, 1, "500\n100 %")}
 
 
 def test_reliability_curve(tmp_path):
     runs = [results.read_run(make_run(tmp_path / name, name)) for name in ("fp32", "amp-bf16")]
     (tmp_path / "amp-bf16" / "predictions.csv").unlink()
-    report.reliability_curve(runs, tmp_path / "a.png")
+    pictures.reliability_curve(runs, tmp_path / "a.png")
     is_picture(tmp_path / "a.png")
     assert results.run_calibration(runs[0])["ece"] == pytest.approx(0.2) and results.run_calibration(runs[1]) is None
 
@@ -424,18 +422,18 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
             ["broken.png", "b", "a", 0.7, 0.7, 0.3], ["least.png", "b", "a", 0.51, 0.51, 0.49]])
     Image.new("L", (30, 50), 200).save(tmp_path / "less.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    asked, original = [], report.load_picture
-    monkeypatch.setattr(report, "load_picture", lambda path, side: (asked.append(path.name), original(path, side))[1])
-    report.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
+    asked, original = [], pictures.load_picture
+    monkeypatch.setattr(pictures, "load_picture", lambda path, side: (asked.append(path.name), original(path, side))[1])
+    pictures.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
     assert asked == ["missing.png", "broken.png", "less.png"]
     is_picture(tmp_path / "a.png")
 
 
 def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
     run = make_run(tmp_path / "run")
-    report.gallery(run / "predictions.csv", tmp_path / "nowhere", tmp_path / "a.png")
+    pictures.gallery(run / "predictions.csv", tmp_path / "nowhere", tmp_path / "a.png")
     other = make_run(tmp_path / "other", classes=HOSTILE, truth=[0, 1, 2, 3, 4, 5], predicted=[1, 2, 3, 4, 5, 0])
-    report.gallery(other / "predictions.csv", tmp_path / "nowhere", tmp_path / "b.png")
+    pictures.gallery(other / "predictions.csv", tmp_path / "nowhere", tmp_path / "b.png")
     is_picture(tmp_path / "b.png")
 
 
@@ -443,7 +441,7 @@ def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
 def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
     Image.new(mode, (40, 20)).save(path)
-    assert report.load_picture(path, 10).shape == (5, 10, 3)
+    assert pictures.load_picture(path, 10).shape == (5, 10, 3)
 
 
 # HTML
@@ -473,9 +471,10 @@ def draw(directory: Path) -> None:
     """The pictures that a run leaves in its folder."""
     run = results.read_run(directory)
     result = run["result"]
-    report.learning_curve(run["metrics"], directory / "learning_curve.png", title="t", best_epoch=result["best_epoch"])
-    report.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title="t")
-    report.gallery(directory / "predictions.csv", directory, directory / "mistakes.png")
+    best = result["best_epoch"]
+    pictures.learning_curve(run["metrics"], directory / "learning_curve.png", title="t", best_epoch=best)
+    pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title="t")
+    pictures.gallery(directory / "predictions.csv", directory, directory / "mistakes.png")
 
 
 def test_html_report_is_self_contained_and_escapes(tmp_path):
@@ -483,20 +482,20 @@ def test_html_report_is_self_contained_and_escapes(tmp_path):
     run = make_run(tmp_path / "run<b>", "amp-fp16", classes=HOSTILE, truth=truth, predicted=[1, *truth[1:]],
                    scales=[2.0, 1.0, 2.0, 2.0], model="<img src=x onerror=alert(1)>")
     draw(run)
-    html_report.html_report(run, tmp_path / "report.html")
+    page.html_report(run, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
     assert "&lt;script&gt;alert(1)" in text and text.count('src="data:image/') == 4
     assert "94.44 %" in text and "image_size" in text and "AMP float16" in text
     with pytest.raises(UserError, match="nowhere"):
-        html_report.html_report(tmp_path / "nowhere", tmp_path / "b.html")
+        page.html_report(tmp_path / "nowhere", tmp_path / "b.html")
 
 
 def test_html_comparison(tmp_path):
     runs, comparison = compare(make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16"),
                                fail_run(tmp_path / "amp-fp16", "amp-fp16", "out of memory"))
     draw(tmp_path / "fp32")
-    report.comparison_picture(runs, comparison, tmp_path / "comparison.png")
-    html_report.html_comparison(tmp_path, runs[:2], comparison, tmp_path / "report.html")
+    pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
+    page.html_comparison(tmp_path, runs[:2], comparison, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
     assert text.count('src="data:image/') == 1 + 3 and "failed: out of memory" in text
     assert "<h2>ResNet18 AMP bfloat16</h2>" in text and results.verdict(comparison) in text
@@ -505,8 +504,8 @@ def test_html_comparison(tmp_path):
 # Boundaries
 
 def test_imports_stay_within_the_report():
-    code = ("import sys, html_report; loaded = set(sys.modules); "
-            "print(loaded & {'torch', 'matplotlib.pyplot', 'train', 'main', 'dataset', 'run'})")
-    root = Path(report.__file__).parent
+    code = ("import sys, reports.page; loaded = set(sys.modules); "
+            "print(loaded & {'torch', 'matplotlib.pyplot', 'train', 'main', 'dataset', 'runs'})")
+    root = Path(pictures.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

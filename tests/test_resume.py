@@ -13,9 +13,9 @@ import tiny
 import torch
 from tiny import assert_equal, outcome
 
-import run as run_module
 import train as training
-from run import RunDirectory
+from runs import folder as run_module
+from runs.folder import RunDirectory
 from utils import RunError
 
 SETTINGS = {

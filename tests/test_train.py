@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import train as training
 from dataset import Batches, Pixels, Subset
 from evaluate import evaluate
-from images import DecodedImages
+from images.stores import DecodedImages
 from model import update_average
 from precision import Precision
-from run import RunDirectory, load_checkpoint
+from runs.folder import RunDirectory, load_checkpoint
 from train import Forward, Trainer, make_optimizer, make_scheduler, update_weights
 from utils import Ranks, RunError, Stopped
 

@@ -136,9 +136,9 @@ def has(package: str) -> bool:
 
 def leave_out_pictures(patch) -> None:
     """Pictures take most of the time of a tiny run, and tests of their own."""
-    import html_report
-    import report
+    from reports import page, pictures
 
-    for owner, name in ((report, "learning_curve"), (report, "confusion_matrix"), (report, "gallery"),
-                        (html_report, "html_report")):
+
+    for owner, name in ((pictures, "learning_curve"), (pictures, "confusion_matrix"), (pictures, "gallery"),
+                        (page, "html_report")):
         patch.setattr(owner, name, lambda *_, **__: None)

@@ -26,8 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from precision import Precision, named_precision
-from probe import Update, timed
-from report import BLUE, FAINT, INK, STYLES, VERMILION, picture
+from inspection.probe import Update, timed
+from reports.pictures import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from utils import UserError, atomic_write, linux_memory
 
 WIDTH = 80

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from results import column, fit, read_predictions, run_calibration, time_unit
+from reports.results import column, fit, read_predictions, run_calibration, time_unit
 from utils import atomic_write
 
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
@@ -187,7 +187,7 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
 # -------------------------------------------------------------------------------- of images
 def load_picture(path: Path, side: int) -> np.ndarray | None:
     """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
-    from images import try_decode  # brings torch, which nothing else in this file needs
+    from images.stores import try_decode  # brings torch, which nothing else in this file needs
 
     pixels = try_decode(path, None)
     if isinstance(pixels, str):

@@ -22,7 +22,7 @@ from torch import nn
 
 from dataset import Pixels, find_images
 from evaluate import probabilities
-from images import ahead, try_decode
+from images.stores import ahead, try_decode
 from precision import Precision
 from utils import UserError, printable, progress, write_text
 
@@ -112,7 +112,7 @@ def _write(rows, classes: list[str], csv_file: str | None, json_file: str | None
     if json_file:
         write_text(Path(json_file), json.dumps(rows, indent=1))
     if sheet:
-        from report import labelled_sheet
+        from reports.pictures import labelled_sheet
 
         captions = [f"{row['top'][0]['class']} {100 * row['top'][0]['probability']:.0f}%" for row in rows]
         labelled_sheet([Path(row["path"]) for row in rows], captions, Path(sheet))

@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import html_report
-import report
-import results
 from dataset import find_image_set
 from option import read_config
 from precision import named_precision
-from run import HARMLESS
+from reports import page, pictures, results
+from runs.folder import HARMLESS
 from utils import RunError, Stopped, UserError, choose_device, printable, remove, write_text
 
 FLAGS = {
@@ -144,7 +142,7 @@ def _process(words: list[str]) -> Iterator[int]:
     """Runs one training in a process and a session of its own and hands signals on; yields 0 every second while it
     runs, and at last its exit status."""
     sys.stdout.flush()
-    command = [sys.executable, str(Path(__file__).with_name("main.py")), "train", *words]
+    command = [sys.executable, str(Path(__file__).parent.parent / "main.py"), "train", *words]
     child = subprocess.Popen(command, start_new_session=True)
     numbers = (signal.SIGINT, signal.SIGTERM)
     # On Windows the console has sent it to the child, too.
@@ -183,8 +181,8 @@ def report_runs(directories: list[Path], folder: Path) -> None:
     finished = [run for run in runs if run["result"]]
     if not finished:
         raise RunError("no run of the comparison finished; the reasons are in the table.")
-    report.comparison_picture(runs, comparison, folder / "comparison.png")
+    pictures.comparison_picture(runs, comparison, folder / "comparison.png")
     first = [next(run for run in finished if run["label"] == row["label"]) for row in comparison["rows"] if row["runs"]]
-    report.reliability_curve(first, folder / "reliability.png")
-    html_report.html_comparison(folder, first, comparison, folder / "report.html")
+    pictures.reliability_curve(first, folder / "reliability.png")
+    page.html_comparison(folder, first, comparison, folder / "report.html")
     print(f"\nresults: {folder}")

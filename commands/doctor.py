@@ -20,11 +20,11 @@ import torch
 import torchvision
 
 from dataset import Batches, Pixels, open_data_set
-from inspector import paragraph, table
+from inspection.inspector import paragraph, table
+from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
 from option import PRECISIONS
 from precision import gives_nan_in_float16, sensible_precisions
-from probe import OPERATORS, PHASES, Probe, endless, wait
 from utils import RunError, device_name, linux_memory
 
 ROUNDS, ROUND_SECONDS = 5, 1.0

@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from scenes import CLASSES, VERSION, draw_scene
+from images.scenes import CLASSES, VERSION, draw_scene
 from utils import FULL, RunError, UserError, cores, lock, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"

@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image
 
-import report
-from results import SHARES, conditions, facts, read_run, table_cells, verdict
+from reports import pictures
+from reports.results import SHARES, conditions, facts, read_run, table_cells, verdict
 from utils import printable, write_text
 
 STYLE = """
@@ -108,7 +108,7 @@ def configuration(config: dict[str, Any]) -> str:
 def html_report(directory: Path, path: Path) -> None:
     """Writes the report of a finished run. Raises UserError naming a file that is missing or damaged."""
     run = read_run(directory)
-    report.reliability_curve([run], run["directory"] / "reliability.png")
+    pictures.reliability_curve([run], run["directory"] / "reliability.png")
     write_page(path, f"{run['label']}: {run['directory'].name}",
                run_parts(run, 2) + epochs(run["metrics"]) + configuration(run["config"]))
 

@@ -24,7 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches, Pixels, Subset
-from images import DecodedImages
+from images.stores import DecodedImages
 from model import avoid_in_place, build_model
 from precision import Precision, named_precision
 from train import make_optimizer, update_weights

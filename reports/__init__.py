@@ -1,0 +1,1 @@
+"""Result files in; words, pictures and pages out. Nothing here imports torch."""

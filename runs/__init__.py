@@ -1,0 +1,1 @@
+"""What a run keeps and reads back: its folder, checkpoints and results."""

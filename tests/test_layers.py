@@ -1,0 +1,143 @@
+"""The walls of the house: who may import whom, what stays free of torch, who configures the precision.
+
+Read from the syntax tree, never by importing. Run it alone: pytest tests/test_layers.py
+"""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("commands", "images", "inspection", "reports", "runs")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
+MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PATHS)}
+MODULES.pop("setup", None)  # which builds the package and is no part of it
+HEART = [name for name in MODULES if name.partition(".")[0] not in FOLDERS]
+TORCH = {"torch", "torchvision", "warmup_scheduler"}
+WITHOUT_TORCH = [
+    "option",
+    "commands.prepare",
+    *(name for name in MODULES if name.startswith(("reports.", "images.folders", "images.decode", "images.scenes"))),
+]
+
+
+def imports(node, *, lazy: bool) -> set[str]:
+    """Every module imported below `node`; with `lazy` also those that a function imports when it is called."""
+    found = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            continue
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) and not lazy:
+            continue
+        if isinstance(child, ast.Import):
+            found |= {alias.name for alias in child.names}
+        elif isinstance(child, ast.ImportFrom):
+            found |= {f"{child.module}.{alias.name}" for alias in child.names}
+        found |= imports(child, lazy=lazy)
+    return found
+
+
+def own(names: set[str]) -> set[str]:
+    """The project's modules among imported names, which may be `folder.module` or `module.function`."""
+    return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
+
+
+def reached(name: str) -> set[str]:
+    """All that importing a module imports, the libraries' top-level names among them."""
+    found, waiting = set(), [name]
+    while waiting:
+        names = imports(MODULES[waiting.pop()], lazy=False)
+        found |= {imported.partition(".")[0] for imported in names}
+        waiting += own(names) - found
+        found |= own(names)
+    return found
+
+
+def test_nobody_imports_in_a_circle():
+    """Nor through what a function imports when it is called."""
+    graph = {name: own(imports(tree, lazy=True)) - {name} for name, tree in MODULES.items()}
+    while free := [name for name, needed in graph.items() if not needed & graph.keys()]:
+        for name in free:
+            del graph[name]
+    assert graph == {}
+
+
+@pytest.mark.parametrize("name", sorted(set(HEART) - {"main"}))
+def test_the_heart_imports_no_command_and_no_report(name):
+    wings = {imported.partition(".")[0] for imported in own(imports(MODULES[name], lazy=True))}
+    assert not wings & {"commands", "reports", "inspection"}
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main"}))
+def test_commands_are_imported_by_commands_alone(name):
+    if not name.startswith("commands"):
+        assert not [found for found in own(imports(MODULES[name], lazy=True)) if found.startswith("commands")]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main"}))
+def test_main_is_imported_by_nobody(name):
+    assert "main" not in own(imports(MODULES[name], lazy=True))
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_no_torch_where_none_is_needed(name):
+    assert not reached(name) & TORCH
+
+
+def calls(name: str) -> set[str]:
+    return {ast.unparse(node.func) for node in ast.walk(MODULES[name]) if isinstance(node, ast.Call)}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_precision_alone_configures_autocast_and_the_scaler(name):
+    configures = {call for call in calls(name) if call.split(".")[-1] in ("GradScaler", "autocast") and "torch" in call}
+    assert bool(configures) == (name == "precision"), configures
+    targets = [
+        ast.unparse(target)
+        for node in ast.walk(MODULES[name])
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+    ]
+    assert name == "precision" or not [target for target in targets if "fp32_precision" in target]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main", "option", "assemble"}))
+def test_nobody_below_main_touches_the_options(name):
+    """Below main.py and assemble.py every function takes plain keywords."""
+    names = {node.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Name)}
+    assert not names & {"Namespace", "argparse"}
+
+
+def test_no_deprecated_amp_and_no_half():
+    for name, tree in MODULES.items():
+        attributes = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not [text for text in attributes if "cuda.amp" in text], name
+        if not name.startswith("inspection.") and name != "commands.probe":  # which round on purpose
+            assert not [call for call in calls(name) if call.endswith(".half")], name
+
+
+def test_the_recipe_keeps_the_order_of_the_scalers_calls():
+    function = next(
+        node
+        for node in ast.walk(MODULES["train"])
+        if isinstance(node, ast.FunctionDef) and node.name == "update_weights"
+    )
+    source = ast.unparse(function)
+    steps = (".backward()", "scaler.unscale_(", "clip_grads_with_norm_(", "scaler.step(", "scaler.update()")
+    order = [source.index(step) for step in steps]
+    assert order == sorted(order)
+    assert not [name for name in (".item(", ".tolist(", "float(loss", ".cpu(") if name in source]  # nothing waits
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_every_file_says_what_it_is(name):
+    text = ast.get_docstring(MODULES[name])
+    assert text and len(text.splitlines()) <= 8
