@@ -22,9 +22,11 @@ from torch import nn
 import option
 from dataset import Batches, DataSet, Pixels, Subset, open_data_set
 from model import avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
+from optimizer import make_optimizer, make_scheduler
 from precision import Precision, choose_precision
-from runs.folder import RunDirectory, load_checkpoint
-from train import Trainer, make_optimizer, make_scheduler
+from runs.checkpoint import load_checkpoint
+from runs.folder import RunDirectory
+from train import Trainer
 from utils import Ranks, UserError, choose_device, device_name, printable, seed_everything
 
 Log = Callable[[str], None]
@@ -65,7 +67,7 @@ class Setup:
         """
         options = self.options
         if options.demo:
-            from commands.prepare import draw_demo
+            from images.demo import draw_demo
 
             self.ranks.share(lambda: draw_demo(Path(options.data_dir)))  # the others wait for the first
         data = open_data_set(

@@ -114,10 +114,9 @@ def _setup(options: Namespace, ranks: Ranks) -> Any:
     return Setup(options, ranks, log)
 
 
-# ------------------------------------------------------------------------------------- train
 def train(options: Namespace, ranks: Ranks) -> None:
     """Trains, tests the best epoch once, and writes the run's results."""
-    from runs.folder import remove_results
+    from runs.resume import remove_results
 
     setup = _setup(options, ranks)
     run, precision = setup.run, setup.precision
@@ -163,7 +162,7 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
     Raises UserError where there is nothing to resume, where the options would make it another run, and where a new
     run would replace one.
     """
-    from runs.folder import refuse_changed, refuse_finished
+    from runs.resume import refuse_changed, refuse_finished
 
     options, run = setup.options, setup.run
     last = run.file("last.pt")
@@ -180,7 +179,7 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
 
 def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
     """Loads last.pt into a trainer; refuses images other than those that config.json says they were."""
-    from runs.folder import load_checkpoint
+    from runs.checkpoint import load_checkpoint
 
     file = setup.run.file("last.pt")
     state = setup.ranks.share(lambda: load_checkpoint(file))
@@ -245,9 +244,9 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     import torch
 
     from evaluate import evaluate, probabilities
-    from images.stores import decode
-    from reports import page, pictures, results
-    from runs.folder import load_checkpoint
+    from images.decode import decode
+    from reports import page, pictures, results, tables
+    from runs.checkpoint import load_checkpoint
 
     options, run, at = setup.options, setup.run, trainer.progress
     network = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
@@ -275,7 +274,7 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
             if file.exists():
                 events.add_image(file.stem, decode(file), dataformats="HWC")
         events.close()
-    print(results.summary(result))
+    print(tables.summary(result))
     log(f"results: {run.path}")
 
 
@@ -314,11 +313,10 @@ def _verify_resume(setup: Any) -> None:
     print("\n".join(lines))
 
 
-# ------------------------------------------------------------------------ the other commands
 def evaluate(options: Namespace, ranks: Ranks) -> None:
     """Tests a finished run's best checkpoint; with --precisions, in each of them."""
     from evaluate import evaluate, parity
-    from reports import results
+    from reports import tables
 
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
@@ -328,7 +326,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
         rows = parity(network, batches, options.precisions, _test_names(setup, data), data.classes)
         if ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
-            print(results.parity_table(rows))
+            print(tables.parity_table(rows))
             utils.write_text(file, json.dumps(rows, indent=1))
             log(f"details: {file}")
         return
@@ -337,7 +335,7 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
     found = evaluate(network, batches, setup.precision, keep_logits=True, description="testing")
     seconds = time.perf_counter() - started
     if ranks.is_first:
-        print(results.summary({
+        print(tables.summary({
             **_result(setup, data, found), "best_epoch": checkpoint["epoch"], "best_val_acc": checkpoint["val_acc"],
             "total_seconds": seconds, "train_seconds": None, "images_per_second": len(data.test) / seconds,
         }))  # fmt: skip
@@ -367,7 +365,7 @@ def compare(options: Namespace, ranks: Ranks) -> None:
         compare.report_runs([Path(run) for run in options.runs], folder)
         return
     if not options.report_only:
-        from commands.prepare import draw_demo
+        from images.demo import draw_demo
         from precision import sensible_precisions
 
         if options.demo:
@@ -427,10 +425,11 @@ def export(options: Namespace, ranks: Ranks) -> None:
 def prepare(options: Namespace, ranks: Ranks) -> None:
     """Puts a data set on disk, or reports on one."""
     from commands import prepare
+    from images.demo import draw_demo
 
     folder = Path(options.data_dir)
     if options.demo:
-        prepare.draw_demo(folder, train_images=options.train_images, test_images=options.test_images,
+        draw_demo(folder, train_images=options.train_images, test_images=options.test_images,
                           seed=options.seed)
         print(f"{options.train_images + options.test_images:,} demo scenes are in {folder}")
     elif options.archive:

@@ -60,7 +60,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}\nSee: python main.py --help")
 
 
-# ------------------------------------------------------------------------------------- kinds
 def _number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
     """A number that `fits`; `bounds` says in words what does."""
     def convert(text: str) -> Any:
@@ -112,7 +111,6 @@ ALPHA = _number("ALPHA", float, lambda value: value == 0 or 0.001 <= value <= 10
 EVERY = {"metavar": "10m|500u", "type": _checkpoint_every}
 LIST = {"metavar": "LIST", "type": _precision_list}
 
-# ----------------------------------------------------------------------------------- options
 # Groups of options, each as: its kind, its default, what it does.
 OPTIONS = {
     "run": {
@@ -249,7 +247,6 @@ _DEFAULTS = {
 }  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------- parsing
 def build_parser(command: str) -> Parser:
     """The parser of one command; `train`'s help also lists the commands."""
     about = COMMANDS[command]

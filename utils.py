@@ -45,7 +45,6 @@ class Stopped(Exception):
         self.exit_status = 128 + signal_number
 
 
-# ------------------------------------------------------------------------------------- ranks
 @dataclass(frozen=True)
 class Ranks:
     """This process among the processes of a torchrun job; `Ranks()` is a job of one."""
@@ -93,7 +92,6 @@ class Ranks:
         return shared[0]
 
 
-# ------------------------------------------------------------------------------------ device
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of handing it back to the kernel; call before torch allocates.
 
@@ -215,7 +213,6 @@ def linux_memory(file: str, name: str) -> int | None:
     return None
 
 
-# ------------------------------------------------------------------------------- stop signal
 class StopSignal:
     """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one ends at once."""
 
@@ -240,7 +237,6 @@ class StopSignal:
                 os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
 
 
-# ------------------------------------------------------------------------------ files and terminal
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Opens a temporary file beside `path` and puts it in place of `path` when the block succeeds.

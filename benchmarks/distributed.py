@@ -48,7 +48,7 @@ def parse() -> argparse.Namespace:
 # ---------------------------------------------------------------------------------- measured
 def measured(arguments: argparse.Namespace) -> None:
     """Runs both sides in turn and prints each run, the medians and the efficiency."""
-    from commands.prepare import draw_demo
+    from images.demo import draw_demo
 
     data = Path(arguments.data_dir)
     if not (data / "seg_train").exists():

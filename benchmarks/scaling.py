@@ -28,7 +28,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(measure(arguments.child[0], arguments.child[1], arguments.image_size)))
         return
-    from commands.prepare import draw_demo
+    from images.demo import draw_demo
 
     print("| images | cache | first opening, s | later opening, s | epoch, s | images/s | peak resident, MB |")
     print("|---|---|---|---|---|---|---|")

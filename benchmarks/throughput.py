@@ -190,7 +190,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 
 def decode_rate(arguments: argparse.Namespace) -> float:
     """Images per second from files into a new cache on disk: the median of three passes over up to 4,000 images."""
-    from dataset import find_image_set
+    from images.folders import find_image_set
     from images.stores import open_store
 
     paths, seconds = [path for path, _ in find_image_set(arguments.data_dir).train][:4000], []
@@ -235,7 +235,7 @@ def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Ca
     from torchvision import transforms
 
     import utils
-    from dataset import find_image_set
+    from images.folders import find_image_set
     from precision import named_precision
 
     device = utils.choose_device(arguments.device)

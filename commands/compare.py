@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset import find_image_set
+from images.folders import find_image_set
 from option import read_config
 from precision import named_precision
-from reports import page, pictures, results
-from runs.folder import HARMLESS
+from reports import page, pictures, results, tables, text
+from runs.resume import HARMLESS
 from utils import RunError, Stopped, UserError, choose_device, printable, remove, write_text
 
 FLAGS = {
@@ -101,7 +101,7 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
         if left and done > said and (not said or done - said >= run.epochs / 4):
             seconds = (time.monotonic() - started) / done * left
             print(clear, end="")  # the run's bar, which comes again
-            log(f"about {results.duration(seconds)} left for all runs, at the speed of this one")
+            log(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
             said = done
     if status in (130, 143):
         raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command, without --overwrite, "
@@ -175,9 +175,9 @@ def report_runs(directories: list[Path], folder: Path) -> None:
         raise UserError(f"{printable(folder)} holds no run. Run compare first, or name folders with --runs.")
     folder.mkdir(parents=True, exist_ok=True)
     comparison = results.compare_runs(runs, MAY_DIFFER)
-    write_text(folder / "performance_table.md", results.performance_table(comparison))
+    write_text(folder / "performance_table.md", tables.performance_table(comparison))
     write_text(folder / "comparison.json", json.dumps(comparison, indent=1))
-    print("\n" + results.terminal_table(comparison))
+    print("\n" + tables.terminal_table(comparison))
     finished = [run for run in runs if run["result"]]
     if not finished:
         raise RunError("no run of the comparison finished; the reasons are in the table.")

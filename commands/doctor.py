@@ -82,7 +82,6 @@ def loader_rate(
     return count / (time.perf_counter() - started)
 
 
-# ------------------------------------------------------------------------------------------- the machine
 def machine(device: torch.device) -> dict[str, Any]:
     """What the device is and which 16-bit types it computes in, by name, as `report` shows it."""
     if device.type == "cuda":
@@ -128,7 +127,6 @@ def _cuda(device: torch.device) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- the measurements
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
     """The update in each usable precision, each in a process of its own."""
     answers, failed = {}, {}
@@ -209,7 +207,6 @@ def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-# --------------------------------------------------------------------------------------------- the advice
 def advise(findings: dict[str, Any]) -> dict[str, Any]:
     """The verdict, the reasons for it, and the command to copy, from the numbers alone.
 
@@ -285,7 +282,6 @@ def _command(findings: dict[str, Any], name: str) -> str:
     return " ".join(words)
 
 
-# ----------------------------------------------------------------------------------------------- the text
 def report(findings: dict[str, Any]) -> str:
     """The findings as text of at most 80 columns: verdict, reasons, evidence, the command to copy."""
     setting, measured, loader = findings["setting"], findings["measured"], findings.get("loader_images_per_second")

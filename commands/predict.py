@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import Pixels, find_images
+from dataset import Pixels
 from evaluate import probabilities
-from images.stores import ahead, try_decode
+from images.decode import ahead, try_decode
+from images.folders import find_images
 from precision import Precision
 from utils import UserError, printable, progress, write_text
 

@@ -4,33 +4,26 @@ A data set grows in a hidden folder and is moved into place when it is whole, so
 trained on. Must not know torch, models or how images are fed to them.
 """
 
-import contextlib
-import errno
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 import stat
-import sys
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import numpy as np
 from PIL import Image
 
-from images.scenes import CLASSES, VERSION, draw_scene
-from utils import FULL, RunError, UserError, cores, lock, printable, progress
+from images.placing import TEST_NAMES, TRAIN_NAMES, building, explained, finish_interrupted, one_writer, refuse_existing
+from utils import FULL, RunError, UserError, cores, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
-TRAIN_NAMES = {"seg_train", "train"}
-TEST_NAMES = {"seg_test", "test", "val", "valid", "validation"}
 MAX_MEMBERS = 1_000_000
 MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
 SMALL = 16 * 2**20  # bytes that are harmless at any ratio
@@ -40,120 +33,10 @@ BY_HAND = (f"Or download the zip in a browser from https://www.kaggle.com/datase
            "and run: python main.py prepare --archive FILE.zip")
 
 
-# ------------------------------------------------------------------- begun, whole, in place
-@contextlib.contextmanager
-def _alone(data_dir: Path) -> Iterator[None]:
-    """One builder of a data set at a time on this machine; the others wait, and then find it built."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        folder = os.open(data_dir, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
-        yield
-        return
-    try:
-        if not lock(folder):
-            print(f"another process is filling {printable(data_dir)}; waiting for it", file=sys.stderr)
-            lock(folder, wait=True)
-        yield
-    finally:
-        os.close(folder)
 
 
-@contextlib.contextmanager
-def _building(data_dir: Path, source: str) -> Iterator[Path]:
-    """A hidden folder for a data set to grow in; what it holds is moved into place when the block succeeds.
-
-    What a killed process left there is thrown away; until then dataset.py refuses a folder that holds `.partial`.
-    """
-    stage = data_dir / ".partial"
-    if stage.exists():
-        shutil.rmtree(stage)
-    stage.mkdir(parents=True)
-    try:
-        yield stage
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    getattr(os, "sync", lambda: None)()  # once for all files: a rename must not reach the disk before their bytes
-    (stage / ".complete").write_bytes(os.fsencode(source))
-    _finish(data_dir)
 
 
-def _finish(data_dir: Path) -> str | None:
-    """Moves a whole data set into place, its training images last, and returns its source; None where there is none.
-
-    Also called first of all, to end what a stop between two moves left undone.
-    """
-    stage = data_dir / ".partial"
-    if not (stage / ".complete").exists():
-        return None
-    source = os.fsdecode((stage / ".complete").read_bytes())
-    for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (name in TRAIN_NAMES, name)):
-        os.replace(stage / name, data_dir / name)
-    shutil.rmtree(stage)
-    return source
-
-
-@contextlib.contextmanager
-def _explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
-    """Turns what the disk, or a damaged archive, raises into one clear message."""
-    try:
-        yield
-    except Exception as error:  # zipfile, tarfile and the decompressors raise nearly every type on damage
-        number = getattr(error, "errno", None)
-        if isinstance(error, (UserError, RunError)) or source is None and number is None:
-            raise
-        if number is None:
-            problem = f"damaged or incomplete ({printable(error)}). Download it again."
-            if "password" in str(error) or "encrypted" in str(error):
-                problem = "protected by a password; unpack it by hand."
-            raise UserError(f"{printable(source)} is {problem}") from None
-        if number in FULL:
-            raise RunError(f"the disk that holds {printable(data_dir)} is full. Free some space there and run the "
-                           "same command again.") from None
-        forbidden = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or number == errno.EROFS
-        verb = "read" if source and error.filename == str(source) else "write"
-        problem = f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}."
-        raise (UserError if forbidden else RunError)(f"{problem} Mend that, or choose another --data_dir.") from None
-
-
-def _refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
-    held = sorted(name for name in {*TRAIN_NAMES, *TEST_NAMES, *names} if (data_dir / name).exists())
-    if held:
-        raise UserError(f"{printable(data_dir)} already holds {printable(', '.join(held))}; nothing was changed. "
-                        "Use it as it is, remove it, or choose another --data_dir.")
-
-
-# ------------------------------------------------------------------------------ demo scenes
-def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, seed: int = 0) -> None:
-    """Draws six balanced classes of scenes in the Intel layout below `root`.
-
-    Every picture depends on (seed, split, class, index) alone. Returns at once where `root` holds these scenes
-    already; an interrupted drawing starts anew. Raises UserError where `root` holds other data or cannot be written,
-    RunError where the disk is full.
-    """
-    settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
-    root, manifest = Path(root), json.dumps(settings, indent=1).encode() + b"\n"
-    drawn = root / "demo.json"
-    with _explained(root), _alone(root):
-        _finish(root)
-        if drawn.exists() and drawn.read_bytes() == manifest and (root / "seg_train").exists():
-            return
-        _refuse_existing(root, {"demo.json"})
-        bar = progress(total=train_images + test_images, desc="drawing", unit="image")
-        with _building(root, "demo scenes") as stage, bar:
-            for split, (folder, count) in enumerate((("seg_train", train_images), ("seg_test", test_images))):
-                for name in CLASSES:
-                    (stage / folder / folder / name).mkdir(parents=True)
-                for number in range(count):
-                    index, label = divmod(number, len(CLASSES))
-                    image = draw_scene(CLASSES[label], np.random.default_rng([seed, split, label, index]))
-                    image.save(stage / folder / folder / CLASSES[label] / f"{index:05d}.jpg", "JPEG", quality=90)
-                    bar.update()
-            (stage / "demo.json").write_bytes(manifest)
-
-
-# ------------------------------------------------------------------- archives and downloads
 def extract_archive(archive: Path, data_dir: Path) -> None:
     """Unpacks a .zip that holds train and test folders, at any depth, into `data_dir`.
 
@@ -164,7 +47,7 @@ def extract_archive(archive: Path, data_dir: Path) -> None:
     archive, data_dir = Path(archive), Path(data_dir)
     if not archive.is_file():
         raise UserError(f"--archive {printable(archive)}: no such file.")
-    with _explained(data_dir, archive), archive.open("rb") as file:
+    with explained(data_dir, archive), archive.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise UserError(f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
                             "page, one cut off a part. Download it again, or unpack other archives by hand.")
@@ -185,12 +68,12 @@ def _unpack(files: list[zipfile.ZipInfo], open_file: Callable[[zipfile.ZipInfo],
     """
     key, inside = str(source.absolute()), _below_root(_checked(files, source, packed), source)
     total = sum(info.file_size for info in inside.values())
-    with _alone(data_dir):
-        if _finish(data_dir) == key:
+    with one_writer(data_dir):
+        if finish_interrupted(data_dir) == key:
             return
-        _refuse_existing(data_dir, {path.parts[0] for path in inside})
+        refuse_existing(data_dir, {path.parts[0] for path in inside})
         bar = progress(total=total, desc="unpacking", unit="B", unit_scale=True)
-        with _building(data_dir, key) as stage, bar:
+        with building(data_dir, key) as stage, bar:
             missing = total + SPARE - shutil.disk_usage(stage).free
             if missing > 0:
                 raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free "
@@ -258,14 +141,14 @@ def download(data_dir: Path) -> None:
         import kagglehub
     except ImportError:
         raise UserError(f"--download needs kagglehub: pip install kagglehub\n{BY_HAND}") from None
-    with _explained(data_dir):
-        _finish(data_dir)
-    _refuse_existing(data_dir, {"seg_pred"})
+    with explained(data_dir):
+        finish_interrupted(data_dir)
+    refuse_existing(data_dir, {"seg_pred"})
     try:
         fetched = Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # kagglehub lets through whatever requests, its own API and the disk raise
         raise _download_error(error, data_dir) from None
-    with _explained(data_dir, fetched):
+    with explained(data_dir, fetched):
         files = [zipfile.ZipInfo.from_file(path, path.relative_to(fetched), strict_timestamps=False)
                  for path in sorted(fetched.rglob("*")) if path.is_file() and not path.is_symlink()]
         _unpack(files, lambda info: io.FileIO(fetched / info.filename), fetched, data_dir, None)
@@ -286,7 +169,6 @@ def _download_error(error: Exception, data_dir: Path) -> Exception:
     return RunError(f"the download failed: {reason}\n{BY_HAND}")
 
 
-# -------------------------------------------------------------------------- a look at the data
 def _look(path: Path) -> tuple[str, str, str, str]:
     """(digest of the bytes, size, mode, problem) of an image file; empty where unknown."""
     if not path.is_file():
@@ -310,7 +192,7 @@ def check(data_dir: Path) -> dict[str, Any]:
     and of these `across_splits` and `across_labels`. Files are named relative to `data_dir`. Raises UserError where
     that holds no data set.
     """
-    from dataset import find_image_set  # brings torch, which nothing else in this file needs
+    from images.folders import find_image_set
 
     images = find_image_set(data_dir)
     listings = {"train": images.train, "validation": images.validation or [], "test": images.test}

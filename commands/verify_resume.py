@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from dataset import DataSet
-from runs.folder import load_checkpoint
+from runs.checkpoint import load_checkpoint
 from train import Trainer
 from utils import RunError, UserError
 

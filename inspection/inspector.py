@@ -70,7 +70,6 @@ def inspect(
     return "\n".join([*lines, "", *paragraph(f"Pictures and inspect.json are in {out}.")])
 
 
-# ------------------------------------------------------------------------------------- text of 80 columns
 def paragraph(text: str, mark: str = "") -> list[str]:
     """The lines of a wrapped text; `mark` stands before the first one and indents the others by its length."""
     return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False)
@@ -94,7 +93,6 @@ def table(align: str, rows: list[list[str]], gap: int = 2) -> list[str]:
     return lines
 
 
-# ------------------------------------------------------------------------------ 1. what ran in which dtype
 class _Tracer(TorchDispatchMode):
     """Counts every aten operator by module: in forward known from hooks, in backward from the autograd node.
 
@@ -221,7 +219,6 @@ def dtype_lines(
         f"update's {1000 * update:,.0f} ms.", "  ")
 
 
-# -------------------------------------------------------------------------------------- 2. memory ledger
 class _KeptForBackward(TorchDispatchMode):
     """Notes the storages that autograd keeps, by address, and which of them are casts of parameters."""
 
@@ -349,7 +346,6 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
         figure.legend(loc="outside lower center", ncols=5, fontsize=9)
 
 
-# -------------------------------------------------------------------------------------- 3. underflow map
 def underflow_map(
     model: nn.Module, images: torch.Tensor, labels: torch.Tensor, *, scaler_scale: float | None = None
 ) -> dict[str, Any]:
@@ -476,7 +472,6 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
         axes.legend(loc="upper right", bbox_to_anchor=(0.93, 0.82), fontsize=9)
 
 
-# ---------------------------------------------------------------------------------------- 4. scaler diary
 def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
     """A run's loss scale and skipped updates; quiet epochs of the same scale share a line.
 

@@ -27,7 +27,8 @@ from dataset import Batches, Pixels, Subset
 from images.stores import DecodedImages
 from model import avoid_in_place, build_model
 from precision import Precision, named_precision
-from train import make_optimizer, update_weights
+from optimizer import make_optimizer
+from train import update_weights
 from utils import RunError, choose_device, keep_freed_memory, peak_memory, reset_peak_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
@@ -42,7 +43,6 @@ OPERATORS = {
 }
 
 
-# ----------------------------------------------------------------------------------- what is measured
 class Update:
     """One model with all that `train.update_weights` needs to train it with Adam."""
 
@@ -189,7 +189,6 @@ def _convolution_seconds(dtype: torch.dtype) -> float:
     return min(timed(lambda: nn.functional.conv2d(images, weight).sum().backward(), images.device))
 
 
-# ----------------------------------------------------------------------------------- the two processes
 class Probe:
     """A process with a Bench in it."""
 

@@ -15,7 +15,8 @@ from typing import Any
 from PIL import Image
 
 from reports import pictures
-from reports.results import SHARES, conditions, facts, read_run, table_cells, verdict
+from reports.results import SHARES, read_run
+from reports.tables import conditions, facts, table_cells, verdict
 from utils import printable, write_text
 
 STYLE = """

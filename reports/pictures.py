@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from reports.results import column, fit, read_predictions, run_calibration, time_unit
+from reports.results import column, read_predictions, run_calibration
+from reports.text import fit, time_unit
 from utils import atomic_write
 
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
@@ -54,7 +55,6 @@ def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
             figure.savefig(file, format="png", dpi=150)
 
 
-# -------------------------------------------------------------------------------- of one run
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
     """Loss and accuracy over the epochs, the best epoch marked; below, with a scaler, its loss scale and the
     skipped updates."""
@@ -121,7 +121,6 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
         figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
 
 
-# ------------------------------------------------------------------------------ of several runs
 def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
     """Validation accuracy against wall-clock time, a curve per run, beside bars of training time and memory."""
     rows = list(zip([row for row in comparison["rows"] if row["runs"]], STYLES * 9, strict=False))
@@ -184,10 +183,9 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
         figure.legend(loc="outside lower left")
 
 
-# -------------------------------------------------------------------------------- of images
 def load_picture(path: Path, side: int) -> np.ndarray | None:
     """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
-    from images.stores import try_decode  # brings torch, which nothing else in this file needs
+    from images.decode import try_decode
 
     pixels = try_decode(path, None)
     if isinstance(pixels, str):

@@ -7,10 +7,8 @@ torch, of training, or of how anything is drawn.
 from __future__ import annotations
 
 import csv
-import html
 import json
 import math
-import textwrap
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
@@ -18,16 +16,13 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
-from tqdm.utils import disp_len, disp_trim  # columns on a terminal: wide letters take two
 
 from option import PRECISIONS
 from utils import UserError, printable, read_json, reading
 
 SHARES = ("precision", "recall", "f1")
-WIDTH = 80
 
 
-# ------------------------------------------------------------------------------------- files
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The epochs of metrics.jsonl. Raises UserError where it is missing or damaged."""
     with reading(file):
@@ -99,7 +94,6 @@ def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
     return np.array([epoch.get(name) for epoch in metrics], dtype=float)
 
 
-# ----------------------------------------------------------------------------------- numbers
 def steady_rate(metrics: list[dict[str, Any]]) -> float:
     """Median images/s of the epochs after the first, which pays for warm-up; the first where it is the only one."""
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
@@ -148,7 +142,6 @@ def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
     return {"images": len(shared), "lost": lost, "gained": gained, "p_value": p_value} if shared else None
 
 
-# -------------------------------------------------------------------------------- comparison
 def tell_apart(runs: list[dict[str, Any]]) -> None:
     """Gives each run a `label` of model, precision and whatever else it takes so that runs of one label differ in
     their seed alone. What a run that failed at once did not record is taken to be as in the others."""
@@ -237,160 +230,5 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     return {"points": other["mean"] - one["mean"], "test": test, "p_value": p_value}
 
 
-# -------------------------------------------------------------------------------------- text
-def fit(text: object, columns: int) -> str:
-    """`text` on one printable line of at most so many terminal columns."""
-    text = printable(text)
-    return text if disp_len(text) <= columns else disp_trim(text, columns - 1) + "…"
 
 
-def align(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines of one width: the first column to the left, the others to the right."""
-    widths = [max(map(disp_len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join([row[0] + " " * (widths[0] - disp_len(row[0])),
-                       *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
-
-
-def time_unit(seconds: float) -> tuple[int, str]:
-    """Seconds, minutes or hours, whichever reads well: (divisor, name)."""
-    return (1, "s") if seconds < 120 else (60, "min") if seconds < 36000 else (3600, "h")
-
-
-def duration(seconds: float) -> str:
-    divisor, unit = time_unit(seconds)
-    return f"{seconds / divisor:.1f} {unit}"
-
-
-def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The headline numbers of a result: (name, value, remark)."""
-    right, total = int(np.trace(result["confusion"])), int(np.sum(result["confusion"]))
-    low, high = wilson(right, total)
-    training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
-    reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
-    return [
-        ("Test accuracy", f"{result['test_acc']:.2f} %",
-         f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %"),
-        ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
-        ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
-        ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
-        ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
-    ]  # fmt: skip
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The closing words of a run, at most 80 columns wide; above 30 classes only the weakest."""
-    lines = [fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
-             for name, value, remark in facts(result)]  # fmt: skip
-    rows, most = list(result["per_class"].items()), 30
-    shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1]["f1"])[:most]
-    table = [[fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]
-             for name, row in shown]
-    lines += ["", *align([["Class", "Precision", "  Recall", "      F1", " Support"], *table])]
-    return "\n".join(lines + [f"The {most} of {len(rows)} classes with the lowest F1."] * (len(rows) > most))
-
-
-def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the performance table; a failed run is a line of two cells, the second its reason."""
-    rows = comparison["rows"]
-    kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
-    memory = "GPU Memory (peak allocated)" if kinds == ["CUDA allocated"] else f"Memory ({' or '.join(kinds) or '–'})"
-    header = ["Algorithm", "Test Accuracy", memory, "Total Training Time", "Images/s", "Speed-up", "Memory ratio",
-              "Time without evaluation"]  # fmt: skip
-    time = time_unit(max((row["total_seconds"]["mean"] for row in rows if row["total_seconds"]), default=0))
-
-    def measured(spread: dict[str, Any], form: str, divisor: float = 1, unit: str = "") -> str:
-        numbers = [spread["mean"], *([spread["std"]] if spread["std"] is not None else [])]
-        return " ± ".join(format(number / divisor, form) for number in numbers) + f" {unit}".rstrip()
-
-    lines = []
-    for row in rows:
-        if row["test_acc"]:
-            lines.append([
-                printable(row["label"]), measured(row["test_acc"], ".2f", 1, "%"),
-                measured(row["memory_mb"], ".0f", 1, "MB"), measured(row["total_seconds"], ".1f", *time),
-                measured(row["images_per_second"], ",.0f" if row["images_per_second"]["mean"] >= 100 else ".1f"),
-                *(f"{row[name]:.2f}×" if row[name] else "–" for name in ("speed_up", "memory_ratio")),
-                measured(row["train_seconds"], ".1f", *time),
-            ])  # fmt: skip
-        for failure in row["failures"]:
-            seed = f" (seed {failure['seed']})" if row["test_acc"] or len(row["failures"]) > 1 else ""
-            lines.append([printable(row["label"]) + seed, fit(failure["reason"], 200)])
-    return header, lines
-
-
-def terminal_table(comparison: dict[str, Any]) -> str:
-    """The performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
-    header, lines = table_cells(comparison)
-    table = [["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
-             *(line[:7] for line in lines if len(line) > 2)]  # fmt: skip
-    shown = align(table)
-    if disp_len(shown[0]) > WIDTH:  # labels get lines of their own
-        numbers = align([["", *cells] for _, *cells in table])
-        shown = [part for (label, *_), line in zip(table, numbers, strict=True) for part in (label, line) if part]
-    below = [": ".join(line) for line in lines if len(line) == 2]
-    below += ["", f"{header[2]}; speed-up and the last column, memory, are against FP32.", verdict(comparison)]
-    return "\n".join([*shown, *(part for text in below for part in textwrap.wrap(text, WIDTH) or [""])])
-
-
-def verdict(comparison: dict[str, Any]) -> str:
-    """One sentence: can the differences in accuracy be told from noise? All tests share a level of 5 %
-    (Bonferroni)."""
-    found = {row["label"]: row["difference"] for row in comparison["rows"] if row["difference"]}
-    if not found:
-        return "No finished FP32 run stands beside another precision, so nothing can be said about accuracy."
-    tests, parts = sum(entry["p_value"] is not None for entry in found.values()), []
-    for label, entry in found.items():
-        outcome = "could not be tested"
-        if entry["p_value"] is not None:
-            value = f"p = {entry['p_value']:.2g}" if entry["p_value"] >= 0.001 else "p < 0.001"
-            different = "" if entry["p_value"] < 0.05 / tests else "not "
-            outcome = f"{entry['test']}, {value}: {different}distinguishable from noise"
-        parts.append(f"{label} {entry['points']:+.2f} points ({outcome})")
-    level = "at a level of 5 %" + f" shared by {tests} tests" * (tests > 1)
-    if all(len(row["seeds"]) <= 1 for row in comparison["rows"]):
-        parts.append("the spread over seeds was not measured")
-    return printable(f"Accuracy against FP32 {level}: {'; '.join(parts)}.")
-
-
-def conditions(comparison: dict[str, Any]) -> list[str]:
-    """What was measured, on what, and in which options the runs differ, as sentences."""
-    config = comparison["config"]
-    settings = config.get("options", {}) | config.get("dataset", {})
-    names = {"epochs": "{} epochs", "batch_size": "batch {}", "image_size": "{0} × {0} px",
-             "train": "{:,} training images", "val": "{:,} for validation", "test": "{:,} to test"}  # fmt: skip
-    parts = [form.format(settings[name]) for name, form in names.items() if isinstance(settings.get(name), int)]
-    parts += [*comparison["devices"], *(f"{name} {version}" for name, version in config.get("versions", {}).items())]
-    lines = [f"{', '.join(parts)}."] if parts else []
-    lines.append("Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
-                 "the memory ratio peak memory, with FP32.")
-    lines += ["Mean ± standard deviation over seeds."] * any(len(row["seeds"]) > 1 for row in comparison["rows"])
-    lines += [f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
-              for name, values in comparison["differences"].items()]
-    return [printable(line) for line in lines]
-
-
-def markdown(text: str) -> str:
-    """Plain text as Markdown that shows exactly that text, also inside a table cell."""
-    return "".join("\\" + letter if letter in "\\`*_[]|$~#" else letter for letter in html.escape(text, quote=False))
-
-
-def performance_table(comparison: dict[str, Any]) -> str:
-    """The performance table as Markdown, with the verdict on accuracy and the conditions below it."""
-    header, lines = table_cells(comparison)
-    cells = [[markdown(cell) for cell in [*line, *["–"] * len(header)][:len(header)]] for line in lines]
-    table = [[markdown(cell) for cell in header], ["---", *["---:"] * (len(header) - 1)], *cells]
-    below = [markdown(line) for line in (verdict(comparison), *conditions(comparison))]
-    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in table), *below]) + "\n"
-
-
-def parity_table(rows: dict[str, dict[str, Any]]) -> str:
-    """One checkpoint in several precisions: accuracy, flipped predictions, and which files they are."""
-    lines = align([["", "Accuracy", "Loss", "Flipped", "Largest logit difference"]] + [
-        [name, f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}", f"{len(row['flipped']):,}",
-         f"{row['largest_logit_difference']:.2e}"] for name, row in rows.items()])  # fmt: skip
-    lines.append(f"Flipped predictions and logits are against {next(iter(rows))}.")
-    for name, row in rows.items():
-        lines += [f"{name}: {fit(flip['path'], 50)} ({flip['label']}): {flip['from']} became {flip['to']}"
-                  for flip in row["flipped"][:10]]
-        lines += [f"{name}: and {len(row['flipped']) - 10:,} more"] * (len(row["flipped"]) > 10)
-    return "\n".join(map(printable, lines))

@@ -11,20 +11,16 @@ import errno
 import io
 import json
 import os
-import shutil
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import torch
-from torch.utils._pytree import tree_leaves, tree_map_only
-
-from model import load_file
-from utils import FULL, RunError, UserError, atomic_write, lock, printable, remove
+from runs.checkpoint import snapshot, write_checkpoints
+from runs.writing import replace_file
+from utils import FULL, RunError, UserError, lock, printable, remove
 
 
 class RunDirectory:
@@ -86,7 +82,7 @@ class RunDirectory:
     def write_text(self, name: str, text: str) -> None:
         if self.writes:
             content = text.encode("utf-8", "surrogateescape")
-            _write(self.file(name), len(content), lambda file: file.write(content))
+            replace_file(self.file(name), len(content), lambda file: file.write(content))
 
     def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
         table = io.StringIO()
@@ -115,8 +111,8 @@ class RunDirectory:
         """
         if self.writes:
             self.flush()
-            copies = {self.file(name): _snapshot(content) for name, content in files.items()}
-            self._writing = self._writer.submit(_write_checkpoints, copies)
+            copies = {self.file(name): snapshot(content) for name, content in files.items()}
+            self._writing = self._writer.submit(write_checkpoints, copies)
 
     def flush(self) -> None:
         """Waits until every checkpoint handed over is on disk; raises RunError where that failed."""
@@ -125,107 +121,5 @@ class RunDirectory:
             writing.result()
 
 
-def _write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
-    for path, content in files.items():
-        size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
-        _write(path, size, partial(torch.save, content))
 
 
-def _snapshot(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that later updates do not change; tensors that share memory are copied apart."""
-    copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
-    for name in ("model", "ema"):
-        if content.get(name) is not None:  # versions of layers, which MNASNet's loader asks for
-            copied[name]._metadata = content[name]._metadata
-    return copied
-
-
-def _write(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Replaces a file whole by what `fill` writes, about `size` bytes.
-
-    Raises RunError where the disk is full or the folder is gone.
-    """
-    try:
-        with atomic_write(path) as file:
-            fill(file)
-    except (OSError, RuntimeError) as error:
-        # torch.save raises an error of its own over the file's.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        advice = (
-            f"free at least {size / 2**20:,.0f} MB there" if cause.errno in FULL
-            else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
-        )
-        raise RunError(
-            f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "
-            f"{advice}, then go on with --resume."
-        ) from None
-
-
-# ------------------------------------------------------------------------------- reading back
-_PARTS: dict[str, Callable[[Any], bool]] = {
-    "format": lambda value: value == 1,
-    "model": lambda value: isinstance(value, dict) and all(
-        isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items()),
-    "classes": lambda value: (
-        isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
-    ),
-    "model_name": lambda value: isinstance(value, str),
-    "image_size": lambda value: isinstance(value, int) and value > 0,
-    "normalize": lambda value: value in ("imagenet", "none"),
-}
-
-
-def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
-    content = load_file(file)
-    if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
-        raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
-    if not all(weight.isfinite().all() for weight in content["model"].values()):
-        raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
-    return content
-
-
-def refuse_finished(run: RunDirectory) -> None:
-    """Raises UserError where the folder holds a run already."""
-    present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
-    if present:
-        kind = "finished" if "result.json" in present else "begun"
-        way = "go on with --resume, " if kind == "begun" and "last.pt" in present else ""
-        raise UserError(
-            f"{printable(run.path)} holds a {kind} run.\n"
-            f"Choose another --checkpoint_name, {way}or replace it with --overwrite."
-        )
-
-
-def remove_results(run: RunDirectory) -> None:
-    """Removes what an earlier run of this name wrote, the files first that make it look finished."""
-    if run.writes:
-        for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
-                     "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "reliability.png",
-                     "report.html", "parity.json"):
-            run.file(name).unlink(missing_ok=True)
-        shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
-
-
-# Options that may differ between a run and its continuation: they do not change what is computed.
-HARMLESS = frozenset({
-    "checkpoint_dir", "checkpoint_name", "config", "quiet", "demo", "num_workers", "cache", "log_interval", "resume",
-    "overwrite", "checkpoint_every", "verify_resume", "tensorboard", "evaluate", "command", "data_dir", "device",
-    "skip_unreadable", "precisions", "seeds", "report_only", "runs", "pretrained", "pretrained_path",
-})  # fmt: skip
-
-
-def refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError naming every difference in options that would make another run of a resumed one."""
-    changed = [
-        f"  --{name}: begun with {stored[name]}, now {current[name]}"
-        for name in sorted(stored.keys() & current.keys() - HARMLESS)
-        if stored[name] != current[name]
-    ]
-    if changed:
-        raise UserError("\n".join([
-            "--resume would change the run:", *changed,
-            "Give the options it was begun with (--config its config.json), or start another --checkpoint_name.",
-        ]))

@@ -9,12 +9,13 @@ import os
 import zipfile
 from pathlib import Path
 
+from images import demo
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by every process a test starts
 
 import pytest
 
 import main as program
-from commands import prepare
 
 ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
@@ -41,7 +42,7 @@ def run():
 def scenes_folder(tmp_path_factory):
     """Sixty training scenes (48 after the split) and eighteen to test, ten and three a class."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
-    prepare.draw_demo(folder, train_images=60, test_images=18)
+    demo.draw_demo(folder, train_images=60, test_images=18)
     return folder
 
 

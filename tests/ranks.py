@@ -24,7 +24,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import assemble
 import distributed
 import main as program
-import model
 import train
 from reports import page, pictures
 from utils import Ranks
@@ -115,7 +114,7 @@ def play(scenario, ranks, attempt):
 def run(scenarios, folder):
     """Plays all scenarios in one process group and writes what each rank saw to FOLDER/rankN.json."""
     torch.set_num_threads(1)
-    assemble.build_model = steady(model.build_model)
+    assemble.build_model = steady(assemble.build_model)
     leave_out_pictures()
     ranks, attempt = Ranks.from_environment(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     join, leave = distributed.join, distributed.leave

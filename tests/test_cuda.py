@@ -14,8 +14,9 @@ from torch import nn
 
 import train
 from dataset import Batches, Pixels
+from optimizer import make_optimizer
 from precision import named_precision, sensible_precisions
-from train import make_optimizer, update_weights
+from train import update_weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PRECISIONS = sensible_precisions(torch.device("cuda")) if torch.cuda.is_available() else ["fp32"]

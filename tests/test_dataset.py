@@ -13,17 +13,10 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
-from dataset import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Batches,
-    Pixels,
-    find_image_set,
-    open_data_set,
-    split_train,
-)  # fmt: skip
-from images import stores as image_module
-from images.stores import decode, try_decode
+from dataset import IMAGENET_MEAN, IMAGENET_STD, Batches, Pixels, open_data_set, split_train
+from images import cache
+from images.decode import decode, try_decode
+from images.folders import find_image_set
 from utils import Ranks, UserError
 
 CPU = torch.device("cpu")
@@ -362,8 +355,8 @@ def test_streamed_batches_are_the_cached_ones_bit_for_bit(scenes_folder, side, w
 
 def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, monkeypatch):
     root, decoded = folders(tmp_path, "train", "test"), []
-    real = image_module.try_decode
-    monkeypatch.setattr(image_module, "try_decode", lambda path, size: decoded.append(path) or real(path, size))
+    real = try_decode
+    monkeypatch.setattr(cache, "try_decode", lambda path, size: decoded.append(path) or real(path, size))
     first = opened(root)
     assert len({*decoded}) == 30
     decoded.clear()

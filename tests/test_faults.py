@@ -29,8 +29,8 @@ from tiny import assert_equal, outcome
 
 import main
 import train as training
-from images import stores as image_files
-from runs.folder import load_checkpoint
+from images import cache, decode
+from runs.checkpoint import load_checkpoint
 from utils import UserError
 
 
@@ -132,7 +132,7 @@ def test_second_signal_ends_at_once(data, tmp_path):
 
 def test_interrupt_while_decoding(data, tmp_path, monkeypatch, said):
     """Ctrl-C does not wait for all images to be decoded."""
-    decoded, original = [], image_files.try_decode
+    decoded, original = [], decode.try_decode
 
     def slow(path, size):
         decoded.append(path)
@@ -141,7 +141,7 @@ def test_interrupt_while_decoding(data, tmp_path, monkeypatch, said):
         time.sleep(0.002)
         return original(path, size)
 
-    monkeypatch.setattr(image_files, "try_decode", slow)
+    monkeypatch.setattr(cache, "try_decode", slow)
     many = tiny.draw(tmp_path / "many", train=400)
     assert tiny.train(many, tmp_path) == 130
     assert len(decoded) < 300
@@ -239,7 +239,7 @@ def test_full_disk_while_writing_the_cache(finished, small_disk, tmp_path, monke
     disk, _ = small_disk
     data = tiny.draw(disk / "data")
     assert tiny.train(data, tmp_path) == 0  # too little free space is seen at once
-    monkeypatch.setattr(image_files.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2**40, 0, 2**40))
     with contextlib.suppress(OSError), open(disk / "ballast", "wb", buffering=0) as file:
         while True:
             file.write(bytes(4096))
@@ -532,10 +532,10 @@ def test_every_hostile_image_is_named(own_data, tmp_path, said):
     planted = [path for path in folder.iterdir() if not path.stem.isdigit() and path.name != "whole.jpg"]
     assert len(planted) == len(names)
     for path in planted:
-        reason = image_files.try_decode(path, (36, 36))
+        reason = decode.try_decode(path, (36, 36))
         assert isinstance(reason, str) and reason and "\n" not in reason, path
-    assert "pixels" in image_files.try_decode(folder / "large.png", (36, 36))
-    assert "regular" in image_files.try_decode(folder / "pipe.png", (36, 36))
+    assert "pixels" in decode.try_decode(folder / "large.png", (36, 36))
+    assert "regular" in decode.try_decode(folder / "pipe.png", (36, 36))
 
 
 def test_odd_but_good_images(own_data, tmp_path, said):

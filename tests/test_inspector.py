@@ -12,6 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
+import utils
 from inspection import inspector
 from precision import named_precision
 
@@ -291,5 +292,5 @@ def test_tables_are_set_by_their_longest_cells(align, rows, lines):
 def test_inspect_says_where_it_cannot_write(known, tmp_path):
     (tmp_path / "file").write_text("")
     model, images, labels = known
-    with pytest.raises(inspector.UserError, match="--out"):
+    with pytest.raises(utils.UserError, match="--out"):
         inspector.inspect(lambda: model, images, labels, [FP32], out=tmp_path / "file")

@@ -21,7 +21,8 @@ from PIL import Image
 
 import option
 import utils
-from commands import compare, prepare
+from commands import compare
+from images import demo
 from model import load_file
 from reports import page, pictures
 
@@ -285,8 +286,8 @@ def test_evaluate_in_several_precisions(trained, run):
 # ---------------------------------------------------------------------------------------- demo
 @pytest.mark.usefixtures("undrawn")
 def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
-    draw, drawn = prepare.draw_demo, []
-    monkeypatch.setattr(prepare, "draw_demo", lambda root: drawn.append(root) or draw(
+    draw, drawn = demo.draw_demo, []
+    monkeypatch.setattr(demo, "draw_demo", lambda root: drawn.append(root) or draw(
         root, train_images=60, test_images=18))
     monkeypatch.chdir(tmp_path)
     status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "squeezenet1_1"])

@@ -25,7 +25,8 @@ from conftest import ROOT
 from PIL import Image
 
 from commands import prepare
-from images import scenes
+from images import placing, scenes
+from images.demo import draw_demo
 from utils import RunError, UserError
 
 LAYOUT = [f"seg_{split}/seg_{split}/{name}/{index}.jpg" for split in ("train", "test") for name in ("forest", "sea")
@@ -58,7 +59,7 @@ def make_zip(path: Path, members: dict[str, bytes], *extra: zipfile.ZipInfo) -> 
 
 # -------------------------------------------------------------------------------- demo scenes
 def test_demo_layout_and_balance(tmp_path):
-    prepare.draw_demo(tmp_path / "demo", train_images=20, test_images=12)
+    draw_demo(tmp_path / "demo", train_images=20, test_images=12)
     counts = {split: [len(list((tmp_path / "demo" / split / split / name).glob("*.jpg"))) for name in scenes.CLASSES]
               for split in ("seg_train", "seg_test")}
     assert counts == {"seg_train": [4, 4, 3, 3, 3, 3], "seg_test": [2] * 6}
@@ -70,9 +71,9 @@ def test_demo_layout_and_balance(tmp_path):
 
 
 def test_demo_depends_on_seed_split_class_and_index_alone(tmp_path):
-    prepare.draw_demo(tmp_path / "one", train_images=24, test_images=12)
-    prepare.draw_demo(tmp_path / "many", train_images=276, test_images=12)
-    prepare.draw_demo(tmp_path / "other", train_images=24, test_images=12, seed=1)
+    draw_demo(tmp_path / "one", train_images=24, test_images=12)
+    draw_demo(tmp_path / "many", train_images=276, test_images=12)
+    draw_demo(tmp_path / "other", train_images=24, test_images=12, seed=1)
     one, many, other = (contents(tmp_path / name) for name in ("one", "many", "other"))
     images = [name for name in one if name.endswith(".jpg")]
     assert len(images) == 36
@@ -83,19 +84,19 @@ def test_demo_depends_on_seed_split_class_and_index_alone(tmp_path):
 
 
 def test_demo_is_drawn_once_and_never_over_other_data(tmp_path, monkeypatch):
-    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12)
+    draw_demo(tmp_path / "demo", train_images=12, test_images=12)
     before = contents(tmp_path / "demo")
-    monkeypatch.setattr(prepare, "draw_scene", lambda *_: pytest.fail("drawn again"))
-    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12)
+    monkeypatch.setattr("images.demo.draw_scene", lambda *_: pytest.fail("drawn again"))
+    draw_demo(tmp_path / "demo", train_images=12, test_images=12)
     with pytest.raises(UserError, match="already holds demo.json, seg_test, seg_train"):
-        prepare.draw_demo(tmp_path / "demo", train_images=18, test_images=12)
+        draw_demo(tmp_path / "demo", train_images=18, test_images=12)
     assert contents(tmp_path / "demo") == before
     with pytest.raises(UserError, match="cannot write"):
-        prepare.draw_demo(tmp_path / "demo" / "demo.json", train_images=12, test_images=12)
+        draw_demo(tmp_path / "demo" / "demo.json", train_images=12, test_images=12)
 
 
 def test_interrupted_demo_is_no_data_set_and_starts_anew(tmp_path, monkeypatch):
-    prepare.draw_demo(tmp_path / "whole", train_images=12, test_images=12)
+    draw_demo(tmp_path / "whole", train_images=12, test_images=12)
     drawn = []
 
     def stop_after_seven(name, random):
@@ -105,12 +106,12 @@ def test_interrupted_demo_is_no_data_set_and_starts_anew(tmp_path, monkeypatch):
         return scenes.draw_scene(name, random)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "draw_scene", stop_after_seven)
+        patch.setattr("images.demo.draw_scene", stop_after_seven)
         with pytest.raises(KeyboardInterrupt):
-            prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12)
+            draw_demo(tmp_path / "demo", train_images=12, test_images=12)
     assert os.listdir(tmp_path / "demo") == []
     left_by_a_kill(tmp_path / "demo")
-    prepare.draw_demo(tmp_path / "demo", train_images=12, test_images=12)
+    draw_demo(tmp_path / "demo", train_images=12, test_images=12)
     assert contents(tmp_path / "demo") == contents(tmp_path / "whole")
 
 
@@ -122,12 +123,12 @@ def test_two_at_once_draw_one_whole_data_set(tmp_path, monkeypatch, capsys):
         time.sleep(0.005)
         return scenes.draw_scene(name, random)
 
-    monkeypatch.setattr(prepare, "draw_scene", slowly)
-    other = threading.Thread(target=prepare.draw_demo, args=[tmp_path / "demo"],
+    monkeypatch.setattr("images.demo.draw_scene", slowly)
+    other = threading.Thread(target=draw_demo, args=[tmp_path / "demo"],
                              kwargs={"train_images": 60, "test_images": 12})
     other.start()
     started.wait()
-    prepare.draw_demo(tmp_path / "demo", train_images=60, test_images=12)
+    draw_demo(tmp_path / "demo", train_images=60, test_images=12)
     other.join()
     assert len(list((tmp_path / "demo").rglob("*.jpg"))) == 72 and "waiting for it" in capsys.readouterr().err
 
@@ -154,11 +155,11 @@ def test_stop_between_the_last_renames(tmp_path, monkeypatch, moves):
 
     monkeypatch.setattr(prepare.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        prepare.draw_demo(demo, train_images=12, test_images=12)
+        draw_demo(demo, train_images=12, test_images=12)
     assert (demo / ".partial").exists()
     assert (demo / "seg_test").exists() or not (demo / "seg_train").exists()
     monkeypatch.setattr(prepare.os, "replace", real)
-    prepare.draw_demo(demo, train_images=12, test_images=12)
+    draw_demo(demo, train_images=12, test_images=12)
     assert sorted(os.listdir(demo)) == ["demo.json", "seg_test", "seg_train"]
 
 
@@ -335,7 +336,7 @@ def test_a_file_that_shrinks_while_it_is_copied(tmp_path):
     members = [zipfile.ZipInfo(name) for name in LAYOUT]
     for info in members:
         info.file_size = 10
-    with pytest.raises(UserError, match="has not the size"), prepare._explained(tmp_path, tmp_path):
+    with pytest.raises(UserError, match="has not the size"), placing.explained(tmp_path, tmp_path):
         prepare._unpack(members, lambda _: io.BytesIO(b"short"), tmp_path / "folder", tmp_path / "data", None)
     assert os.listdir(tmp_path / "data") == []
 

@@ -13,6 +13,8 @@ from collections import Counter
 import pytest
 import tiny
 
+import utils
+
 pytest.importorskip("hypothesis")
 
 from hypothesis import HealthCheck, given, settings
@@ -141,7 +143,7 @@ def test_hostile_words_are_parsed_or_refused(words):
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             options = option.parse(words)
-        except option.UserError as error:
+        except utils.UserError as error:
             assert str(error).strip()
         except SystemExit as ended:
             assert ended.code == 0
@@ -165,7 +167,7 @@ def test_hostile_configs_are_read_or_refused(tmp_path_factory, content):
     file.write_text(json.dumps(content))
     try:
         options = option.parse(["train", f"--config={file}"])
-    except option.UserError as error:
+    except utils.UserError as error:
         assert str(error).strip()
     else:
         assert options.epochs >= 1 and isinstance(options.model, str) and options.batch_size >= options.accumulate

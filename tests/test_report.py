@@ -17,7 +17,8 @@ from PIL import Image
 from tqdm.utils import disp_len
 
 from commands.compare import MAY_DIFFER
-from reports import page, pictures, results
+from reports import page, pictures, results, tables
+from reports import text as layout
 from utils import UserError, write_text
 
 CLASSES = ["buildings", "forest", "sea"]
@@ -227,7 +228,7 @@ def test_comparison_of_two_precisions(tmp_path):
     assert amp["test_acc"] == {"mean": 98.0, "std": None, "values": [98.0]}
     assert amp["difference"] == {"points": -2, "p_value": 0.5, "test":
                                  "0 images gained, 2 lost of 100, exact McNemar test"}  # fmt: skip
-    table = results.performance_table(comparison)
+    table = tables.performance_table(comparison)
     assert ("| Algorithm | Test Accuracy | Memory (process resident peak) | Total Training Time | Images/s | Speed-up "
             "| Memory ratio | Time without evaluation |") in table
     assert "| ResNet18 AMP bfloat16 | 98.00 % | 1500 MB | 45.0 s | 220 | 2.00× | 0.75× | 30.0 s |" in table
@@ -239,17 +240,17 @@ def test_a_real_difference_is_called_one(tmp_path):
     _, comparison = compare(make_run(tmp_path / "a", truth=truth),
                             make_run(tmp_path / "b", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28))
     assert comparison["rows"][1]["difference"]["p_value"] == pytest.approx(2 / 2**12)
-    assert "at a level of 5 %:" in results.verdict(comparison)
-    assert "p < 0.001: distinguishable from noise" in results.verdict(comparison)
+    assert "at a level of 5 %:" in tables.verdict(comparison)
+    assert "p < 0.001: distinguishable from noise" in tables.verdict(comparison)
 
 
 def test_the_level_is_shared_by_several_comparisons(tmp_path):
     truth = [0] * 40  # six lost images: p = 2 / 2^6 = 0.031, real alone but not among three comparisons
     runs = [make_run(tmp_path / "fp32", truth=truth),
             make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34)]
-    assert "p = 0.031: distinguishable from noise" in results.verdict(compare(*runs)[1])
+    assert "p = 0.031: distinguishable from noise" in tables.verdict(compare(*runs)[1])
     runs += [make_run(tmp_path / name, name, truth=truth) for name in ("tf32", "amp-fp16")]
-    sentence = results.verdict(compare(*runs)[1])
+    sentence = tables.verdict(compare(*runs)[1])
     assert "p = 0.031: not distinguishable from noise" in sentence and "shared by 3 tests" in sentence
     assert sentence.endswith(".") and ". " not in sentence
 
@@ -265,7 +266,7 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     assert base["seeds"] == [0, 1, 2]
     expected = stats.ttest_ind([90, 88, 86], [89, 88, 84], equal_var=False).pvalue
     assert amp["difference"]["p_value"] == pytest.approx(expected)
-    table = results.performance_table(comparison)
+    table = tables.performance_table(comparison)
     assert "88.00 ± 2.00 %" in table and "Welch" in table and "over seeds" in table
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     is_picture(tmp_path / "comparison.png")
@@ -274,7 +275,7 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
 def test_seeds_without_any_spread_cannot_be_tested(tmp_path):
     _, comparison = compare(*(make_run(tmp_path / f"{name}-{seed}", name, seed=seed)
                               for name in ("fp32", "amp-bf16") for seed in (1, 2)))
-    assert "+0.00 points (could not be tested)" in results.verdict(comparison)
+    assert "+0.00 points (could not be tested)" in tables.verdict(comparison)
 
 
 def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_path):
@@ -282,7 +283,7 @@ def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_pat
     (unfinished / "result.json").unlink()
     runs, comparison = compare(make_run(tmp_path / "fp32"), unfinished,
                                fail_run(tmp_path / "amp-fp16", "amp-fp16", "loss is nan | epoch 2"))
-    table = results.performance_table(comparison)
+    table = tables.performance_table(comparison)
     assert "| ResNet18 AMP float16 | failed: loss is nan \\| epoch 2 |" in table
     assert "| ResNet18 AMP bfloat16 | not finished: 4 of 4 epochs done |" in table
     assert "nothing can be said about accuracy" in table
@@ -293,13 +294,13 @@ def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_pat
 
 def test_without_fp32_and_without_any_finished_run(tmp_path):
     runs, comparison = compare(make_run(tmp_path / "amp", "amp-bf16"))
-    assert comparison["rows"][0]["speed_up"] is None and "–" in results.performance_table(comparison)
+    assert comparison["rows"][0]["speed_up"] is None and "–" in tables.performance_table(comparison)
     runs, comparison = compare(fail_run(tmp_path / "a", "fp32", "out of memory"))
-    assert "failed: out of memory" in results.performance_table(comparison)
+    assert "failed: out of memory" in tables.performance_table(comparison)
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
     assert "out of memory" in (tmp_path / "report.html").read_text()
-    assert results.performance_table(results.compare_runs([]))
+    assert tables.performance_table(results.compare_runs([]))
 
 
 def test_runs_of_two_machines_are_not_averaged(tmp_path):
@@ -310,7 +311,7 @@ def test_runs_of_two_machines_are_not_averaged(tmp_path):
     assert [row["label"] for row in comparison["rows"]] == [
         "ResNet18 FP32, RTX", "ResNet18 AMP float16, RTX", "ResNet18 FP32, a processor"]
     assert [row["speed_up"] for row in comparison["rows"]] == [1, 3, 1]
-    assert "| Memory (CUDA allocated or process resident peak) |" in results.performance_table(comparison)
+    assert "| Memory (CUDA allocated or process resident peak) |" in tables.performance_table(comparison)
 
 
 def test_runs_of_one_precision_and_seed_are_not_averaged(tmp_path):
@@ -322,13 +323,13 @@ def test_runs_of_one_precision_and_seed_are_not_averaged(tmp_path):
 def test_unequal_options_are_pointed_out(tmp_path):
     _, comparison = compare(make_run(tmp_path / "a", learning_rate=0.1, num_workers=0),
                             make_run(tmp_path / "b", "amp-bf16", learning_rate=0.2, num_workers=4))
-    assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in results.performance_table(comparison)
+    assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in tables.performance_table(comparison)
     assert list(comparison["differences"]) == ["learning_rate"]
 
 
 def test_a_table_of_a_gpu_names_its_memory(tmp_path):
     _, comparison = compare(make_run(tmp_path / "a", device="cuda"))
-    assert "GPU Memory (peak allocated)" in results.performance_table(comparison)
+    assert "GPU Memory (peak allocated)" in tables.performance_table(comparison)
 
 
 # Text
@@ -337,7 +338,7 @@ def test_summary_fits_and_tells_everything(tmp_path):
     truth = list(range(6)) * 10
     run = results.read_run(make_run(tmp_path / "run", "amp-fp16", classes=HOSTILE, truth=truth,
                                     predicted=[0] * 3 + truth[3:]))
-    text = results.summary(run["result"])
+    text = tables.summary(run["result"])
     assert max(map(disp_len, text.splitlines())) <= 80
     assert "96.67 %" in text and "58 of 60" in text and "process resident peak" in text and "\x1b" not in text
     assert re.search(r"a\|b +83\.33 +100\.00 +90\.91 +10$", text, re.MULTILINE)
@@ -348,7 +349,7 @@ def test_summary_of_many_classes_shows_the_weakest(tmp_path):
     truth = np.arange(50)
     run = results.read_run(make_run(tmp_path / "run", classes=[f"class {place}" for place in truth], truth=truth,
                                    predicted=np.where(truth == 37, 0, truth)))
-    text = results.summary(run["result"])
+    text = tables.summary(run["result"])
     assert "class 37 " in text and "class 49" not in text and "30 of 50" in text
 
 
@@ -359,16 +360,16 @@ def test_the_terminal_table_fits_80_columns(tmp_path, name, seeds):
                       rates=[1.0, 1234.5 + seed], device_name=name if precision == "fp32" else "a processor")
              for precision in ("fp32", "tf32", "amp-fp16") for seed in range(seeds)]  # fmt: skip
     _, comparison = compare(*found, fail_run(tmp_path / "x", "amp-bf16", "out of memory " * 20))
-    text = results.terminal_table(comparison)
+    text = tables.terminal_table(comparison)
     assert max(map(disp_len, text.splitlines())) <= 80
     for part in ("100.00", "1,23", "12346" if seeds == 1 else "12347", "failed: out of memory", "TF32"):
         assert part in text
 
 
 def test_fit_and_markdown():
-    assert results.fit("a\nb\x1b[0m", 80) == "a\\nb\\x1b[0m"
-    assert results.fit("abcdef", 4) == "abc…" and results.fit("海海海", 5) == "海海…"
-    assert results.markdown("a|b<c>$d_e") == "a\\|b&lt;c&gt;\\$d\\_e"
+    assert layout.fit("a\nb\x1b[0m", 80) == "a\\nb\\x1b[0m"
+    assert layout.fit("abcdef", 4) == "abc…" and layout.fit("海海海", 5) == "海海…"
+    assert layout.markdown("a|b<c>$d_e") == "a\\|b&lt;c&gt;\\$d\\_e"
 
 
 # Pictures
@@ -498,7 +499,7 @@ def test_html_comparison(tmp_path):
     page.html_comparison(tmp_path, runs[:2], comparison, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
     assert text.count('src="data:image/') == 1 + 3 and "failed: out of memory" in text
-    assert "<h2>ResNet18 AMP bfloat16</h2>" in text and results.verdict(comparison) in text
+    assert "<h2>ResNet18 AMP bfloat16</h2>" in text and tables.verdict(comparison) in text
 
 
 # Boundaries

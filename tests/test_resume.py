@@ -14,7 +14,7 @@ import torch
 from tiny import assert_equal, outcome
 
 import train as training
-from runs import folder as run_module
+from runs import checkpoint
 from runs.folder import RunDirectory
 from utils import RunError
 
@@ -174,7 +174,7 @@ def test_resume_auto(data, straight, tmp_path, monkeypatch):
 
 def test_first_last_pt_that_was_never_written(data, straight, tmp_path, monkeypatch, capsys):
     """Killed, or out of disk, after the first best_model.pt: nothing to go on from, and `auto` begins anew."""
-    original = run_module._write
+    original = checkpoint.replace_file
 
     def fail(path, size, fill):
         if path.name == "last.pt":
@@ -182,7 +182,7 @@ def test_first_last_pt_that_was_never_written(data, straight, tmp_path, monkeypa
         original(path, size, fill)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_write", fail)
+        patch.setattr(checkpoint, "replace_file", fail)
         assert tiny.train(data, tmp_path) == 1
     assert (tmp_path / "run" / "best_model.pt").exists() and not (tmp_path / "run" / "last.pt").exists()
     capsys.readouterr()

@@ -21,9 +21,11 @@ from dataset import Batches, Pixels, Subset
 from evaluate import evaluate
 from images.stores import DecodedImages
 from model import update_average
+from optimizer import make_optimizer, make_scheduler
 from precision import Precision
-from runs.folder import RunDirectory, load_checkpoint
-from train import Forward, Trainer, make_optimizer, make_scheduler, update_weights
+from runs.checkpoint import load_checkpoint
+from runs.folder import RunDirectory
+from train import Forward, Trainer, update_weights
 from utils import Ranks, RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")

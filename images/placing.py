@@ -1,0 +1,97 @@
+"""A data set is put on disk whole or not at all: one writer at a time, moved into place when it is complete."""
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from utils import FULL, RunError, UserError, lock, printable
+
+
+@contextlib.contextmanager
+def one_writer(data_dir: Path) -> Iterator[None]:
+    """One builder of a data set at a time on this machine; the others wait, and then find it built."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        folder = os.open(data_dir, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        yield
+        return
+    try:
+        if not lock(folder):
+            print(f"another process is filling {printable(data_dir)}; waiting for it", file=sys.stderr)
+            lock(folder, wait=True)
+        yield
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def building(data_dir: Path, source: str) -> Iterator[Path]:
+    """A hidden folder for a data set to grow in; what it holds is moved into place when the block succeeds.
+
+    What a killed process left there is thrown away; until then dataset.py refuses a folder that holds `.partial`.
+    """
+    stage = data_dir / ".partial"
+    if stage.exists():
+        shutil.rmtree(stage)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    getattr(os, "sync", lambda: None)()  # once for all files: a rename must not reach the disk before their bytes
+    (stage / ".complete").write_bytes(os.fsencode(source))
+    finish_interrupted(data_dir)
+
+
+def finish_interrupted(data_dir: Path) -> str | None:
+    """Moves a whole data set into place, its training images last, and returns its source; None where there is none.
+
+    Also called first of all, to end what a stop between two moves left undone.
+    """
+    stage = data_dir / ".partial"
+    if not (stage / ".complete").exists():
+        return None
+    source = os.fsdecode((stage / ".complete").read_bytes())
+    for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (name in TRAIN_NAMES, name)):
+        os.replace(stage / name, data_dir / name)
+    shutil.rmtree(stage)
+    return source
+
+
+@contextlib.contextmanager
+def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
+    """Turns what the disk, or a damaged archive, raises into one clear message."""
+    try:
+        yield
+    except Exception as error:  # zipfile, tarfile and the decompressors raise nearly every type on damage
+        number = getattr(error, "errno", None)
+        if isinstance(error, (UserError, RunError)) or source is None and number is None:
+            raise
+        if number is None:
+            problem = f"damaged or incomplete ({printable(error)}). Download it again."
+            if "password" in str(error) or "encrypted" in str(error):
+                problem = "protected by a password; unpack it by hand."
+            raise UserError(f"{printable(source)} is {problem}") from None
+        if number in FULL:
+            raise RunError(f"the disk that holds {printable(data_dir)} is full. Free some space there and run the "
+                           "same command again.") from None
+        forbidden = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or number == errno.EROFS
+        verb = "read" if source and error.filename == str(source) else "write"
+        problem = f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}."
+        raise (UserError if forbidden else RunError)(f"{problem} Mend that, or choose another --data_dir.") from None
+
+
+def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
+    held = sorted(name for name in {*TRAIN_NAMES, *TEST_NAMES, *names} if (data_dir / name).exists())
+    if held:
+        raise UserError(f"{printable(data_dir)} already holds {printable(', '.join(held))}; nothing was changed. "
+                        "Use it as it is, remove it, or choose another --data_dir.")
+TRAIN_NAMES = {"seg_train", "train"}
+
+TEST_NAMES = {"seg_test", "test", "val", "valid", "validation"}

@@ -1,0 +1,70 @@
+"""The optimizer and the schedule: the learning rate as a function of attempted updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from warmup_scheduler import GradualWarmupScheduler
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float, fused: bool
+) -> torch.optim.Optimizer:
+    """Adam (betas 0.9 and 0.999, eps 1e-8), AdamW, or SGD with momentum 0.9.
+
+    A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it.
+    """
+    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
+    if name == "SGD":
+        optimizer = torch.optim.SGD(parameters, momentum=0.9, **common)
+        for parameter in optimizer.param_groups[0]["params"]:  # the fused kernel cannot begin some later than others
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](parameters, **common)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, decay_type: str, *, epochs: int, updates_per_epoch: int,
+    warmup_epochs: float | None = None, done: int = 0,
+) -> LRScheduler:
+    """The learning rate as a function of attempted updates t = 0 .. T-1, with W updates of warmup.
+
+    Warmup is (t+1)/W, so no update runs at rate 0; then, for `cosine_warmup`, (1+cos(pi (t-W+1)/(T-W+1)))/2
+    (Loshchilov and Hutter 2017), so the peak is one update; `step` and `step_warmup` divide by 10 at epochs
+    30, 60 and 90, counted from the end of warmup. `done` updates are replayed, which restores a resumed run.
+    """
+    if warmup_epochs is None:
+        warmup_epochs = {"cosine_warmup": epochs / 10, "step_warmup": 5, "step": 0}[decay_type]
+    total = epochs * updates_per_epoch
+    warmup = min(max(1, round(warmup_epochs * updates_per_epoch)), total)
+    for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
+        group["lr"] = group.pop("initial_lr", group["lr"])
+
+    def cosine(step: int) -> float:  # step = t - W: warmup itself ends on the peak
+        return 0.5 * (1 + math.cos(math.pi * (step + 1) / (total - warmup + 1)))
+
+    def stairs(step: int) -> float:
+        return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
+
+    scheduler: LRScheduler = _Curve(optimizer, cosine if decay_type == "cosine_warmup" else stairs)
+    # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
+    # a first update that the scaler skips draws no warning.
+    optimizer.zero_grad(set_to_none=True)
+    optimizer.step()
+    if decay_type != "step":
+        scheduler = GradualWarmupScheduler(optimizer, multiplier=1.0, total_epoch=warmup, after_scheduler=scheduler)
+        scheduler.step()  # leaves the rate of 0 that it starts with
+    for _ in range(done):
+        scheduler.step()
+    return scheduler
+
+
+class _Curve(LambdaLR):
+    """A LambdaLR that may be asked out of turn, as GradualWarmupScheduler does when warmup ends."""
+
+    def get_lr(self) -> list[float]:
+        return [base * curve(self.last_epoch) for base, curve in zip(self.base_lrs, self.lr_lambdas, strict=True)]

@@ -1,0 +1,39 @@
+"""Text laid out for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+import html
+
+from tqdm.utils import disp_len, disp_trim  # columns on a terminal: wide letters take two
+
+from utils import printable
+
+WIDTH = 80
+
+
+def fit(text: object, columns: int) -> str:
+    """`text` on one printable line of at most so many terminal columns."""
+    text = printable(text)
+    return text if disp_len(text) <= columns else disp_trim(text, columns - 1) + "…"
+
+
+def align(rows: list[list[str]]) -> list[str]:
+    """Rows of cells as lines of one width: the first column to the left, the others to the right."""
+    widths = [max(map(disp_len, cells)) for cells in zip(*rows, strict=True)]
+    return ["  ".join([row[0] + " " * (widths[0] - disp_len(row[0])),
+                       *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+
+
+def time_unit(seconds: float) -> tuple[int, str]:
+    """Seconds, minutes or hours, whichever reads well: (divisor, name)."""
+    return (1, "s") if seconds < 120 else (60, "min") if seconds < 36000 else (3600, "h")
+
+
+def duration(seconds: float) -> str:
+    divisor, unit = time_unit(seconds)
+    return f"{seconds / divisor:.1f} {unit}"
+
+
+def markdown(text: str) -> str:
+    """Plain text as Markdown that shows exactly that text, also inside a table cell."""
+    return "".join("\\" + letter if letter in "\\`*_[]|$~#" else letter for letter in html.escape(text, quote=False))

@@ -1,0 +1,32 @@
+"""Files of a run, replaced whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from utils import FULL, RunError, atomic_write, printable
+
+
+def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
+    """Replaces a file whole by what `fill` writes, about `size` bytes.
+
+    Raises RunError where the disk is full or the folder is gone.
+    """
+    try:
+        with atomic_write(path) as file:
+            fill(file)
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own over the file's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        advice = (
+            f"free at least {size / 2**20:,.0f} MB there" if cause.errno in FULL
+            else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
+        )
+        raise RunError(
+            f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "
+            f"{advice}, then go on with --resume."
+        ) from None
