@@ -71,9 +71,16 @@ class Setup:
 
             self.ranks.share(lambda: draw_demo(Path(options.data_dir)))  # the others wait for the first
         data = open_data_set(
-            options.data_dir, image_size=options.image_size, seed=options.seed, cache=options.cache,
-            workers=options.num_workers, skip_unreadable=options.skip_unreadable, pin=self.device.type == "cuda",
-            keep_larger=options.augment == "crop", test_only=test_only, log=self.log,
+            options.data_dir,
+            image_size=options.image_size,
+            seed=options.seed,
+            cache=options.cache,
+            workers=options.num_workers,
+            skip_unreadable=options.skip_unreadable,
+            pin=self.device.type == "cuda",
+            keep_larger=options.augment == "crop",
+            test_only=test_only,
+            log=self.log,
         )
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
             raise UserError(f"the images in {options.data_dir} are not those of the job's first process: copy them.")
@@ -92,15 +99,24 @@ class Setup:
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False) -> Batches:
         own = ("seed", "accumulate", "augment", "mixup", "cutmix") if train else ()
-        return Batches(subset, self.pixels, self.options.batch_size, len(data.classes), ranks=self.ranks,
-                       **{name: getattr(self.options, name) for name in own})
+        return Batches(
+            subset,
+            self.pixels,
+            self.options.batch_size,
+            len(data.classes),
+            ranks=self.ranks,
+            **{name: getattr(self.options, name) for name in own},
+        )
 
     def network(self, class_count: int) -> nn.Module:
         """The model to train, on the device, with the weights it starts from."""
         options = self.options
         seed_everything(options.seed)  # of the new head, or of all weights
-        return self.placed(build_model(options.model, class_count, pretrained=bool(options.pretrained),
-                                       pretrained_path=options.pretrained_path))
+        return self.placed(
+            build_model(
+                options.model, class_count, pretrained=bool(options.pretrained), pretrained_path=options.pretrained_path
+            )
+        )
 
     def placed(self, network: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
@@ -148,34 +164,61 @@ class Setup:
             if device.type != "cuda":
                 raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
             if options.accumulate > 1 or left_over < ranks.size:
-                raise UserError("--sync_batchnorm needs as many pieces on each process: leave out --accumulate, and "
-                                f"take a --batch_size that leaves more than {left_over} images over.")
+                raise UserError(
+                    "--sync_batchnorm needs as many pieces on each process: leave out --accumulate, and "
+                    f"take a --batch_size that leaves more than {left_over} images over."
+                )
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         batches = self.batches(data, data.train, train=True)
         optimizer = make_optimizer(
-            network.parameters(), options.optimizer, learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay, fused=device.type in ("cpu", "cuda"),
+            network.parameters(),
+            options.optimizer,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=device.type in ("cpu", "cuda"),
         )
         schedule = partial(
-            make_scheduler, optimizer, options.decay_type, epochs=options.epochs,
-            warmup_epochs=options.warmup_epochs, updates_per_epoch=batches.updates_per_epoch,
+            make_scheduler,
+            optimizer,
+            options.decay_type,
+            epochs=options.epochs,
+            warmup_epochs=options.warmup_epochs,
+            updates_per_epoch=batches.updates_per_epoch,
         )
         return Trainer(
-            network, optimizer, schedule, self.precision, batches, self.batches(data, data.validation), run,
-            options.epochs, options.seed, label_smoothing=options.label_smoothing,
-            clip_grad_norm=options.clip_grad_norm, log_interval=options.log_interval,
-            checkpoint_every=options.checkpoint_every, patience=options.patience,
-            freeze_epochs=options.freeze_epochs, head=head_name(network), ema=options.ema, compile=options.compile,
-            record=self._record(data), log=self.log,
+            network,
+            optimizer,
+            schedule,
+            self.precision,
+            batches,
+            self.batches(data, data.validation),
+            run,
+            options.epochs,
+            options.seed,
+            label_smoothing=options.label_smoothing,
+            clip_grad_norm=options.clip_grad_norm,
+            log_interval=options.log_interval,
+            checkpoint_every=options.checkpoint_every,
+            patience=options.patience,
+            freeze_epochs=options.freeze_epochs,
+            head=head_name(network),
+            ema=options.ema,
+            compile=options.compile,
+            record=self._record(data),
+            log=self.log,
         )
 
     def _record(self, data: DataSet) -> dict[str, Any]:
         """What every checkpoint says of itself, enough to use it without its run's folder."""
         return {
-            "format": 1, "classes": data.classes, "model_name": self.options.model,
-            "image_size": self.options.image_size, "normalize": self.options.normalize,
-            "precision": self.precision.name, "fingerprint": data.fingerprint,
-        }  # fmt: skip
+            "format": 1,
+            "classes": data.classes,
+            "model_name": self.options.model,
+            "image_size": self.options.image_size,
+            "normalize": self.options.normalize,
+            "precision": self.precision.name,
+            "fingerprint": data.fingerprint,
+        }
 
     def config(self, data: DataSet) -> dict[str, Any]:
         """What config.json records: every option, versions, device and data."""
@@ -183,8 +226,12 @@ class Setup:
         return {
             "options": {name: value for name, value in vars(self.options).items() if name not in hidden},
             "versions": {
-                "amp-train": option.VERSION, "python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": numpy.__version__, "pillow": PIL.__version__,
+                "amp-train": option.VERSION,
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+                "numpy": numpy.__version__,
+                "pillow": PIL.__version__,
             },
             "device": self.device.type,
             "device_name": device_name(self.device),
@@ -193,7 +240,11 @@ class Setup:
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
             "dataset": {
-                "fingerprint": data.fingerprint, "classes": data.classes, "train": len(data.train),
-                "val": len(data.validation), "test": len(data.test), "unreadable": data.unreadable,
+                "fingerprint": data.fingerprint,
+                "classes": data.classes,
+                "train": len(data.train),
+                "val": len(data.validation),
+                "test": len(data.test),
+                "unreadable": data.unreadable,
             },
-        }  # fmt: skip
+        }

@@ -28,8 +28,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Piece = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
 
 
-
-
 def split_train(labels: np.ndarray, *, fraction: float = 0.2, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Stratified positions (train, validation) of `labels`, by scikit-learn, each in ascending order."""
     from sklearn.model_selection import train_test_split
@@ -81,8 +79,16 @@ class DataSet:
 
 
 def open_data_set(
-    data_dir: str | Path, *, image_size: int, seed: int, cache: str = "auto", workers: int | None = None,
-    skip_unreadable: bool = False, keep_larger: bool = False, pin: bool = False, test_only: bool = False,
+    data_dir: str | Path,
+    *,
+    image_size: int,
+    seed: int,
+    cache: str = "auto",
+    workers: int | None = None,
+    skip_unreadable: bool = False,
+    keep_larger: bool = False,
+    pin: bool = False,
+    test_only: bool = False,
     log: Callable[[str], None] = print,
 ) -> DataSet:
     """Finds, splits and decodes the images below `data_dir`.
@@ -114,8 +120,9 @@ def open_data_set(
         everything = train.positions
         train = Subset(train.store, train.listing, everything[kept])
         validation = Subset(train.store, train.listing, everything[held_out])
-    return DataSet(image_set.classes, train, validation, subsets["test"], digest.hexdigest()[:16],
-                   [str(path) for path in bad])
+    return DataSet(
+        image_set.classes, train, validation, subsets["test"], digest.hexdigest()[:16], [str(path) for path in bad]
+    )
 
 
 def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:

@@ -52,8 +52,9 @@ def meet(store: Store, ranks: Ranks, *, patience: timedelta = timedelta(seconds=
     store.set(f"amp-train/signed/{ranks.rank}", signature)
     while True:
         if ranks.is_first:
-            store.set("amp-train/list", ",".join(store.get(f"amp-train/signed/{rank}").decode()
-                                                 for rank in range(ranks.size)))
+            store.set(
+                "amp-train/list", ",".join(store.get(f"amp-train/signed/{rank}").decode() for rank in range(ranks.size))
+            )
         present = store.get("amp-train/list").decode()
         name = "amp-train/" + hashlib.sha256(present.encode()).hexdigest()[:16]
         if signature not in present.split(","):  # the list of an earlier attempt

@@ -54,8 +54,13 @@ class Evaluation:
 
 
 def evaluate(
-    model: Callable[[torch.Tensor], torch.Tensor], batches: Batches, precision: Precision, *,
-    keep_logits: bool = False, stop: Callable[[], bool] | None = None, description: str = "evaluating",
+    model: Callable[[torch.Tensor], torch.Tensor],
+    batches: Batches,
+    precision: Precision,
+    *,
+    keep_logits: bool = False,
+    stop: Callable[[], bool] | None = None,
+    description: str = "evaluating",
 ) -> Evaluation | None:
     """Runs `model` (in evaluation mode) over all images of `batches`; None where `stop` said so on the way.
 
@@ -107,9 +112,13 @@ def parity(
             "loss": found.loss,
             "largest_logit_difference": float(np.abs(found.logits - reference.logits).max()),
             "flipped": [
-                {"path": paths[i], "label": classes[batches.subset.labels[i]], "from": classes[before[i]],
-                 "to": classes[after[i]]}
+                {
+                    "path": paths[i],
+                    "label": classes[batches.subset.labels[i]],
+                    "from": classes[before[i]],
+                    "to": classes[after[i]],
+                }
                 for i in np.flatnonzero(before != after)
             ],
-        }  # fmt: skip
+        }
     return rows

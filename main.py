@@ -79,8 +79,10 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str | None]:
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave it out."
     if "DataLoader worker" in text:
-        return 1, (f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
-                   "use fewer --num_workers, then go on with --resume.")
+        return 1, (
+            f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
+            "use fewer --num_workers, then go on with --resume."
+        )
     if Ranks.from_environment().size > 1 and distributed.is_lost_connection(error):
         return 1, distributed.LOST_RANK
     return 1, None
@@ -139,8 +141,10 @@ def train(options: Namespace, ranks: Ranks) -> None:
             run.write_json("config.json", config)
         if then:
             _say_differences(then, config)
-        log(f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
-            f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {run.path}")
+        log(
+            f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
+            f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {run.path}"
+        )
         events = writer(run.file("tensorboard")) if writer and run.writes else None
         trainer.on_epoch = partial(_report_epoch, options.epochs, events)
         trainer.train()
@@ -190,8 +194,10 @@ def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
     if state.get("precision") != setup.precision.name:  # "auto" is another one on another device
-        raise UserError(f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
-                        f"{setup.precision.name}. Choose with --amp_dtype and --device, or start another run.")
+        raise UserError(
+            f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
+            f"{setup.precision.name}. Choose with --amp_dtype and --device, or start another run."
+        )
     try:
         if (state["classes"], state["model_name"]) != (data.classes, setup.options.model):
             raise ValueError("other classes, or another model")
@@ -208,6 +214,7 @@ def _restore(setup: Any, trainer: Any, data: Any, was: dict[str, Any]) -> None:
 
 def _say_differences(then: dict[str, Any], now: dict[str, Any]) -> None:
     """Notes what is not as it was when the config.json `then` was written."""
+
     def environment(config: dict[str, Any]) -> dict[str, Any]:
         machine = {name: config.get(name) for name in ("device", "device_name", "threads", "ranks")}
         return {**config["versions"], **machine, "fingerprint of the images": config["dataset"].get("fingerprint")}
@@ -222,8 +229,10 @@ def _report_epoch(epochs: int, events: Any, line: dict[str, Any]) -> None:
     """A line on the terminal after each epoch and, where asked, TensorBoard's scalars."""
     scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
     loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
-    log(f"epoch {line['epoch']:>3}/{epochs}  train {loss} {line['train_acc']:5.1f}%  "
-        f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}")
+    log(
+        f"epoch {line['epoch']:>3}/{epochs}  train {loss} {line['train_acc']:5.1f}%  "
+        f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}"
+    )
     if events is not None:
         for name, value in line.items():
             if isinstance(value, (int, float)) and name != "epoch":
@@ -255,12 +264,14 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     if not run.writes:
         return
     result = {
-        **_result(setup, data, found), "best_epoch": at.best_epoch, "best_val_acc": at.best_val_acc,
+        **_result(setup, data, found),
+        "best_epoch": at.best_epoch,
+        "best_val_acc": at.best_val_acc,
         "total_seconds": round(trainer.seconds, 3),
         "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
         "images_per_second": results.steady_rate(at.history),
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
-    }  # fmt: skip
+    }
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
     run.write_predictions(_test_names(setup, data), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
@@ -284,11 +295,17 @@ def _result(setup: Any, data: Any, found: Any) -> dict[str, Any]:
     from reports.results import calibration
 
     return {
-        "test_acc": found.accuracy, "test_loss": found.loss, **utils.peak_memory(setup.device),
-        "precision": setup.precision.name, "device": setup.device.type, "device_name": utils.device_name(setup.device),
-        "classes": data.classes, "per_class": found.per_class(data.classes), "confusion": found.confusion.tolist(),
+        "test_acc": found.accuracy,
+        "test_loss": found.loss,
+        **utils.peak_memory(setup.device),
+        "precision": setup.precision.name,
+        "device": setup.device.type,
+        "device_name": utils.device_name(setup.device),
+        "classes": data.classes,
+        "per_class": found.per_class(data.classes),
+        "confusion": found.confusion.tolist(),
         "calibration_error": calibration(probabilities(found.logits), data.test.labels)["ece"],
-    }  # fmt: skip
+    }
 
 
 def _test_names(setup: Any, data: Any) -> list[str]:
@@ -335,10 +352,18 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
     found = evaluate(network, batches, setup.precision, keep_logits=True, description="testing")
     seconds = time.perf_counter() - started
     if ranks.is_first:
-        print(tables.summary({
-            **_result(setup, data, found), "best_epoch": checkpoint["epoch"], "best_val_acc": checkpoint["val_acc"],
-            "total_seconds": seconds, "train_seconds": None, "images_per_second": len(data.test) / seconds,
-        }))  # fmt: skip
+        print(
+            tables.summary(
+                {
+                    **_result(setup, data, found),
+                    "best_epoch": checkpoint["epoch"],
+                    "best_val_acc": checkpoint["val_acc"],
+                    "total_seconds": seconds,
+                    "train_seconds": None,
+                    "images_per_second": len(data.test) / seconds,
+                }
+            )
+        )
 
 
 def predict(options: Namespace, ranks: Ranks) -> None:
@@ -349,10 +374,18 @@ def predict(options: Namespace, ranks: Ranks) -> None:
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
     predict_files(
-        setup.trained(checkpoint), checkpoint["classes"], options.inputs, pixels=setup.pixels,
-        precision=setup.precision, batch_size=options.batch_size, top_k=options.top_k,
-        workers=min(8, utils.cores()) if options.num_workers is None else options.num_workers, csv_file=options.csv,
-        json_file=options.json, sheet=options.contact_sheet, log=log,
+        setup.trained(checkpoint),
+        checkpoint["classes"],
+        options.inputs,
+        pixels=setup.pixels,
+        precision=setup.precision,
+        batch_size=options.batch_size,
+        top_k=options.top_k,
+        workers=min(8, utils.cores()) if options.num_workers is None else options.num_workers,
+        csv_file=options.csv,
+        json_file=options.json,
+        sheet=options.contact_sheet,
+        log=log,
     )
 
 
@@ -371,9 +404,13 @@ def compare(options: Namespace, ranks: Ranks) -> None:
         if options.demo:
             draw_demo(Path(options.data_dir))
         compare.run_all(
-            folder, options.precisions or sensible_precisions(utils.choose_device(options.device, use=False)),
-            [options.seed + extra for extra in range(options.seeds)], option.training_words(options), log,
-            parse=lambda words: vars(option.parse(words)), overwrite=options.overwrite,
+            folder,
+            options.precisions or sensible_precisions(utils.choose_device(options.device, use=False)),
+            [options.seed + extra for extra in range(options.seeds)],
+            option.training_words(options),
+            log,
+            parse=lambda words: vars(option.parse(words)),
+            overwrite=options.overwrite,
         )
     compare.report_runs(compare.run_folders(folder), folder)
 
@@ -384,8 +421,11 @@ def doctor(options: Namespace, ranks: Ranks) -> None:
 
     utils.refuse_missing_folders(options.json)
     findings = doctor.examine(
-        utils.choose_device(options.device), image_size=options.image_size, batch_size=options.batch_size,
-        model_name=options.model, data_dir=options.data_dir,
+        utils.choose_device(options.device),
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        model_name=options.model,
+        data_dir=options.data_dir,
     )
     print(doctor.report(findings))
     if options.json:
@@ -404,11 +444,17 @@ def inspect(options: Namespace, ranks: Ranks) -> None:
     images, labels, *_ = next(next(setup.batches(data, data.train, train=True).epoch(0)))
     names = options.precisions or sensible_precisions(setup.device)
     metrics = Path(options.checkpoint_dir) / options.checkpoint_name / "metrics.jsonl"
-    print(inspector.inspect(
-        lambda: setup.trained(checkpoint).train() if checkpoint else setup.network(len(data.classes)), images, labels,
-        [named_precision(name, setup.device) for name in names], out=Path(options.out),
-        metrics=read_metrics(metrics) if options.checkpoint_name else None, full=options.full,
-    ))  # fmt: skip
+    print(
+        inspector.inspect(
+            lambda: setup.trained(checkpoint).train() if checkpoint else setup.network(len(data.classes)),
+            images,
+            labels,
+            [named_precision(name, setup.device) for name in names],
+            out=Path(options.out),
+            metrics=read_metrics(metrics) if options.checkpoint_name else None,
+            full=options.full,
+        )
+    )
 
 
 def export(options: Namespace, ranks: Ranks) -> None:
@@ -429,8 +475,7 @@ def prepare(options: Namespace, ranks: Ranks) -> None:
 
     folder = Path(options.data_dir)
     if options.demo:
-        draw_demo(folder, train_images=options.train_images, test_images=options.test_images,
-                          seed=options.seed)
+        draw_demo(folder, train_images=options.train_images, test_images=options.test_images, seed=options.seed)
         print(f"{options.train_images + options.test_images:,} demo scenes are in {folder}")
     elif options.archive:
         prepare.extract_archive(Path(options.archive), folder)
@@ -443,9 +488,15 @@ def prepare(options: Namespace, ranks: Ranks) -> None:
 
 
 COMMANDS: dict[str, Callable[[Namespace, Ranks], None]] = {
-    "train": train, "evaluate": evaluate, "predict": predict, "compare": compare, "doctor": doctor,
-    "inspect": inspect, "prepare": prepare, "export": export,
-}  # fmt: skip
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "compare": compare,
+    "doctor": doctor,
+    "inspect": inspect,
+    "prepare": prepare,
+    "export": export,
+}
 
 if __name__ == "__main__":
     run()

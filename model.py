@@ -142,11 +142,22 @@ def load_file(path: str | Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{printable(path)} does not exist.") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError,
-            IndexError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        TypeError,
+        IndexError,
+    ) as error:
         if isinstance(error, pickle.UnpicklingError) and re.search("weights_only|Unsupported", str(error), re.I):
-            raise UserError(f"{printable(path)} was refused: it holds more than tensors and plain types, and loading "
-                            "it could run code. Use a file that holds a state dict only.") from None
+            raise UserError(
+                f"{printable(path)} was refused: it holds more than tensors and plain types, and loading "
+                "it could run code. Use a file that holds a state dict only."
+            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise UserError(f"{printable(path)} is damaged or not a PyTorch file ({reason}).") from None
 
@@ -163,7 +174,11 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_weights(
-    model: nn.Module, state: dict[str, torch.Tensor], *, source: str, ignored: tuple[str, ...] = (),
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    *,
+    source: str,
+    ignored: tuple[str, ...] = (),
     new_head: bool = True,
 ) -> None:
     """Loads `state` into `model`, except, with `new_head`, a head for another number of classes.
@@ -172,17 +187,26 @@ def load_weights(
     """
     own, head = model.state_dict(), head_name(model)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
-    shapes = {name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}" for name in own.keys() & state.keys()
-              if state[name].shape != own[name].shape}
+    shapes = {
+        name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    }
     replaced = {name for name in shapes if new_head and name.rpartition(".")[0] == head}
     problems = [f"  {name}: shape {shapes[name]}" for name in sorted(shapes.keys() - replaced)]
     problems += [f"  {name}: missing" for name in sorted(own.keys() - state.keys())]
     problems += [f"  {name}: unknown" for name in sorted(state.keys() - own.keys())]
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise UserError("\n".join([
-            f"the weights in {printable(source)} do not fit this {type(model).__name__}:", *problems[:10], *more,
-            "Name the --model they were saved from, or use --pretrained 0.",
-        ]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"the weights in {printable(source)} do not fit this {type(model).__name__}:",
+                    *problems[:10],
+                    *more,
+                    "Name the --model they were saved from, or use --pretrained 0.",
+                ]
+            )
+        )
     own.update({name: tensor for name, tensor in state.items() if name not in replaced})
     model.load_state_dict(own)  # `own` knows the versions of its layers, which MNASNet's loader asks for

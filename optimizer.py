@@ -28,8 +28,13 @@ def make_optimizer(
 
 
 def make_scheduler(
-    optimizer: torch.optim.Optimizer, decay_type: str, *, epochs: int, updates_per_epoch: int,
-    warmup_epochs: float | None = None, done: int = 0,
+    optimizer: torch.optim.Optimizer,
+    decay_type: str,
+    *,
+    epochs: int,
+    updates_per_epoch: int,
+    warmup_epochs: float | None = None,
+    done: int = 0,
 ) -> LRScheduler:
     """The learning rate as a function of attempted updates t = 0 .. T-1, with W updates of warmup.
 

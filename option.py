@@ -32,14 +32,30 @@ PRECISIONS = {"fp32": "FP32", "tf32": "TF32", "amp-fp16": "AMP float16", "amp-bf
 
 # What --demo changes: a problem that two CPU cores learn from scratch in well under a minute.
 DEMO = {
-    "data_dir": "data/demo", "pretrained": 0, "image_size": 64, "batch_size": 64, "epochs": 8,
-    "learning_rate": 2e-3, "log_interval": 5,
-}  # fmt: skip
+    "data_dir": "data/demo",
+    "pretrained": 0,
+    "image_size": 64,
+    "batch_size": 64,
+    "epochs": 8,
+    "learning_rate": 2e-3,
+    "log_interval": 5,
+}
 _FROM_RUN = ("evaluate", "predict", "export", "inspect")  # take their defaults from the named run's config.json
 _NEVER_HANDED_ON = {  # to another run
-    "checkpoint_dir", "checkpoint_name", "config", "resume", "overwrite", "verify_resume", "quiet", "evaluate",
-    "precisions", "report_only", "runs", "demo", "inputs",
-}  # fmt: skip
+    "checkpoint_dir",
+    "checkpoint_name",
+    "config",
+    "resume",
+    "overwrite",
+    "verify_resume",
+    "quiet",
+    "evaluate",
+    "precisions",
+    "report_only",
+    "runs",
+    "demo",
+    "inputs",
+}
 _EACH_RUN_SETS = {"amp", "amp_dtype", "tf32"}  # of a comparison
 
 
@@ -62,6 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 def _number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
     """A number that `fits`; `bounds` says in words what does."""
+
     def convert(text: str) -> Any:
         try:
             value = kind(text)
@@ -106,8 +123,12 @@ COUNT, SEED, PIXELS = _whole(1), _whole(0, 2**63), _whole(16, 4096, "PIXELS")
 RATE = _number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 POSITIVE = _number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
 SHARE = _number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
-ALPHA = _number("ALPHA", float, lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
-                "0 (off) or between 0.001 and 1000")
+ALPHA = _number(
+    "ALPHA",
+    float,
+    lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
+    "0 (off) or between 0.001 and 1000",
+)
 EVERY = {"metavar": "10m|500u", "type": _checkpoint_every}
 LIST = {"metavar": "LIST", "type": _precision_list}
 
@@ -125,8 +146,11 @@ OPTIONS = {
         "demo": (FLAG, False, "use drawn scenes and demo-sized defaults"),
         "image_size": (PIXELS, 256, "side of the square images"),
         "normalize": (_one_of("imagenet", "none"), "imagenet", "by ImageNet's mean and deviation; none: values 0 to 1"),
-        "cache": (_one_of("auto", "memory", "none"), "auto",
-                  "memory: keep images decoded; none: stream them; auto: what fits"),
+        "cache": (
+            _one_of("auto", "memory", "none"),
+            "auto",
+            "memory: keep images decoded; none: stream them; auto: what fits",
+        ),
         "num_workers": (_whole(0, 1024), None, "decoding threads or processes (default: cores, at most 8)"),
         "skip_unreadable": (FLAG, False, "leave out images that cannot be read"),
     },
@@ -151,13 +175,19 @@ OPTIONS = {
         "optimizer": (_one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "the optimizer"),
         "learning_rate": (POSITIVE, 1e-4, "at its peak"),
         "weight_decay": (RATE, 1e-4, "L2 penalty; with ADAMW decoupled from the gradient"),
-        "decay_type": (_one_of("cosine_warmup", "step", "step_warmup"), "cosine_warmup",
-                       "learning rate schedule; step: a tenth at epochs 30, 60 and 90"),
+        "decay_type": (
+            _one_of("cosine_warmup", "step", "step_warmup"),
+            "cosine_warmup",
+            "learning rate schedule; step: a tenth at epochs 30, 60 and 90",
+        ),
         "warmup_epochs": ({**RATE, "metavar": "N"}, None, "default: epochs/10 for cosine_warmup, 5 for step_warmup"),
         "clip_grad_norm": (POSITIVE, None, "largest gradient norm"),
         "label_smoothing": (SHARE, 0.0, "spread over all classes"),
-        "augment": (_one_of("flip", "crop", "trivial", "none"), "flip",
-                    "flip; flip and random resized crop; flip and TrivialAugment; nothing"),
+        "augment": (
+            _one_of("flip", "crop", "trivial", "none"),
+            "flip",
+            "flip; flip and random resized crop; flip and TrivialAugment; nothing",
+        ),
         "mixup": (ALPHA, 0.0, "mix pairs of images; 0: off"),
         "cutmix": (ALPHA, 0.0, "paste patches; 0: off"),
         "ema": (SHARE, 0.0, "evaluate a moving average of the weights with this decay; 0: off"),
@@ -167,8 +197,11 @@ OPTIONS = {
     },
     "recording and resuming": {
         "log_interval": (COUNT, 20, "updates between readings"),
-        "resume": (_one_of("yes", "auto", nargs="?", const="yes", metavar="auto"), None,
-                   "go on from last.pt; auto: start anew where there is none"),
+        "resume": (
+            _one_of("yes", "auto", nargs="?", const="yes", metavar="auto"),
+            None,
+            "go on from last.pt; auto: start anew where there is none",
+        ),
         "overwrite": (FLAG, False, "replace a finished run of the same name"),
         "checkpoint_every": (EVERY, None, "save within epochs, too, by minutes or updates"),
         "verify_resume": (FLAG, False, "prove on a short run that resuming is exact"),
@@ -190,8 +223,12 @@ OPTIONS = {
         "contact_sheet": (FILE, None, "write a PNG of images with their labels"),
     },
     "comparison": {
-        "precisions": (LIST, None, f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and "
-                       "amp-fp16 on older ones, fp32 and amp-bf16 elsewhere)"),
+        "precisions": (
+            LIST,
+            None,
+            f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and "
+            "amp-fp16 on older ones, fp32 and amp-bf16 elsewhere)",
+        ),
         "seeds": (COUNT, 1, "runs per precision"),
         "report_only": (FLAG, False, "redraw table and picture from finished runs"),
         "runs": ({"metavar": "DIR", "nargs": "+"}, None, "report on these run folders instead"),
@@ -232,30 +269,47 @@ OPTIONS = {
 _TRAINING = ("run", "data", "model", "device and precision", "training", "recording and resuming")
 _FINISHED = ("run", "data", "device and precision", "a finished run")
 GROUPS = {
-    "train": (*_TRAINING, "testing"), "evaluate": (*_FINISHED, "evaluation"), "predict": (*_FINISHED, "prediction"),
-    "compare": (*_TRAINING, "comparison"), "doctor": ("examination",),
-    "inspect": ("run", "data", "model", "inspection"), "prepare": ("one of these", "preparation"),
+    "train": (*_TRAINING, "testing"),
+    "evaluate": (*_FINISHED, "evaluation"),
+    "predict": (*_FINISHED, "prediction"),
+    "compare": (*_TRAINING, "comparison"),
+    "doctor": ("examination",),
+    "inspect": ("run", "data", "model", "inspection"),
+    "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
-}  # fmt: skip
+}
 # Defaults of a command's own, and what it does not ask but its data or model want to know.
 _AS_TRAINED = {"image_size": None, "normalize": None, "augment": "flip", "num_classes": None}  # as the checkpoint says
 _DEFAULTS = {
-    "evaluate": _AS_TRAINED, "predict": _AS_TRAINED,
-    "inspect": {"pretrained": 0, "amp": False, "channels_last": True, "accumulate": 1, "augment": "flip",
-                "mixup": 0.0, "cutmix": 0.0},
+    "evaluate": _AS_TRAINED,
+    "predict": _AS_TRAINED,
+    "inspect": {
+        "pretrained": 0,
+        "amp": False,
+        "channels_last": True,
+        "accumulate": 1,
+        "augment": "flip",
+        "mixup": 0.0,
+        "cutmix": 0.0,
+    },
     "export": {**_AS_TRAINED, "device": "cpu", "amp": False, "channels_last": True},
-}  # fmt: skip
+}
 
 
 def build_parser(command: str) -> Parser:
     """The parser of one command; `train`'s help also lists the commands."""
     about = COMMANDS[command]
-    parser = Parser(prog=f"main.py {command}", description=f"{about[0].upper()}{about[1:]}.",
-                    usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]")
+    parser = Parser(
+        prog=f"main.py {command}",
+        description=f"{about[0].upper()}{about[1:]}.",
+        usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]",
+    )
     if command == "train":
         listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-        parser.description = ("Train an image classifier in FP32 or with automatic mixed precision.\n\n"
-                              f"commands (python main.py COMMAND --help shows its options):\n{listing}")
+        parser.description = (
+            "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
+            f"commands (python main.py COMMAND --help shows its options):\n{listing}"
+        )
     parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
     if command == "predict":
         parser.usage += " PATH ..."
@@ -365,23 +419,35 @@ def _check_together(options: argparse.Namespace) -> None:
     name = Path(get("checkpoint_name") or ".")
     sources = OPTIONS["one of these"]
     for wrong, message in (
-        (get("accumulate", 1) > (get("batch_size") or 1),
-         "--accumulate cannot be larger than --batch_size: a piece needs at least one image."),
+        (
+            get("accumulate", 1) > (get("batch_size") or 1),
+            "--accumulate cannot be larger than --batch_size: a piece needs at least one image.",
+        ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
-        (options.command == "compare" and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
-         "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions."),
+        (
+            options.command == "compare" and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
+            "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
+        ),
         (options.command == "compare" and get("verify_resume"), "--verify_resume is for train."),
         (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
-        (get("amp_dtype", "auto") != "auto" and not get("amp") and options.command != "compare",
-         f"--amp_dtype {get('amp_dtype')} has no effect without --amp."),
-        ((get("warmup_epochs") or 0) > epochs,
-         f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}."),
+        (
+            get("amp_dtype", "auto") != "auto" and not get("amp") and options.command != "compare",
+            f"--amp_dtype {get('amp_dtype')} has no effect without --amp.",
+        ),
+        (
+            (get("warmup_epochs") or 0) > epochs,
+            f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}.",
+        ),
         (get("freeze_epochs", 0) > epochs, f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}."),
         (get("resume") and get("overwrite"), "--resume and --overwrite exclude each other."),
-        (name.is_absolute() or ".." in name.parts or not str(name).isprintable(),
-         f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir."),
-        (options.command == "prepare" and len([source for source in sources if get(source)]) != 1,
-         f"prepare does one of --{', --'.join(sources)}."),
+        (
+            name.is_absolute() or ".." in name.parts or not str(name).isprintable(),
+            f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir.",
+        ),
+        (
+            options.command == "prepare" and len([source for source in sources if get(source)]) != 1,
+            f"prepare does one of --{', --'.join(sources)}.",
+        ),
     ):
         if wrong:
             raise UserError(message)

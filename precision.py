@@ -61,8 +61,10 @@ def choose_precision(
         if tf32 and torch.cuda.get_device_capability(device) < (8, 0):
             raise UserError(f"--tf32 needs an Ampere or later GPU; {card} is older.")
         if amp and amp_dtype == "auto" and gives_nan_in_float16(device):
-            raise UserError(f"{card}: cards of the GTX 16 series are known to give NaN in float16. Train without "
-                            "--amp, or insist with --amp_dtype float16.")
+            raise UserError(
+                f"{card}: cards of the GTX 16 series are known to give NaN in float16. Train without "
+                "--amp, or insist with --amp_dtype float16."
+            )
         if amp and amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"{card} has no bfloat16 arithmetic. Use --amp_dtype float16.")
         _set_float32_mode(tf32)

@@ -27,8 +27,15 @@ from utils import RunError, Stopped, StopSignal, peak_memory, progress, reset_pe
 
 
 def update_weights(
-    model: nn.Module, pieces: Iterable, image_count: int, *, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, precision: Precision, criterion: nn.Module, clip_grad_norm: float | None,
+    model: nn.Module,
+    pieces: Iterable,
+    image_count: int,
+    *,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    precision: Precision,
+    criterion: nn.Module,
+    clip_grad_norm: float | None,
     ranks: int = 1,
 ) -> torch.Tensor:
     """One optimizer update on `image_count` images, in pieces: the whole AMP recipe.
@@ -64,8 +71,6 @@ def update_weights(
 def hard(labels: torch.Tensor) -> torch.Tensor:
     """Class indices of labels that may be probabilities (count, classes) after MixUp or CutMix."""
     return labels.argmax(1) if labels.ndim > 1 else labels
-
-
 
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
@@ -148,8 +153,10 @@ class Trainer:
         self.run.write_metrics(self.progress.history)  # as last.pt knows it, whatever ended an earlier process
         self.run.flush()
         if self._must_stop():  # the signal came while the last epoch was being finished
-            raise Stopped(self.stop.number or 15, f"stopped after the last epoch; saved in {self.run.path}. Test it "
-                          "with the same command and --resume.")
+            raise Stopped(
+                self.stop.number or 15,
+                f"stopped after the last epoch; saved in {self.run.path}. Test it with the same command and --resume.",
+            )
 
     @property
     def seconds(self) -> float:
@@ -172,18 +179,30 @@ class Trainer:
         self._prepare_model()
         at, batches = self.progress, self.batches
         begun, batches.seconds_waited = time.perf_counter() - at.epoch_seconds, at.epoch_waited
-        bar = progress(total=len(batches.subset), initial=min(at.update * batches.batch_size, len(batches.subset)),
-                       desc=f"epoch {at.epoch + 1}/{self.epochs}", unit="image",
-                       bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}{postfix}")
+        bar = progress(
+            total=len(batches.subset),
+            initial=min(at.update * batches.batch_size, len(batches.subset)),
+            desc=f"epoch {at.epoch + 1}/{self.epochs}",
+            unit="image",
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}{postfix}",
+        )
         with bar:
             for pieces in batches.epoch(at.epoch, at.update):
                 count = self._images_in(at.update)
                 seed_everything(self.seed, at.epoch, at.update, self.ranks.rank)  # for dropout
-                self._unread.append(update_weights(
-                    self._forward, pieces, count, optimizer=self.optimizer, scaler=self.scaler,
-                    precision=self.precision, criterion=self.criterion, clip_grad_norm=self.clip_grad_norm,
-                    ranks=self.ranks.size,
-                ))
+                self._unread.append(
+                    update_weights(
+                        self._forward,
+                        pieces,
+                        count,
+                        optimizer=self.optimizer,
+                        scaler=self.scaler,
+                        precision=self.precision,
+                        criterion=self.criterion,
+                        clip_grad_norm=self.clip_grad_norm,
+                        ranks=self.ranks.size,
+                    )
+                )
                 at.learning_rate = self.optimizer.param_groups[0]["lr"]
                 self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
                 if self.average is not None:
@@ -220,7 +239,10 @@ class Trainer:
         if found.accuracy > at.best_val_acc:
             at.best_epoch, at.best_val_acc = at.epoch, found.accuracy
             files["best_model.pt"] = {
-                **self.record, "model": self.evaluated_model.state_dict(), "epoch": at.epoch, "val_acc": found.accuracy,
+                **self.record,
+                "model": self.evaluated_model.state_dict(),
+                "epoch": at.epoch,
+                "val_acc": found.accuracy,
             }
         self.run.save({**files, "last.pt": self.state()})
         self.run.write_metrics(at.history)
@@ -259,8 +281,9 @@ class Trainer:
         if self.ranks.size > 1:  # batch statistics were each rank's own since the last update
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return evaluate(self._evaluating, self.validation, self.precision,
-                        stop=self._must_stop, description="validating")
+        return evaluate(
+            self._evaluating, self.validation, self.precision, stop=self._must_stop, description="validating"
+        )
 
     # -------------------------------------------------------------------------- reading back
     def _read(self, bar: Any) -> None:
@@ -285,8 +308,9 @@ class Trainer:
                 at.sums["counted"] += count
             else:
                 names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-                at.skips.append({"update": at.epoch * self._per_epoch + update, "parameter": names[int(bad)],
-                                 "scale": scale})
+                at.skips.append(
+                    {"update": at.epoch * self._per_epoch + update, "parameter": names[int(bad)], "scale": scale}
+                )
         self._watch_scale()
         if self.ranks.is_first:
             bar.set_postfix(self._readings(), refresh=False)
@@ -375,8 +399,11 @@ class Trainer:
         self.run.flush()
         if self._must_stop():
             at = self.progress
-            raise Stopped(self.stop.number or 15, f"stopped in epoch {at.epoch + 1} after update {at.update} of "
-                          f"{self._per_epoch}; saved in {self.run.path}. Go on with the same command and --resume.")
+            raise Stopped(
+                self.stop.number or 15,
+                f"stopped in epoch {at.epoch + 1} after update {at.update} of "
+                f"{self._per_epoch}; saved in {self.run.path}. Go on with the same command and --resume.",
+            )
 
     def _save_is_due(self) -> bool:
         if self.checkpoint_every is None:

@@ -267,7 +267,8 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         misplaced = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
         raise (UserError if misplaced else RunError)(
-            f"{printable(file)} cannot be written ({error.strerror}).") from None
+            f"{printable(file)} cannot be written ({error.strerror})."
+        ) from None
 
 
 def refuse_missing_folders(*files: str | None) -> None:
@@ -331,8 +332,12 @@ def wrapped(text: str, stream: IO) -> str:
     if not stream.isatty():
         return text
     width = shutil.get_terminal_size().columns
-    return "\n".join(textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-                     if len(line) > width else line for line in text.split("\n"))
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        if len(line) > width
+        else line
+        for line in text.split("\n")
+    )
 
 
 quiet = False  # with --quiet there are no bars

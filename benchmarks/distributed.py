@@ -63,8 +63,10 @@ def measured(arguments: argparse.Namespace) -> None:
     medians = {side: statistics.median(found) for side, found in rates.items()}
     one, two = medians.values()
     precision = "AMP" if arguments.amp else "FP32"
-    print(f"\n{arguments.model}, {precision}, {arguments.image_size} px, batch {arguments.batch_size}, medians of "
-          f"{arguments.repeats} runs:")
+    print(
+        f"\n{arguments.model}, {precision}, {arguments.image_size} px, batch {arguments.batch_size}, medians of "
+        f"{arguments.repeats} runs:"
+    )
     for side, found in rates.items():
         print(f"  {side:<26}{medians[side]:>8.1f} images/s  ({min(found):.1f} to {max(found):.1f})")
     print(f"  efficiency {two / one:.3f} (two ranks over one process; 0.9 or more is wanted)")
@@ -75,12 +77,21 @@ def rate_of(arguments: argparse.Namespace, ranks: int, threads: int) -> float:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, *launcher, str(ROOT / "main.py"), f"--data_dir={arguments.data_dir}", "--pretrained=0",
-            f"--model={arguments.model}", f"--image_size={arguments.image_size}",
+            sys.executable,
+            *launcher,
+            str(ROOT / "main.py"),
+            f"--data_dir={arguments.data_dir}",
+            "--pretrained=0",
+            f"--model={arguments.model}",
+            f"--image_size={arguments.image_size}",
             f"--batch_size={arguments.batch_size}",
-            f"--epochs={arguments.epochs}", f"--checkpoint_dir={folder}", "--checkpoint_name=run", "--device=cpu",
-            "--quiet", *(["--amp"] if arguments.amp else []),
-        ]  # fmt: skip
+            f"--epochs={arguments.epochs}",
+            f"--checkpoint_dir={folder}",
+            "--checkpoint_name=run",
+            "--device=cpu",
+            "--quiet",
+            *(["--amp"] if arguments.amp else []),
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:

@@ -31,21 +31,36 @@ def main() -> None:
     parser.add_argument("--out", default="gpu.txt", help="file for all that is printed")
     arguments = parser.parse_args()
 
-    shape = [f"--device={arguments.device}", f"--image_size={arguments.image_size}",
-             f"--batch_size={arguments.batch_size}"]  # fmt: skip
+    shape = [
+        f"--device={arguments.device}",
+        f"--image_size={arguments.image_size}",
+        f"--batch_size={arguments.batch_size}",
+    ]
     data = f"--data_dir={arguments.data_dir}"
     precisions = "fp32,tf32,amp-fp16,amp-bf16" if arguments.device.startswith("cuda") else "fp32,amp-bf16"
     train = [data, *shape, "--pretrained=0", f"--checkpoint_dir={arguments.checkpoint_dir}", "--overwrite"]
     with open(arguments.out, "w", encoding="utf-8") as out:
         for command in (
-            ["main.py", "prepare", "--demo", data, f"--train_images={arguments.images}",
-             f"--test_images={arguments.images // 5}"],
-            ["benchmarks/throughput.py", data, *shape, f"--precisions={precisions}", f"--updates={arguments.updates}",
-             "--compile"],
+            [
+                "main.py",
+                "prepare",
+                "--demo",
+                data,
+                f"--train_images={arguments.images}",
+                f"--test_images={arguments.images // 5}",
+            ],
+            [
+                "benchmarks/throughput.py",
+                data,
+                *shape,
+                f"--precisions={precisions}",
+                f"--updates={arguments.updates}",
+                "--compile",
+            ],
             ["main.py", "doctor", data, *shape],
             ["main.py", "train", "--amp", *train, f"--epochs={arguments.epochs}", "--checkpoint_name=gpu_amp"],
             ["main.py", "compare", *train, f"--epochs={arguments.compare_epochs}", "--checkpoint_name=gpu_comparison"],
-        ):  # fmt: skip
+        ):
             run(command, out)
 
 
@@ -55,8 +70,9 @@ def run(command: list[str], out) -> None:
     print(title, end="", flush=True)
     out.write(title)
     script, *words = command
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *words], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     for line in process.stdout:
         print(line, end="", flush=True)
         out.write(line)

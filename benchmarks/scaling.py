@@ -43,8 +43,11 @@ def main() -> None:
                     json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                     for _ in range(2)
                 )
-                print(f"| {count:,} | {cache} | {first['open']:.1f} | {later['open']:.1f} | {later['epoch']:.1f} | "
-                      f"{later['rate']:,.0f} | {later['memory']:,.0f} |", flush=True)
+                print(
+                    f"| {count:,} | {cache} | {first['open']:.1f} | {later['open']:.1f} | {later['epoch']:.1f} | "
+                    f"{later['rate']:,.0f} | {later['memory']:,.0f} |",
+                    flush=True,
+                )
 
 
 def measure(data_dir: str, cache: str, image_size: int) -> dict[str, float]:

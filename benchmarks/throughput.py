@@ -134,9 +134,16 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     from runs.folder import RunDirectory
     from train import update_weights
 
-    words = [*FLAGS[side], "--pretrained=0", f"--device={arguments.device}", f"--data_dir={arguments.data_dir}",
-             f"--batch_size={arguments.batch_size}", f"--image_size={arguments.image_size}", "--epochs=1000",
-             *(["--compile"] if compiled else [])]  # fmt: skip
+    words = [
+        *FLAGS[side],
+        "--pretrained=0",
+        f"--device={arguments.device}",
+        f"--data_dir={arguments.data_dir}",
+        f"--batch_size={arguments.batch_size}",
+        f"--image_size={arguments.image_size}",
+        "--epochs=1000",
+        *(["--compile"] if compiled else []),
+    ]
     started = time.perf_counter()
     setup = Setup(option.parse(words), utils.Ranks(), lambda text: print(text, file=sys.stderr))
     data = setup.data()
@@ -149,10 +156,18 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         """Images per second over `count` full updates, read back at the end as the trainer does."""
         started, records = time.perf_counter(), []
         for _ in range(count):
-            records.append(update_weights(
-                trainer._forward, next(source), arguments.batch_size, optimizer=trainer.optimizer,
-                scaler=trainer.scaler, precision=trainer.precision, criterion=trainer.criterion, clip_grad_norm=None,
-            ))  # fmt: skip
+            records.append(
+                update_weights(
+                    trainer._forward,
+                    next(source),
+                    arguments.batch_size,
+                    optimizer=trainer.optimizer,
+                    scaler=trainer.scaler,
+                    precision=trainer.precision,
+                    criterion=trainer.criterion,
+                    clip_grad_norm=None,
+                )
+            )
             trainer.scheduler.step()
         torch.stack(records).cpu()
         return count * arguments.batch_size / (time.perf_counter() - started)
@@ -177,8 +192,10 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         piece.clear()  # what the compute bound held is no part of the loop
         utils.reset_peak_memory(setup.device)
         updates(loader, 2)
-        facts = {**utils.peak_memory(setup.device),
-                 "matmul_flops": matrix_product_rate(setup.device, trainer.precision)}
+        facts = {
+            **utils.peak_memory(setup.device),
+            "matmul_flops": matrix_product_rate(setup.device, trainer.precision),
+        }
         trainer.model.eval()
         data.test.keep(8 * arguments.batch_size)
         started = time.perf_counter()
@@ -220,9 +237,16 @@ main.main(sys.argv[2:])
 def start_up(arguments: argparse.Namespace) -> float:
     """Seconds from the end of `import torch` to the first update of a training whose images are decoded already."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--pretrained=0", "--quiet", f"--data_dir={arguments.data_dir}", f"--checkpoint_dir={folder}",
-                 f"--image_size={arguments.image_size}", f"--batch_size={arguments.batch_size}", "--overwrite",
-                 f"--device={arguments.device}"]  # fmt: skip
+        words = [
+            "--pretrained=0",
+            "--quiet",
+            f"--data_dir={arguments.data_dir}",
+            f"--checkpoint_dir={folder}",
+            f"--image_size={arguments.image_size}",
+            f"--batch_size={arguments.batch_size}",
+            "--overwrite",
+            f"--device={arguments.device}",
+        ]
         command = [sys.executable, "-c", FIRST_UPDATE, str(ROOT), *words]
         runs = [subprocess.run(command, text=True, capture_output=True) for _ in range(4)]
     return statistics.median(float(run.stdout) for run in runs[1:])
@@ -303,21 +327,28 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: 
 
     medians = {figure: statistics.median(values) for figure, values in rates.items()}
     base = medians.get("tutorial")
-    print(f"{device_name(choose_device(arguments.device))}; torch {torch.__version__}; {arguments.image_size} px, "
-          f"batch {arguments.batch_size}; {arguments.rounds} rounds of {arguments.updates} updates\n")
-    print("| side | images/s, median (min to max) | ÷ tutorial | ÷ its compute bound | of its matrix product "
-          "| evaluation, images/s | peak memory, MB |")
+    print(
+        f"{device_name(choose_device(arguments.device))}; torch {torch.__version__}; {arguments.image_size} px, "
+        f"batch {arguments.batch_size}; {arguments.rounds} rounds of {arguments.updates} updates\n"
+    )
+    print(
+        "| side | images/s, median (min to max) | ÷ tutorial | ÷ its compute bound | of its matrix product "
+        "| evaluation, images/s | peak memory, MB |"
+    )
     print("|---|---|---|---|---|---|---|")
     for side, fact in facts.items():
         values, bound = rates[side], medians.get(f"{side} bound")
         product = fact.get("matmul_flops")
         work = FLOP_PER_IMAGE * (arguments.image_size / 256) ** 2
         cells = [
-            side, f"{medians[side]:,.1f} ({min(values):,.1f} to {max(values):,.1f})",
-            f"{medians[side] / base:.2f}" if base else "", f"{medians[side] / bound:.3f}" if bound else "",
+            side,
+            f"{medians[side]:,.1f} ({min(values):,.1f} to {max(values):,.1f})",
+            f"{medians[side] / base:.2f}" if base else "",
+            f"{medians[side] / bound:.3f}" if bound else "",
             f"{medians[side] * work / product:.2f}" if product else "",
-            f"{fact['evaluation']:,.0f}" if "evaluation" in fact else "", f"{fact['peak_memory_mb']:,.0f}",
-        ]  # fmt: skip
+            f"{fact['evaluation']:,.0f}" if "evaluation" in fact else "",
+            f"{fact['peak_memory_mb']:,.0f}",
+        ]
         print(f"| {' | '.join(cells)} |")
     if arguments.json:
         content = {"arguments": vars(arguments), "rates": rates, "medians": medians, "facts": facts}

@@ -50,8 +50,14 @@ class Planned:
 
 
 def run_all(
-    folder: Path, precisions: list[str], seeds: list[int], words: list[str], log: Callable[[str], None], *,
-    parse: Callable[[list[str]], dict[str, Any]], overwrite: bool = False,
+    folder: Path,
+    precisions: list[str],
+    seeds: list[int],
+    words: list[str],
+    log: Callable[[str], None],
+    *,
+    parse: Callable[[list[str]], dict[str, Any]],
+    overwrite: bool = False,
 ) -> None:
     """Trains every precision with every seed below `folder`; what is finished with these options is kept.
 
@@ -104,8 +110,10 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
             log(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
             said = done
     if status in (130, 143):
-        raise Stopped(status - 128, f"comparison stopped in {run.folder.name}; the same command, without --overwrite, "
-                      "goes on from there.")
+        raise Stopped(
+            status - 128,
+            f"comparison stopped in {run.folder.name}; the same command, without --overwrite, goes on from there.",
+        )
     return f"ended by signal {status - 128}" if status > 128 else status and f"exit status {status}"
 
 
@@ -114,11 +122,21 @@ def _state(run: Path, options: dict[str, Any]) -> str:
     if not (run / "config.json").exists():
         return "new"
     stored = read_config(run / "config.json")["options"]
-    changed = [f"  --{name}: {printable(stored[name])}, now {printable(options[name])}"
-               for name in sorted(stored.keys() & options.keys() - SAME_RUN) if stored[name] != options[name]]
+    changed = [
+        f"  --{name}: {printable(stored[name])}, now {printable(options[name])}"
+        for name in sorted(stored.keys() & options.keys() - SAME_RUN)
+        if stored[name] != options[name]
+    ]
     if changed:
-        raise UserError("\n".join([f"{printable(run)} was run with other options:", *changed,
-                                   "Choose another --checkpoint_name, or replace it with --overwrite."]))
+        raise UserError(
+            "\n".join(
+                [
+                    f"{printable(run)} was run with other options:",
+                    *changed,
+                    "Choose another --checkpoint_name, or replace it with --overwrite.",
+                ]
+            )
+        )
     return "finished" if (run / "result.json").exists() else "begun" if (run / "last.pt").exists() else "new"
 
 

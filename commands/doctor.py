@@ -29,14 +29,29 @@ from utils import RunError, device_name, linux_memory
 
 ROUNDS, ROUND_SECONDS = 5, 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
-INSTRUCTIONS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "neon", "sve",
-                "bf16", "fp16_arith")  # as torch.cpu.get_capabilities calls them
+INSTRUCTIONS = (
+    "avx2",
+    "avx512_f",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_tile",
+    "amx_bf16",
+    "amx_fp16",
+    "neon",
+    "sve",
+    "bf16",
+    "fp16_arith",
+)  # as torch.cpu.get_capabilities calls them
 AVAILABLE = {True: "native", False: "emulated"}
 
 
 def examine(
-    device: torch.device, *, image_size: int | None = None, batch_size: int | None = None,
-    model_name: str = "ResNet18", data_dir: str | Path | None = None,
+    device: torch.device,
+    *,
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    model_name: str = "ResNet18",
+    data_dir: str | Path | None = None,
 ) -> dict[str, Any]:
     """Looks at the machine and times the training update; everything found, ready for `report` and for JSON.
 
@@ -50,8 +65,11 @@ def examine(
     if batch_size is None and device.type == "cuda":  # an FP32 update of ResNet-18 takes 42 MB an image of 256 pixels
         free = 0.6 * torch.cuda.mem_get_info(device)[0]
         batch_size = min(256, 2 ** int(math.log2(max(8, free / (42 * 2**20)))))
-    setting = {"model_name": model_name, "image_size": image_size or (128 if device.type == "cpu" else 256),
-               "batch_size": batch_size or 32}
+    setting = {
+        "model_name": model_name,
+        "image_size": image_size or (128 if device.type == "cpu" else 256),
+        "batch_size": batch_size or 32,
+    }
     findings = {"machine": machine(device), "setting": setting, **_measure(device, setting)}
     slowdown = findings["measured"]["fp32"]["float16_slowdown"]
     if slowdown is not None and slowdown > 2:
@@ -91,12 +109,16 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         found = {"bfloat16": "native", "float16": "native"}
     return {
-        "device": str(device), "name": device_name(device), **found,
+        "device": str(device),
+        "name": device_name(device),
+        **found,
         "memory_gb": round((linux_memory("/proc/meminfo", "MemTotal") or 0) / 2**30, 1),
         "torch_threads": torch.get_num_threads(),
-        "torch": str(torch.__version__), "torchvision": torchvision.__version__,
-        "python": platform.python_version(), "system": platform.platform(),
-    }  # fmt: skip
+        "torch": str(torch.__version__),
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
 
 
 def _cpu(flags: set[str]) -> dict[str, Any]:
@@ -117,14 +139,17 @@ def _cuda(device: torch.device) -> dict[str, Any]:
         driver = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "compute_capability": "{}.{}".format(*capability), "driver": driver, "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(), "gpu_memory_gb": round(total / 2**30, 1),
+        "compute_capability": "{}.{}".format(*capability),
+        "driver": driver,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "gpu_memory_gb": round(total / 2**30, 1),
         "gpu_memory_free_gb": round(free / 2**30, 1),
         "bfloat16": AVAILABLE[torch.cuda.is_bf16_supported(including_emulation=False)],
         "float16": "faulty (GTX 16 series)" if faulty else AVAILABLE[capability >= (5, 3)],
         "tensor_cores": "yes" if capability >= (7, 0) and not faulty else "none",
         "tf32": "available, off unless --tf32" if capability >= (8, 0) else "none",
-    }  # fmt: skip
+    }
 
 
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
@@ -177,9 +202,12 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
     median = statistics.median(ours)
     phases = {name: statistics.median(turn["phases"][name] / turn["updates"] for turn in rounds) for name in PHASES}
     return {
-        **answers, "images_per_second": batch_size / median, "seconds_per_update": median,
+        **answers,
+        "images_per_second": batch_size / median,
+        "seconds_per_update": median,
         "speedup": statistics.median(one / other for one, other in zip(theirs, ours, strict=False)),
-        "spread": (max(ours) - min(ours)) / median, "phase_seconds": phases,
+        "spread": (max(ours) - min(ours)) / median,
+        "phase_seconds": phases,
         "phase_shares": {name: seconds / sum(phases.values()) for name, seconds in phases.items()},
         "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
     }
@@ -222,25 +250,36 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
         if speedup >= 1.05 or (speedup >= 0.95 and saving <= 0.85):
             recommended = best
         effect = "pays" if speedup >= 1.05 else "brings no speed" if speedup > 0.95 else "is slower"
-        verdict = (f"AMP {effect} here: {PRECISIONS[best]} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
-                   "of its memory.")
+        verdict = (
+            f"AMP {effect} here: {PRECISIONS[best]} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
+            "of its memory."
+        )
         reasons += _amp_reasons(findings, best, saving)
     if speedups.get("tf32", 0.0) >= 1.05 * speedups[recommended]:
         recommended, verdict = "tf32", f"{verdict} TF32 is the fastest."
     spread = measured["fp32"]["spread"]
     if spread > 0.3:
-        reasons.insert(0, f"The rounds differ by {spread:.0%}: something else uses this machine. Take the figures as "
-                          "rough, or ask again when it is quiet.")
+        reasons.insert(
+            0,
+            f"The rounds differ by {spread:.0%}: something else uses this machine. Take the figures as "
+            "rough, or ask again when it is quiet.",
+        )
     reasons += [f"{name} could not be measured: {reason}" for name, reason in findings["failed"].items()]
-    return {"recommended": recommended, "verdict": verdict, "reasons": reasons,
-            "command": _command(findings, recommended)}
+    return {
+        "recommended": recommended,
+        "verdict": verdict,
+        "reasons": reasons,
+        "command": _command(findings, recommended),
+    }
 
 
 def _hardware_reason(has: dict[str, Any]) -> str:
     if "tensor_cores" in has:
-        return (f"{has['name']} (compute capability {has['compute_capability']}, float16 {has['float16']}) has " + (
-            "Tensor Cores, which multiply 16-bit numbers several times as fast as FP32." if has["tensor_cores"] == "yes"
-            else "no Tensor Cores: 16-bit products are no faster, though activations take half the memory."))
+        return f"{has['name']} (compute capability {has['compute_capability']}, float16 {has['float16']}) has " + (
+            "Tensor Cores, which multiply 16-bit numbers several times as fast as FP32."
+            if has["tensor_cores"] == "yes"
+            else "no Tensor Cores: 16-bit products are no faster, though activations take half the memory."
+        )
     if has["bfloat16"] == "emulated":
         return "bfloat16 is imitated with FP32 on this processor, so that only memory traffic shrinks."
     return f"bfloat16 is computed natively{', in the AMX matrix unit' * (has.get('matrix_unit') == 'AMX')}."
@@ -251,18 +290,29 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
     reasons = [
         f"Matrix products and convolutions take {top['f']:.0%} of an FP32 update. A large product runs {top['s']:.1f} "
         f"times as fast in 16 bits, which allows {top['ceiling']:.2f} if nothing else gets faster; those of this model "
-        f"ran {top['gained']:.1f} times as fast, and are {row['shares']['products']:.0%} of the AMP update."]
+        f"ran {top['gained']:.1f} times as fast, and are {row['shares']['products']:.0%} of the AMP update."
+    ]
     if row["busy"] is not None and row["busy"] < 0.8:
-        reasons.append(f"The GPU computes in {row['busy']:.0%} of an AMP update and waits for the next kernel "
-                       "otherwise. A larger --batch_size or --compile would let AMP show more.")
+        reasons.append(
+            f"The GPU computes in {row['busy']:.0%} of an AMP update and waits for the next kernel "
+            "otherwise. A larger --batch_size or --compile would let AMP show more."
+        )
     if saving > 0.8:
-        reasons.append("Memory falls little: weights, gradients and Adam's two moments stay FP32, and autocast adds "
-                       "16-bit copies of the weights. Only activations shrink, so a larger batch or image saves more.")
+        reasons.append(
+            "Memory falls little: weights, gradients and Adam's two moments stay FP32, and autocast adds "
+            "16-bit copies of the weights. Only activations shrink, so a larger batch or image saves more."
+        )
     loader, rate = findings.get("loader_images_per_second"), row["images_per_second"]
     if loader is not None:
-        reasons.append(f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: " + (
-            "training waits for data, and no precision helps with that. Keep the images decoded (--cache memory) or "
-            "use more --num_workers." if loader < 1.1 * rate else "data is not the limit."))
+        reasons.append(
+            f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: "
+            + (
+                "training waits for data, and no precision helps with that. Keep the images decoded (--cache memory) or "
+                "use more --num_workers."
+                if loader < 1.1 * rate
+                else "data is not the limit."
+            )
+        )
     return reasons
 
 
@@ -292,24 +342,59 @@ def report(findings: dict[str, Any]) -> str:
     lines += ["", "The machine"]
     for name, value in findings["machine"].items():
         lines += paragraph(f"{value}", f"  {name.replace('_', ' '):<20}") if value else []
-    lines += ["", *paragraph(
-        f"The training update ({setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
-        f"pixels): median of {len(turns)} rounds of {turns[0]['updates']}, and the shares of its time by phase")]
-    lines += table("<>>>>>>>", [["", "images/s", "speed-up", "memory", *PHASES]] + [
-        [PRECISIONS[name], f"{row['images_per_second']:,.1f}", f"{row['speedup']:.2f}", f"{row['training_mb']:,.0f}",
-         *(f"{row['phase_shares'][phase]:.1%}" for phase in PHASES)] for name, row in measured.items()])
+    lines += [
+        "",
+        *paragraph(
+            f"The training update ({setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
+            f"pixels): median of {len(turns)} rounds of {turns[0]['updates']}, and the shares of its time by phase"
+        ),
+    ]
+    lines += table(
+        "<>>>>>>>",
+        [["", "images/s", "speed-up", "memory", *PHASES]]
+        + [
+            [
+                PRECISIONS[name],
+                f"{row['images_per_second']:,.1f}",
+                f"{row['speedup']:.2f}",
+                f"{row['training_mb']:,.0f}",
+                *(f"{row['phase_shares'][phase]:.1%}" for phase in PHASES),
+            ]
+            for name, row in measured.items()
+        ],
+    )
     lines += paragraph(
         f"Memory in MB: {measured['fp32']['memory']['memory_kind']}, less what was held before there was a model."
-        + (f" The loader by itself feeds {loader:,.0f} images/s." if loader else ""), "  ")
+        + (f" The loader by itself feeds {loader:,.0f} images/s." if loader else ""),
+        "  ",
+    )
     lines += ["", "The same by kind of operator, and how far the speed-up can go"]
-    lines += table("<>>>>>>>", [["", *OPERATORS, "other", "s", "ceiling"]] + [
-        [PRECISIONS[name], *(f"{share:.0%}" for share in row["shares"].values()),
-         *(f"{findings['ceiling'][name][key]:.2f}" if name != "fp32" else "" for key in ("s", "ceiling"))]
-        for name, row in measured.items()])
+    lines += table(
+        "<>>>>>>>",
+        [["", *OPERATORS, "other", "s", "ceiling"]]
+        + [
+            [
+                PRECISIONS[name],
+                *(f"{share:.0%}" for share in row["shares"].values()),
+                *(f"{findings['ceiling'][name][key]:.2f}" if name != "fp32" else "" for key in ("s", "ceiling")),
+            ]
+            for name, row in measured.items()
+        ],
+    )
     rates = ", ".join(f"{row['tflops']:.3g} in {PRECISIONS[name]}" for name, row in measured.items())
     lines += paragraph(
         "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
-        f"a large matrix product runs ({rates} TFLOP/s).", "  ")
+        f"a large matrix product runs ({rates} TFLOP/s).",
+        "  ",
+    )
     command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # to fit the terminal
-    return "\n".join([*lines, "", "To copy (with --demo, if you have no data yet)", f"  {command}", "",
-                      f"This took {findings['seconds']:.0f} s."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "To copy (with --demo, if you have no data yet)",
+            f"  {command}",
+            "",
+            f"This took {findings['seconds']:.0f} s.",
+        ]
+    )

@@ -51,13 +51,22 @@ def export_onnx(model: nn.Module, checkpoint: dict, file: Path) -> str:
     count, height, width = (torch.export.Dim(name) for name in ("count", "height", "width"))
     example = torch.randint(0, 256, (2, 150, 160, 3), dtype=torch.uint8)
     program = torch.onnx.export(
-        network, (example,), dynamo=True, input_names=["images"], output_names=["probabilities"],
-        dynamic_shapes={"images": {0: count, 1: height, 2: width}}, verbose=False,
+        network,
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: count, 1: height, 2: width}},
+        verbose=False,
     )
     proto = program.model_proto
-    facts = {"classes": json.dumps(checkpoint["classes"]), "image_size": str(checkpoint["image_size"]),
-             "normalize": checkpoint["normalize"], "input": "RGB uint8, (count, height, width, 3), any size",
-             "model": checkpoint["model_name"]}  # fmt: skip
+    facts = {
+        "classes": json.dumps(checkpoint["classes"]),
+        "image_size": str(checkpoint["image_size"]),
+        "normalize": checkpoint["normalize"],
+        "input": "RGB uint8, (count, height, width, 3), any size",
+        "model": checkpoint["model_name"],
+    }
     onnx.helper.set_model_props(proto, facts)
     onnx.checker.check_model(proto)
     session = onnxruntime.InferenceSession(proto.SerializeToString())
@@ -70,7 +79,7 @@ def export_onnx(model: nn.Module, checkpoint: dict, file: Path) -> str:
         f"{printable(file)}: {file.stat().st_size / 2**20:.1f} MB; ONNX Runtime and PyTorch agree to {difference:.1e}"
         "\n\n  import onnxruntime, numpy, PIL.Image"
         f"\n  session = onnxruntime.InferenceSession({str(file)!r})"
-        "\n  print(session.run(None, {\"images\": numpy.asarray(PIL.Image.open(\"x.jpg\").convert(\"RGB\"))[None]}))"
+        '\n  print(session.run(None, {"images": numpy.asarray(PIL.Image.open("x.jpg").convert("RGB"))[None]}))'
     )
 
 

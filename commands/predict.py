@@ -31,8 +31,18 @@ SHOWN = 50  # lines on the terminal; files hold all
 
 
 def predict_files(
-    model: nn.Module, classes: list[str], inputs: list[str], *, pixels: Pixels, precision: Precision,
-    batch_size: int, top_k: int, workers: int, csv_file: str | None, json_file: str | None, sheet: str | None,
+    model: nn.Module,
+    classes: list[str],
+    inputs: list[str],
+    *,
+    pixels: Pixels,
+    precision: Precision,
+    batch_size: int,
+    top_k: int,
+    workers: int,
+    csv_file: str | None,
+    json_file: str | None,
+    sheet: str | None,
     log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Classifies every image named or found in `inputs`; returns and writes a row for each readable one.

@@ -29,12 +29,10 @@ MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
 SMALL = 16 * 2**20  # bytes that are harmless at any ratio
 SPARE = 64 * 2**20  # bytes to leave free on the disk
 
-BY_HAND = (f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
-           "and run: python main.py prepare --archive FILE.zip")
-
-
-
-
+BY_HAND = (
+    f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
+    "and run: python main.py prepare --archive FILE.zip"
+)
 
 
 def extract_archive(archive: Path, data_dir: Path) -> None:
@@ -49,8 +47,10 @@ def extract_archive(archive: Path, data_dir: Path) -> None:
         raise UserError(f"--archive {printable(archive)}: no such file.")
     with explained(data_dir, archive), archive.open("rb") as file:
         if not zipfile.is_zipfile(file):
-            raise UserError(f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
-                            "page, one cut off a part. Download it again, or unpack other archives by hand.")
+            raise UserError(
+                f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
+                "page, one cut off a part. Download it again, or unpack other archives by hand."
+            )
         opened = zipfile.ZipFile(file)
         files = [info for info in opened.infolist() if not info.is_dir()]
         _unpack(files, opened.open, archive, data_dir, archive.stat().st_size)
@@ -60,8 +60,13 @@ def _hostile(archive: Path, name: str, problem: str) -> UserError:
     return UserError(f"{printable(archive)} is not safe to unpack: {printable(name)!r} {problem}. Nothing was written.")
 
 
-def _unpack(files: list[zipfile.ZipInfo], open_file: Callable[[zipfile.ZipInfo], IO[bytes]], source: Path,
-            data_dir: Path, packed: int | None) -> None:
+def _unpack(
+    files: list[zipfile.ZipInfo],
+    open_file: Callable[[zipfile.ZipInfo], IO[bytes]],
+    source: Path,
+    data_dir: Path,
+    packed: int | None,
+) -> None:
     """Checks all files, copies them to a hidden folder and moves the whole into place.
 
     `packed` is the size of the archive in bytes, for the ratio; None for a folder.
@@ -76,8 +81,10 @@ def _unpack(files: list[zipfile.ZipInfo], open_file: Callable[[zipfile.ZipInfo],
         with building(data_dir, key) as stage, bar:
             missing = total + SPARE - shutil.disk_usage(stage).free
             if missing > 0:
-                raise RunError(f"the disk that holds {printable(data_dir)} has too little room: free "
-                               f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again.")
+                raise RunError(
+                    f"the disk that holds {printable(data_dir)} has too little room: free "
+                    f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again."
+                )
             for path, info in inside.items():
                 target = stage / path
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -120,14 +127,17 @@ def _safe_path(name: str, source: Path) -> PurePosixPath:
 
 def _below_root(found: dict[PurePosixPath, zipfile.ZipInfo], source: Path) -> dict[Path, zipfile.ZipInfo]:
     """Cuts off the folders above train and test, and what lies beside them."""
-    roots = {path.parts[:path.parts.index(name)] for path in found for name in TRAIN_NAMES & set(path.parts[:-1])}
+    roots = {path.parts[: path.parts.index(name)] for path in found for name in TRAIN_NAMES & set(path.parts[:-1])}
     for root in sorted(roots, key=len)[:1]:
-        inside = {Path(*path.parts[len(root):]): info for path, info in found.items()
-                  if path.parts[:len(root)] == root}
+        inside = {
+            Path(*path.parts[len(root) :]): info for path, info in found.items() if path.parts[: len(root)] == root
+        }
         if any(path.parts[0] in TEST_NAMES for path in inside):
             return inside
-    raise UserError(f"{printable(source)} holds no data set: it needs seg_train/ and seg_test/, or train/ and test/ or "
-                    "val/, with a folder per class in each.")
+    raise UserError(
+        f"{printable(source)} holds no data set: it needs seg_train/ and seg_test/, or train/ and test/ or "
+        "val/, with a folder per class in each."
+    )
 
 
 def download(data_dir: Path) -> None:
@@ -149,8 +159,11 @@ def download(data_dir: Path) -> None:
     except Exception as error:  # kagglehub lets through whatever requests, its own API and the disk raise
         raise _download_error(error, data_dir) from None
     with explained(data_dir, fetched):
-        files = [zipfile.ZipInfo.from_file(path, path.relative_to(fetched), strict_timestamps=False)
-                 for path in sorted(fetched.rglob("*")) if path.is_file() and not path.is_symlink()]
+        files = [
+            zipfile.ZipInfo.from_file(path, path.relative_to(fetched), strict_timestamps=False)
+            for path in sorted(fetched.rglob("*"))
+            if path.is_file() and not path.is_symlink()
+        ]
         _unpack(files, lambda info: io.FileIO(fetched / info.filename), fetched, data_dir, None)
 
 
@@ -160,8 +173,10 @@ def _download_error(error: Exception, data_dir: Path) -> Exception:
     names = {kind.__name__ for kind in type(error).__mro__}
     reason = (printable(error) or type(error).__name__)[:300]
     if status in (401, 403) or names & {"UnauthenticatedError", "CredentialError"}:
-        return UserError(f"Kaggle wants an account ({reason}). Create an API token at https://www.kaggle.com/settings "
-                         f"and put kaggle.json into ~/.kaggle/, or set KAGGLE_USERNAME and KAGGLE_KEY.\n{BY_HAND}")
+        return UserError(
+            f"Kaggle wants an account ({reason}). Create an API token at https://www.kaggle.com/settings "
+            f"and put kaggle.json into ~/.kaggle/, or set KAGGLE_USERNAME and KAGGLE_KEY.\n{BY_HAND}"
+        )
     if getattr(error, "errno", None) in FULL:
         return RunError(f"the disk is full: free about 400 MB in kagglehub's cache folder and 400 MB in {data_dir}.")
     if names & {"ConnectionError", "TimeoutError", "Timeout", "gaierror", "MaxRetryError"}:
@@ -196,8 +211,11 @@ def check(data_dir: Path) -> dict[str, Any]:
 
     images = find_image_set(data_dir)
     listings = {"train": images.train, "validation": images.validation or [], "test": images.test}
-    files = [(split, images.classes[label], path.relative_to(images.root).as_posix())
-             for split, listing in listings.items() for path, label in listing]
+    files = [
+        (split, images.classes[label], path.relative_to(images.root).as_posix())
+        for split, listing in listings.items()
+        for path, label in listing
+    ]
     with ThreadPoolExecutor(min(16, 2 * cores())) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's remarks on large or odd files; what matters is an error
         looks = progress(pool.map(_look, [images.root / name for *_, name in files]), total=len(files), desc="checking")
@@ -207,8 +225,11 @@ def check(data_dir: Path) -> dict[str, Any]:
     for split, label, name, digest, *_ in seen:
         same[digest or name].append((split, label, name))
     groups = [tuple(zip(*group, strict=True)) for group in same.values() if len(group) > 1]  # splits, labels, names
-    counts = {split: dict(Counter(images.classes[label] for _, label in listing))
-              for split, listing in listings.items() if listing}
+    counts = {
+        split: dict(Counter(images.classes[label] for _, label in listing))
+        for split, listing in listings.items()
+        if listing
+    }
     return {
         "data_dir": str(data_dir),
         "classes": images.classes,
@@ -237,10 +258,12 @@ def format_check(report: dict[str, Any], *, most: int = 10) -> str:
         rest = len(report[title]) - len(shown)
         lines.append(f"{title}: " + ", ".join(shown) + f", and {rest} more" * (rest > 0))
     unreadable = [[f"{name}: {reason}"] for name, reason in report["unreadable"].items()]
-    for title, groups in (("\nunreadable files", unreadable),
-                          ("pictures stored more than once (equal bytes)", report["duplicates"]),
-                          ("of these, in both train and test", report["across_splits"]),
-                          ("of these, under two labels", report["across_labels"])):
+    for title, groups in (
+        ("\nunreadable files", unreadable),
+        ("pictures stored more than once (equal bytes)", report["duplicates"]),
+        ("of these, in both train and test", report["across_splits"]),
+        ("of these, under two labels", report["across_labels"]),
+    ):
         lines += [f"{title}: {len(groups):,}", *("  " + " = ".join(map(printable, group)) for group in groups[:most])]
         lines += [f"  … and {len(groups) - most:,} more"] * (len(groups) > most)
     return "\n".join(lines)

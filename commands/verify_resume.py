@@ -16,8 +16,16 @@ from runs.checkpoint import load_checkpoint
 from train import Trainer
 from utils import RunError, UserError
 
-_MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "epoch_seconds",
-             "epoch_waited", "steady"}  # fmt: skip
+_MEASURED = {
+    "seconds",
+    "elapsed",
+    "images_per_second",
+    "data_wait_share",
+    "peak_memory_mb",
+    "epoch_seconds",
+    "epoch_waited",
+    "steady",
+}
 
 
 def shortened(data: DataSet, batch_size: int) -> None:

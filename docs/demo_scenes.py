@@ -1,6 +1,6 @@
 """Draws assets/demo_scenes.png: the first ten test scenes of each class of the demo data.
 
-    python docs/demo_scenes.py
+python docs/demo_scenes.py
 """
 
 import sys

@@ -67,13 +67,32 @@ def bits_panel(axes: Axes, rows: list[Format]) -> None:
     """A box for each bit."""
     for place, row in enumerate(rows):
         start = 0
-        for part, count, (color, _, _, hatch) in zip(("sign", "exponent: range", "fraction: precision"),
-                                                     (1, row.exponent, row.fraction), STYLES, strict=False):
-            axes.bar(range(start, start + count), 0.66, width=1, bottom=place - 0.33, align="edge", color=color,
-                     hatch=hatch, edgecolor="white", linewidth=0.8, label=part if place == 0 else None)
+        for part, count, (color, _, _, hatch) in zip(
+            ("sign", "exponent: range", "fraction: precision"), (1, row.exponent, row.fraction), STYLES, strict=False
+        ):
+            axes.bar(
+                range(start, start + count),
+                0.66,
+                width=1,
+                bottom=place - 0.33,
+                align="edge",
+                color=color,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.8,
+                label=part if place == 0 else None,
+            )
             if count > 1:
-                axes.text(start + count / 2, place, count, ha="center", va="center", fontsize=10, fontweight="bold",
-                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})
+                axes.text(
+                    start + count / 2,
+                    place,
+                    count,
+                    ha="center",
+                    va="center",
+                    fontsize=10,
+                    fontweight="bold",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+                )
             start += count
         if row.name == "TF32":
             axes.text(start + 0.4, place, "kept in 32 bits, multiplied with 19", va="center", fontsize=9)
@@ -87,13 +106,23 @@ def range_panel(axes: Axes, rows: list[Format]) -> None:
     for place, row in enumerate(rows):
         low, normal, high = (math.log2(value) for value in (row.smallest, row.normal, row.largest))
         (color, *_), (_, _, _, hatch) = STYLES[0], STYLES[1]
-        axes.barh(place, high - normal, left=normal, height=0.5, color=color,
-                  label="full precision" if place == 0 else None)
-        axes.barh(place, normal - low, left=low, height=0.5, color="white", edgecolor=color, hatch=hatch,
-                  label="subnormal: fewer and fewer bits" if place == 0 else None)
+        axes.barh(
+            place, high - normal, left=normal, height=0.5, color=color, label="full precision" if place == 0 else None
+        )
+        axes.barh(
+            place,
+            normal - low,
+            left=low,
+            height=0.5,
+            color="white",
+            edgecolor=color,
+            hatch=hatch,
+            label="subnormal: fewer and fewer bits" if place == 0 else None,
+        )
         axes.text(low - 2, place, f"{row.smallest:.1e}", ha="right", va="center", fontsize=9)
-        axes.text(high + 2, place, f"{row.largest:.2e}" if high > 20 else f"{row.largest:,.0f}", va="center",
-                  fontsize=9)
+        axes.text(
+            high + 2, place, f"{row.largest:.2e}" if high > 20 else f"{row.largest:,.0f}", va="center", fontsize=9
+        )
     axes.axvline(0, color=INK, linewidth=1)
     axes.set(title="Range", xlim=(-176, 154), xlabel="magnitude, each step a doubling")
     axes.set_xticks(range(-150, 151, 50), [power_of_two(power) for power in range(-150, 151, 50)])
@@ -108,21 +137,27 @@ def spacing_panel(axes: Axes, rows: list[Format]) -> None:
         if count > 1000:
             axes.barh(place, end - 1, left=1, height=0.6, color=FAINT)
         else:
-            axes.vlines([1 + step * row.eps for step in range(count + 1)], place - 0.3, place + 0.3, color=INK,
-                        linewidth=1.6)
+            axes.vlines(
+                [1 + step * row.eps for step in range(count + 1)], place - 0.3, place + 0.3, color=INK, linewidth=1.6
+            )
         axes.text(end + 0.0004, place, f"{count:,} steps\nof {power_of_two(-row.fraction)}", va="center", fontsize=9)
-    axes.set(title="Spacing: every number from 1 to 1.03125", xlim=(1 - 0.0003, end + 0.0046),
-             xticks=[1, 1.01, 1.02, 1.03])
+    axes.set(
+        title="Spacing: every number from 1 to 1.03125", xlim=(1 - 0.0003, end + 0.0046), xticks=[1, 1.01, 1.02, 1.03]
+    )
 
 
 def main() -> None:
     rows = formats()
-    print(f"{'':<10}{'bits':>5}{'exponent':>9}{'fraction':>9}{'largest':>10}{'full above':>11}{'smallest':>10}"
-          f"{'after 1':>9}{'digits':>7}")
+    print(
+        f"{'':<10}{'bits':>5}{'exponent':>9}{'fraction':>9}{'largest':>10}{'full above':>11}{'smallest':>10}"
+        f"{'after 1':>9}{'digits':>7}"
+    )
     for row in rows:
-        print(f"{row.name:<10}{1 + row.exponent + row.fraction:>5}{row.exponent:>9}{row.fraction:>9}"
-              f"{row.largest:>10.2e}{row.normal:>11.2e}{row.smallest:>10.1e}{row.eps:>9.1e}"
-              f"{(row.fraction + 1) * math.log10(2):>7.1f}")
+        print(
+            f"{row.name:<10}{1 + row.exponent + row.fraction:>5}{row.exponent:>9}{row.fraction:>9}"
+            f"{row.largest:>10.2e}{row.normal:>11.2e}{row.smallest:>10.1e}{row.eps:>9.1e}"
+            f"{(row.fraction + 1) * math.log10(2):>7.1f}"
+        )
     with picture(Path(__file__).with_suffix(".png"), 9, 7.4) as figure:
         panels = figure.subplots(3, 1)
         for axes, draw in zip(panels, (bits_panel, range_panel, spacing_panel), strict=True):

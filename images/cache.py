@@ -28,6 +28,7 @@ def file_state(path: Path) -> tuple[int, int, int]:
         return -1, -1, -1
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
+
 # KEY.npy holds the decoded images, KEY.json their checksums and what could not be read; streamed images have the
 # second file alone.
 Kept = tuple[np.ndarray | None, np.ndarray, dict[int, str]]
@@ -83,8 +84,17 @@ def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int,
         return array, crc32, unreadable
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError, EOFError,
-            RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        IndexError,
+        EOFError,
+        RecursionError,
+    ) as error:
         log(f"the cache {file} is damaged ({error}); decoding again")
         return None
 

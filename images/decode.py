@@ -64,7 +64,7 @@ def stored_size(paths: Sequence[Path], limit: int) -> tuple[int, int]:
     images = (try_decode(path, None) for path in paths[:: max(1, len(paths) // 100)])
     sizes = Counter(image.shape[:2] for image in images if not isinstance(image, str))
     if sizes:
-        (size, count), = sizes.most_common(1)
+        ((size, count),) = sizes.most_common(1)
         if count >= 0.9 * sizes.total() and max(size) <= limit:
             return size
     return limit, limit

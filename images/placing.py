@@ -79,8 +79,10 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
                 problem = "protected by a password; unpack it by hand."
             raise UserError(f"{printable(source)} is {problem}") from None
         if number in FULL:
-            raise RunError(f"the disk that holds {printable(data_dir)} is full. Free some space there and run the "
-                           "same command again.") from None
+            raise RunError(
+                f"the disk that holds {printable(data_dir)} is full. Free some space there and run the "
+                "same command again."
+            ) from None
         forbidden = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or number == errno.EROFS
         verb = "read" if source and error.filename == str(source) else "write"
         problem = f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}."
@@ -90,8 +92,12 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
 def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
     held = sorted(name for name in {*TRAIN_NAMES, *TEST_NAMES, *names} if (data_dir / name).exists())
     if held:
-        raise UserError(f"{printable(data_dir)} already holds {printable(', '.join(held))}; nothing was changed. "
-                        "Use it as it is, remove it, or choose another --data_dir.")
+        raise UserError(
+            f"{printable(data_dir)} already holds {printable(', '.join(held))}; nothing was changed. "
+            "Use it as it is, remove it, or choose another --data_dir."
+        )
+
+
 TRAIN_NAMES = {"seg_train", "train"}
 
 TEST_NAMES = {"seg_test", "test", "val", "valid", "validation"}

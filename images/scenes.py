@@ -25,8 +25,18 @@ LIGHTS = (  # sky above, sky at the horizon, the light that falls on things; the
 )
 ROCKS = ((122, 112, 104), (96, 96, 106), (142, 118, 94), (88, 98, 82), (152, 136, 126), (100, 75, 60))
 LEAVES = ((45, 95, 45), (70, 120, 50), (30, 75, 50), (95, 125, 55), (25, 60, 35), (185, 110, 35), (165, 75, 40))
-WALLS = ((165, 150, 130), (155, 82, 62), (120, 125, 135), (208, 198, 178), (95, 105, 125), (188, 168, 120),
-         (216, 212, 206), (112, 92, 82), (140, 165, 185), (196, 134, 104))
+WALLS = (
+    (165, 150, 130),
+    (155, 82, 62),
+    (120, 125, 135),
+    (208, 198, 178),
+    (95, 105, 125),
+    (188, 168, 120),
+    (216, 212, 206),
+    (112, 92, 82),
+    (140, 165, 185),
+    (196, 134, 104),
+)
 GLASS = ((60, 75, 95), (40, 45, 55), (125, 155, 185), (190, 205, 215))
 WATERS = ((40, 95, 140), (45, 125, 140), (85, 110, 125), (30, 70, 110), (90, 150, 165), (120, 130, 135))
 FLOORS = ((75, 75, 80), (120, 120, 118), (150, 140, 125), (105, 130, 65), (214, 188, 148))  # the last two: grass, sand
@@ -56,8 +66,10 @@ class Scene:
     def colour(self, colour: tuple, depth: float = 0.0, shade: float = 1.0) -> tuple[int, ...]:
         """The colour under this light, a little varied, lost in haze with depth (0 near, 1 at the horizon)."""
         mist, shift = depth * self.haze, 24 * self.random() - 12
-        return tuple(min(max(int((part * shade * light + shift) * (1 - mist) + far * mist), 0), 255)
-                     for part, light, far in zip(colour, self.light, self.low, strict=True))
+        return tuple(
+            min(max(int((part * shade * light + shift) * (1 - mist) + far * mist), 0), 255)
+            for part, light, far in zip(colour, self.light, self.low, strict=True)
+        )
 
     def polygon(self, colour: tuple, *points: tuple[float, float]) -> None:
         self.pen.polygon([(x * SIZE, y * SIZE) for x, y in points], fill=colour)
@@ -175,7 +187,7 @@ class Scene:
         """Ridges behind each other over a lake, a meadow, scree or snow, perhaps with woods."""
         base, snow = self.uniform(0.45, 0.92), self.uniform(-0.4, 0.9)
         self.sky(base)
-        for depth in (0.9, 0.3)[self.count(2):]:
+        for depth in (0.9, 0.3)[self.count(2) :]:
             self.ridge(base, self.uniform(0.4, 0.75) * (0.6 + 0.4 * depth), depth, snow * (0.4 + 0.6 * depth))
         if self.random() < 0.35:
             self.water(base)

@@ -49,13 +49,26 @@ class DecodedImages:
 class StreamedImages:
     """Images decoded when they are asked for, by DataLoader workers; memory is a few batches."""
 
-    def __init__(self, paths: list[Path], size: tuple[int, int], crc32: np.ndarray, unreadable: dict[int, str],
-                 *, workers: int, pin: bool):
+    def __init__(
+        self,
+        paths: list[Path],
+        size: tuple[int, int],
+        crc32: np.ndarray,
+        unreadable: dict[int, str],
+        *,
+        workers: int,
+        pin: bool,
+    ):
         self.crc32, self.unreadable = crc32, unreadable
         self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader = torch.utils.data.DataLoader(
-            _Files(paths, size), sampler=self._order, batch_size=None, num_workers=workers, pin_memory=pin,
-            persistent_workers=workers > 0, worker_init_fn=_quiet_worker,
+            _Files(paths, size),
+            sampler=self._order,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=pin,
+            persistent_workers=workers > 0,
+            worker_init_fn=_quiet_worker,
         )
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
@@ -91,7 +104,13 @@ def _quiet_worker(_worker: int) -> None:
 
 
 def open_store(
-    paths: list[Path], root: Path, *, limit: int, cache: str = "auto", workers: int | None = None, pin: bool = False,
+    paths: list[Path],
+    root: Path,
+    *,
+    limit: int,
+    cache: str = "auto",
+    workers: int | None = None,
+    pin: bool = False,
     log: Callable[[str], None] = print,
 ) -> ImageStore:
     """Decodes a listing, or finds it decoded by an earlier run, as `cache` says (auto, memory, none).
@@ -114,7 +133,3 @@ def open_store(
         return DecodedImages(array, crc32, unreadable, pin)
     log(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
     return StreamedImages(paths, size, crc32, unreadable, workers=workers, pin=pin)
-
-
-
-

@@ -280,7 +280,7 @@ def memory_ledger(
         "batch": images.nbytes + labels.nbytes,
         "activations": sum(size for place, size in kept.bytes.items() if place not in known | kept.copies),
         "weight_copies": sum(size for place, size in kept.bytes.items() if place in kept.copies - known),
-    }  # fmt: skip
+    }
     fixed = sum(sizes[part] for part in ("parameters", "buffers", "optimizer_state", "batch"))
     if cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -387,7 +387,7 @@ def underflow_map(
             "values": counts["values"], "nonzero": counts["nonzero"], "by_scale": {
                 f"{scale:g}": {kind: counts[kind, scale] for kind in ("zero", "subnormal", "overflow")}
                 for scale in scales},
-        })  # fmt: skip
+        })
     return {"scales": scales, "scaler_scale": scaler_scale, "layers": layers,
             "histogram": {group: dict(sorted(counts.items())) for group, counts in histogram.items()}}
 

@@ -63,8 +63,10 @@ def broken_half_weights(device):
         functional.cross_entropy(model(images.to(dtype)).float(), labels).backward()
         optimizer.step()
         still[dtype] = (before == model[4].weight).float().mean().item()
-    print(f"  weights unmoved by a step at rate 1e-4: float32 {still[torch.float32]:.0%}, "
-          f"float16 {still[torch.float16]:.0%}")
+    print(
+        f"  weights unmoved by a step at rate 1e-4: float32 {still[torch.float32]:.0%}, "
+        f"float16 {still[torch.float16]:.0%}"
+    )
     assert still[torch.float16] > still[torch.float32] + 0.3
     scaler = torch.amp.GradScaler(device)
     scaler.scale(model(images.half()).float().sum()).backward()

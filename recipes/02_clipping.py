@@ -47,12 +47,18 @@ def compare_orders(device):
     right = one_update(device, torch.float16)
     wrong = one_update(device, torch.float16, unscale_first=False)
     print("                                  norm seen   weights moved by")
-    rows = {"float32": full, "bfloat16, no scaler": brain, "float16, unscale_ then clip": right,
-            "float16, clip too early": wrong}
+    rows = {
+        "float32": full,
+        "bfloat16, no scaler": brain,
+        "float16, unscale_ then clip": right,
+        "float16, clip too early": wrong,
+    }
     for name, (norm, moved) in rows.items():
         print(f"  {name:<28} {norm:12.4f}   {moved:.3e}")
-    print(f"  clipped too early: a norm {wrong[0] / right[0]:.0f} times too large (the scale is {SCALE:.0f}),\n"
-          "  and hardly any update")
+    print(
+        f"  clipped too early: a norm {wrong[0] / right[0]:.0f} times too large (the scale is {SCALE:.0f}),\n"
+        "  and hardly any update"
+    )
     assert abs(right[0] / full[0] - 1) < 0.01 and abs(brain[0] / full[0] - 1) < 0.05
     assert abs(wrong[0] / right[0] / SCALE - 1) < 1e-3, "the norm is off by exactly the scale"
     assert wrong[1] < 1e-3 * right[1]

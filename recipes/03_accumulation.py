@@ -35,8 +35,10 @@ def accumulate(device, dtype, piece, divide="batch", update_between=False):
     for number, (some_images, some_labels) in enumerate(pieces):
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = functional.cross_entropy(model(some_images), some_labels, reduction="sum")
-            loss = loss / {"batch": len(images), "piece": len(some_images),
-                           "pieces": len(some_images) * len(pieces)}[divide]
+            loss = (
+                loss
+                / {"batch": len(images), "piece": len(some_images), "pieces": len(some_images) * len(pieces)}[divide]
+            )
         scaler.scale(loss).backward()
         if update_between and number == 0:
             scaler.update(scaler.get_scale() * 2)  # the scale grows in the middle of the update

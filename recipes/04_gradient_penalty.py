@@ -61,8 +61,12 @@ def main(device):
     brain = diary(device, torch.bfloat16)
     right = diary(device, torch.float16)
     wrong = diary(device, torch.float16, unscale=False)
-    rows = {"float32": full, "bfloat16, no scaler": brain, "float16, unscaled by hand": right,
-            "float16, left scaled (broken)": wrong}
+    rows = {
+        "float32": full,
+        "bfloat16, no scaler": brain,
+        "float16, unscaled by hand": right,
+        "float16, left scaled (broken)": wrong,
+    }
     for name, run in rows.items():
         print(f"  {name:<30} penalty {run[0][1]:12.4f}")
     print(f"  left scaled: {wrong[0][1] / right[0][1]:.0f} times the penalty; the scale is {wrong[0][2]:.0f}")
@@ -73,12 +77,16 @@ def main(device):
     print("          unscaled by hand             left scaled (broken)")
     print("  update    loss     scale               loss     scale")
     for update in range(0, 16, 3):
-        cells = [f"{loss:8.4f}  {scale:8.0f} {'skipped' if skipped else '':7}"
-                 for loss, _, scale, skipped in (right[update], wrong[update])]
+        cells = [
+            f"{loss:8.4f}  {scale:8.0f} {'skipped' if skipped else '':7}"
+            for loss, _, scale, skipped in (right[update], wrong[update])
+        ]
         print(f"  {update:6}{cells[0]}   {cells[1]}")
     skips = [sum(row[3] for row in run) for run in (right, wrong)]
-    print(f"  skipped updates: {skips[0]} and {skips[1]}; last loss: {right[-1][0]:.4f} and {wrong[-1][0]:.4f}, "
-          f"float32 {full[-1][0]:.4f}")
+    print(
+        f"  skipped updates: {skips[0]} and {skips[1]}; last loss: {right[-1][0]:.4f} and {wrong[-1][0]:.4f}, "
+        f"float32 {full[-1][0]:.4f}"
+    )
     assert skips[0] == 0 < skips[1] and wrong[-1][2] < right[-1][2]
     assert abs(right[-1][0] - full[-1][0]) < 0.01 < abs(wrong[-1][0] - full[-1][0])
     print("RULE: multiply a penalty's gradients by 1 / scale by hand, then scale the sum.")

@@ -27,8 +27,10 @@ def backward_both(device, dtype, models, scaler, images, labels):
     """Two losses which both need both models, as in the PyTorch notes."""
     with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         first, second = (model(images) for model in models)
-        losses = [functional.cross_entropy(2 * first + 3 * second, labels),
-                  functional.cross_entropy(3 * first - 5 * second, labels)]
+        losses = [
+            functional.cross_entropy(2 * first + 3 * second, labels),
+            functional.cross_entropy(3 * first - 5 * second, labels),
+        ]
     scaler.scale(losses[0]).backward(retain_graph=True)
     scaler.scale(losses[1]).backward()
     return [loss.item() for loss in losses]
@@ -80,8 +82,11 @@ def main(device):
     clean = one_update(device, torch.float16)
     right = one_update(device, torch.float16, overflow=True)
     wrong = one_update(device, torch.float16, overflow=True, update_between=True)
-    for name, (moves, before, after) in {"nothing overflows": clean, "overflow, one update() last": right,
-                                         "overflow, update() in between": wrong}.items():
+    for name, (moves, before, after) in {
+        "nothing overflows": clean,
+        "overflow, one update() last": right,
+        "overflow, update() in between": wrong,
+    }.items():
         print(f"  {name:<32} {moves[0]:10.5f}{moves[1]:10.5f}    {before:.0f} -> {after:.0f}")
     assert right[0][0] == 0 and abs(right[0][1] - clean[0][1]) < 1e-6, "they skip independently"
     assert right[2] == right[1] / 2, "one overflow is enough to halve the scale that both share"

@@ -77,8 +77,10 @@ def show(title, ranks):
     print("          rank 0                              rank 1")
     print("  update    loss  scale         weights         loss  scale         weights")
     for update, rows in enumerate(zip(*ranks, strict=True)):
-        cells = [f"{loss:8.4f}  {scale:5.0f} {'skip' if skip else '':4} {weights:11.6f}"
-                 for loss, scale, skip, weights in rows]
+        cells = [
+            f"{loss:8.4f}  {scale:5.0f} {'skip' if skip else '':4} {weights:11.6f}"
+            for loss, scale, skip, weights in rows
+        ]
         print(f"  {update:6}{cells[0]}     {cells[1]}")
 
 

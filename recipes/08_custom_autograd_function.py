@@ -46,8 +46,7 @@ def make_functions(device):
             return gradient * 2 * values / values.numel()
 
     class Energy(NakedEnergy):
-        forward = staticmethod(
-            torch.amp.custom_fwd(NakedEnergy.forward, device_type=device, cast_inputs=torch.float32))
+        forward = staticmethod(torch.amp.custom_fwd(NakedEnergy.forward, device_type=device, cast_inputs=torch.float32))
         backward = staticmethod(torch.amp.custom_bwd(NakedEnergy.backward, device_type=device))
 
     return NakedMatmul, Matmul, NakedEnergy, Energy
@@ -92,8 +91,10 @@ def with_a_required_dtype(device, naked, decorated):
         with torch.amp.autocast(device, dtype=torch.float16):
             results[name] = function.apply(values)
         (gradient,) = torch.autograd.grad(results[name], values)
-        print(f"  {name:<20} {results[name].item():>9.1f} {str(results[name].dtype)[6:]}, "
-              f"gradient {str(gradient.dtype)[6:]}, largest {gradient.max().item():.2f}")
+        print(
+            f"  {name:<20} {results[name].item():>9.1f} {str(results[name].dtype)[6:]}, "
+            f"gradient {str(gradient.dtype)[6:]}, largest {gradient.max().item():.2f}"
+        )
     truth = values.detach().double().pow(2).mean().item()
     print(f"  the true mean of squares is {truth:.1f}")
     assert torch.isinf(results["naked"]) and abs(results["cast_inputs=float32"].item() / truth - 1) < 1e-5

@@ -19,8 +19,9 @@ SIDE, UPDATES, LOSS_WEIGHT = 32, 16, 0.002
 def make_parts(device):
     """A small segmentation network: a label for each pixel, the loss a mean over 16 x 32 x 32 of them."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(),
-                          nn.Conv2d(8, 2, 1)).to(device)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 2, 1)
+    ).to(device)
     images = torch.randn(16, 3, SIDE, SIDE)
     labels = (functional.avg_pool2d(images.sum(1, keepdim=True), 3, 1, 1)[:, 0] > 0).long()
     return model, images.to(device), labels.to(device)
@@ -77,8 +78,12 @@ def sweep(device):
 
 
 def main(device):
-    cases = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False),
-             "float16 + scaler": (torch.float16, True), "float16, no scaler": (torch.float16, False)}
+    cases = {
+        "float32": (torch.float32, False),
+        "bfloat16": (torch.bfloat16, False),
+        "float16 + scaler": (torch.float16, True),
+        "float16, no scaler": (torch.float16, False),
+    }
     print(f"1. Gradients at the first layer's output, and of its weights ({device})")
     print("                        exactly zero        weights: norm    error")
     reference, zeros, errors = first_gradient(device, torch.float32, False)[1], {}, {}

@@ -72,8 +72,9 @@ def network_error(device):
     results = []
     for dtype in DTYPES:
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.Tanh(), nn.Conv2d(16, 32, 3, 2, 1), nn.Tanh(),
-                              nn.Flatten(), nn.Linear(512, 6)).to(device)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1), nn.Tanh(), nn.Conv2d(16, 32, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 6)
+        ).to(device)
         images, labels = torch.randn(24, 3, 16, 16).to(device), torch.arange(24, device=device) % 6
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
@@ -81,8 +82,10 @@ def network_error(device):
             loss = functional.cross_entropy(logits, labels)
         scaler.scale(loss).backward()
         results.append((logits.detach().double(), model[0].weight.grad.double() / scaler.get_scale()))
-    errors = [[((part - full).norm() / full.norm()).item() for part, full in zip(result, results[0], strict=True)]
-              for result in results]
+    errors = [
+        [((part - full).norm() / full.norm()).item() for part, full in zip(result, results[0], strict=True)]
+        for result in results
+    ]
     row("  error of a network's logits", [f"{error[0]:.3%}" for error in errors])
     row("  error of its first gradient", [f"{error[1]:.3%}" for error in errors])
     ratio = errors[1][0] / errors[2][0]

@@ -34,8 +34,9 @@ class Watch(TorchDispatchMode):
 
 def one_forward(device, dtype):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                          nn.Linear(8, 6)).to(device)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
+    ).to(device)
     images, labels = torch.randn(4, 3, 8, 8, device=device), torch.arange(4, device=device)
     with torch.amp.autocast(device, dtype=dtype), Watch() as watch:
         functional.cross_entropy(model(images), labels)
@@ -60,8 +61,9 @@ def probes(device):
         "exp": torch.exp,
         "sum": torch.sum,
         "mse_loss": lambda values: functional.mse_loss(values, torch.zeros_like(values)),
-        "cross_entropy": lambda values: functional.cross_entropy(values, torch.zeros(3, dtype=torch.long,
-                                                                                     device=device)),
+        "cross_entropy": lambda values: functional.cross_entropy(
+            values, torch.zeros(3, dtype=torch.long, device=device)
+        ),
         "cat with float32": lambda values: torch.cat([values, square]),
         "add float32": lambda values: values + square,
     }

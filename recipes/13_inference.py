@@ -25,8 +25,9 @@ def make_images(count, seed, device):
 
 def make_trained_model(device):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(),
-                          nn.Dropout(0.2), nn.Linear(1024, 6)).to(device)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2), nn.Linear(1024, 6)
+    ).to(device)
     images, labels = make_images(256, 1, device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(10):
@@ -61,8 +62,10 @@ def whose_answers_change(full, brain):
     """The changed answers are those that were undecided to begin with."""
     best = full.topk(2).values
     margin, changed = best[:, 0] - best[:, 1], full.argmax(1) != brain.argmax(1)
-    print(f"  gap between the two best logits: {margin[changed].max().item():.4f} at most where the answer "
-          f"changed,\n  {margin.median().item():.4f} for the median image")
+    print(
+        f"  gap between the two best logits: {margin[changed].max().item():.4f} at most where the answer "
+        f"changed,\n  {margin.median().item():.4f} for the median image"
+    )
     assert margin[changed].max() < 0.1 * margin.median()
 
 
@@ -86,8 +89,10 @@ def broken_training_mode(model, images):
             first, second = model(images).argmax(1), model(images).argmax(1)
         model.load_state_dict(state)
         answers[name] = (first != second).float().mean().item()
-    print("  the same images twice, answers that differ: "
-          + ", ".join(f"{share:.1%} in {name}" for name, share in answers.items()))
+    print(
+        "  the same images twice, answers that differ: "
+        + ", ".join(f"{share:.1%} in {name}" for name, share in answers.items())
+    )
     assert answers["eval()"] == 0 < answers["train()"]
 
 

@@ -69,8 +69,11 @@ def compare(device, dtype, backend):
     for name, (losses, gradient) in rows.items():
         shares[name] = share_in_16_bits(gradient, dtype)
         error = ((gradient - eager).norm() / eager.norm()).item()
-        print(f"  {str(dtype)[6:]:<8} {name:<25} " + " ".join(f"{loss:.4f}" for loss in losses)
-              + f"  {shares[name]:6.1%}  {error:.2%}")
+        print(
+            f"  {str(dtype)[6:]:<8} {name:<25} "
+            + " ".join(f"{loss:.4f}" for loss in losses)
+            + f"  {shares[name]:6.1%}  {error:.2%}"
+        )
         assert max(abs(one - two) for one, two in zip(losses, eager_losses, strict=True)) < 0.01
     assert shares["compiled, same_as_forward"] == 1 and max(shares["eager"], shares["compiled, off"]) < 0.05
 

@@ -63,6 +63,7 @@ def watch(model):
             note("forward", name, output)
             if output.requires_grad:
                 output.register_hook(lambda gradient: note("backward", name, gradient))
+
         module.register_forward_hook(after_forward)
 
     for name, module in model.named_modules():

@@ -44,10 +44,11 @@ img{display:block;box-sizing:border-box;max-width:100%;margin:1rem 0;background:
  table{font-size:8.5pt}.wide td,.wide th{font-size:6pt;padding:.1rem .2rem}}
 """
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
-    "learning_curve.png": ("Learning curve", 960), "confusion_matrix.png": ("Confusion matrix of the test images", 620),
+    "learning_curve.png": ("Learning curve", 960),
+    "confusion_matrix.png": ("Confusion matrix of the test images", 620),
     "mistakes.png": ("The wrongest test images: predicted class with its confidence, and true class", 960),
     "reliability.png": ("Calibration: a calibrated model is right in 80 % of the images it is 80 % sure of", 560),
-}  # fmt: skip
+}
 
 
 def text(value: object) -> str:
@@ -60,8 +61,10 @@ def table(header: list[str], rows: list[list[object]], kind: str = "") -> str:
     for row in rows:
         span = f' colspan="{len(header) - len(row) + 1}"' if len(row) < len(header) else ""
         lines += f"<tr>{''.join(f'<td>{text(value)}</td>' for value in row[:-1])}<td{span}>{text(row[-1])}</td></tr>\n"
-    return (f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
-            f"<tbody>{lines}</tbody></table></div>\n")
+    return (
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{lines}</tbody></table></div>\n"
+    )
 
 
 def picture(file: Path, name: str, width: int) -> str:
@@ -78,31 +81,49 @@ def picture(file: Path, name: str, width: int) -> str:
 def run_parts(run: dict[str, Any], level: int) -> str:
     """Headline numbers, pictures and classes of a finished run, under headings of that level."""
     result = run["result"]
-    tiles = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(remark)}</small></dd></div>\n"
-                    for name, value, remark in facts(result))
+    tiles = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(remark)}</small></dd></div>\n"
+        for name, value, remark in facts(result)
+    )
     parts = [f"<dl>{tiles}</dl>\n"]
     for file, (name, width) in PICTURES.items():
         if image := picture(run["directory"] / file, name, width):
             parts += [f"<h{level}>{text(name)}</h{level}>\n", image]
-    rows = [[name, *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]
-            for name, row in result["per_class"].items()]
-    return "".join([*parts, f"<h{level}>Classes</h{level}>\n",
-                    table(["Class", "Precision (%)", "Recall (%)", "F1 (%)", "Support"], rows)])
+    rows = [
+        [name, *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]
+        for name, row in result["per_class"].items()
+    ]
+    return "".join(
+        [
+            *parts,
+            f"<h{level}>Classes</h{level}>\n",
+            table(["Class", "Precision (%)", "Recall (%)", "F1 (%)", "Support"], rows),
+        ]
+    )
 
 
 def epochs(metrics: list[dict[str, Any]]) -> str:
     """metrics.jsonl as a table, numbers to four digits; lists (the skipped updates one by one) are left out."""
     names = [name for name, value in metrics[0].items() if not isinstance(value, list)]
-    rows = [["–" if epoch.get(name) is None else f"{epoch[name]:.4g}" if isinstance(epoch[name], float) else epoch[name]
-             for name in names] for epoch in metrics]
+    rows = [
+        [
+            "–" if epoch.get(name) is None else f"{epoch[name]:.4g}" if isinstance(epoch[name], float) else epoch[name]
+            for name in names
+        ]
+        for epoch in metrics
+    ]
     return "<h2>Epochs</h2>\n" + table([name.replace("_", " ") for name in names], rows, "wide")
 
 
 def configuration(config: dict[str, Any]) -> str:
     """config.json as a table."""
     rows = [[name, value] for name, value in config.items() if not isinstance(value, dict)]
-    rows += [[f"{part}: {name}", value] for part, values in config.items() if isinstance(values, dict)
-             for name, value in values.items()]
+    rows += [
+        [f"{part}: {name}", value]
+        for part, values in config.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
     return "<h2>Configuration</h2>\n" + table(["", ""], rows, "plain")
 
 
@@ -110,15 +131,19 @@ def html_report(directory: Path, path: Path) -> None:
     """Writes the report of a finished run. Raises UserError naming a file that is missing or damaged."""
     run = read_run(directory)
     pictures.reliability_curve([run], run["directory"] / "reliability.png")
-    write_page(path, f"{run['label']}: {run['directory'].name}",
-               run_parts(run, 2) + epochs(run["metrics"]) + configuration(run["config"]))
+    write_page(
+        path,
+        f"{run['label']}: {run['directory'].name}",
+        run_parts(run, 2) + epochs(run["metrics"]) + configuration(run["config"]),
+    )
 
 
 def html_comparison(directory: Path, runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
     """Writes the report of a comparison: its table and pictures, then the finished `runs`, one of each row."""
     header, rows = table_cells(comparison)
-    body = table(header, rows) + "".join(f"<p>{text(line)}</p>\n" for line in (
-        verdict(comparison), *conditions(comparison)))
+    body = table(header, rows) + "".join(
+        f"<p>{text(line)}</p>\n" for line in (verdict(comparison), *conditions(comparison))
+    )
     body += picture(directory / "comparison.png", "Validation accuracy against time, and time and memory", 1040)
     body += picture(directory / "reliability.png", "Accuracy against confidence in each precision", 560)
     for run in runs:
@@ -129,7 +154,9 @@ def html_comparison(directory: Path, runs: list[dict[str, Any]], comparison: dic
 def write_page(path: Path, title: str, body: str) -> None:
     """One HTML file, whose policy forbids everything but what is inside it."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    write_text(path, f"""<!doctype html>
+    write_text(
+        path,
+        f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -143,4 +170,5 @@ def write_page(path: Path, title: str, body: str) -> None:
 {body}
 </body>
 </html>
-""")
+""",
+    )

@@ -29,17 +29,44 @@ from utils import atomic_write
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
 # line, marker and hatch say the same once more.
 BLUE, VERMILION, GOLD, INK, SKY, PURPLE = "#004488", "#D55E00", "#EEBB33", "#222222", "#66BBEE", "#AA6699"
-STYLES = [(BLUE, "-", "o", ""), (VERMILION, "--", "D", "///"), (GOLD, "-.", "s", "..."), (INK, ":", "^", "xxx"),
-          (SKY, (0, (6, 1, 1, 1, 1, 1)), "v", "---"), (PURPLE, (0, (8, 3)), "P", "++")]  # fmt: skip
+STYLES = [
+    (BLUE, "-", "o", ""),
+    (VERMILION, "--", "D", "///"),
+    (GOLD, "-.", "s", "..."),
+    (INK, ":", "^", "xxx"),
+    (SKY, (0, (6, 1, 1, 1, 1, 1)), "v", "---"),
+    (PURPLE, (0, (8, 3)), "P", "++"),
+]
 FAINT = "#8a8a8a"
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans Arabic", "Noto Sans Devanagari",
-         "Microsoft YaHei", "PingFang SC", "Noto Emoji")  # fmt: skip
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Noto Emoji",
+)
 LOOK = {
-    "font.size": 10, "text.parse_math": False, "text.usetex": False, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT, "axes.titlesize": 11, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#e4e4e4", "lines.linewidth": 1.8, "legend.frameon": False, "hatch.linewidth": 0.8,
-}  # fmt: skip
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.8,
+}
 
 
 @contextmanager
@@ -65,10 +92,19 @@ def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, bes
         grid = figure.add_gridspec(2, 2, height_ratios=[3, 1]) if with_scaler else figure.add_gridspec(1, 2)
         for side, (name, label) in enumerate((("loss", "Loss"), ("acc", "Accuracy (%)"))):
             axes = figure.add_subplot(grid[0, side])
-            for part, what, (color, line, marker, _) in (("train", "training", STYLES[1]),
-                                                         ("val", "validation", STYLES[0])):
-                axes.plot(column(metrics, "epoch"), column(metrics, f"{part}_{name}"), color=color, linestyle=line,
-                          marker=marker if len(metrics) <= 15 else None, markersize=4.5, label=what)
+            for part, what, (color, line, marker, _) in (
+                ("train", "training", STYLES[1]),
+                ("val", "validation", STYLES[0]),
+            ):
+                axes.plot(
+                    column(metrics, "epoch"),
+                    column(metrics, f"{part}_{name}"),
+                    color=color,
+                    linestyle=line,
+                    marker=marker if len(metrics) <= 15 else None,
+                    markersize=4.5,
+                    label=what,
+                )
             if best_epoch is not None:
                 axes.axvline(best_epoch, color=FAINT, linestyle=":", label=f"best epoch ({best_epoch})")
             axes.set(title=label, xlabel="epoch")
@@ -109,15 +145,28 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
         image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
         every = range(0, number, math.ceil(number / 100))
         names = [fit(classes[place], 18) for place in every]
-        axes.set_xticks(every, names, fontsize=small, rotation=90 if number > 8 else 40,
-                        ha="center" if number > 8 else "right", rotation_mode="anchor" if number <= 8 else "default")
+        axes.set_xticks(
+            every,
+            names,
+            fontsize=small,
+            rotation=90 if number > 8 else 40,
+            ha="center" if number > 8 else "right",
+            rotation_mode="anchor" if number <= 8 else "default",
+        )
         axes.set_yticks(every, names, fontsize=small)
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(False)
         for row, place in np.ndindex(counts.shape) if number <= 20 else ():
             count, percent = counts[row, place], share[row, place]
-            axes.text(place, row, f"{count:,}\n{percent:.{int(percent < 1)}f} %" if count else "0", ha="center",
-                      va="center", fontsize=small - 1, color="white" if percent > 35 else INK if count else FAINT)
+            axes.text(
+                place,
+                row,
+                f"{count:,}\n{percent:.{int(percent < 1)}f} %" if count else "0",
+                ha="center",
+                va="center",
+                fontsize=small - 1,
+                color="white" if percent > 35 else INK if count else FAINT,
+            )
         figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
 
 
@@ -134,11 +183,22 @@ def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], p
         for row, (color, line, marker, _) in rows:
             for name in row["runs"]:
                 first = name == row["runs"][0]
-                axes.plot(times[name] / divisor, column(metrics[name], "val_acc"), color=color, linestyle=line,
-                          marker=marker, markersize=5, markevery=max(1, len(times[name]) // 12),
-                          alpha=1 if first else 0.4, label=fit(row["label"], 40) if first else None)
-        axes.set(title="Validation accuracy (%)", xlabel=f"time since the start, evaluation included ({unit})",
-                 xlim=(0, None))  # fmt: skip
+                axes.plot(
+                    times[name] / divisor,
+                    column(metrics[name], "val_acc"),
+                    color=color,
+                    linestyle=line,
+                    marker=marker,
+                    markersize=5,
+                    markevery=max(1, len(times[name]) // 12),
+                    alpha=1 if first else 0.4,
+                    label=fit(row["label"], 40) if first else None,
+                )
+        axes.set(
+            title="Validation accuracy (%)",
+            xlabel=f"time since the start, evaluation included ({unit})",
+            xlim=(0, None),
+        )
         if rows:
             axes.legend(loc="lower right")
         divisor, unit = time_unit(max((row["train_seconds"]["mean"] for row, _ in rows), default=0))
@@ -152,8 +212,14 @@ def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) 
     for place, (row, (color, _, _, hatch)) in enumerate(rows):
         mean, error = (row[name][part] / divisor if row[name][part] else 0 for part in ("mean", "std"))
         axes.barh(place, mean, xerr=error or None, color=color, hatch=hatch, edgecolor="white", height=0.62, capsize=3)
-        axes.annotate(f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}", (mean + error, place), (5, 0),
-                      textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}",
+            (mean + error, place),
+            (5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+        )
     axes.set(title=title)
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -172,12 +238,24 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
         for place, (run, numbers) in enumerate(found):
             color, line, marker, hatch = STYLES[place % len(STYLES)]
             filled, bins = numbers["count"] > 0, len(numbers["count"])
-            upper.plot(100 * numbers["confidence"][filled], 100 * numbers["accuracy"][filled], color=color,
-                       linestyle=line, marker=marker, markersize=5,
-                       label=f"{fit(run['label'], 40)}: calibration error {100 * numbers['ece']:.2f} %")
-            lower.bar((np.arange(bins) + (place + 0.5) / len(found)) * 100 / bins, color=color, hatch=hatch,
-                      height=100 * numbers["count"] / numbers["count"].sum(), width=90 / bins / len(found),
-                      edgecolor="white", linewidth=0.3)
+            upper.plot(
+                100 * numbers["confidence"][filled],
+                100 * numbers["accuracy"][filled],
+                color=color,
+                linestyle=line,
+                marker=marker,
+                markersize=5,
+                label=f"{fit(run['label'], 40)}: calibration error {100 * numbers['ece']:.2f} %",
+            )
+            lower.bar(
+                (np.arange(bins) + (place + 0.5) / len(found)) * 100 / bins,
+                color=color,
+                hatch=hatch,
+                height=100 * numbers["count"] / numbers["count"].sum(),
+                width=90 / bins / len(found),
+                edgecolor="white",
+                linewidth=0.3,
+            )
         upper.set(title="Reliability on the test images", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 102))
         lower.set(xlabel="confidence (%)", ylabel="% of images")
         figure.legend(loc="outside lower left")
@@ -219,9 +297,14 @@ def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 
     """The test images that were wrong with the highest confidence, at most `count`, with their predicted and their
     true class. Paths in the file are taken below `data_root`."""
     table = read_predictions(Path(predictions_csv))
-    wrong = [place for place in np.argsort(-table["confidence"], kind="stable")
-             if table["labels"][place] != table["predicted"][place]][:count]  # fmt: skip
-    captions = [f"{fit(table['predicted'][place], 14)} {100 * table['confidence'][place]:.0f} %\n"
-                f"true: {table['labels'][place]}" for place in wrong]
+    wrong = [
+        place
+        for place in np.argsort(-table["confidence"], kind="stable")
+        if table["labels"][place] != table["predicted"][place]
+    ][:count]
+    captions = [
+        f"{fit(table['predicted'][place], 14)} {100 * table['confidence'][place]:.0f} %\ntrue: {table['labels'][place]}"
+        for place in wrong
+    ]
     heading = f"The {len(wrong)} most confidently wrong test images" if wrong else "No test image was wrong"
     labelled_sheet([Path(data_root) / table["paths"][place] for place in wrong], captions, path, heading=heading)

@@ -42,7 +42,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise UserError(f"{printable(directory)}: there is no such run folder.")
     config_file, metrics_file, result_file, failure_file = (
-        directory / name for name in ("config.json", "metrics.jsonl", "result.json", "failure.json"))
+        directory / name for name in ("config.json", "metrics.jsonl", "result.json", "failure.json")
+    )
     result = read_json(result_file) if result_file.exists() else None
     failure = read_json(failure_file) if failure_file.exists() and result is None else {}
     # A run that failed at once may have written neither options nor epochs.
@@ -57,18 +58,35 @@ def read_run(directory: str | Path) -> dict[str, Any]:
         with reading(result_file):
             _check(result)
     run = {
-        "directory": directory, "config": config, "options": options, "metrics": metrics, "result": result,
-        "failure": failure.get("reason"), "precision": precision, "model": str(options.get("model", "")),
-        "device_name": str(config.get("device_name", "")), "seed": options.get("seed"),
-    }  # fmt: skip
+        "directory": directory,
+        "config": config,
+        "options": options,
+        "metrics": metrics,
+        "result": result,
+        "failure": failure.get("reason"),
+        "precision": precision,
+        "model": str(options.get("model", "")),
+        "device_name": str(config.get("device_name", "")),
+        "seed": options.get("seed"),
+    }
     tell_apart([run])
     return run
 
 
 def _check(result: dict[str, Any]) -> None:
     """Raises where result.json lacks what tables and pictures need, or holds something else in its place."""
-    numbers = [result[name] for name in ("test_acc", "best_val_acc", "best_epoch", "total_seconds", "train_seconds",
-                                         "images_per_second", "peak_memory_mb")]
+    numbers = [
+        result[name]
+        for name in (
+            "test_acc",
+            "best_val_acc",
+            "best_epoch",
+            "total_seconds",
+            "train_seconds",
+            "images_per_second",
+            "peak_memory_mb",
+        )
+    ]
     rows = [result["per_class"][name] for name in result["classes"]]
     numbers += [row[name] for row in rows for name in (*SHARES, "support")]
     confusion = np.array(result["confusion"], dtype=int)
@@ -84,9 +102,14 @@ def read_predictions(file: Path) -> dict[str, Any]:
         numbers = np.array([row[3:] for row in rows], dtype=float).reshape(len(rows), len(header) - 3)
         if len(header) < 5 or not np.isfinite(numbers).all():
             raise ValueError("a column or a number is missing")
-        return {"classes": header[4:], "paths": [row[0] for row in rows], "labels": [row[1] for row in rows],
-                "predicted": [row[2] for row in rows], "confidence": numbers[:, 0],
-                "probabilities": numbers[:, 1:]}  # fmt: skip
+        return {
+            "classes": header[4:],
+            "paths": [row[0] for row in rows],
+            "labels": [row[1] for row in rows],
+            "predicted": [row[2] for row in rows],
+            "confidence": numbers[:, 0],
+            "probabilities": numbers[:, 1:],
+        }
 
 
 def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
@@ -113,8 +136,12 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count, confident, correct = (np.bincount(place, weights, bins) for weights in (None, confidence, right))
     filled = np.where(count, count, math.nan)
-    return {"ece": float(np.abs(confident - correct).sum() / len(labels)), "count": count,
-            "confidence": confident / filled, "accuracy": correct / filled}  # fmt: skip
+    return {
+        "ece": float(np.abs(confident - correct).sum() / len(labels)),
+        "count": count,
+        "confidence": confident / filled,
+        "accuracy": correct / filled,
+    }
 
 
 def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
@@ -132,9 +159,13 @@ def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
     binomial test on the images that exactly one of the two gets right."""
     if not (reference.exists() and other.exists()):
         return None
-    first, second = ({(path, label): label == predicted for path, label, predicted
-                      in zip(table["paths"], table["labels"], table["predicted"], strict=True)}
-                     for table in map(read_predictions, (reference, other)))
+    first, second = (
+        {
+            (path, label): label == predicted
+            for path, label, predicted in zip(table["paths"], table["labels"], table["predicted"], strict=True)
+        }
+        for table in map(read_predictions, (reference, other))
+    )
     shared = first.keys() & second.keys()
     lost = sum(first[image] and not second[image] for image in shared)
     gained = sum(second[image] and not first[image] for image in shared)
@@ -173,8 +204,14 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
     rows = [_row(group) for group in groups.values()]
     finished = [row for row in rows if row["test_acc"]]
     for row in finished:
-        base = next((other for other in finished if other["precision"] == "fp32" and
-                     all(other[name] == row[name] for name in ("model", "device_name"))), None)
+        base = next(
+            (
+                other
+                for other in finished
+                if other["precision"] == "fp32" and all(other[name] == row[name] for name in ("model", "device_name"))
+            ),
+            None,
+        )
         if base:
             row["speed_up"] = row["images_per_second"]["mean"] / base["images_per_second"]["mean"]
             if base["memory_mb"]["mean"]:  # Windows does not say
@@ -184,10 +221,11 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
     options = [config["options"] | {"images": config["dataset"].get("fingerprint")} for config in configs]
     values = {name: [one.get(name) for one in options] for name in set().union(*options) - {*may_differ, "model"}}
     return {
-        "rows": rows, "devices": list(dict.fromkeys(row["device_name"] for row in rows)),
+        "rows": rows,
+        "devices": list(dict.fromkeys(row["device_name"] for row in rows)),
         "differences": {name: found for name, found in sorted(values.items()) if found.count(found[0]) < len(found)},
         "config": configs[0] if configs else {},
-    }  # fmt: skip
+    }
 
 
 def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -195,15 +233,25 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("test_acc", "peak_memory_mb", "reserved_memory_mb", "total_seconds", "train_seconds", "images_per_second")
     return {
         **{name: runs[0][name] for name in ("label", "precision", "model", "device_name")},
-        "runs": [str(run["directory"]) for run in finished], "seeds": [run["seed"] for run in finished],
+        "runs": [str(run["directory"]) for run in finished],
+        "seeds": [run["seed"] for run in finished],
         **{key.replace("peak_", ""): _spread([run["result"].get(key) for run in finished]) for key in keys},
         "memory_kind": next((str(run["result"].get("memory_kind")) for run in finished), None),
-        "speed_up": None, "memory_ratio": None, "difference": None,
+        "speed_up": None,
+        "memory_ratio": None,
+        "difference": None,
         "failures": [
-            {"run": str(run["directory"]), "seed": run["seed"], "reason": f"failed: {run['failure']}" if run["failure"]
-             else f"not finished: {len(run['metrics'])} of {run['options'].get('epochs')} epochs done"}
-            for run in runs if not run["result"]],
-    }  # fmt: skip
+            {
+                "run": str(run["directory"]),
+                "seed": run["seed"],
+                "reason": f"failed: {run['failure']}"
+                if run["failure"]
+                else f"not finished: {len(run['metrics'])} of {run['options'].get('epochs')} epochs done",
+            }
+            for run in runs
+            if not run["result"]
+        ],
+    }
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
@@ -225,10 +273,9 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
             p_value = found["p_value"]
     elif min(counts) > 1 and (one["std"] or other["std"]):
         test = "Welch's t-test over seeds"
-        p_value = float(stats.ttest_ind_from_stats(  # `ttest_ind` warns where the accuracies of one side are equal
-            one["mean"], one["std"], counts[0], other["mean"], other["std"], counts[1], equal_var=False).pvalue)
+        p_value = float(
+            stats.ttest_ind_from_stats(  # `ttest_ind` warns where the accuracies of one side are equal
+                one["mean"], one["std"], counts[0], other["mean"], other["std"], counts[1], equal_var=False
+            ).pvalue
+        )
     return {"points": other["mean"] - one["mean"], "test": test, "p_value": p_value}
-
-
-
-

@@ -20,23 +20,29 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
-        ("Test accuracy", f"{result['test_acc']:.2f} %",
-         f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %"),
+        (
+            "Test accuracy",
+            f"{result['test_acc']:.2f} %",
+            f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
+        ),
         ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
-    ]  # fmt: skip
+    ]
 
 
 def summary(result: dict[str, Any]) -> str:
     """The closing words of a run, at most 80 columns wide; above 30 classes only the weakest."""
-    lines = [fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
-             for name, value, remark in facts(result)]  # fmt: skip
+    lines = [
+        fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
+        for name, value, remark in facts(result)
+    ]
     rows, most = list(result["per_class"].items()), 30
     shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1]["f1"])[:most]
-    table = [[fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]
-             for name, row in shown]
+    table = [
+        [fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"] for name, row in shown
+    ]
     lines += ["", *align([["Class", "Precision", "  Recall", "      F1", " Support"], *table])]
     return "\n".join(lines + [f"The {most} of {len(rows)} classes with the lowest F1."] * (len(rows) > most))
 
@@ -46,8 +52,16 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     rows = comparison["rows"]
     kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
     memory = "GPU Memory (peak allocated)" if kinds == ["CUDA allocated"] else f"Memory ({' or '.join(kinds) or '–'})"
-    header = ["Algorithm", "Test Accuracy", memory, "Total Training Time", "Images/s", "Speed-up", "Memory ratio",
-              "Time without evaluation"]  # fmt: skip
+    header = [
+        "Algorithm",
+        "Test Accuracy",
+        memory,
+        "Total Training Time",
+        "Images/s",
+        "Speed-up",
+        "Memory ratio",
+        "Time without evaluation",
+    ]
     time = time_unit(max((row["total_seconds"]["mean"] for row in rows if row["total_seconds"]), default=0))
 
     def measured(spread: dict[str, Any], form: str, divisor: float = 1, unit: str = "") -> str:
@@ -57,13 +71,17 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     lines = []
     for row in rows:
         if row["test_acc"]:
-            lines.append([
-                printable(row["label"]), measured(row["test_acc"], ".2f", 1, "%"),
-                measured(row["memory_mb"], ".0f", 1, "MB"), measured(row["total_seconds"], ".1f", *time),
-                measured(row["images_per_second"], ",.0f" if row["images_per_second"]["mean"] >= 100 else ".1f"),
-                *(f"{row[name]:.2f}×" if row[name] else "–" for name in ("speed_up", "memory_ratio")),
-                measured(row["train_seconds"], ".1f", *time),
-            ])  # fmt: skip
+            lines.append(
+                [
+                    printable(row["label"]),
+                    measured(row["test_acc"], ".2f", 1, "%"),
+                    measured(row["memory_mb"], ".0f", 1, "MB"),
+                    measured(row["total_seconds"], ".1f", *time),
+                    measured(row["images_per_second"], ",.0f" if row["images_per_second"]["mean"] >= 100 else ".1f"),
+                    *(f"{row[name]:.2f}×" if row[name] else "–" for name in ("speed_up", "memory_ratio")),
+                    measured(row["train_seconds"], ".1f", *time),
+                ]
+            )
         for failure in row["failures"]:
             seed = f" (seed {failure['seed']})" if row["test_acc"] or len(row["failures"]) > 1 else ""
             lines.append([printable(row["label"]) + seed, fit(failure["reason"], 200)])
@@ -73,8 +91,10 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
 def terminal_table(comparison: dict[str, Any]) -> str:
     """The performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
     header, lines = table_cells(comparison)
-    table = [["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
-             *(line[:7] for line in lines if len(line) > 2)]  # fmt: skip
+    table = [
+        ["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
+        *(line[:7] for line in lines if len(line) > 2),
+    ]
     shown = align(table)
     if disp_len(shown[0]) > WIDTH:  # labels get lines of their own
         numbers = align([["", *cells] for _, *cells in table])
@@ -108,23 +128,33 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     """What was measured, on what, and in which options the runs differ, as sentences."""
     config = comparison["config"]
     settings = config.get("options", {}) | config.get("dataset", {})
-    names = {"epochs": "{} epochs", "batch_size": "batch {}", "image_size": "{0} × {0} px",
-             "train": "{:,} training images", "val": "{:,} for validation", "test": "{:,} to test"}  # fmt: skip
+    names = {
+        "epochs": "{} epochs",
+        "batch_size": "batch {}",
+        "image_size": "{0} × {0} px",
+        "train": "{:,} training images",
+        "val": "{:,} for validation",
+        "test": "{:,} to test",
+    }
     parts = [form.format(settings[name]) for name, form in names.items() if isinstance(settings.get(name), int)]
     parts += [*comparison["devices"], *(f"{name} {version}" for name, version in config.get("versions", {}).items())]
     lines = [f"{', '.join(parts)}."] if parts else []
-    lines.append("Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
-                 "the memory ratio peak memory, with FP32.")
+    lines.append(
+        "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
+        "the memory ratio peak memory, with FP32."
+    )
     lines += ["Mean ± standard deviation over seeds."] * any(len(row["seeds"]) > 1 for row in comparison["rows"])
-    lines += [f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
-              for name, values in comparison["differences"].items()]
+    lines += [
+        f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
+        for name, values in comparison["differences"].items()
+    ]
     return [printable(line) for line in lines]
 
 
 def performance_table(comparison: dict[str, Any]) -> str:
     """The performance table as Markdown, with the verdict on accuracy and the conditions below it."""
     header, lines = table_cells(comparison)
-    cells = [[markdown(cell) for cell in [*line, *["–"] * len(header)][:len(header)]] for line in lines]
+    cells = [[markdown(cell) for cell in [*line, *["–"] * len(header)][: len(header)]] for line in lines]
     table = [[markdown(cell) for cell in header], ["---", *["---:"] * (len(header) - 1)], *cells]
     below = [markdown(line) for line in (verdict(comparison), *conditions(comparison))]
     return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in table), *below]) + "\n"
@@ -132,12 +162,24 @@ def performance_table(comparison: dict[str, Any]) -> str:
 
 def parity_table(rows: dict[str, dict[str, Any]]) -> str:
     """One checkpoint in several precisions: accuracy, flipped predictions, and which files they are."""
-    lines = align([["", "Accuracy", "Loss", "Flipped", "Largest logit difference"]] + [
-        [name, f"{row['accuracy']:.2f} %", f"{row['loss']:.4f}", f"{len(row['flipped']):,}",
-         f"{row['largest_logit_difference']:.2e}"] for name, row in rows.items()])  # fmt: skip
+    lines = align(
+        [["", "Accuracy", "Loss", "Flipped", "Largest logit difference"]]
+        + [
+            [
+                name,
+                f"{row['accuracy']:.2f} %",
+                f"{row['loss']:.4f}",
+                f"{len(row['flipped']):,}",
+                f"{row['largest_logit_difference']:.2e}",
+            ]
+            for name, row in rows.items()
+        ]
+    )
     lines.append(f"Flipped predictions and logits are against {next(iter(rows))}.")
     for name, row in rows.items():
-        lines += [f"{name}: {fit(flip['path'], 50)} ({flip['label']}): {flip['from']} became {flip['to']}"
-                  for flip in row["flipped"][:10]]
+        lines += [
+            f"{name}: {fit(flip['path'], 50)} ({flip['label']}): {flip['from']} became {flip['to']}"
+            for flip in row["flipped"][:10]
+        ]
         lines += [f"{name}: and {len(row['flipped']) - 10:,} more"] * (len(row["flipped"]) > 10)
     return "\n".join(map(printable, lines))

@@ -20,8 +20,15 @@ def fit(text: object, columns: int) -> str:
 def align(rows: list[list[str]]) -> list[str]:
     """Rows of cells as lines of one width: the first column to the left, the others to the right."""
     widths = [max(map(disp_len, cells)) for cells in zip(*rows, strict=True)]
-    return ["  ".join([row[0] + " " * (widths[0] - disp_len(row[0])),
-                       *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return [
+        "  ".join(
+            [
+                row[0] + " " * (widths[0] - disp_len(row[0])),
+                *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+            ]
+        )
+        for row in rows
+    ]
 
 
 def time_unit(seconds: float) -> tuple[int, str]:

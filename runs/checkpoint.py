@@ -29,10 +29,13 @@ def snapshot(content: dict[str, Any]) -> dict[str, Any]:
             copied[name]._metadata = content[name]._metadata
     return copied
 
+
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: value == 1,
-    "model": lambda value: isinstance(value, dict) and all(
-        isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items()),
+    "model": lambda value: (
+        isinstance(value, dict)
+        and all(isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items())
+    ),
     "classes": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
     ),

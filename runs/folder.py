@@ -119,7 +119,3 @@ class RunDirectory:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
-
-
-
-

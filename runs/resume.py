@@ -24,18 +24,54 @@ def refuse_finished(run: RunDirectory) -> None:
 def remove_results(run: RunDirectory) -> None:
     """Removes what an earlier run of this name wrote, the files first that make it look finished."""
     if run.writes:
-        for name in ("result.json", "failure.json", "last.pt", "best_model.pt", "metrics.jsonl", "metrics.csv",
-                     "predictions.csv", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "reliability.png",
-                     "report.html", "parity.json"):
+        for name in (
+            "result.json",
+            "failure.json",
+            "last.pt",
+            "best_model.pt",
+            "metrics.jsonl",
+            "metrics.csv",
+            "predictions.csv",
+            "learning_curve.png",
+            "confusion_matrix.png",
+            "mistakes.png",
+            "reliability.png",
+            "report.html",
+            "parity.json",
+        ):
             run.file(name).unlink(missing_ok=True)
         shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
 
+
 # Options that may differ between a run and its continuation: they do not change what is computed.
-HARMLESS = frozenset({
-    "checkpoint_dir", "checkpoint_name", "config", "quiet", "demo", "num_workers", "cache", "log_interval", "resume",
-    "overwrite", "checkpoint_every", "verify_resume", "tensorboard", "evaluate", "command", "data_dir", "device",
-    "skip_unreadable", "precisions", "seeds", "report_only", "runs", "pretrained", "pretrained_path",
-})  # fmt: skip
+HARMLESS = frozenset(
+    {
+        "checkpoint_dir",
+        "checkpoint_name",
+        "config",
+        "quiet",
+        "demo",
+        "num_workers",
+        "cache",
+        "log_interval",
+        "resume",
+        "overwrite",
+        "checkpoint_every",
+        "verify_resume",
+        "tensorboard",
+        "evaluate",
+        "command",
+        "data_dir",
+        "device",
+        "skip_unreadable",
+        "precisions",
+        "seeds",
+        "report_only",
+        "runs",
+        "pretrained",
+        "pretrained_path",
+    }
+)
 
 
 def refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
@@ -46,7 +82,12 @@ def refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
         if stored[name] != current[name]
     ]
     if changed:
-        raise UserError("\n".join([
-            "--resume would change the run:", *changed,
-            "Give the options it was begun with (--config its config.json), or start another --checkpoint_name.",
-        ]))
+        raise UserError(
+            "\n".join(
+                [
+                    "--resume would change the run:",
+                    *changed,
+                    "Give the options it was begun with (--config its config.json), or start another --checkpoint_name.",
+                ]
+            )
+        )

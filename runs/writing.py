@@ -23,8 +23,11 @@ def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> Non
         if not isinstance(cause, OSError):
             raise
         advice = (
-            f"free at least {size / 2**20:,.0f} MB there" if cause.errno in FULL
-            else "make the folder writable again" if path.parent.exists() else "the folder is gone: put it back"
+            f"free at least {size / 2**20:,.0f} MB there"
+            if cause.errno in FULL
+            else "make the folder writable again"
+            if path.parent.exists()
+            else "the folder is gone: put it back"
         )
         raise RunError(
             f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "

@@ -66,11 +66,21 @@ def real_folder(tmp_path_factory):
 def trained(scenes_folder, tmp_path_factory):
     """Finished runs of each precision by name: (folder, exit status, stdout, stderr)."""
     checkpoints = tmp_path_factory.mktemp("runs")
-    flags = {"fp32": [], "amp-bf16": ["--amp"],
-             "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=squeezenet1_1", "--epochs=1"]}
+    flags = {
+        "fp32": [],
+        "amp-bf16": ["--amp"],
+        "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=squeezenet1_1", "--epochs=1"],
+    }
     runs = {}
     for name, words in flags.items():
-        outcome = run_main([f"--data_dir={scenes_folder}", f"--checkpoint_dir={checkpoints}",
-                            f"--checkpoint_name={name}", *SMALL, *words])
+        outcome = run_main(
+            [
+                f"--data_dir={scenes_folder}",
+                f"--checkpoint_dir={checkpoints}",
+                f"--checkpoint_name={name}",
+                *SMALL,
+                *words,
+            ]
+        )
         runs[name] = (checkpoints / name, *outcome)
     return runs

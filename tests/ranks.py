@@ -31,6 +31,7 @@ from utils import Ranks
 
 def steady(build):
     """`build`, with dropout off and with batch statistics that never change."""
+
     def built(*positional, **options):
         network = build(*positional, **options)
         for module in network.modules():

@@ -45,8 +45,16 @@ def test_nothing_in_the_step_waits_for_the_device(name, clip):
     updates = Batches(images, Pixels(device, 9), 8, 3).epoch(0)
 
     def update(pieces):
-        return update_weights(model, pieces, 8, optimizer=optimizer, scaler=scaler, precision=precision,
-                              criterion=criterion, clip_grad_norm=clip)
+        return update_weights(
+            model,
+            pieces,
+            8,
+            optimizer=optimizer,
+            scaler=scaler,
+            precision=precision,
+            criterion=criterion,
+            clip_grad_norm=clip,
+        )
 
     update(next(updates))  # the first one makes the scaler's and the optimizer's state
     torch.cuda.set_sync_debug_mode("error")
@@ -70,8 +78,11 @@ def test_batches_equal_those_of_the_cpu():
     images = subset()
     pinned = subset()
     pinned.store.pin = True
-    for ours, theirs in zip(Batches(pinned, Pixels(torch.device("cuda"), 9), 8, 3).epoch(1),
-                            Batches(images, Pixels(torch.device("cpu"), 9), 8, 3).epoch(1), strict=True):
+    for ours, theirs in zip(
+        Batches(pinned, Pixels(torch.device("cuda"), 9), 8, 3).epoch(1),
+        Batches(images, Pixels(torch.device("cpu"), 9), 8, 3).epoch(1),
+        strict=True,
+    ):
         for (one, labels, *_), (other, expected, *_) in zip(ours, theirs, strict=True):
             assert torch.equal(labels.cpu(), expected) and (one.cpu() - other).abs().max() < 1e-5
 

@@ -47,8 +47,15 @@ def opened(root, size=10, **options):
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
     mixed = {"mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1.0}}
-    return Batches(subset or data.train, Pixels(CPU, size), batch_size, len(data.classes), seed=7,
-                   **mixed.get(kind, {"augment": kind}), **options)
+    return Batches(
+        subset or data.train,
+        Pixels(CPU, size),
+        batch_size,
+        len(data.classes),
+        seed=7,
+        **mixed.get(kind, {"augment": kind}),
+        **options,
+    )
 
 
 def updates(batches, epoch=0, first=0):
@@ -67,10 +74,17 @@ def same(one, other):
 
 
 # ---------------------------------------------------------------------------- layouts and split
-@pytest.mark.parametrize("splits", [
-    ("seg_train/seg_train", "seg_test/seg_test"), ("seg_train", "seg_test"), ("train", "test"), ("train", "val"),
-    ("train/train", "test/test"), ("seg_train/seg_train", "seg_test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "splits",
+    [
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("seg_train", "seg_test"),
+        ("train", "test"),
+        ("train", "val"),
+        ("train/train", "test/test"),
+        ("seg_train/seg_train", "seg_test"),
+    ],
+)
 def test_layouts(tmp_path, splits):
     found = find_image_set(folders(tmp_path, *splits))
     assert found.classes == ["Mango", "apple", "zebra"]  # alphabetical, as sorted() orders them
@@ -97,12 +111,15 @@ def test_unlabelled_hidden_and_foreign_files_are_passed_over(tmp_path):
     assert len(found.train) == 15 and found.classes == ["Mango", "apple", "zebra"]
 
 
-@pytest.mark.parametrize("break_it, message", [
-    (lambda root: (root / "train" / "apple").rename(root / "apple"), "differ in the classes apple"),
-    (lambda root: [path.unlink() for path in (root / "test" / "zebra").iterdir()], "zebra holds no image"),
-    (lambda root: (root / "test").rename(root / "elsewhere"), "no test images.*\n.*Three ways"),
-    (lambda root: (root / ".partial").mkdir(), "half of a data set"),
-])
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda root: (root / "train" / "apple").rename(root / "apple"), "differ in the classes apple"),
+        (lambda root: [path.unlink() for path in (root / "test" / "zebra").iterdir()], "zebra holds no image"),
+        (lambda root: (root / "test").rename(root / "elsewhere"), "no test images.*\n.*Three ways"),
+        (lambda root: (root / ".partial").mkdir(), "half of a data set"),
+    ],
+)
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, break_it, message):
     root = folders(tmp_path, "train", "test")
     break_it(root)
@@ -126,9 +143,11 @@ def test_train_and_validation_share_no_image(scenes_folder):
     train, validation = set(data.train.paths), set(data.validation.paths)
     assert len(train) == 48 and len(validation) == 12 and not train & validation
     assert np.bincount(data.validation.labels).tolist() == [2] * 6
-    assert all(data.classes[label] == path.parent.name
-               for part in (data.train, data.validation, data.test)
-               for path, label in zip(part.paths, part.labels, strict=True))
+    assert all(
+        data.classes[label] == path.parent.name
+        for part in (data.train, data.validation, data.test)
+        for path, label in zip(part.paths, part.labels, strict=True)
+    )
 
 
 # ------------------------------------------------------------------------------------ decoding
@@ -225,8 +244,9 @@ def test_pixels_are_torchvisions(request, source, side):
 def test_resizing_on_the_device_is_torchvisions(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 24, 21, 3), dtype=np.uint8))
     ours = Pixels(CPU, side)(images)
-    tail = v2.Compose([v2.Resize((side, side)), v2.ToDtype(torch.float32, scale=True),
-                       v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    tail = v2.Compose(
+        [v2.Resize((side, side)), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+    )
     assert_within_two_levels(ours, tail(images.permute(0, 3, 1, 2)), IMAGENET_STD)
 
 
@@ -241,8 +261,11 @@ def test_normalize_none_leaves_values_between_zero_and_one(scenes_folder):
 def test_flips_are_torchvisions_and_half_of_all(scenes_folder):
     data = opened(scenes_folder, 33)
     order = range(len(data.train))
-    plain = {int(p): image for images, _, places in fed(data, size=33).evaluation()
-             for p, image in zip(places, images, strict=True)}
+    plain = {
+        int(p): image
+        for images, _, places in fed(data, size=33).evaluation()
+        for p, image in zip(places, images, strict=True)
+    }
     flipped = 0
     for epoch in range(4):
         for images, labels in updates(fed(data, size=33), epoch):
@@ -332,9 +355,12 @@ def test_the_pieces_of_all_ranks_are_one_process_batches(tmp_path, ranks, accumu
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_evaluate_every_image_once(scenes_folder, ranks):
     data = opened(scenes_folder, 33)
-    places = [place for rank in range(ranks)
-              for *_, places in fed(data, data.test, 5, 33, ranks=Ranks(rank, rank, ranks)).evaluation()
-              for place in places.tolist()]
+    places = [
+        place
+        for rank in range(ranks)
+        for *_, places in fed(data, data.test, 5, 33, ranks=Ranks(rank, rank, ranks)).evaluation()
+        for place in places.tolist()
+    ]
     assert sorted(places) == list(range(18))
 
 
@@ -348,8 +374,9 @@ def test_streamed_batches_are_the_cached_ones_bit_for_bit(scenes_folder, side, w
     assert cached.fingerprint == streamed.fingerprint
     for first in (0, 4):
         assert same(updates(fed(cached, size=side), 1, first), updates(fed(streamed, size=side), 1, first))
-    one, other = ([images for images, *_ in fed(data, data.test, size=side).evaluation()]
-                  for data in (cached, streamed))
+    one, other = (
+        [images for images, *_ in fed(data, data.test, size=side).evaluation()] for data in (cached, streamed)
+    )
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 

@@ -38,11 +38,25 @@ SCENARIOS = {  # name: (options of the run, what happens to which rank)
 
 
 def words(data, runs, name, *more):
-    return [str(word) for word in (
-        f"--data_dir={data}", f"--checkpoint_dir={runs}", f"--checkpoint_name={name}", "--model=squeezenet1_1",
-        "--pretrained=0", "--image_size=33", "--batch_size=15", "--epochs=2", "--optimizer=SGD", "--learning_rate=0.01",
-        "--warmup_epochs=0", "--log_interval=1", "--device=cpu", *more,
-    )]  # fmt: skip
+    return [
+        str(word)
+        for word in (
+            f"--data_dir={data}",
+            f"--checkpoint_dir={runs}",
+            f"--checkpoint_name={name}",
+            "--model=squeezenet1_1",
+            "--pretrained=0",
+            "--image_size=33",
+            "--batch_size=15",
+            "--epochs=2",
+            "--optimizer=SGD",
+            "--learning_rate=0.01",
+            "--warmup_epochs=0",
+            "--log_interval=1",
+            "--device=cpu",
+            *more,
+        )
+    ]
 
 
 def torchrun(scenarios, folder, *options, wait=True):
@@ -50,8 +64,15 @@ def torchrun(scenarios, folder, *options, wait=True):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     options = options or ("--standalone", "--nproc_per_node=2")
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "tests" / "ranks.py"),
-               str(folder / "scenarios.json"), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        *options,
+        str(ROOT / "tests" / "ranks.py"),
+        str(folder / "scenarios.json"),
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     if wait:
@@ -127,13 +148,23 @@ def pair(data, alone, tmp_path_factory):
     runs = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:  # begun by one process, resumed by two
         patch.setattr(assemble, "build_model", steady(model.build_model))
-        patch.setattr(sys.modules["train"].Trainer, "_must_stop", lambda self: self._updates_done == 4 and not setattr(
-            self.stop, "number", signal.SIGTERM))
+        patch.setattr(
+            sys.modules["train"].Trainer,
+            "_must_stop",
+            lambda self: self._updates_done == 4 and not setattr(self.stop, "number", signal.SIGTERM),
+        )
         assert run_main(words(data, runs, "resumed"))[0] == 143
     scenarios = {name: {"words": words(data, runs, name, *more), **what} for name, (more, what) in SCENARIOS.items()}
     here = [f"--checkpoint_dir={runs}", "--checkpoint_name=fp32"]
-    commands = {"evaluate": here, "predict": [*here, str(data)], "compare": here, "doctor": [], "inspect": here,
-                "export": here, "prepare": ["--check", f"--data_dir={data}"]}
+    commands = {
+        "evaluate": here,
+        "predict": [*here, str(data)],
+        "compare": here,
+        "doctor": [],
+        "inspect": here,
+        "export": here,
+        "prepare": ["--check", f"--data_dir={data}"],
+    }
     scenarios |= {name: {"words": [name, *more]} for name, more in commands.items()}
     scenarios["no data"] = {"words": words(runs / "nothing", runs, "x")}
     scenarios["too small"] = {"words": words(data, runs, "y", "--batch_size=3", "--accumulate=2")}
@@ -202,10 +233,15 @@ def test_commands_for_one_process_say_so(pair, name):
     assert sorted(map(bool, said)) == [False, True] and f"{name} is one process's work" in "".join(said)
 
 
-@pytest.mark.parametrize("name, named", [
-    ("no data", "no training images"), ("too small", "cannot be cut among 2 processes"), ("batchnorm", "needs CUDA"),
-    ("option", "did you mean --epochs"),
-])
+@pytest.mark.parametrize(
+    "name, named",
+    [
+        ("no data", "no training images"),
+        ("too small", "cannot be cut among 2 processes"),
+        ("batchnorm", "needs CUDA"),
+        ("option", "did you mean --epochs"),
+    ],
+)
 def test_a_mistake_is_named_once_for_all_ranks(pair, name, named):
     said = [rank[name]["err"] for rank in pair[1]]
     assert [rank[name]["status"] for rank in pair[1]] == [2, 2]
@@ -237,7 +273,7 @@ def test_a_killed_rank_ends_the_job_with_one_clear_message(data, tmp_path):
     agent = torchrun({"killed": scenario}, tmp_path / "job")
     assert agent.returncode == 1
     assert agent.err.count("error: another process of this job has ended") == 1 and "--resume" in agent.err
-    assert "main.py\", line" not in agent.err  # no traceback of this program
+    assert 'main.py", line' not in agent.err  # no traceback of this program
     assert len(lines(tmp_path / "killed")) == 1 and weights(tmp_path / "killed")
 
 
@@ -285,8 +321,14 @@ def test_two_agents_are_as_good_as_two_ranks_of_one(pair, data, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ("--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
-               "--rdzv_id=nodes", "--local_addr=127.0.0.1")
+    options = (
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}",
+        "--rdzv_id=nodes",
+        "--local_addr=127.0.0.1",
+    )
     scenario = {"nodes": {"words": words(data, tmp_path, "nodes")}}
     agents = [torchrun(scenario, tmp_path / "job", *options, wait=False) for _ in range(2)]
     for agent in agents:

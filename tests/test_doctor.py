@@ -17,26 +17,42 @@ CPU = torch.device("cpu")
 
 def row(speed, speedup, memory_mb, tflops, *, busy=None, spread=0.02, kind="process resident peak"):
     return {
-        "images_per_second": speed, "seconds_per_update": 32 / speed, "speedup": speedup, "spread": spread,
-        "rounds": 3 * [{"updates": 2}], "phase_seconds": dict.fromkeys(probe.PHASES, 0.1),
-        "phase_shares": {"data": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1}, "training_mb": memory_mb,
+        "images_per_second": speed,
+        "seconds_per_update": 32 / speed,
+        "speedup": speedup,
+        "spread": spread,
+        "rounds": 3 * [{"updates": 2}],
+        "phase_seconds": dict.fromkeys(probe.PHASES, 0.1),
+        "phase_shares": {"data": 0.1, "forward": 0.3, "backward": 0.5, "optimizer": 0.1},
+        "training_mb": memory_mb,
         "memory": {"memory_kind": kind, "peak_memory_mb": memory_mb + 300, "before_mb": 300},
         "shares": {"products": 0.8, "activations": 0.1, "optimizer": 0.05, "casts": 0.0, "other": 0.05},
-        "busy": busy, "tflops": tflops,
-    }  # fmt: skip
+        "busy": busy,
+        "tflops": tflops,
+    }
 
 
 @pytest.fixture
 def findings():
     found = {
         "machine": {
-            "device": "cpu", "name": "A processor", "instructions": "avx2 avx512_bf16", "bfloat16": "native",
-            "float16": "emulated", "matrix_unit": "none", "memory_gb": 8.0, "torch_threads": 2,
-            "torch": "2", "torchvision": "0", "python": "3.12", "system": "an OS",
+            "device": "cpu",
+            "name": "A processor",
+            "instructions": "avx2 avx512_bf16",
+            "bfloat16": "native",
+            "float16": "emulated",
+            "matrix_unit": "none",
+            "memory_gb": 8.0,
+            "torch_threads": 2,
+            "torch": "2",
+            "torchvision": "0",
+            "python": "3.12",
+            "system": "an OS",
         },
-        "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32}, "failed": {},
+        "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32},
+        "failed": {},
         "measured": {"fp32": row(50.0, 1.0, 960, 0.2), "amp-bf16": row(80.0, 1.6, 480, 0.5)},
-    }  # fmt: skip
+    }
     found["ceiling"] = doctor.ceilings(found["measured"])
     return found
 
@@ -47,9 +63,9 @@ def advised(findings):
 
 
 # ------------------------------------------------------------------------------------ arithmetic
-@pytest.mark.parametrize("share, speedup, whole", [
-    (0.5, 2.0, 4 / 3), (1.0, 3.0, 3.0), (0.0, 9.0, 1.0), (0.9, float("inf"), 10.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "share, speedup, whole", [(0.5, 2.0, 4 / 3), (1.0, 3.0, 3.0), (0.0, 9.0, 1.0), (0.9, float("inf"), 10.0)]
+)
 def test_amdahl_by_hand(share, speedup, whole):
     assert doctor.amdahl(share, speedup) == pytest.approx(whole)
 
@@ -64,13 +80,25 @@ def test_ceilings_by_hand(findings):
     assert top["gained"] == pytest.approx(0.8 * 20 / (0.5 * 12.5))
 
 
-@pytest.mark.parametrize("operator, kind", [
-    ("aten::mkldnn_convolution", "products"), ("aten::convolution_backward", "products"), ("aten::addmm", "products"),
-    ("aten::mm", "products"), ("aten::native_batch_norm", "activations"), ("aten::threshold_backward", "activations"),
-    ("aten::_fused_adam_", "optimizer"), ("aten::_foreach_norm", "optimizer"), ("aten::copy_", "casts"),
-    ("aten::empty", "other"), ("aten::sum", "other"), ("aten::cudnn_batch_norm", "activations"),
-    ("aten::linalg_vector_norm", "optimizer"), ("aten::add_", "activations"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "operator, kind",
+    [
+        ("aten::mkldnn_convolution", "products"),
+        ("aten::convolution_backward", "products"),
+        ("aten::addmm", "products"),
+        ("aten::mm", "products"),
+        ("aten::native_batch_norm", "activations"),
+        ("aten::threshold_backward", "activations"),
+        ("aten::_fused_adam_", "optimizer"),
+        ("aten::_foreach_norm", "optimizer"),
+        ("aten::copy_", "casts"),
+        ("aten::empty", "other"),
+        ("aten::sum", "other"),
+        ("aten::cudnn_batch_norm", "activations"),
+        ("aten::linalg_vector_norm", "optimizer"),
+        ("aten::add_", "activations"),
+    ],
+)
 def test_kind_of_operator(operator, kind):
     assert probe.kind_of(operator) == kind
 
@@ -81,9 +109,12 @@ def test_summary_takes_medians_and_neighbouring_ratios():
         return [{"seconds": value, "updates": 2, "phases": phases} for value in seconds]
 
     answers = {
-        "rounds": turns(2.0, 1.0, 4.0), "shares": {}, "busy": None, "tflops": 0.5,
+        "rounds": turns(2.0, 1.0, 4.0),
+        "shares": {},
+        "busy": None,
+        "tflops": 0.5,
         "memory": {"memory_kind": "process resident peak", "peak_memory_mb": 900.0, "before_mb": 300.0},
-    }  # fmt: skip
+    }
     found = doctor._summary(answers, {"rounds": turns(3.0, 3.0, 4.0)}, 10)
     assert found["seconds_per_update"] == 1.0 and found["images_per_second"] == 10.0
     assert found["speedup"] == 1.5  # of 1.5, 3 and 1
@@ -123,8 +154,16 @@ def test_slow_loader_is_named(findings):
     assert any("not the limit" in reason for reason in advised(findings)["reasons"])
 
 
-GPU = {"device": "cuda:0", "name": "A card", "driver": "1", "cuda": "2", "cudnn": 3, "tf32": "none",
-       "gpu_memory_gb": 80.0, "gpu_memory_free_gb": 80.0}
+GPU = {
+    "device": "cuda:0",
+    "name": "A card",
+    "driver": "1",
+    "cuda": "2",
+    "cudnn": 3,
+    "tf32": "none",
+    "gpu_memory_gb": 80.0,
+    "gpu_memory_free_gb": 80.0,
+}
 
 
 def test_gpu_reasons(findings):
@@ -157,11 +196,16 @@ def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
 
 
 # --------------------------------------------------------------------------------------- machine
-@pytest.mark.parametrize("flags, bfloat16, float16, unit", [
-    ({"avx2", "sse"}, "emulated", "emulated", "none"), ({"avx512_bf16"}, "native", "emulated", "none"),
-    ({"amx_bf16", "amx_tile", "avx512_fp16"}, "native", "native", "AMX"), (set(), "emulated", "emulated", "none"),
-    ({"neon", "bf16", "fp16_arith"}, "native", "native", "none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, bfloat16, float16, unit",
+    [
+        ({"avx2", "sse"}, "emulated", "emulated", "none"),
+        ({"avx512_bf16"}, "native", "emulated", "none"),
+        ({"amx_bf16", "amx_tile", "avx512_fp16"}, "native", "native", "AMX"),
+        (set(), "emulated", "emulated", "none"),
+        ({"neon", "bf16", "fp16_arith"}, "native", "native", "none"),
+    ],
+)
 def test_cpu_features(flags, bfloat16, float16, unit):
     found = doctor._cpu(flags)
     assert (found["bfloat16"], found["float16"], found["matrix_unit"]) == (bfloat16, float16, unit)
@@ -171,8 +215,9 @@ def test_cpu_features(flags, bfloat16, float16, unit):
 def test_amx_is_named(findings):
     findings["machine"].update(doctor._cpu({"amx_bf16"}))
     found = advised(findings)
-    assert "AMX" in found["reasons"][0] and any(line.split() == ["matrix", "unit", "AMX"]
-                                                for line in doctor.report(found).splitlines())
+    assert "AMX" in found["reasons"][0] and any(
+        line.split() == ["matrix", "unit", "AMX"] for line in doctor.report(found).splitlines()
+    )
 
 
 def test_machine_is_plain_values():

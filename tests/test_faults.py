@@ -63,6 +63,7 @@ def _no_pictures(monkeypatch):
 @pytest.fixture
 def said(capsys):
     """What went to stderr since the last call; never a traceback, never a flood."""
+
     def read(lines: int = 16) -> str:
         text = capsys.readouterr().err
         assert "Traceback" not in text
@@ -168,8 +169,11 @@ def test_killed_loading_worker(data, tmp_path):
 def test_lock_is_refused_and_taken_over(data, tmp_path, said):
     holder = "import sys, time; sys.path.insert(0, sys.argv[1]); from run import RunDirectory\n"
     holder += "RunDirectory(sys.argv[2]).open(); print('held', flush=True); time.sleep(600)"
-    with subprocess.Popen([sys.executable, "-c", holder, str(tiny.ROOT), str(tmp_path / "run")],
-                          stdout=subprocess.PIPE, env=tiny.environment()) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tiny.ROOT), str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        env=tiny.environment(),
+    ) as process:
         assert process.stdout.readline() == b"held\n"
         assert tiny.train(data, tmp_path) == 2
         text = said()
@@ -267,6 +271,7 @@ def test_read_only_folders(small_disk, finished, tmp_path, monkeypatch, said):
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EIO, errno.EDQUOT, errno.EACCES])
 def test_disk_fails_while_training(number, data, tmp_path, monkeypatch, said):
     """As where a failing disk turns read-only, or a quota is reached, before the second checkpoint."""
+
     def fail(_):
         raise OSError(number, os.strerror(number))
 
@@ -337,37 +342,75 @@ def mutilations(checkpoint: Path, mark: Path):
     return {
         "torch file that runs code": saved({**good, "extra": RunsCode(mark)}),
         "pickle that runs code": lambda file: file.write_bytes(pickle.dumps(RunsCode(mark))),
-        "old pickle that runs code":
-            lambda file: torch.save(RunsCode(mark), file, _use_new_zipfile_serialization=False),
+        "old pickle that runs code": lambda file: torch.save(
+            RunsCode(mark), file, _use_new_zipfile_serialization=False
+        ),
         "empty": lambda file: file.write_bytes(b""),
         "text": lambda file: file.write_text("weights"),
         "half": lambda file: file.write_bytes(raw[: len(raw) // 2]),
         "without its end": lambda file: file.write_bytes(raw[:-30]),
         "image": lambda file: Image.new("RGB", (9, 9)).save(file, "png"),
         "folder": lambda file: file.mkdir(),
-        "list": saved([1, 2]), "tensor": saved(torch.zeros(3)), "empty table": saved({}),
-        "no model": without("model"), "no classes": without("classes"), "no model name": without("model_name"),
-        "no format": without("format"), "no image size": without("image_size"),
-        "model of text": changed(model="weights"), "weights of text": changed(model={**weights, first: "x"}),
+        "list": saved([1, 2]),
+        "tensor": saved(torch.zeros(3)),
+        "empty table": saved({}),
+        "no model": without("model"),
+        "no classes": without("classes"),
+        "no model name": without("model_name"),
+        "no format": without("format"),
+        "no image size": without("image_size"),
+        "model of text": changed(model="weights"),
+        "weights of text": changed(model={**weights, first: "x"}),
         "missing weight": changed(model={n: w for n, w in weights.items() if n != first}),
         "other shape": changed(model={**weights, first: torch.zeros(2)}),
         "other head": changed(model={**weights, head: torch.zeros(4, 1024)}),
-        "other model": changed(model_name="resnet18"), "unknown model": changed(model_name="resnet999"),
-        "model name of numbers": changed(model_name=[18]), "size of text": changed(image_size="36"),
-        "size below zero": changed(image_size=-1), "classes of numbers": changed(classes=[1, 2, 3]),
-        "other classes": changed(classes=["a", "b", "c"]), "fewer classes": changed(classes=["coast", "field"]),
+        "other model": changed(model_name="resnet18"),
+        "unknown model": changed(model_name="resnet999"),
+        "model name of numbers": changed(model_name=[18]),
+        "size of text": changed(image_size="36"),
+        "size below zero": changed(image_size=-1),
+        "classes of numbers": changed(classes=[1, 2, 3]),
+        "other classes": changed(classes=["a", "b", "c"]),
+        "fewer classes": changed(classes=["coast", "field"]),
         "unknown normalisation": changed(normalize="sometimes"),
         "a name of numbers": changed(model={**weights, 5: weights[first]}),
-    }  # fmt: skip
+    }
 
 
 NAMES = [
-    "torch file that runs code", "pickle that runs code", "old pickle that runs code", "empty", "text", "half",
-    "without its end", "image", "folder", "list", "tensor", "empty table", "no model", "no classes", "no model name",
-    "no format", "no image size", "model of text", "weights of text", "missing weight", "other shape", "other head",
-    "other model", "unknown model", "model name of numbers", "size of text", "size below zero", "classes of numbers",
-    "other classes", "fewer classes", "unknown normalisation", "a name of numbers",
-]  # fmt: skip
+    "torch file that runs code",
+    "pickle that runs code",
+    "old pickle that runs code",
+    "empty",
+    "text",
+    "half",
+    "without its end",
+    "image",
+    "folder",
+    "list",
+    "tensor",
+    "empty table",
+    "no model",
+    "no classes",
+    "no model name",
+    "no format",
+    "no image size",
+    "model of text",
+    "weights of text",
+    "missing weight",
+    "other shape",
+    "other head",
+    "other model",
+    "unknown model",
+    "model name of numbers",
+    "size of text",
+    "size below zero",
+    "classes of numbers",
+    "other classes",
+    "fewer classes",
+    "unknown normalisation",
+    "a name of numbers",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -386,8 +429,9 @@ def test_hostile_checkpoint(name, data, finished, tmp_path, said):
     assert tiny.train(data, tmp_path, "--resume") == 2
     assert str(tmp_path / "run") in said()
     status = tiny.train(data, tmp_path, f"--pretrained_path={tmp_path / 'run' / 'last.pt'}", "--epochs=1", name="new")
-    assert status == 2 or name.startswith(("no ", "other head", "other classes", "fewer", "classes", "size", "unk",
-                                           "model name", "other model")), said()
+    assert status == 2 or name.startswith(
+        ("no ", "other head", "other classes", "fewer", "classes", "size", "unk", "model name", "other model")
+    ), said()
     said()
     assert not mark.exists()
 
@@ -396,11 +440,25 @@ def test_all_mutilations_are_tried(finished, tmp_path):
     assert list(mutilations(finished / "last.pt", tmp_path / "mark")) == NAMES
 
 
-@pytest.mark.parametrize("change", [
-    {"optimizer": None}, {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"progress": None},
-    {"progress": {}}, {"progress": {"epoch": "x"}}, {"progress": {"unknown": 1}}, {"scaler": 5}, {"fingerprint": "x"},
-    {"progress": {"epoch": -3}}, {"progress": {"update": 99}}, {"fingerprint": None}, {"format": 2},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": None},
+        {"optimizer": {}},
+        {"optimizer": {"state": {}, "param_groups": []}},
+        {"progress": None},
+        {"progress": {}},
+        {"progress": {"epoch": "x"}},
+        {"progress": {"unknown": 1}},
+        {"scaler": 5},
+        {"fingerprint": "x"},
+        {"progress": {"epoch": -3}},
+        {"progress": {"update": 99}},
+        {"fingerprint": None},
+        {"format": 2},
+    ],
+    ids=str,
+)
 def test_damaged_state(change, data, tmp_path, said):
     """Parts of last.pt that are missing or of the wrong kind."""
     fp16 = ["--amp", "--amp_dtype=float16"] if "scaler" in change else []
@@ -431,7 +489,7 @@ def test_fuzzed_checkpoints(finished, tmp_path):
     for seed in range(count):
         chance, content = random.Random(seed), bytearray(raw)
         if seed % 3 == 0:
-            del content[chance.randrange(len(raw)):]
+            del content[chance.randrange(len(raw)) :]
         elif seed % 3 == 1:
             start = chance.choice([chance.randrange(2000), chance.randrange(len(raw) - 40_000, len(raw))])
             del content[start : start + chance.randrange(1, 600)]
@@ -451,12 +509,14 @@ def test_fuzzed_checkpoints(finished, tmp_path):
 # ------------------------------------------------------------------------------------- images
 def huge_png(file: Path, width: int, height: int) -> None:
     """A PNG whose header promises width x height pixels and whose body is a few bytes."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    file.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) +
-                     chunk(b"IEND", b""))
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
 
 
 def plant_hostile_images(folder: Path, good: Path) -> list[str]:
@@ -481,9 +541,26 @@ def plant_hostile_images(folder: Path, good: Path) -> list[str]:
     (folder / "line\nbreak.jpg").write_text("x")
     (folder / "quote'\".jpg").write_text("x")
     Path(os.fsdecode(os.fsencode(folder) + b"/bytes\xff\xfe.jpg")).write_text("x")
-    return ["truncated.jpg", "cut.png", "nothing.jpg", "text.jpg", "page.png", "noise.webp", "bomb.png", "large.png",
-            "thin.png", "loop.png", "ring1.png", "ring2.png", "gone.png", "zero.png", "pipe.png", r"line\nbreak.jpg",
-            "quote'\".jpg", r"bytes\udcff\udcfe.jpg"]  # fmt: skip
+    return [
+        "truncated.jpg",
+        "cut.png",
+        "nothing.jpg",
+        "text.jpg",
+        "page.png",
+        "noise.webp",
+        "bomb.png",
+        "large.png",
+        "thin.png",
+        "loop.png",
+        "ring1.png",
+        "ring2.png",
+        "gone.png",
+        "zero.png",
+        "pipe.png",
+        r"line\nbreak.jpg",
+        "quote'\".jpg",
+        r"bytes\udcff\udcfe.jpg",
+    ]
 
 
 def plant_odd_but_good(folder: Path) -> None:
@@ -493,8 +570,9 @@ def plant_odd_but_good(folder: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(folder / "really a png.jpg", "png")
     Image.new("L", (1, 1)).save(folder / "dot.BMP")
     for mode in ("1", "P", "LA", "RGBA", "CMYK", "I;16", "F"):
-        Image.new(mode, (20, 20)).save(folder / f"{mode.replace(';', '')}.tif" if mode in ("CMYK", "I;16", "F")
-                                       else folder / f"mode {mode}.png")
+        Image.new(mode, (20, 20)).save(
+            folder / f"{mode.replace(';', '')}.tif" if mode in ("CMYK", "I;16", "F") else folder / f"mode {mode}.png"
+        )
     (folder / "names\n'\"\t\\ $x_{ <b> | *.png").write_bytes((folder / "tall.png").read_bytes())
     Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe.png")).write_bytes((folder / "tall.png").read_bytes())
     for name in (".DS_Store", "._whole.jpg", "Thumbs.db", "desktop.ini", ".hidden.png", "notes.txt"):
@@ -549,16 +627,34 @@ def test_odd_but_good_images(own_data, tmp_path, said):
 
 def test_hostile_class_names(tmp_path):
     """Names that would break paths, Markdown, HTML or plots go through training, testing, pictures and prediction."""
-    names = ("quote'\"`", "pipe|s**", "$x_{", "<b>&amp;<i>", "new\nline", "car\rriage", os.fsdecode(b"\xff\xfe"),
-             "-dash", "日本 🙂", "%s{0}\\n", "x" * 200)  # fmt: skip
+    names = (
+        "quote'\"`",
+        "pipe|s**",
+        "$x_{",
+        "<b>&amp;<i>",
+        "new\nline",
+        "car\rriage",
+        os.fsdecode(b"\xff\xfe"),
+        "-dash",
+        "日本 🙂",
+        "%s{0}\\n",
+        "x" * 200,
+    )
     data = tiny.draw(tmp_path / "data", train=66, test=11, classes=names)
     commands = [
         tiny.words(data, tmp_path, "--epochs=1"),
         ["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"],
-        ["predict", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run", str(data / "seg_test"),
-         f"--csv={tmp_path / 'p.csv'}", f"--json={tmp_path / 'p.json'}", f"--contact_sheet={tmp_path / 'p.png'}"],
+        [
+            "predict",
+            f"--checkpoint_dir={tmp_path}",
+            "--checkpoint_name=run",
+            str(data / "seg_test"),
+            f"--csv={tmp_path / 'p.csv'}",
+            f"--json={tmp_path / 'p.json'}",
+            f"--contact_sheet={tmp_path / 'p.png'}",
+        ],
         ["prepare", "--check", f"--data_dir={data}"],
-    ]  # fmt: skip
+    ]
     for command in commands:
         status, _, errors = tiny.finish(tiny.start(command))
         assert (status, errors) == (0, "")
@@ -611,6 +707,7 @@ def test_data_changed_before_resuming(change, part, cache, data, own_data, tmp_p
 @pytest.mark.parametrize("workers", [0, 1])
 def test_image_vanishes_while_training(workers, own_data, tmp_path, monkeypatch, said):
     """Streamed images are read from disk in every epoch: one that is gone is named."""
+
     def remove():
         for path in tiny.images(own_data):
             path.unlink()
@@ -621,8 +718,21 @@ def test_image_vanishes_while_training(workers, own_data, tmp_path, monkeypatch,
     assert ".png" in text and "no longer be read" in text
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "garbage", "one byte", "notes garbage", "notes emptied",
-                                    "notes of another", "notes gone", "other array", "folder"])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        "emptied",
+        "garbage",
+        "one byte",
+        "notes garbage",
+        "notes emptied",
+        "notes of another",
+        "notes gone",
+        "other array",
+        "folder",
+    ],
+)
 def test_damaged_cache(damage, own_data, finished, tmp_path, capsys):
     """A damaged cache is noticed and built anew; the run equals one that never had it."""
     assert tiny.train(own_data, tmp_path, name="first") == 0
@@ -663,8 +773,9 @@ def test_damaged_cache(damage, own_data, finished, tmp_path, capsys):
 # ------------------------------------------------------------------- numbers, memory, wrong folders
 def test_nan_in_pretrained_weights(data, finished, tmp_path, said):
     content = torch.load(finished / "best_model.pt", weights_only=True)
-    weights = {name: torch.full_like(w, float("nan")) if w.is_floating_point() else w
-               for name, w in content["model"].items()}
+    weights = {
+        name: torch.full_like(w, float("nan")) if w.is_floating_point() else w for name, w in content["model"].items()
+    }
     torch.save(weights, tmp_path / "nan.pt")
     assert tiny.train(data, tmp_path, f"--pretrained_path={tmp_path / 'nan.pt'}") == 1
     text = said()
@@ -688,11 +799,17 @@ def test_diverging_run(data, tmp_path, said):
     assert "--learning_rate" in said()
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
-    RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
-], ids=["cuda", "python", "cpu", "driver", "cublas"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    ],
+    ids=["cuda", "python", "cpu", "driver", "cublas"],
+)
 def test_out_of_memory(error, data, tmp_path, monkeypatch, said):
     def fail():
         raise error

@@ -61,8 +61,13 @@ def test_dtypes_are_those_autocast_documents(known, precision):
 
 def test_backward_operators_know_their_modules(known):
     rows = inspector.trace_dtypes(*known, BF16)
-    for op, module in (("convolution_backward", "conv"), ("native_batch_norm_backward", "norm"),
-                       ("threshold_backward", "relu"), ("mm", "head"), ("nll_loss_backward", "")):
+    for op, module in (
+        ("convolution_backward", "conv"),
+        ("native_batch_norm_backward", "norm"),
+        ("threshold_backward", "relu"),
+        ("mm", "head"),
+        ("nll_loss_backward", ""),
+    ):
         assert {row["module"] for row in rows_of(rows, phase="backward", op=op)} == {module}, op
 
 
@@ -110,8 +115,11 @@ def test_cast_cost_counts_bytes_of_the_same_casts(known):
     def cast(phase, shape, stride, old, new, calls):
         return {"phase": phase, "cast": (shape, stride), "inputs": [old], "output": new, "calls": calls}
 
-    rows = [cast("forward", (4, 8), (8, 1), "float32", "bfloat16", 1), {"cast": None},
-            cast("backward", (3,), (1,), "bfloat16", "float32", 2)]
+    rows = [
+        cast("forward", (4, 8), (8, 1), "float32", "bfloat16", 1),
+        {"cast": None},
+        cast("backward", (3,), (1,), "bfloat16", "float32", 2),
+    ]
     cost = inspector.cast_cost(*known, BF16, rows)
     assert cost["bytes"] == 32 * 6 + 2 * 3 * 6
     assert cost["casts"] == {"forward": 1, "backward": 2}
@@ -138,8 +146,9 @@ def test_ledger_counted_by_hand():
 
 
 def test_buffers_are_not_activations():
-    row = inspector.memory_ledger(lambda: nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4),
-                                  torch.tensor([0, 1, 2, 3, 0]), FP32)
+    row = inspector.memory_ledger(
+        lambda: nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), FP32
+    )
     assert row["buffers"] == 2 * 4 * 4 + 8
     # mean and deviation of the batch, log_softmax's output, the sum of the labels' weights; the input is the batch
     assert row["activations"] == 2 * 16 + 4 * 20 + 4
@@ -197,9 +206,7 @@ def test_underflow_matches_the_formula_of_finfo(monkeypatch):
     assert counts == dict(zip(*(array.astype(int).tolist() for array in expected), strict=True))
 
 
-@pytest.mark.parametrize("scale, zero, subnormal, overflow", [
-    (1, 2, 1, 0), (2**8, 1, 1, 0), (2**16, 0, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize("scale, zero, subnormal, overflow", [(1, 2, 1, 0), (2**8, 1, 1, 0), (2**16, 0, 1, 1)])
 def test_underflow_of_four_known_values(scale, zero, subnormal, overflow):
     counts, exponents = inspector.fate(torch.tensor([0, 2.0**-34, 2.0**-28, 2.0**-20, 2.0]), [scale])
     assert counts["values"] == 5 and counts["nonzero"] == 4
@@ -210,8 +217,14 @@ def test_underflow_of_four_known_values(scale, zero, subnormal, overflow):
 def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
     found = inspector.underflow_map(*known)
     through = {row["name"]: row["through_float16"] for row in found["layers"] if row["group"] == "parameter"}
-    assert through == {"conv.weight": True, "conv.bias": True, "norm.weight": False, "norm.bias": False,
-                       "head.weight": True, "head.bias": True}
+    assert through == {
+        "conv.weight": True,
+        "conv.bias": True,
+        "norm.weight": False,
+        "norm.bias": False,
+        "head.weight": True,
+        "head.bias": True,
+    }
     outputs = {row["name"]: row for row in found["layers"] if row["group"] == "activation"}
     assert set(outputs) == {"conv", "norm", "relu", "head"}
     assert outputs["conv"]["values"] == 4 * 4 * 4 * 4
@@ -223,14 +236,26 @@ def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
 
 
 METRICS = [
-    {"epoch": 1, "updates": 10, "loss_scale": 16384.0, "skipped_updates": 2, "skips": [
-        {"update": 1, "parameter": "conv1.weight", "scale": 65536.0},
-        {"update": 2, "parameter": "fc.weight", "scale": 32768.0}]},
+    {
+        "epoch": 1,
+        "updates": 10,
+        "loss_scale": 16384.0,
+        "skipped_updates": 2,
+        "skips": [
+            {"update": 1, "parameter": "conv1.weight", "scale": 65536.0},
+            {"update": 2, "parameter": "fc.weight", "scale": 32768.0},
+        ],
+    },
     {"epoch": 2, "updates": 20, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
     {"epoch": 3, "updates": 30, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
-    {"epoch": 4, "updates": 40, "loss_scale": 0.5, "skipped_updates": 1, "skips": [
-        {"update": 37, "parameter": "bn1.bias", "scale": 1.0}]},
-]  # fmt: skip
+    {
+        "epoch": 4,
+        "updates": 40,
+        "loss_scale": 0.5,
+        "skipped_updates": 1,
+        "skips": [{"update": 37, "parameter": "bn1.bias", "scale": 1.0}],
+    },
+]
 
 
 def test_diary_tells_scales_skips_and_parameters():
@@ -280,11 +305,14 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
     assert all(len(line) <= 80 for line in full.splitlines())
 
 
-@pytest.mark.parametrize("align, rows, lines", [
-    ("<>", [["a", "bb"], ["ccc", "1"]], ["  a    bb", "  ccc   1"]),
-    ("<>", [["", "b"], ["a heading of its own"], ["c", "d"]], ["     b", "a heading of its own", "  c  d"]),
-    ("<<", [["a", "b" * 90]], ["  a  " + "b" * 74 + "…"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "align, rows, lines",
+    [
+        ("<>", [["a", "bb"], ["ccc", "1"]], ["  a    bb", "  ccc   1"]),
+        ("<>", [["", "b"], ["a heading of its own"], ["c", "d"]], ["     b", "a heading of its own", "  c  d"]),
+        ("<<", [["a", "b" * 90]], ["  a  " + "b" * 74 + "…"]),
+    ],
+)
 def test_tables_are_set_by_their_longest_cells(align, rows, lines):
     assert inspector.table(align, rows) == lines
 

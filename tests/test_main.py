@@ -29,18 +29,55 @@ from reports import page, pictures
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
 FILES = {
-    "config.json", "metrics.jsonl", "metrics.csv", "last.pt", "best_model.pt", "result.json", "predictions.csv",
-    "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html",
+    "config.json",
+    "metrics.jsonl",
+    "metrics.csv",
+    "last.pt",
+    "best_model.pt",
+    "result.json",
+    "predictions.csv",
+    "learning_curve.png",
+    "confusion_matrix.png",
+    "mistakes.png",
+    "report.html",
 }
 METRICS = {
-    "epoch", "updates", "train_loss", "train_acc", "val_loss", "val_acc", "learning_rate", "loss_scale",
-    "skipped_updates", "images_per_second", "data_wait_share", "seconds", "peak_memory_mb", "grad_norm", "elapsed",
+    "epoch",
+    "updates",
+    "train_loss",
+    "train_acc",
+    "val_loss",
+    "val_acc",
+    "learning_rate",
+    "loss_scale",
+    "skipped_updates",
+    "images_per_second",
+    "data_wait_share",
+    "seconds",
+    "peak_memory_mb",
+    "grad_norm",
+    "elapsed",
     "skips",
 }
 RESULT = {
-    "test_acc", "test_loss", "best_epoch", "best_val_acc", "total_seconds", "images_per_second", "peak_memory_mb",
-    "memory_kind", "precision", "device", "classes", "per_class", "confusion", "reserved_memory_mb", "device_name",
-    "train_seconds", "skipped_updates", "calibration_error",
+    "test_acc",
+    "test_loss",
+    "best_epoch",
+    "best_val_acc",
+    "total_seconds",
+    "images_per_second",
+    "peak_memory_mb",
+    "memory_kind",
+    "precision",
+    "device",
+    "classes",
+    "per_class",
+    "confusion",
+    "reserved_memory_mb",
+    "device_name",
+    "train_seconds",
+    "skipped_updates",
+    "calibration_error",
 }
 
 
@@ -155,8 +192,11 @@ def test_pictures_are_pictures(trained):
 def test_fp32_and_amp_start_alike_and_end_apart(trained):
     one, other = (torch.load(trained[name][0] / "last.pt", weights_only=True) for name in ("fp32", "amp-bf16"))
     assert one["fingerprint"] == other["fingerprint"]
-    differences = [float((one["model"][key] - other["model"][key]).abs().max())
-                   for key in one["model"] if key.endswith("conv1.weight")]
+    differences = [
+        float((one["model"][key] - other["model"][key]).abs().max())
+        for key in one["model"]
+        if key.endswith("conv1.weight")
+    ]
     assert 0 < max(differences) < 0.01
 
 
@@ -164,8 +204,15 @@ def test_the_summary_tells_what_a_user_wants_to_know(trained):
     folder, _, out, err = trained["fp32"]
     result = read(folder, "result.json")
     assert shown_accuracy(out) == pytest.approx(result["test_acc"], abs=0.01)
-    for text in (*CLASSES, "process resident peak", "Best epoch", "Time", "48 training, 12 validation and 18 test",
-                 "epoch   2/2", str(folder)):
+    for text in (
+        *CLASSES,
+        "process resident peak",
+        "Best epoch",
+        "Time",
+        "48 training, 12 validation and 18 test",
+        "epoch   2/2",
+        str(folder),
+    ):
         assert text in out
     assert err == ""
 
@@ -178,16 +225,23 @@ def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
 
 @pytest.mark.usefixtures("undrawn")
 def test_quiet_still_warns(scenes_folder, tmp_path, run):
-    status, out, _ = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet",
-                          "--amp", "--amp_dtype=float16"])
+    status, out, _ = run(
+        [
+            *words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"),
+            "--quiet",
+            "--amp",
+            "--amp_dtype=float16",
+        ]
+    )
     assert status == 0 and out.startswith("warning: on CPUs float16 is many times slower")
     assert "epoch" not in out.splitlines()[1]
 
 
 def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    given = words(scenes_folder, tmp_path, "run", "--model=squeezenet1_1", "--tensorboard", "--amp",
-                  "--amp_dtype=float16")
+    given = words(
+        scenes_folder, tmp_path, "run", "--model=squeezenet1_1", "--tensorboard", "--amp", "--amp_dtype=float16"
+    )
     assert run(given)[0] == run([*given, "--overwrite"])[0] == 0  # whose events take the place of the first run's
     found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()
@@ -207,12 +261,33 @@ def test_a_run_without_a_name_is_called_after_model_and_precision(scenes_folder,
 
 @pytest.mark.usefixtures("undrawn")
 def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run):
-    status, out, err = run(words(
-        scenes_folder, tmp_path, "all", "--model=squeezenet1_1", "--accumulate=3", "--clip_grad_norm=1", "--ema=0.5",
-        "--label_smoothing=0.1", "--mixup=0.2", "--cutmix=1", "--augment=crop", "--freeze_epochs=1", "--patience=5",
-        "--optimizer=sgd", "--decay_type=step_warmup", "--warmup_epochs=0.5", "--cache=none", "--num_workers=0",
-        "--normalize=none", "--no-channels_last", "--log_interval=1", "--checkpoint_every=2u", "--sync_batchnorm",
-    ))
+    status, out, err = run(
+        words(
+            scenes_folder,
+            tmp_path,
+            "all",
+            "--model=squeezenet1_1",
+            "--accumulate=3",
+            "--clip_grad_norm=1",
+            "--ema=0.5",
+            "--label_smoothing=0.1",
+            "--mixup=0.2",
+            "--cutmix=1",
+            "--augment=crop",
+            "--freeze_epochs=1",
+            "--patience=5",
+            "--optimizer=sgd",
+            "--decay_type=step_warmup",
+            "--warmup_epochs=0.5",
+            "--cache=none",
+            "--num_workers=0",
+            "--normalize=none",
+            "--no-channels_last",
+            "--log_interval=1",
+            "--checkpoint_every=2u",
+            "--sync_batchnorm",
+        )
+    )
     assert status == 0, err
     status, again, _ = run(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=all"])
     assert status == 0 and shown_accuracy(again) == shown_accuracy(out)
@@ -222,11 +297,22 @@ def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run)
 def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path, run):
     """At a rate of almost nothing, the best epoch tests as the run whose weights it began with."""
     weights = trained["fp32"][0] / "best_model.pt"
-    status, out, err = run(words(scenes_folder, tmp_path, "again", f"--pretrained_path={weights}",
-                                 "--learning_rate=1e-12", "--epochs=1", "--weight_decay=0"))
+    status, out, err = run(
+        words(
+            scenes_folder,
+            tmp_path,
+            "again",
+            f"--pretrained_path={weights}",
+            "--learning_rate=1e-12",
+            "--epochs=1",
+            "--weight_decay=0",
+        )
+    )
     assert status == 0, err
-    one, other = (load_file(folder / "best_model.pt")["model"]["conv1.weight"]
-                  for folder in (trained["fp32"][0], tmp_path / "again"))
+    one, other = (
+        load_file(folder / "best_model.pt")["model"]["conv1.weight"]
+        for folder in (trained["fp32"][0], tmp_path / "again")
+    )
     assert float((one - other).abs().max()) < 1e-9
 
 
@@ -260,10 +346,13 @@ def test_evaluate_finds_the_test_accuracy_again(trained, run, name, spelling):
 def test_evaluate_finds_what_a_plain_torch_loop_finds(trained, scenes_folder):
     network = torchvision.models.resnet18(num_classes=6)
     network.load_state_dict(load_file(trained["fp32"][0] / "best_model.pt")["model"])
-    tail = torchvision.transforms.Compose([
-        torchvision.transforms.Resize((33, 33)), torchvision.transforms.ToTensor(),
-        torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ])
+    tail = torchvision.transforms.Compose(
+        [
+            torchvision.transforms.Resize((33, 33)),
+            torchvision.transforms.ToTensor(),
+            torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
     images = torchvision.datasets.ImageFolder(scenes_folder / "seg_test" / "seg_test", tail)
     with torch.no_grad():
         logits = torch.cat([network.eval()(image[None]) for image, _ in images])
@@ -275,8 +364,9 @@ def test_evaluate_finds_what_a_plain_torch_loop_finds(trained, scenes_folder):
 
 def test_evaluate_in_several_precisions(trained, run):
     folder = trained["fp32"][0]
-    status, out, err = run(["evaluate", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
-                            "--precisions=fp32,amp-bf16"])
+    status, out, err = run(
+        ["evaluate", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32", "--precisions=fp32,amp-bf16"]
+    )
     rows = read(folder, "parity.json")
     assert status == 0 and list(rows) == ["fp32", "amp-bf16"] and "amp-bf16" in out
     assert rows["fp32"]["largest_logit_difference"] == 0 < rows["amp-bf16"]["largest_logit_difference"] < 1
@@ -287,8 +377,9 @@ def test_evaluate_in_several_precisions(trained, run):
 @pytest.mark.usefixtures("undrawn")
 def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
     draw, drawn = demo.draw_demo, []
-    monkeypatch.setattr(demo, "draw_demo", lambda root: drawn.append(root) or draw(
-        root, train_images=60, test_images=18))
+    monkeypatch.setattr(
+        demo, "draw_demo", lambda root: drawn.append(root) or draw(root, train_images=60, test_images=18)
+    )
     monkeypatch.chdir(tmp_path)
     status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "squeezenet1_1"])
     assert status == 0, err
@@ -305,9 +396,20 @@ def test_predict_writes_csv_json_and_a_sheet(trained, scenes_folder, tmp_path, r
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
-    status, out, err = run(["predict", test, broken, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
-                            f"--csv={files['csv']}", f"--json={files['json']}", f"--contact_sheet={files['png']}",
-                            "--top_k=2", "--batch_size=7"])
+    status, out, err = run(
+        [
+            "predict",
+            test,
+            broken,
+            f"--checkpoint_dir={folder.parent}",
+            "--checkpoint_name=fp32",
+            f"--csv={files['csv']}",
+            f"--json={files['json']}",
+            f"--contact_sheet={files['png']}",
+            "--top_k=2",
+            "--batch_size=7",
+        ]
+    )
     assert status == 0, err
     assert "18 images" in out and "broken.jpg" in out
     rows = json.loads(files["json"].read_text())
@@ -366,8 +468,11 @@ def test_export_agrees_with_onnx_runtime(trained, scenes_folder, tmp_path, run):
 def comparison(scenes_folder, tmp_path_factory, run):
     """Two precisions compared by processes of their own, as the command does it: (folder, words, stdout)."""
     folder = tmp_path_factory.mktemp("comparison")
-    given = ["compare", *words(scenes_folder, folder, "both", "--model=squeezenet1_1", "--epochs=1"),
-             "--precisions=fp32,amp-bf16"]
+    given = [
+        "compare",
+        *words(scenes_folder, folder, "both", "--model=squeezenet1_1", "--epochs=1"),
+        "--precisions=fp32,amp-bf16",
+    ]
     status, out, err = run(given)
     assert status == 0, err
     return folder / "both", given, out
@@ -408,8 +513,9 @@ def test_report_only_redraws_from_files(comparison, run):
     folder, given, _ = comparison
     for name in ("performance_table.md", "comparison.png"):
         (folder / name).unlink()
-    status, out, err = run(["compare", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}",
-                            "--report_only"])
+    status, out, err = run(
+        ["compare", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}", "--report_only"]
+    )
     assert status == 0, err
     assert (folder / "performance_table.md").exists() and (folder / "comparison.png").exists()
 
@@ -547,11 +653,16 @@ def unreadable(folder):
         path.write_bytes(b"no image")
 
 
-@pytest.mark.parametrize("change, named", [
-    (empty_class, ["sea holds no image"]), (one_class, ["1 class folder", "at least two"]),
-    (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
-    (lambda folder: (folder / "seg_test").rename(folder / "other"), ["no test images", "--archive"]),
-], ids=["empty", "one", "unreadable", "no test"])
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (empty_class, ["sea holds no image"]),
+        (one_class, ["1 class folder", "at least two"]),
+        (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
+        (lambda folder: (folder / "seg_test").rename(folder / "other"), ["no test images", "--archive"]),
+    ],
+    ids=["empty", "one", "unreadable", "no test"],
+)
 def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, named):
     data = broken_copy(scenes_folder, tmp_path / "data", change)
     status, out, err = run(words(data, tmp_path / "runs"))
@@ -573,14 +684,23 @@ def test_no_data_names_the_three_ways_to_get_it(tmp_path, run, monkeypatch):
     assert status == 2 and all(way in err for way in ("--demo", "--download", "--archive", "--data_dir"))
 
 
-@pytest.mark.parametrize("more, named", [
-    (["--model=resnet19"], "resnet18"), (["--num_classes=5"], "--num_classes 5"), (["--epochs=0"], "--epochs"),
-    (["--learning_rate=-1"], "--learning_rate"), (["--batch_size=0"], "--batch_size"),
-    (["--pretrained_path=absent.pt"], "absent.pt"), (["--device=cuda:7"], "--device cuda:7"),
-    (["--device=nonsense"], "--device nonsense"), (["--tf32", "--device=cpu"], "--tf32"),
-    (["--model=alexnet"], "--image_size 33"), (["--image_size=32", "--batch_size=47"], "--batch_size"),
-    (["--resume"], "--resume"),
-])
+@pytest.mark.parametrize(
+    "more, named",
+    [
+        (["--model=resnet19"], "resnet18"),
+        (["--num_classes=5"], "--num_classes 5"),
+        (["--epochs=0"], "--epochs"),
+        (["--learning_rate=-1"], "--learning_rate"),
+        (["--batch_size=0"], "--batch_size"),
+        (["--pretrained_path=absent.pt"], "absent.pt"),
+        (["--device=cuda:7"], "--device cuda:7"),
+        (["--device=nonsense"], "--device nonsense"),
+        (["--tf32", "--device=cpu"], "--tf32"),
+        (["--model=alexnet"], "--image_size 33"),
+        (["--image_size=32", "--batch_size=47"], "--batch_size"),
+        (["--resume"], "--resume"),
+    ],
+)
 def test_bad_options_are_named_with_status_2(scenes_folder, tmp_path, run, more, named):
     status, _, err = run(words(scenes_folder, tmp_path, "run", *more))
     assert status == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) <= 6, err
@@ -600,8 +720,9 @@ def test_weights_and_checkpoints_that_do_not_fit_are_named(scenes_folder, traine
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "best_model.pt").write_bytes(weights.read_bytes()[:5000])
     for name, named in (("damaged", "damaged"), ("absent", "Runs there: damaged")):
-        status, _, err = run(["evaluate", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path}",
-                              f"--checkpoint_name={name}"])
+        status, _, err = run(
+            ["evaluate", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path}", f"--checkpoint_name={name}"]
+        )
         assert status == 2 and named in err, err
 
 
@@ -619,16 +740,19 @@ def test_another_data_sets_classes_are_refused(trained, tmp_path, run):
                 Image.new("RGB", (40, 40), (index * 40, 0, 0)).save(tmp_path / part / name / f"{index}.png")
     folder = trained["fp32"][0]
     for command in ("evaluate", "inspect"):
-        status, _, err = run([command, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32",
-                              f"--data_dir={tmp_path}"])
+        status, _, err = run(
+            [command, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32", f"--data_dir={tmp_path}"]
+        )
         assert status == 2 and "cat" in err and "buildings" in err
 
 
 def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, run):
     finished = [f"--checkpoint_dir={trained['fp32'][0].parent}", "--checkpoint_name=fp32"]
-    for given in (["predict", *finished, str(tmp_path), f"--contact_sheet={tmp_path / 'no' / 'x.png'}"],
-                  ["export", *finished, f"--out={tmp_path / 'no' / 'x.onnx'}"],
-                  ["doctor", f"--json={tmp_path / 'no' / 'x.json'}"]):
+    for given in (
+        ["predict", *finished, str(tmp_path), f"--contact_sheet={tmp_path / 'no' / 'x.png'}"],
+        ["export", *finished, f"--out={tmp_path / 'no' / 'x.onnx'}"],
+        ["doctor", f"--json={tmp_path / 'no' / 'x.json'}"],
+    ):
         status, out, err = run(given)
         assert status == 2 and err.startswith(f"error: {tmp_path / 'no'}/x") and not out
 
@@ -636,8 +760,9 @@ def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, r
 def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
     from assemble import Setup
 
-    given = words(scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3",
-                  "--cutmix=0.7")
+    given = words(
+        scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3", "--cutmix=0.7"
+    )
     setup = Setup(option.parse(given), utils.Ranks(), lambda text: None)
     data = setup.data()
     batches = setup.batches(data, data.train, train=True)
@@ -646,8 +771,15 @@ def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
 
 
 def test_a_misspelt_model_leaves_no_folder(scenes_folder, tmp_path, run):
-    status, _, err = run(["train", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path / 'runs'}",
-                          "--model=../../up", "--pretrained=0"])
+    status, _, err = run(
+        [
+            "train",
+            f"--data_dir={scenes_folder}",
+            f"--checkpoint_dir={tmp_path / 'runs'}",
+            "--model=../../up",
+            "--pretrained=0",
+        ]
+    )
     assert status == 2 and "is not a torchvision classifier" in err and not list(tmp_path.iterdir())
 
 
@@ -663,8 +795,18 @@ def test_a_compiler_that_fails_is_one_message(scenes_folder, tmp_path, run, monk
 
 
 def test_a_loss_that_is_not_finite_is_status_1_and_recorded(scenes_folder, tmp_path, run):
-    status, _, err = run(words(scenes_folder, tmp_path, "run", "--learning_rate=1e30", "--optimizer=SGD",
-                               "--warmup_epochs=0", "--epochs=3", "--model=squeezenet1_1"))
+    status, _, err = run(
+        words(
+            scenes_folder,
+            tmp_path,
+            "run",
+            "--learning_rate=1e30",
+            "--optimizer=SGD",
+            "--warmup_epochs=0",
+            "--epochs=3",
+            "--model=squeezenet1_1",
+        )
+    )
     assert status == 1 and "not finite in epoch" in err and "update" in err and "Traceback" not in err
     assert "not finite" in read(tmp_path / "run", "failure.json")["reason"]
     assert not (tmp_path / "run" / "result.json").exists()

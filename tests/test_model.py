@@ -62,9 +62,21 @@ def test_only_classifiers_are_offered():
 
 
 # ------------------------------------------------------------------------------------- families
-FAMILIES = [("alexnet", 64), ("squeezenet1_1", 33), ("mobilenet_v3_small", 33), ("shufflenet_v2_x0_5", 33),
-            ("mnasnet0_5", 33), ("densenet121", 33), ("efficientnet_b0", 33), ("regnet_y_400mf", 33),
-            ("googlenet", 33), ("inception_v3", 75), ("convnext_tiny", 33), ("swin_t", 33), ("resnet18", 33)]
+FAMILIES = [
+    ("alexnet", 64),
+    ("squeezenet1_1", 33),
+    ("mobilenet_v3_small", 33),
+    ("shufflenet_v2_x0_5", 33),
+    ("mnasnet0_5", 33),
+    ("densenet121", 33),
+    ("efficientnet_b0", 33),
+    ("regnet_y_400mf", 33),
+    ("googlenet", 33),
+    ("inception_v3", 75),
+    ("convnext_tiny", 33),
+    ("swin_t", 33),
+    ("resnet18", 33),
+]
 
 
 @pytest.mark.parametrize("name, side", FAMILIES, ids=[name for name, _ in FAMILIES])
@@ -81,22 +93,24 @@ def test_every_family_trains_a_head_of_its_own(name, side):
     assert head.weight.shape[0] == 6 and head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name, side, piece", [
-    ("vit_b_16", 33, 2), ("inception_v3", 33, 2), ("alexnet", 33, 2), ("resnet18", 32, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, side, piece", [("vit_b_16", 33, 2), ("inception_v3", 33, 2), ("alexnet", 33, 2), ("resnet18", 32, 1)]
+)
 def test_a_size_that_a_model_cannot_train_on_is_refused_before_training(name, side, piece):
     with torch.device("meta"):
-        model = models.get_model(name, num_classes=6,
-                                 **({"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}))
+        model = models.get_model(
+            name, num_classes=6, **({"aux_logits": False, "init_weights": False} if name == "inception_v3" else {})
+        )
     message = refused(check_input_size, model, side, piece)
     assert f"--image_size {side}" in message and "--batch_size" in message
     check_input_size(model, 224, 2)
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
-@pytest.mark.parametrize("name, options", [
-    ("resnet18", {}), ("squeezenet1_1", {}), ("mobilenet_v3_small", {}), ("googlenet", {"init_weights": False}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, options",
+    [("resnet18", {}), ("squeezenet1_1", {}), ("mobilenet_v3_small", {}), ("googlenet", {"init_weights": False})],
+)
 def test_imagenet_weights_fill_all_but_the_head(imagenet, monkeypatch, name, options):
     state = imagenet(name, **options)
     model = build_model(name, 6)
@@ -158,10 +172,16 @@ def test_a_damaged_imagenet_file_is_one_message(imagenet, content):
 
 
 # --------------------------------------------------------------------------------- a file of one's own
-@pytest.mark.parametrize("wrap", [
-    lambda state: state, lambda state: {"state_dict": state}, lambda state: {"model": state, "epoch": 3},
-    lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-], ids=["bare", "state_dict", "checkpoint", "module."])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state},
+        lambda state: {"model": state, "epoch": 3},
+        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
+    ],
+    ids=["bare", "state_dict", "checkpoint", "module."],
+)
 @pytest.mark.parametrize("classes", [6, 1000])
 def test_pretrained_path_takes_what_people_have(tmp_path, wrap, classes):
     torch.manual_seed(2)
@@ -179,8 +199,12 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     state["extra.weight"] = torch.zeros(1)
     state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
     message = refused(load_weights, models.resnet18(num_classes=6), state, source="a file")
-    for line in ("conv1.weight: shape (64, 3, 3, 3), needs (64, 3, 7, 7)", "layer1.0.conv1.weight: missing",
-                 "extra.weight: unknown", "--model"):
+    for line in (
+        "conv1.weight: shape (64, 3, 3, 3), needs (64, 3, 7, 7)",
+        "layer1.0.conv1.weight: missing",
+        "extra.weight: unknown",
+        "--model",
+    ):
         assert line in message
     torch.save(models.resnet50(num_classes=6).state_dict(), tmp_path / "other.pt")
     message = refused(build_model, "resnet18", 6, pretrained_path=tmp_path / "other.pt")
@@ -192,10 +216,16 @@ class Hostile:
         return print, ("run",)
 
 
-@pytest.mark.parametrize("content, named", [
-    (b"", "damaged"), (b"text", "damaged"),
-    (pickle.dumps({"a": Hostile()}, protocol=2), "refused"), (None, "does not exist"),
-], ids=["empty", "text", "hostile", "absent"])
+@pytest.mark.parametrize(
+    "content, named",
+    [
+        (b"", "damaged"),
+        (b"text", "damaged"),
+        (pickle.dumps({"a": Hostile()}, protocol=2), "refused"),
+        (None, "does not exist"),
+    ],
+    ids=["empty", "text", "hostile", "absent"],
+)
 def test_a_bad_file_is_one_message(tmp_path, content, named):
     file = tmp_path / "weights.pt"
     if content is not None:

@@ -37,14 +37,43 @@ OPTIONS = {
     "export": f"{RUN} --checkpoint --out",
 }
 SEED_DEFAULTS = {
-    "model": "ResNet18", "num_classes": None, "pretrained": 1, "pretrained_path": None, "checkpoint_dir": "checkpoint",
-    "checkpoint_name": "", "seed": 42, "batch_size": 256, "epochs": 120, "log_interval": 20, "amp": False,
-    "learning_rate": 1e-4, "weight_decay": 1e-4, "optimizer": "ADAM", "decay_type": "cosine_warmup",
-    "data_dir": "data", "demo": False, "device": "auto", "amp_dtype": "auto", "tf32": False, "image_size": 256,
-    "warmup_epochs": None, "clip_grad_norm": None, "accumulate": 1, "resume": None, "compile": False,
-    "channels_last": True, "cache": "auto", "normalize": "imagenet", "augment": "flip", "mixup": 0, "cutmix": 0,
-    "ema": 0, "label_smoothing": 0, "freeze_epochs": 0, "patience": None,
-}  # fmt: skip
+    "model": "ResNet18",
+    "num_classes": None,
+    "pretrained": 1,
+    "pretrained_path": None,
+    "checkpoint_dir": "checkpoint",
+    "checkpoint_name": "",
+    "seed": 42,
+    "batch_size": 256,
+    "epochs": 120,
+    "log_interval": 20,
+    "amp": False,
+    "learning_rate": 1e-4,
+    "weight_decay": 1e-4,
+    "optimizer": "ADAM",
+    "decay_type": "cosine_warmup",
+    "data_dir": "data",
+    "demo": False,
+    "device": "auto",
+    "amp_dtype": "auto",
+    "tf32": False,
+    "image_size": 256,
+    "warmup_epochs": None,
+    "clip_grad_norm": None,
+    "accumulate": 1,
+    "resume": None,
+    "compile": False,
+    "channels_last": True,
+    "cache": "auto",
+    "normalize": "imagenet",
+    "augment": "flip",
+    "mixup": 0,
+    "cutmix": 0,
+    "ema": 0,
+    "label_smoothing": 0,
+    "freeze_epochs": 0,
+    "patience": None,
+}
 
 
 def parse(*words):
@@ -61,8 +90,16 @@ def refused(*words):
 def config(tmp_path):
     file = tmp_path / "runs" / "old" / "config.json"
     file.parent.mkdir(parents=True)
-    stored = {"epochs": 7, "image_size": 99, "amp": True, "data_dir": "elsewhere", "checkpoint_name": "old",
-              "overwrite": True, "batch_size": 12, "normalize": "none"}
+    stored = {
+        "epochs": 7,
+        "image_size": 99,
+        "amp": True,
+        "data_dir": "elsewhere",
+        "checkpoint_name": "old",
+        "overwrite": True,
+        "batch_size": 12,
+        "normalize": "none",
+    }
     file.write_text(json.dumps({"options": stored}))
     return file
 
@@ -123,10 +160,16 @@ def test_values_keep_their_dashes():
     assert parse("--checkpoint-name", "my-run").checkpoint_name == "my-run"
 
 
-@pytest.mark.parametrize("words, suggestion", [
-    (["--learning_rat", "1"], "--learning_rate"), (["--batchsize=3"], "--batch_size"), (["--ampp"], "--amp"),
-    (["tran"], "train"), (["compair"], "compare"),
-])
+@pytest.mark.parametrize(
+    "words, suggestion",
+    [
+        (["--learning_rat", "1"], "--learning_rate"),
+        (["--batchsize=3"], "--batch_size"),
+        (["--ampp"], "--amp"),
+        (["tran"], "train"),
+        (["compair"], "compare"),
+    ],
+)
 def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(words, suggestion):
     assert f"did you mean {suggestion}?" in refused(*words)
 
@@ -136,37 +179,69 @@ def test_options_are_not_abbreviated():
 
 
 # ------------------------------------------------------------------------------ bad numbers
-@pytest.mark.parametrize("words, named", [
-    (["--epochs", "0"], "at least 1"), (["--epochs", "1.5"], "not an integer"), (["--batch_size", "0"], "at least 1"),
-    (["--batch_size", "-4"], "at least 1"), (["--learning_rate", "-1"], "greater than 0"),
-    (["--learning_rate", "0"], "greater than 0"), (["--learning_rate", "nan"], "greater than 0"),
-    (["--learning_rate", "inf"], "and finite"), (["--weight_decay", "-1"], "at least 0"),
-    (["--clip_grad_norm", "0"], "greater than 0"), (["--warmup_epochs", "-1"], "at least 0"),
-    (["--image_size", "8"], "at least 16"), (["--num_classes", "1"], "at least 2"), (["--ema", "1"], "less than 1"),
-    (["--label_smoothing", "1"], "less than 1"), (["--log_interval", "0"], "at least 1"),
-    (["--accumulate", "0"], "at least 1"), (["--patience", "0"], "at least 1"), (["--num_workers", "-1"], "at least 0"),
-    (["--seed", "-1"], "at least 0"), (["--optimizer", "LION"], "ADAM"), (["--decay_type", "linear"], "cosine_warmup"),
-    (["--amp_dtype", "int8"], "bfloat16"), (["--pretrained", "2"], "invalid choice"),
-    (["--checkpoint_every", "5"], "10m"), (["--checkpoint_every", "0u"], "500u"),
-    (["--checkpoint_every", "1.5u"], "500u"), (["--resume", "maybe"], "auto"),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--epochs", "0"], "at least 1"),
+        (["--epochs", "1.5"], "not an integer"),
+        (["--batch_size", "0"], "at least 1"),
+        (["--batch_size", "-4"], "at least 1"),
+        (["--learning_rate", "-1"], "greater than 0"),
+        (["--learning_rate", "0"], "greater than 0"),
+        (["--learning_rate", "nan"], "greater than 0"),
+        (["--learning_rate", "inf"], "and finite"),
+        (["--weight_decay", "-1"], "at least 0"),
+        (["--clip_grad_norm", "0"], "greater than 0"),
+        (["--warmup_epochs", "-1"], "at least 0"),
+        (["--image_size", "8"], "at least 16"),
+        (["--num_classes", "1"], "at least 2"),
+        (["--ema", "1"], "less than 1"),
+        (["--label_smoothing", "1"], "less than 1"),
+        (["--log_interval", "0"], "at least 1"),
+        (["--accumulate", "0"], "at least 1"),
+        (["--patience", "0"], "at least 1"),
+        (["--num_workers", "-1"], "at least 0"),
+        (["--seed", "-1"], "at least 0"),
+        (["--optimizer", "LION"], "ADAM"),
+        (["--decay_type", "linear"], "cosine_warmup"),
+        (["--amp_dtype", "int8"], "bfloat16"),
+        (["--pretrained", "2"], "invalid choice"),
+        (["--checkpoint_every", "5"], "10m"),
+        (["--checkpoint_every", "0u"], "500u"),
+        (["--checkpoint_every", "1.5u"], "500u"),
+        (["--resume", "maybe"], "auto"),
+    ],
+)
 def test_impossible_values_are_refused_by_name(words, named):
     message = refused(*words)
     assert words[0] in message and named in message, message
 
 
-@pytest.mark.parametrize("words, named", [
-    (["--accumulate", "9", "--batch_size", "8"], "--accumulate"), (["--tf32", "--amp"], "exclude"),
-    (["--amp_dtype", "float16"], "without --amp"), (["--warmup_epochs", "9", "--epochs", "3"], "--warmup_epochs"),
-    (["--freeze_epochs", "4", "--epochs", "3"], "--freeze_epochs"), (["--resume", "--overwrite"], "exclude"),
-    (["--checkpoint_name", "../up"], "--checkpoint_name"), (["--checkpoint_name", "/root"], "--checkpoint_name"),
-    (["--checkpoint_name", "a\nb"], "--checkpoint_name"), (["compare", "--precisions", "fp8"], "fp32"),
-    (["compare", "--precisions", ","], "fp32"), (["predict"], "PATH"), (["prepare"], "--download"),
-    (["--config", "absent.json"], "absent.json"), (["--decay_type", "step", "--warmup_epochs", "3"], "step_warmup"),
-    (["compare", "--amp"], "--precisions"), (["compare", "--amp_dtype", "float16"], "--precisions"),
-    (["compare", "--tf32"], "--precisions"), (["compare", "--verify_resume"], "train"),
-    (["evaluate", "--amp_dtype", "float16"], "without --amp"),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["--accumulate", "9", "--batch_size", "8"], "--accumulate"),
+        (["--tf32", "--amp"], "exclude"),
+        (["--amp_dtype", "float16"], "without --amp"),
+        (["--warmup_epochs", "9", "--epochs", "3"], "--warmup_epochs"),
+        (["--freeze_epochs", "4", "--epochs", "3"], "--freeze_epochs"),
+        (["--resume", "--overwrite"], "exclude"),
+        (["--checkpoint_name", "../up"], "--checkpoint_name"),
+        (["--checkpoint_name", "/root"], "--checkpoint_name"),
+        (["--checkpoint_name", "a\nb"], "--checkpoint_name"),
+        (["compare", "--precisions", "fp8"], "fp32"),
+        (["compare", "--precisions", ","], "fp32"),
+        (["predict"], "PATH"),
+        (["prepare"], "--download"),
+        (["--config", "absent.json"], "absent.json"),
+        (["--decay_type", "step", "--warmup_epochs", "3"], "step_warmup"),
+        (["compare", "--amp"], "--precisions"),
+        (["compare", "--amp_dtype", "float16"], "--precisions"),
+        (["compare", "--tf32"], "--precisions"),
+        (["compare", "--verify_resume"], "train"),
+        (["evaluate", "--amp_dtype", "float16"], "without --amp"),
+    ],
+)
 def test_options_that_do_not_go_together_are_refused(words, named):
     assert named in refused(*words)
 
@@ -208,8 +283,12 @@ def test_command_line_then_config_then_demo_then_default(config):
 def test_commands_on_a_run_take_its_own_options(config, words):
     options = parse(*words, "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old")
     assert (options.image_size, options.normalize, options.data_dir) == (99, "none", "elsewhere")
-    assert parse(*words, "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old",
-                 "--data_dir", "here").data_dir == "here"
+    assert (
+        parse(
+            *words, "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old", "--data_dir", "here"
+        ).data_dir
+        == "here"
+    )
 
 
 def test_without_a_config_the_checkpoint_says_how_images_are_read(tmp_path):
@@ -221,25 +300,49 @@ def test_without_a_config_the_checkpoint_says_how_images_are_read(tmp_path):
 
 
 def test_evaluate_may_stand_behind_a_trainings_own_options(config):
-    options = parse("--model", "ResNet50", "--epochs", "3", "--amp", "--batch_size", "64", "--learning_rate", "0.1",
-                    "--checkpoint_dir", str(config.parent.parent), "--checkpoint_name", "old", "--evaluate")
+    options = parse(
+        "--model",
+        "ResNet50",
+        "--epochs",
+        "3",
+        "--amp",
+        "--batch_size",
+        "64",
+        "--learning_rate",
+        "0.1",
+        "--checkpoint_dir",
+        str(config.parent.parent),
+        "--checkpoint_name",
+        "old",
+        "--evaluate",
+    )
     assert options.command == "evaluate" and options.batch_size == 64 and options.amp
     assert "did you mean --epochs" in refused("--evaluate", "--epoch", "3")
     assert "--learning_rate" in refused("evaluate", "--learning_rate", "1")  # the command itself takes none
 
 
 def test_a_comparisons_training_words_give_its_options_back():
-    words = ["--epochs=3", "--no-channels_last", "--ema=0.5", "--clip_grad_norm=1.0", "--checkpoint_every=5u",
-             "--optimizer=SGD", "--data_dir=a folder"]
+    words = [
+        "--epochs=3",
+        "--no-channels_last",
+        "--ema=0.5",
+        "--clip_grad_norm=1.0",
+        "--checkpoint_every=5u",
+        "--optimizer=SGD",
+        "--data_dir=a folder",
+    ]
     options = parse("compare", *words, "--precisions", "fp32")
     again = parse("train", *option.training_words(options))
     own = {"command", "precisions", "seeds", "report_only", "runs", "evaluate"}
     assert {k: v for k, v in vars(again).items() if k not in own} == {
-        k: v for k, v in vars(options).items() if k not in own}
+        k: v for k, v in vars(options).items() if k not in own
+    }
 
 
 def test_main_answers_a_wrong_option_with_two_lines_and_status_2():
     status, out, err = run_main(["--epochz", "3"])
     assert (status, out) == (2, "")
-    assert err.splitlines() == ["error: unrecognized arguments: --epochz 3 (did you mean --epochs?)",
-                                "See: python main.py --help"]
+    assert err.splitlines() == [
+        "error: unrecognized arguments: --epochz 3 (did you mean --epochs?)",
+        "See: python main.py --help",
+    ]

@@ -17,6 +17,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.fixture
 def card(monkeypatch):
     """Makes CUDA answer as a card of that name and compute capability would; float32's mode is put back."""
+
     def be(name, capability):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -52,11 +53,14 @@ def test_fp32_is_told_not_to_be_tf32_and_tf32_to_be(card):
     assert modes() == {"ieee"}, "what autocast leaves in float32 is true float32"
 
 
-@pytest.mark.parametrize("name, capability, auto, sensible", [
-    ("NVIDIA H100", (9, 0), "amp-fp16", list(PRECISIONS)),
-    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), "amp-fp16", ["fp32", "amp-fp16"]),
-    ("NVIDIA GeForce GTX 1080 Ti", (6, 1), "amp-fp16", ["fp32", "amp-fp16"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, capability, auto, sensible",
+    [
+        ("NVIDIA H100", (9, 0), "amp-fp16", list(PRECISIONS)),
+        ("NVIDIA GeForce RTX 2080 Ti", (7, 5), "amp-fp16", ["fp32", "amp-fp16"]),
+        ("NVIDIA GeForce GTX 1080 Ti", (6, 1), "amp-fp16", ["fp32", "amp-fp16"]),
+    ],
+)
 def test_cards_get_float16_and_what_they_can_do(card, name, capability, auto, sensible):
     card(name, capability)
     assert choose_precision(CUDA, amp=True).name == auto and sensible_precisions(CUDA) == sensible
@@ -66,11 +70,14 @@ def test_without_a_card_auto_is_bfloat16():
     assert choose_precision(CPU, amp=True).name == "amp-bf16" and sensible_precisions(CPU) == ["fp32", "amp-bf16"]
 
 
-@pytest.mark.parametrize("name, capability, asked, named", [
-    ("NVIDIA GeForce GTX 1660", (7, 5), {"amp": True}, "GTX 16"),
-    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"amp": True, "amp_dtype": "bfloat16"}, "float16"),
-    ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"tf32": True}, "Ampere"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, capability, asked, named",
+    [
+        ("NVIDIA GeForce GTX 1660", (7, 5), {"amp": True}, "GTX 16"),
+        ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"amp": True, "amp_dtype": "bfloat16"}, "float16"),
+        ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"tf32": True}, "Ampere"),
+    ],
+)
 def test_what_a_card_cannot_do_is_refused_with_its_name(card, name, capability, asked, named):
     card(name, capability)
     with pytest.raises(UserError, match=named) as error:

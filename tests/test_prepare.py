@@ -29,8 +29,12 @@ from images import placing, scenes
 from images.demo import draw_demo
 from utils import RunError, UserError
 
-LAYOUT = [f"seg_{split}/seg_{split}/{name}/{index}.jpg" for split in ("train", "test") for name in ("forest", "sea")
-          for index in range(3)]
+LAYOUT = [
+    f"seg_{split}/seg_{split}/{name}/{index}.jpg"
+    for split in ("train", "test")
+    for name in ("forest", "sea")
+    for index in range(3)
+]
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -60,8 +64,10 @@ def make_zip(path: Path, members: dict[str, bytes], *extra: zipfile.ZipInfo) -> 
 # -------------------------------------------------------------------------------- demo scenes
 def test_demo_layout_and_balance(tmp_path):
     draw_demo(tmp_path / "demo", train_images=20, test_images=12)
-    counts = {split: [len(list((tmp_path / "demo" / split / split / name).glob("*.jpg"))) for name in scenes.CLASSES]
-              for split in ("seg_train", "seg_test")}
+    counts = {
+        split: [len(list((tmp_path / "demo" / split / split / name).glob("*.jpg"))) for name in scenes.CLASSES]
+        for split in ("seg_train", "seg_test")
+    }
     assert counts == {"seg_train": [4, 4, 3, 3, 3, 3], "seg_test": [2] * 6}
     assert json.loads((tmp_path / "demo" / "demo.json").read_text())["train_images"] == 20
     assert not (tmp_path / "demo" / ".partial").exists()
@@ -124,8 +130,7 @@ def test_two_at_once_draw_one_whole_data_set(tmp_path, monkeypatch, capsys):
         return scenes.draw_scene(name, random)
 
     monkeypatch.setattr("images.demo.draw_scene", slowly)
-    other = threading.Thread(target=draw_demo, args=[tmp_path / "demo"],
-                             kwargs={"train_images": 60, "test_images": 12})
+    other = threading.Thread(target=draw_demo, args=[tmp_path / "demo"], kwargs={"train_images": 60, "test_images": 12})
     other.start()
     started.wait()
     draw_demo(tmp_path / "demo", train_images=60, test_images=12)
@@ -194,9 +199,20 @@ def link_info(name: str, mode: int) -> zipfile.ZipInfo:
     return info
 
 
-HOSTILE_NAMES = ["/etc/evil.jpg", "../evil.jpg", "seg_train/../../evil.jpg", "..\\evil.jpg", "seg_train\\..\\..\\evil",
-                 "C:\\evil.jpg", "C:evil.jpg", "\\\\server\\share\\evil.jpg", "\\evil.jpg", "seg_train/" + "x" * 300,
-                 "seg_train/seg_train/sea/0.jpg/evil.jpg", "a/" * 40 + "evil.jpg"]
+HOSTILE_NAMES = [
+    "/etc/evil.jpg",
+    "../evil.jpg",
+    "seg_train/../../evil.jpg",
+    "..\\evil.jpg",
+    "seg_train\\..\\..\\evil",
+    "C:\\evil.jpg",
+    "C:evil.jpg",
+    "\\\\server\\share\\evil.jpg",
+    "\\evil.jpg",
+    "seg_train/" + "x" * 300,
+    "seg_train/seg_train/sea/0.jpg/evil.jpg",
+    "a/" * 40 + "evil.jpg",
+]
 
 
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
@@ -207,9 +223,15 @@ def test_hostile_names_write_nothing(tmp_path, name):
     assert os.listdir(tmp_path) == ["evil.zip"]
 
 
-@pytest.mark.parametrize("info", [
-    link_info("seg_train/link", stat.S_IFLNK), link_info("seg_train/pipe", stat.S_IFIFO),
-    link_info("seg_train/disk", stat.S_IFBLK)], ids=lambda info: info.filename)
+@pytest.mark.parametrize(
+    "info",
+    [
+        link_info("seg_train/link", stat.S_IFLNK),
+        link_info("seg_train/pipe", stat.S_IFIFO),
+        link_info("seg_train/disk", stat.S_IFBLK),
+    ],
+    ids=lambda info: info.filename,
+)
 def test_links_and_devices_are_refused(tmp_path, info):
     with pytest.raises(UserError, match="not safe to unpack"):
         prepare.extract_archive(make_zip(tmp_path / "evil.bin", files(), info), tmp_path / "data")
@@ -312,8 +334,10 @@ def test_interrupted_extraction_is_no_data_set_and_starts_anew(tmp_path, monkeyp
 
 def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
     """A stop between the renames leaves val/ without train/, which is no data set; the next call ends it."""
-    named = {name.replace("seg_train/seg_train", "train").replace("seg_test/seg_test", "val"): content
-             for name, content in files().items()}
+    named = {
+        name.replace("seg_train/seg_train", "train").replace("seg_test/seg_test", "val"): content
+        for name, content in files().items()
+    }
     archive, real, moved = make_zip(tmp_path / "a.zip", named), os.replace, []
 
     def stop_after_one(source, target):
@@ -399,15 +423,20 @@ def test_download_is_put_in_place(tmp_path, monkeypatch):
         prepare.download(tmp_path / "one")
 
 
-@pytest.mark.parametrize(("error", "kind", "message"), [
-    (kaggle_error("UnauthenticatedError"), UserError, "KAGGLE_USERNAME"),
-    (kaggle_error("KaggleApiHTTPError", 403), UserError, "kaggle.json"),
-    (kaggle_error("KaggleApiHTTPError", 401), UserError, "kaggle.json"),
-    (kaggle_error("KaggleApiHTTPError", 500), RunError, "server said no"),
-    (kaggle_error("ConnectTimeout", None, OSError, type("ConnectionError", (Exception,), {})), RunError, "offline"),
-    (ConnectionError("no route to host"), RunError, "offline"),
-    (OSError(errno.ENOSPC, "No space left on device"), RunError, "free about"),
-    (ValueError("what?"), RunError, "what?")], ids=lambda value: getattr(value, "__name__", None) or str(value)[:20])
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (kaggle_error("UnauthenticatedError"), UserError, "KAGGLE_USERNAME"),
+        (kaggle_error("KaggleApiHTTPError", 403), UserError, "kaggle.json"),
+        (kaggle_error("KaggleApiHTTPError", 401), UserError, "kaggle.json"),
+        (kaggle_error("KaggleApiHTTPError", 500), RunError, "server said no"),
+        (kaggle_error("ConnectTimeout", None, OSError, type("ConnectionError", (Exception,), {})), RunError, "offline"),
+        (ConnectionError("no route to host"), RunError, "offline"),
+        (OSError(errno.ENOSPC, "No space left on device"), RunError, "free about"),
+        (ValueError("what?"), RunError, "what?"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value)[:20],
+)
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch, error, kind, message):
     kaggle(monkeypatch, error)
     with pytest.raises(kind, match=message):

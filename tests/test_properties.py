@@ -24,8 +24,13 @@ import main
 import option
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "30"))
-QUICK = settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 30, database=None,
-                 suppress_health_check=list(HealthCheck))  # fmt: skip
+QUICK = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=EXAMPLES == 30,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.fixture(scope="module")
@@ -54,35 +59,77 @@ def run(words) -> tuple[int, str]:
 
 # Values that are right alone, and some that are wrong only beside one another.
 RIGHT = {
-    "batch_size": (1, 2, 3, 7, 12, 100, 2**31), "accumulate": (1, 2, 3, 7), "epochs": (1, 2),
-    "image_size": (16, 33, 40), "ema": (0, 0.5, 0.999999), "amp_dtype": ("auto", "bfloat16", "float16"),
-    "optimizer": ("SGD", "ADAMW", "adam"), "learning_rate": (1e-9, 0.1, 1e30), "weight_decay": (0, 0.1, 1e30),
-    "warmup_epochs": (0, 0.1, 1, 2), "decay_type": ("step", "step_warmup", "cosine_warmup"),
-    "clip_grad_norm": (1e-9, 1, 1e30), "label_smoothing": (0, 0.1, 0.99),
-    "augment": ("flip", "crop", "trivial", "none"), "mixup": (0, 0.2, 1, 0.001, 1000),
-    "cutmix": (0, 0.2, 1, 0.001, 1000), "freeze_epochs": (0, 1, 2), "patience": (1, 5), "num_classes": (3, 4),
-    "seed": (0, 7, 2**32, 2**63 - 1), "normalize": ("none", "imagenet"), "cache": ("none", "memory"),
-    "log_interval": (1, 3, 10**9), "checkpoint_every": ("1u", "2u", "0.00001m", "1e9m"), "resume": ("auto", "yes"),
-    "model": ("squeezenet1_1", "ShuffleNet_V2_x0_5", "mnasnet0_5"), "device": ("cpu", "auto", "cpu:0"),
-    "checkpoint_name": ("a", "a/b", "a b", "$x"), "amp": None, "tf32": None, "overwrite": None,
-    "no-channels_last": None, "sync_batchnorm": None, "skip_unreadable": None,
-}  # fmt: skip
+    "batch_size": (1, 2, 3, 7, 12, 100, 2**31),
+    "accumulate": (1, 2, 3, 7),
+    "epochs": (1, 2),
+    "image_size": (16, 33, 40),
+    "ema": (0, 0.5, 0.999999),
+    "amp_dtype": ("auto", "bfloat16", "float16"),
+    "optimizer": ("SGD", "ADAMW", "adam"),
+    "learning_rate": (1e-9, 0.1, 1e30),
+    "weight_decay": (0, 0.1, 1e30),
+    "warmup_epochs": (0, 0.1, 1, 2),
+    "decay_type": ("step", "step_warmup", "cosine_warmup"),
+    "clip_grad_norm": (1e-9, 1, 1e30),
+    "label_smoothing": (0, 0.1, 0.99),
+    "augment": ("flip", "crop", "trivial", "none"),
+    "mixup": (0, 0.2, 1, 0.001, 1000),
+    "cutmix": (0, 0.2, 1, 0.001, 1000),
+    "freeze_epochs": (0, 1, 2),
+    "patience": (1, 5),
+    "num_classes": (3, 4),
+    "seed": (0, 7, 2**32, 2**63 - 1),
+    "normalize": ("none", "imagenet"),
+    "cache": ("none", "memory"),
+    "log_interval": (1, 3, 10**9),
+    "checkpoint_every": ("1u", "2u", "0.00001m", "1e9m"),
+    "resume": ("auto", "yes"),
+    "model": ("squeezenet1_1", "ShuffleNet_V2_x0_5", "mnasnet0_5"),
+    "device": ("cpu", "auto", "cpu:0"),
+    "checkpoint_name": ("a", "a/b", "a b", "$x"),
+    "amp": None,
+    "tf32": None,
+    "overwrite": None,
+    "no-channels_last": None,
+    "sync_batchnorm": None,
+    "skip_unreadable": None,
+}
 WRONG = {
-    "batch_size": (0, -1, "x", ""), "accumulate": (0, 1.5), "epochs": (0, "all"), "image_size": (15, 5000, "large"),
-    "ema": (1, -0.1, "nan"), "amp_dtype": ("float64",), "optimizer": ("LION", ""),
-    "learning_rate": (0, "nan", "inf", -1), "weight_decay": (-1, "nan"), "decay_type": ("linear",),
-    "warmup_epochs": (1e9, -1, "nan"), "clip_grad_norm": (0, "inf"), "label_smoothing": (1, -1),
-    "augment": ("rotate",), "mixup": (-1, "nan", 1e-300), "cutmix": (-1, "inf", 1e30), "freeze_epochs": (-1, 9),
+    "batch_size": (0, -1, "x", ""),
+    "accumulate": (0, 1.5),
+    "epochs": (0, "all"),
+    "image_size": (15, 5000, "large"),
+    "ema": (1, -0.1, "nan"),
+    "amp_dtype": ("float64",),
+    "optimizer": ("LION", ""),
+    "learning_rate": (0, "nan", "inf", -1),
+    "weight_decay": (-1, "nan"),
+    "decay_type": ("linear",),
+    "warmup_epochs": (1e9, -1, "nan"),
+    "clip_grad_norm": (0, "inf"),
+    "label_smoothing": (1, -1),
+    "augment": ("rotate",),
+    "mixup": (-1, "nan", 1e-300),
+    "cutmix": (-1, "inf", 1e30),
+    "freeze_epochs": (-1, 9),
     "patience": (0,),
-    "seed": (-1, 2**64, 1.0), "num_classes": (1, 7), "normalize": ("zca",), "cache": ("disk",),
-    "num_workers": (2**31, -1), "log_interval": (0,),
-    "checkpoint_every": ("infu", "nanm", "0u", "1.5u", "m", "", "u"), "resume": ("no",),
+    "seed": (-1, 2**64, 1.0),
+    "num_classes": (1, 7),
+    "normalize": ("zca",),
+    "cache": ("disk",),
+    "num_workers": (2**31, -1),
+    "log_interval": (0,),
+    "checkpoint_every": ("infu", "nanm", "0u", "1.5u", "m", "", "u"),
+    "resume": ("no",),
     "model": ("resnet999", "", "fcn_resnet50", "raft_large"),
-    "device": ("meta", "cuda:99", "cuda:-1", "toaster", "", "cpu:x"), "pretrained": (2,),
+    "device": ("meta", "cuda:99", "cuda:-1", "toaster", "", "cpu:x"),
+    "pretrained": (2,),
     "checkpoint_name": ("..", "/absolute", "x" * 300, "new\nline", "\ud800", "a/../../b"),
-    "pretrained_path": ("/nonexistent", "/", "/dev/null"), "config": ("/nonexistent", "/dev/null", "/"),
-    "data_dir": ("/nonexistent", "/dev/null", ""), "unknown": (1,),
-}  # fmt: skip
+    "pretrained_path": ("/nonexistent", "/", "/dev/null"),
+    "config": ("/nonexistent", "/dev/null", "/"),
+    "data_dir": ("/nonexistent", "/dev/null", ""),
+    "unknown": (1,),
+}
 
 
 def spelled(name: str, values: tuple | None) -> list[list[str]]:
@@ -99,8 +146,19 @@ seen: Counter = Counter()
 
 def attempt(data, runs, words) -> tuple[int, str]:
     """Trains with these options; checks what holds of every end; returns exit status and errors."""
-    base = ["train", f"--data_dir={data}", f"--checkpoint_dir={runs}", "--pretrained=0", "--epochs=1", "--device=cpu",
-            "--model=squeezenet1_1", "--image_size=33", "--batch_size=6", "--num_workers=0", "--quiet"]  # fmt: skip
+    base = [
+        "train",
+        f"--data_dir={data}",
+        f"--checkpoint_dir={runs}",
+        "--pretrained=0",
+        "--epochs=1",
+        "--device=cpu",
+        "--model=squeezenet1_1",
+        "--image_size=33",
+        "--batch_size=6",
+        "--num_workers=0",
+        "--quiet",
+    ]
     status, errors = run([*base, *words])
     assert "Traceback" not in errors
     assert errors.count("\n") <= 8
@@ -131,9 +189,12 @@ def test_every_wrong_value_is_refused(data, tmp_path_factory, words, wrong):
 
 hostile_words = st.one_of(
     st.sampled_from([word for action in option.build_parser("train")._actions for word in action.option_strings]),
-    st.sampled_from(sorted(option.COMMANDS)), st.text(max_size=12), st.integers().map(str),
-    st.floats().map(str), st.sampled_from(["--", "-", "=", "--=", "--x", "@f"]),
-)  # fmt: skip
+    st.sampled_from(sorted(option.COMMANDS)),
+    st.text(max_size=12),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.sampled_from(["--", "-", "=", "--=", "--x", "@f"]),
+)
 
 
 @settings(QUICK, max_examples=10 * EXAMPLES)

@@ -18,45 +18,83 @@ RECIPES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 # Patterns that must be found in the output, so that a recipe cannot lose its failure and keep its rule.
 TELLING = {
-    "01_typical_step": [r"4194304  skipped", r"float32 0%, float16 [3-9]\d%", r"moved by 0\.000; in the next",
-                        r"Attempting to unscale FP16 gradients"],
+    "01_typical_step": [
+        r"4194304  skipped",
+        r"float32 0%, float16 [3-9]\d%",
+        r"moved by 0\.000; in the next",
+        r"Attempting to unscale FP16 gradients",
+    ],
     "02_clipping": [r"norm 65536 times too large", r"clip too early +\d{5}\.", r"unscale_\(\) has already been called"],
-    "03_accumulation": [r"float16, pieces of 8 8 8 4 .* error +0\.\d\d%", r"no division .* error +3\d\d\.\d\d%",
-                        r"scale changed .* error +2\d\.\d\d%", r"unscale_\(\) has already been called"],
+    "03_accumulation": [
+        r"float16, pieces of 8 8 8 4 .* error +0\.\d\d%",
+        r"no division .* error +3\d\d\.\d\d%",
+        r"scale changed .* error +2\d\.\d\d%",
+        r"unscale_\(\) has already been called",
+    ],
     "04_gradient_penalty": [r"left scaled: 65536 times", r"65536 skipped", r"skipped updates: 0 and [1-9]"],
-    "05_several_models_losses_optimizers": [r"update\(\) last +0\.00000 +0\.\d+ +4096 -> 2048",
-                                            r"2\.00 times too long"],
-    "06_data_parallel": [r"plain threads +\['float32'\]", r"handed to the threads +\['bfloat16'\]",
-                         r"with its dtype +\['float16'\]"],
-    "07_distributed_data_parallel": [r"\n +2 .*4096 skip.*nan +4096 skip", r"\n +3 .* 2048 .* 2048 ",
-                                     r"\n +2 .*4096 +nan +nan +4096 skip"],
-    "08_custom_autograd_function": [r"expected m1 and m2 to have the same dtype", r"naked +inf float16",
-                                    r"7024\d\.\d float32, gradient float16"],
-    "09_save_and_resume": [r"difference 0\.0\n", r"difference 0\.0[1-9]\d*\n", r"2097152, after: 1048576",
-                           r"RuntimeError: The source state dict is empty"],
+    "05_several_models_losses_optimizers": [
+        r"update\(\) last +0\.00000 +0\.\d+ +4096 -> 2048",
+        r"2\.00 times too long",
+    ],
+    "06_data_parallel": [
+        r"plain threads +\['float32'\]",
+        r"handed to the threads +\['bfloat16'\]",
+        r"with its dtype +\['float16'\]",
+    ],
+    "07_distributed_data_parallel": [
+        r"\n +2 .*4096 skip.*nan +4096 skip",
+        r"\n +3 .* 2048 .* 2048 ",
+        r"\n +2 .*4096 +nan +nan +4096 skip",
+    ],
+    "08_custom_autograd_function": [
+        r"expected m1 and m2 to have the same dtype",
+        r"naked +inf float16",
+        r"7024\d\.\d float32, gradient float16",
+    ],
+    "09_save_and_resume": [
+        r"difference 0\.0\n",
+        r"difference 0\.0[1-9]\d*\n",
+        r"2097152, after: 1048576",
+        r"RuntimeError: The source state dict is empty",
+    ],
     "10_without_a_scaler": [r"float16, no scaler +100\.0%", r"float16 \+ scaler +0\.0%", r"exactly zero +100\.0%"],
     "11_bfloat16_against_float16": [r"70000 becomes +70000 +70144 +inf", r"3000 +256 +2048", r"76800 +76800 +inf"],
-    "12_autocast_op_lists": [r"convolution +float16 -> float16", r"_log_softmax +float32 -> float32",
-                             r"linear +bfloat16 +bfloat16 +runs in 16 bits", r"out=c\): float32"],
+    "12_autocast_op_lists": [
+        r"convolution +float16 -> float16",
+        r"_log_softmax +float32 -> float32",
+        r"linear +bfloat16 +bfloat16 +runs in 16 bits",
+        r"out=c\): float32",
+    ],
     "13_inference": [r"float32 +\d\d\.\d\d% +0\.00000 +0\n", r"bfloat16 .* [1-9]\d*\n", r"0\.0% in eval\(\), [1-9]"],
-    "14_compile": [r"bfloat16 compiled, same_as_forward .* 100\.0%  0\.[1-9]",
-                   r"float16 +compiled, off .* [0-4]\.\d%  0\.00%"],
-    "15_find_the_overflow": [r"loud network 0\.0625", r"pool +largest +inf +<- not finite",
-                             r"not finite: forward, pool", r"not finite: backward, head", r"not finite: none"],
+    "14_compile": [
+        r"bfloat16 compiled, same_as_forward .* 100\.0%  0\.[1-9]",
+        r"float16 +compiled, off .* [0-4]\.\d%  0\.00%",
+    ],
+    "15_find_the_overflow": [
+        r"loud network 0\.0625",
+        r"pool +largest +inf +<- not finite",
+        r"not finite: forward, pool",
+        r"not finite: backward, head",
+        r"not finite: none",
+    ],
 }
 
 
 def run(path, *options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([sys.executable, str(path), *options], capture_output=True, text=True, timeout=120,
-                          env=environment)
+    return subprocess.run(
+        [sys.executable, str(path), *options], capture_output=True, text=True, timeout=120, env=environment
+    )
 
 
 @pytest.fixture(scope="module")
 def runs(request):
     """Starts the recipes of the selected tests, two at a time; maps a name to its future result."""
-    selected = {item.callspec.params["recipe"] for item in request.session.items
-                if "runs" in getattr(item, "fixturenames", ()) and item.path == request.path}
+    selected = {
+        item.callspec.params["recipe"]
+        for item in request.session.items
+        if "runs" in getattr(item, "fixturenames", ()) and item.path == request.path
+    }
     with ThreadPoolExecutor(2) as pool:
         yield {path.stem: pool.submit(run, path) for path in sorted(selected)}
         pool.shutdown(cancel_futures=True)

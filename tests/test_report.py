@@ -25,40 +25,102 @@ CLASSES = ["buildings", "forest", "sea"]
 HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]
 
 
-def make_run(directory: Path, precision: str = "fp32", *, truth=None, predicted=None, classes=CLASSES, seed: int = 42,
-             rates=(50.0, 100.0, 120.0, 110.0), memory: float = 2000.0, seconds: float = 60.0, device: str = "cpu",
-             scales=None, device_name: str = "a processor", **options) -> Path:
+def make_run(
+    directory: Path,
+    precision: str = "fp32",
+    *,
+    truth=None,
+    predicted=None,
+    classes=CLASSES,
+    seed: int = 42,
+    rates=(50.0, 100.0, 120.0, 110.0),
+    memory: float = 2000.0,
+    seconds: float = 60.0,
+    device: str = "cpu",
+    scales=None,
+    device_name: str = "a processor",
+    **options,
+) -> Path:
     """A finished run directory; the classifier is 0.8 sure of what it predicts."""
     truth = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2] if truth is None else truth)
     predicted = truth if predicted is None else np.array(predicted)
     directory.mkdir(parents=True)
     number, scales = len(classes), scales or [None] * len(rates)
-    (directory / "config.json").write_text(json.dumps({
-        "options": {"model": "ResNet18", "epochs": len(rates), "batch_size": 8, "image_size": 64, "seed": seed,
-                    "amp": precision.startswith("amp"), "data_dir": str(directory), **options},
-        "versions": {"torch": "2.11.0"}, "device": device, "device_name": device_name, "precision": precision,
-        "dataset": {"fingerprint": "f", "classes": classes, "train": 80, "val": 20, "test": len(truth)}}))
+    (directory / "config.json").write_text(
+        json.dumps(
+            {
+                "options": {
+                    "model": "ResNet18",
+                    "epochs": len(rates),
+                    "batch_size": 8,
+                    "image_size": 64,
+                    "seed": seed,
+                    "amp": precision.startswith("amp"),
+                    "data_dir": str(directory),
+                    **options,
+                },
+                "versions": {"torch": "2.11.0"},
+                "device": device,
+                "device_name": device_name,
+                "precision": precision,
+                "dataset": {"fingerprint": "f", "classes": classes, "train": 80, "val": 20, "test": len(truth)},
+            }
+        )
+    )
     epochs = enumerate(zip(rates, scales, strict=True), 1)
-    metrics = [{"epoch": epoch, "train_loss": 1 / epoch, "train_acc": 60.0, "val_loss": 1.1 / epoch,
-                "val_acc": 50.0 + epoch, "learning_rate": 1e-4, "loss_scale": scale, "skipped_updates": scale == 1024,
-                "images_per_second": rate, "data_wait_share": 0.1, "seconds": 10.0, "peak_memory_mb": memory,
-                "elapsed": 12.0 * epoch, "skips": []} for epoch, (rate, scale) in epochs]
+    metrics = [
+        {
+            "epoch": epoch,
+            "train_loss": 1 / epoch,
+            "train_acc": 60.0,
+            "val_loss": 1.1 / epoch,
+            "val_acc": 50.0 + epoch,
+            "learning_rate": 1e-4,
+            "loss_scale": scale,
+            "skipped_updates": scale == 1024,
+            "images_per_second": rate,
+            "data_wait_share": 0.1,
+            "seconds": 10.0,
+            "peak_memory_mb": memory,
+            "elapsed": 12.0 * epoch,
+            "skips": [],
+        }
+        for epoch, (rate, scale) in epochs
+    ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in metrics))
     confusion = np.zeros((number, number), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
     hits, named, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
-    table = np.array([hits / np.maximum(named, 1), hits / np.maximum(true, 1),
-                      2 * hits / np.maximum(named + true, 1), true]).T  # fmt: skip
-    per_class = {name: dict(zip(("precision", "recall", "f1", "support"), row.tolist(), strict=True))
-                 for name, row in zip(classes, table, strict=True)}
-    (directory / "result.json").write_text(json.dumps({
-        "test_acc": 100 * float((truth == predicted).mean()), "test_loss": 0.5, "best_epoch": len(rates),
-        "best_val_acc": 50.0 + len(rates), "total_seconds": seconds * 1.5, "train_seconds": seconds,
-        "images_per_second": float(np.median(rates[1:] or rates)), "peak_memory_mb": memory,
-        "reserved_memory_mb": None, "precision": precision,
-        "memory_kind": "CUDA allocated" if device == "cuda" else "process resident peak", "device": device,
-        "device_name": device_name, "classes": classes, "per_class": per_class, "confusion": confusion.tolist(),
-        "calibration_error": 0.1}))
+    table = np.array(
+        [hits / np.maximum(named, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(named + true, 1), true]
+    ).T
+    per_class = {
+        name: dict(zip(("precision", "recall", "f1", "support"), row.tolist(), strict=True))
+        for name, row in zip(classes, table, strict=True)
+    }
+    (directory / "result.json").write_text(
+        json.dumps(
+            {
+                "test_acc": 100 * float((truth == predicted).mean()),
+                "test_loss": 0.5,
+                "best_epoch": len(rates),
+                "best_val_acc": 50.0 + len(rates),
+                "total_seconds": seconds * 1.5,
+                "train_seconds": seconds,
+                "images_per_second": float(np.median(rates[1:] or rates)),
+                "peak_memory_mb": memory,
+                "reserved_memory_mb": None,
+                "precision": precision,
+                "memory_kind": "CUDA allocated" if device == "cuda" else "process resident peak",
+                "device": device,
+                "device_name": device_name,
+                "classes": classes,
+                "per_class": per_class,
+                "confusion": confusion.tolist(),
+                "calibration_error": 0.1,
+            }
+        )
+    )
     with open(directory / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "predicted", "confidence", *classes])
@@ -91,6 +153,7 @@ def is_picture(path: Path) -> tuple[int, int]:
 
 # Reading
 
+
 def test_read_run(tmp_path):
     run = results.read_run(make_run(tmp_path / "baseline"))
     assert run["directory"].name == "baseline" and run["result"]["test_acc"] == 100 and run["failure"] is None
@@ -98,13 +161,26 @@ def test_read_run(tmp_path):
     assert [epoch["epoch"] for epoch in run["metrics"]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(("file", "content"), [
-    ("config.json", None), ("config.json", "{"), ("config.json", "[]"), ("config.json", '{"options": 1}'),
-    ("metrics.jsonl", None), ("metrics.jsonl", '{"epoch": 1}\n{"epo'), ("metrics.jsonl", '{"loss": 1}\n'),
-    ("metrics.jsonl", "[1]\n"), ("metrics.jsonl", '{"epoch": Infinity}'),
-    ("metrics.jsonl", '{"epoch": 1, "elapsed": "x"}'),
-    ("config.json", '{"options": {"seed": [1]}, "precision": "fp32"}'), ("config.json", 10**5 * "["),
-    ("result.json", "{}"), ("result.json", "\x00"), ("result.json", "null")])
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", None),
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"options": 1}'),
+        ("metrics.jsonl", None),
+        ("metrics.jsonl", '{"epoch": 1}\n{"epo'),
+        ("metrics.jsonl", '{"loss": 1}\n'),
+        ("metrics.jsonl", "[1]\n"),
+        ("metrics.jsonl", '{"epoch": Infinity}'),
+        ("metrics.jsonl", '{"epoch": 1, "elapsed": "x"}'),
+        ("config.json", '{"options": {"seed": [1]}, "precision": "fp32"}'),
+        ("config.json", 10**5 * "["),
+        ("result.json", "{}"),
+        ("result.json", "\x00"),
+        ("result.json", "null"),
+    ],
+)
 def test_missing_or_damaged_files_are_named(tmp_path, file, content):
     directory = make_run(tmp_path / "run")
     (directory / file).unlink()
@@ -114,9 +190,20 @@ def test_missing_or_damaged_files_are_named(tmp_path, file, content):
         results.read_run(directory)
 
 
-@pytest.mark.parametrize("change", [{"confusion": [[1, 2]]}, {"confusion": [[0] * 3] * 3}, {"test_acc": "high"},
-                                    {"confusion": None}, {"classes": 3}, {"peak_memory_mb": None},
-                                    {"per_class": {}}, {"per_class": []}, {"confusion": [[math.inf] * 3] * 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"confusion": [[1, 2]]},
+        {"confusion": [[0] * 3] * 3},
+        {"test_acc": "high"},
+        {"confusion": None},
+        {"classes": 3},
+        {"peak_memory_mb": None},
+        {"per_class": {}},
+        {"per_class": []},
+        {"confusion": [[math.inf] * 3] * 3},
+    ],
+)
 def test_a_result_that_makes_no_sense_is_refused(tmp_path, change):
     file = make_run(tmp_path / "run") / "result.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
@@ -132,8 +219,9 @@ def test_an_unfinished_run_has_no_result(tmp_path):
     assert results.read_run(directory)["metrics"] == []
 
 
-@pytest.mark.parametrize("row", ["a.jpg,sea,sea,0.8,0.1,0.1", "a.jpg,sea,sea,high,0.1,0.1,0.8",
-                                 "a.jpg,sea,sea,nan,0.1,0.1,0.8"])
+@pytest.mark.parametrize(
+    "row", ["a.jpg,sea,sea,0.8,0.1,0.1", "a.jpg,sea,sea,high,0.1,0.1,0.8", "a.jpg,sea,sea,nan,0.1,0.1,0.8"]
+)
 def test_damaged_predictions_are_named(tmp_path, row):
     directory = make_run(tmp_path / "run")
     with open(directory / "predictions.csv", "a") as file:
@@ -158,6 +246,7 @@ def test_writing_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
 
 
 # Numbers
+
 
 def test_memory_that_is_not_known_gives_no_ratio(tmp_path):
     _, comparison = compare(make_run(tmp_path / "a", memory=0.0), make_run(tmp_path / "b", "amp-bf16", memory=0.0))
@@ -216,29 +305,45 @@ def test_mcnemar_matches_by_path_not_by_order(tmp_path):
 
 # Comparison
 
+
 def test_comparison_of_two_precisions(tmp_path):
     truth = [0, 1] * 50
     _, comparison = compare(
-        make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1, 1, 1] + truth[3:], memory=1500.0,
-                 rates=(1.0, 300.0, 200.0, 220.0), seconds=30.0),
-        make_run(tmp_path / "fp32", truth=truth))
+        make_run(
+            tmp_path / "amp",
+            "amp-bf16",
+            truth=truth,
+            predicted=[1, 1, 1] + truth[3:],
+            memory=1500.0,
+            rates=(1.0, 300.0, 200.0, 220.0),
+            seconds=30.0,
+        ),
+        make_run(tmp_path / "fp32", truth=truth),
+    )
     base, amp = comparison["rows"]
     assert (base["precision"], amp["precision"]) == ("fp32", "amp-bf16")
     assert base["speed_up"] == 1 and amp["speed_up"] == pytest.approx(220 / 110) and amp["memory_ratio"] == 0.75
     assert amp["test_acc"] == {"mean": 98.0, "std": None, "values": [98.0]}
-    assert amp["difference"] == {"points": -2, "p_value": 0.5, "test":
-                                 "0 images gained, 2 lost of 100, exact McNemar test"}  # fmt: skip
+    assert amp["difference"] == {
+        "points": -2,
+        "p_value": 0.5,
+        "test": "0 images gained, 2 lost of 100, exact McNemar test",
+    }
     table = tables.performance_table(comparison)
-    assert ("| Algorithm | Test Accuracy | Memory (process resident peak) | Total Training Time | Images/s | Speed-up "
-            "| Memory ratio | Time without evaluation |") in table
+    assert (
+        "| Algorithm | Test Accuracy | Memory (process resident peak) | Total Training Time | Images/s | Speed-up "
+        "| Memory ratio | Time without evaluation |"
+    ) in table
     assert "| ResNet18 AMP bfloat16 | 98.00 % | 1500 MB | 45.0 s | 220 | 2.00× | 0.75× | 30.0 s |" in table
     assert "p = 0.5: not distinguishable from noise" in table and "torch 2.11.0" in table
 
 
 def test_a_real_difference_is_called_one(tmp_path):
     truth = [0] * 40
-    _, comparison = compare(make_run(tmp_path / "a", truth=truth),
-                            make_run(tmp_path / "b", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28))
+    _, comparison = compare(
+        make_run(tmp_path / "a", truth=truth),
+        make_run(tmp_path / "b", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28),
+    )
     assert comparison["rows"][1]["difference"]["p_value"] == pytest.approx(2 / 2**12)
     assert "at a level of 5 %:" in tables.verdict(comparison)
     assert "p < 0.001: distinguishable from noise" in tables.verdict(comparison)
@@ -246,8 +351,10 @@ def test_a_real_difference_is_called_one(tmp_path):
 
 def test_the_level_is_shared_by_several_comparisons(tmp_path):
     truth = [0] * 40  # six lost images: p = 2 / 2^6 = 0.031, real alone but not among three comparisons
-    runs = [make_run(tmp_path / "fp32", truth=truth),
-            make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34)]
+    runs = [
+        make_run(tmp_path / "fp32", truth=truth),
+        make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34),
+    ]
     assert "p = 0.031: distinguishable from noise" in tables.verdict(compare(*runs)[1])
     runs += [make_run(tmp_path / name, name, truth=truth) for name in ("tf32", "amp-fp16")]
     sentence = tables.verdict(compare(*runs)[1])
@@ -257,10 +364,17 @@ def test_the_level_is_shared_by_several_comparisons(tmp_path):
 
 def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     from scipy import stats
+
     truth, wrong = [0] * 100, {"fp32": (10, 12, 14), "amp-bf16": (11, 12, 16)}
-    runs, comparison = compare(*(
-        make_run(tmp_path / f"{name}-{seed}", name, truth=truth, predicted=[1] * count + [0] * (100 - count), seed=seed)
-        for name, counts in wrong.items() for seed, count in enumerate(counts)))
+    runs, comparison = compare(
+        *(
+            make_run(
+                tmp_path / f"{name}-{seed}", name, truth=truth, predicted=[1] * count + [0] * (100 - count), seed=seed
+            )
+            for name, counts in wrong.items()
+            for seed, count in enumerate(counts)
+        )
+    )
     base, amp = comparison["rows"]
     assert base["test_acc"]["mean"] == 88 and base["test_acc"]["std"] == pytest.approx(2)
     assert base["seeds"] == [0, 1, 2]
@@ -273,16 +387,18 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
 
 
 def test_seeds_without_any_spread_cannot_be_tested(tmp_path):
-    _, comparison = compare(*(make_run(tmp_path / f"{name}-{seed}", name, seed=seed)
-                              for name in ("fp32", "amp-bf16") for seed in (1, 2)))
+    _, comparison = compare(
+        *(make_run(tmp_path / f"{name}-{seed}", name, seed=seed) for name in ("fp32", "amp-bf16") for seed in (1, 2))
+    )
     assert "+0.00 points (could not be tested)" in tables.verdict(comparison)
 
 
 def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_path):
     unfinished = make_run(tmp_path / "amp-bf16", "amp-bf16")
     (unfinished / "result.json").unlink()
-    runs, comparison = compare(make_run(tmp_path / "fp32"), unfinished,
-                               fail_run(tmp_path / "amp-fp16", "amp-fp16", "loss is nan | epoch 2"))
+    runs, comparison = compare(
+        make_run(tmp_path / "fp32"), unfinished, fail_run(tmp_path / "amp-fp16", "amp-fp16", "loss is nan | epoch 2")
+    )
     table = tables.performance_table(comparison)
     assert "| ResNet18 AMP float16 | failed: loss is nan \\| epoch 2 |" in table
     assert "| ResNet18 AMP bfloat16 | not finished: 4 of 4 epochs done |" in table
@@ -304,12 +420,16 @@ def test_without_fp32_and_without_any_finished_run(tmp_path):
 
 
 def test_runs_of_two_machines_are_not_averaged(tmp_path):
-    _, comparison = compare(make_run(tmp_path / "a", device="cuda", device_name="RTX"),
-                            make_run(tmp_path / "b", rates=(1.0, 50.0)),
-                            make_run(tmp_path / "c", "amp-fp16", device="cuda", device_name="RTX",
-                                     rates=(1.0, 330.0)))
+    _, comparison = compare(
+        make_run(tmp_path / "a", device="cuda", device_name="RTX"),
+        make_run(tmp_path / "b", rates=(1.0, 50.0)),
+        make_run(tmp_path / "c", "amp-fp16", device="cuda", device_name="RTX", rates=(1.0, 330.0)),
+    )
     assert [row["label"] for row in comparison["rows"]] == [
-        "ResNet18 FP32, RTX", "ResNet18 AMP float16, RTX", "ResNet18 FP32, a processor"]
+        "ResNet18 FP32, RTX",
+        "ResNet18 AMP float16, RTX",
+        "ResNet18 FP32, a processor",
+    ]
     assert [row["speed_up"] for row in comparison["rows"]] == [1, 3, 1]
     assert "| Memory (CUDA allocated or process resident peak) |" in tables.performance_table(comparison)
 
@@ -321,8 +441,10 @@ def test_runs_of_one_precision_and_seed_are_not_averaged(tmp_path):
 
 
 def test_unequal_options_are_pointed_out(tmp_path):
-    _, comparison = compare(make_run(tmp_path / "a", learning_rate=0.1, num_workers=0),
-                            make_run(tmp_path / "b", "amp-bf16", learning_rate=0.2, num_workers=4))
+    _, comparison = compare(
+        make_run(tmp_path / "a", learning_rate=0.1, num_workers=0),
+        make_run(tmp_path / "b", "amp-bf16", learning_rate=0.2, num_workers=4),
+    )
     assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in tables.performance_table(comparison)
     assert list(comparison["differences"]) == ["learning_rate"]
 
@@ -334,10 +456,12 @@ def test_a_table_of_a_gpu_names_its_memory(tmp_path):
 
 # Text
 
+
 def test_summary_fits_and_tells_everything(tmp_path):
     truth = list(range(6)) * 10
-    run = results.read_run(make_run(tmp_path / "run", "amp-fp16", classes=HOSTILE, truth=truth,
-                                    predicted=[0] * 3 + truth[3:]))
+    run = results.read_run(
+        make_run(tmp_path / "run", "amp-fp16", classes=HOSTILE, truth=truth, predicted=[0] * 3 + truth[3:])
+    )
     text = tables.summary(run["result"])
     assert max(map(disp_len, text.splitlines())) <= 80
     assert "96.67 %" in text and "58 of 60" in text and "process resident peak" in text and "\x1b" not in text
@@ -347,8 +471,14 @@ def test_summary_fits_and_tells_everything(tmp_path):
 
 def test_summary_of_many_classes_shows_the_weakest(tmp_path):
     truth = np.arange(50)
-    run = results.read_run(make_run(tmp_path / "run", classes=[f"class {place}" for place in truth], truth=truth,
-                                   predicted=np.where(truth == 37, 0, truth)))
+    run = results.read_run(
+        make_run(
+            tmp_path / "run",
+            classes=[f"class {place}" for place in truth],
+            truth=truth,
+            predicted=np.where(truth == 37, 0, truth),
+        )
+    )
     text = tables.summary(run["result"])
     assert "class 37 " in text and "class 49" not in text and "30 of 50" in text
 
@@ -356,9 +486,19 @@ def test_summary_of_many_classes_shows_the_weakest(tmp_path):
 @pytest.mark.parametrize("name", ["a processor", "NVIDIA Quadro RTX 8000 with Max-Q Design, the second of two"])
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_the_terminal_table_fits_80_columns(tmp_path, name, seeds):
-    found = [make_run(tmp_path / f"{precision}-{seed}", precision, seed=seed, memory=12345.6 + seed, seconds=1e4 + seed,
-                      rates=[1.0, 1234.5 + seed], device_name=name if precision == "fp32" else "a processor")
-             for precision in ("fp32", "tf32", "amp-fp16") for seed in range(seeds)]  # fmt: skip
+    found = [
+        make_run(
+            tmp_path / f"{precision}-{seed}",
+            precision,
+            seed=seed,
+            memory=12345.6 + seed,
+            seconds=1e4 + seed,
+            rates=[1.0, 1234.5 + seed],
+            device_name=name if precision == "fp32" else "a processor",
+        )
+        for precision in ("fp32", "tf32", "amp-fp16")
+        for seed in range(seeds)
+    ]
     _, comparison = compare(*found, fail_run(tmp_path / "x", "amp-bf16", "out of memory " * 20))
     text = tables.terminal_table(comparison)
     assert max(map(disp_len, text.splitlines())) <= 80
@@ -374,19 +514,23 @@ def test_fit_and_markdown():
 
 # Pictures
 
+
 @pytest.mark.parametrize("scales", [None, [2048.0, 1024.0]])
 @pytest.mark.parametrize("epochs", [1, 2, 120])
 def test_learning_curve(tmp_path, epochs, scales):
-    run = results.read_run(make_run(tmp_path / "run", rates=[100.0] * epochs,
-                                   scales=scales and (scales * epochs)[:epochs]))
+    run = results.read_run(
+        make_run(tmp_path / "run", rates=[100.0] * epochs, scales=scales and (scales * epochs)[:epochs])
+    )
     pictures.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
     height = is_picture(tmp_path / "a.png")[1]
     assert height == (840 if scales else 630)
 
 
 def test_learning_curve_of_a_diverged_run(tmp_path):
-    metrics = [{"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_acc": math.inf},
-               {"epoch": 2, "train_loss": 1.0, "loss_scale": 0.25}]
+    metrics = [
+        {"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_acc": math.inf},
+        {"epoch": 2, "train_loss": 1.0, "loss_scale": 0.25},
+    ]
     pictures.learning_curve(metrics, tmp_path / "a.png", title="t", best_epoch=None)
     is_picture(tmp_path / "a.png")
 
@@ -400,9 +544,13 @@ def test_confusion_matrix(tmp_path, number):
 
 def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
+
     texts, original = [], Axes.text
-    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **options: (
-        texts.append((x, y, text)), original(self, x, y, text, **options))[1])
+    monkeypatch.setattr(
+        Axes,
+        "text",
+        lambda self, x, y, text, **options: (texts.append((x, y, text)), original(self, x, y, text, **options))[1],
+    )
     pictures.confusion_matrix([[3, 1], [0, 500]], ["a", "b"], tmp_path / "a.png", title="t")
     assert set(texts) == {(0, 0, "3\n75 %"), (1, 0, "1\n25 %"), (0, 1, "0"), (1, 1, "500\n100 %")}
 
@@ -417,10 +565,16 @@ def test_reliability_curve(tmp_path):
 
 def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
     with open(tmp_path / "predictions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([
-            ["path", "label", "predicted", "confidence", "a", "b"], ["right.png", "a", "a", 1.0, 1.0, 0.0],
-            ["less.png", "a", "b", 0.6, 0.4, 0.6], ["missing.png", "a", "b", 0.9, 0.1, 0.9],
-            ["broken.png", "b", "a", 0.7, 0.7, 0.3], ["least.png", "b", "a", 0.51, 0.51, 0.49]])
+        csv.writer(file).writerows(
+            [
+                ["path", "label", "predicted", "confidence", "a", "b"],
+                ["right.png", "a", "a", 1.0, 1.0, 0.0],
+                ["less.png", "a", "b", 0.6, 0.4, 0.6],
+                ["missing.png", "a", "b", 0.9, 0.1, 0.9],
+                ["broken.png", "b", "a", 0.7, 0.7, 0.3],
+                ["least.png", "b", "a", 0.51, 0.51, 0.49],
+            ]
+        )
     Image.new("L", (30, 50), 200).save(tmp_path / "less.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     asked, original = [], pictures.load_picture
@@ -447,9 +601,11 @@ def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
 
 # HTML
 
+
 def body_of(path: Path) -> str:
     """The page; fails where it would load anything, run anything or leave a tag open."""
     from html.parser import HTMLParser
+
     text, opened = path.read_text(encoding="utf-8"), []
 
     class Checker(HTMLParser):
@@ -480,8 +636,15 @@ def draw(directory: Path) -> None:
 
 def test_html_report_is_self_contained_and_escapes(tmp_path):
     truth = list(range(6)) * 3
-    run = make_run(tmp_path / "run<b>", "amp-fp16", classes=HOSTILE, truth=truth, predicted=[1, *truth[1:]],
-                   scales=[2.0, 1.0, 2.0, 2.0], model="<img src=x onerror=alert(1)>")
+    run = make_run(
+        tmp_path / "run<b>",
+        "amp-fp16",
+        classes=HOSTILE,
+        truth=truth,
+        predicted=[1, *truth[1:]],
+        scales=[2.0, 1.0, 2.0, 2.0],
+        model="<img src=x onerror=alert(1)>",
+    )
     draw(run)
     page.html_report(run, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
@@ -492,8 +655,11 @@ def test_html_report_is_self_contained_and_escapes(tmp_path):
 
 
 def test_html_comparison(tmp_path):
-    runs, comparison = compare(make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16"),
-                               fail_run(tmp_path / "amp-fp16", "amp-fp16", "out of memory"))
+    runs, comparison = compare(
+        make_run(tmp_path / "fp32"),
+        make_run(tmp_path / "amp-bf16", "amp-bf16"),
+        fail_run(tmp_path / "amp-fp16", "amp-fp16", "out of memory"),
+    )
     draw(tmp_path / "fp32")
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     page.html_comparison(tmp_path, runs[:2], comparison, tmp_path / "report.html")
@@ -504,9 +670,12 @@ def test_html_comparison(tmp_path):
 
 # Boundaries
 
+
 def test_imports_stay_within_the_report():
-    code = ("import sys, reports.page; loaded = set(sys.modules); "
-            "print(loaded & {'torch', 'matplotlib.pyplot', 'train', 'main', 'dataset', 'runs'})")
+    code = (
+        "import sys, reports.page; loaded = set(sys.modules); "
+        "print(loaded & {'torch', 'matplotlib.pyplot', 'train', 'main', 'dataset', 'runs'})"
+    )
     root = Path(pictures.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -22,12 +22,27 @@ SETTINGS = {
     "fp32": [],
     "bf16, accumulated": ["--amp", "--accumulate=3"],
     "fp16, accumulated": ["--amp", "--amp_dtype=float16", "--accumulate=2", "--clip_grad_norm=1"],
-    "averaged, mixed, frozen": ["--ema=0.9", "--mixup=0.4", "--cutmix=1", "--augment=crop", "--freeze_epochs=1",
-                                "--optimizer=SGD", "--decay_type=step_warmup", "--warmup_epochs=1",
-                                "--no-channels_last"],
-    "dropout, streamed": ["--model=mnasnet0_5", "--augment=trivial", "--optimizer=ADAMW", "--cache=none",
-                          "--num_workers=0", "--decay_type=step", "--label_smoothing=0.1"],
-}  # fmt: skip
+    "averaged, mixed, frozen": [
+        "--ema=0.9",
+        "--mixup=0.4",
+        "--cutmix=1",
+        "--augment=crop",
+        "--freeze_epochs=1",
+        "--optimizer=SGD",
+        "--decay_type=step_warmup",
+        "--warmup_epochs=1",
+        "--no-channels_last",
+    ],
+    "dropout, streamed": [
+        "--model=mnasnet0_5",
+        "--augment=trivial",
+        "--optimizer=ADAMW",
+        "--cache=none",
+        "--num_workers=0",
+        "--decay_type=step",
+        "--label_smoothing=0.1",
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +168,7 @@ def test_killed_run_equals_undisturbed(data, tmp_path):
 @pytest.mark.parametrize(("every", "expected"), [("2u", (1, 1)), ("0.0000001m", (1, 2))])
 def test_checkpoint_every(every, expected, data, straight, tmp_path, monkeypatch):
     """A run that ends without warning in its last update goes on from the last checkpoint within the epoch."""
+
     def fail():
         raise RunError("the plug was pulled")
 
@@ -231,10 +247,23 @@ def begun(data, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("option", [
-    "--learning_rate=0.5", "--batch_size=4", "--epochs=3", "--amp", "--seed=1", "--optimizer=SGD", "--accumulate=2",
-    "--image_size=40", "--augment=none", "--ema=0.5", "--model=squeezenet1_1", "--normalize=none",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--learning_rate=0.5",
+        "--batch_size=4",
+        "--epochs=3",
+        "--amp",
+        "--seed=1",
+        "--optimizer=SGD",
+        "--accumulate=2",
+        "--image_size=40",
+        "--augment=none",
+        "--ema=0.5",
+        "--model=squeezenet1_1",
+        "--normalize=none",
+    ],
+)
 def test_changed_option_is_refused(option, data, begun, capsys):
     before = (begun / "run" / "last.pt").read_bytes()
     name, _, value = option.partition("=")
@@ -282,12 +311,27 @@ def test_config_repeats_a_run(data, straight, tmp_path):
     assert tiny.config(tmp_path / "third")["options"]["learning_rate"] == 1e-2
 
 
-@pytest.mark.parametrize("content", [
-    "", "{", "[]", "{}", '{"options": []}', '{"options": {"batch_size": -5}}', '{"options": {"batch_size": "many"}}',
-    '{"options": {"model": 5}}', '{"options": {"epochs": [1]}}', '{"options": {"amp": "perhaps"}}',
-    '{"options": {"checkpoint_every": "soon"}}', '{"options": {"cache": "never"}}', '{"options": {"image_size": null}}',
-    '{"options": {"learning_rate": NaN}}', "\ud800", 10**5 * "[",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"options": []}',
+        '{"options": {"batch_size": -5}}',
+        '{"options": {"batch_size": "many"}}',
+        '{"options": {"model": 5}}',
+        '{"options": {"epochs": [1]}}',
+        '{"options": {"amp": "perhaps"}}',
+        '{"options": {"checkpoint_every": "soon"}}',
+        '{"options": {"cache": "never"}}',
+        '{"options": {"image_size": null}}',
+        '{"options": {"learning_rate": NaN}}',
+        "\ud800",
+        10**5 * "[",
+    ],
+)
 def test_hostile_config_is_refused(content, data, tmp_path, capsys):
     file = tmp_path / "config.json"
     file.write_bytes(content.encode("utf-8", "surrogatepass"))

@@ -70,8 +70,20 @@ def batches(images=None, batch_size=8, classes=3, **options):
     return Batches(images or subset(), Pixels(CPU, 9), batch_size, classes, **options)
 
 
-def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, optimizer="ADAM", decay_type="cosine_warmup",
-            fused=True, batch_options=None, images=None, **options):
+def trainer(
+    folder,
+    model=None,
+    precision=FP32,
+    *,
+    epochs=2,
+    rate=1e-2,
+    optimizer="ADAM",
+    decay_type="cosine_warmup",
+    fused=True,
+    batch_options=None,
+    images=None,
+    **options,
+):
     model = model or network()
     fed = batches(images, seed=3, **(batch_options or {}))
     rule = make_optimizer(model.parameters(), optimizer, learning_rate=rate, weight_decay=1e-4, fused=fused)
@@ -81,8 +93,9 @@ def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, optimize
 
     record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 9, "normalize": "imagenet"}
     options = {"log_interval": 2, "record": record, "log": lambda text: None} | options
-    made = Trainer(model, rule, schedule, precision, fed, batches(subset(9, seed=1)), RunDirectory(folder), epochs, 3,
-                   **options)
+    made = Trainer(
+        model, rule, schedule, precision, fed, batches(subset(9, seed=1)), RunDirectory(folder), epochs, 3, **options
+    )
     made.run.open()
     return made
 
@@ -107,8 +120,16 @@ def piece(count=6, seed=0, last=True, weight=1):
 
 def update(model, optimizer, pieces, count, precision=FP32, scaler=None, clip=None):
     scaler = scaler or precision.grad_scaler()
-    return update_weights(model, pieces, count, optimizer=optimizer, scaler=scaler, precision=precision,
-                          criterion=nn.CrossEntropyLoss(reduction="sum"), clip_grad_norm=clip)
+    return update_weights(
+        model,
+        pieces,
+        count,
+        optimizer=optimizer,
+        scaler=scaler,
+        precision=precision,
+        criterion=nn.CrossEntropyLoss(reduction="sum"),
+        clip_grad_norm=clip,
+    )
 
 
 def difference(one, other):
@@ -212,8 +233,9 @@ def test_the_weights_stay_float32_and_autocast_reaches_the_forward_pass():
 def rates(decay_type, epochs, per_epoch, warmup=None, done=0, skip_first=False):
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=0.3)
-    scheduler = make_scheduler(optimizer, decay_type, epochs=epochs, updates_per_epoch=per_epoch, warmup_epochs=warmup,
-                               done=done)
+    scheduler = make_scheduler(
+        optimizer, decay_type, epochs=epochs, updates_per_epoch=per_epoch, warmup_epochs=warmup, done=done
+    )
     found = []
     for number in range(done, epochs * per_epoch):
         found.append(optimizer.param_groups[0]["lr"])
@@ -224,14 +246,28 @@ def rates(decay_type, epochs, per_epoch, warmup=None, done=0, skip_first=False):
 
 
 def closed_form(total, warmup):
-    return [0.3 * ((t + 1) / warmup if t < warmup else
-                   0.5 * (1 + math.cos(math.pi * (t - warmup + 1) / (total - warmup + 1)))) for t in range(total)]
+    return [
+        0.3
+        * ((t + 1) / warmup if t < warmup else 0.5 * (1 + math.cos(math.pi * (t - warmup + 1) / (total - warmup + 1))))
+        for t in range(total)
+    ]
 
 
-@pytest.mark.parametrize("epochs, per_epoch, warmup, expected", [
-    (120, 44, None, 528), (10, 7, None, 7), (10, 7, 2, 14), (4, 5, 0.5, 2), (4, 5, 1.3, 6), (3, 5, 0, 1),
-    (1, 1, None, 1), (1, 9, None, 1), (1, 9, 1, 9), (2, 3, 2, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "epochs, per_epoch, warmup, expected",
+    [
+        (120, 44, None, 528),
+        (10, 7, None, 7),
+        (10, 7, 2, 14),
+        (4, 5, 0.5, 2),
+        (4, 5, 1.3, 6),
+        (3, 5, 0, 1),
+        (1, 1, None, 1),
+        (1, 9, None, 1),
+        (1, 9, 1, 9),
+        (2, 3, 2, 6),
+    ],
+)
 def test_cosine_with_warmup_is_the_closed_form(epochs, per_epoch, warmup, expected):
     found = rates("cosine_warmup", epochs, per_epoch, warmup)
     assert found == pytest.approx(closed_form(epochs * per_epoch, expected), rel=1e-12, abs=0)
@@ -341,9 +377,15 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
 
 
-@pytest.mark.parametrize("peaks, freeze_epochs, kept", [
-    ((900.0, 100.0, 120.0), 0, 120.0), ((900.0, 800.0, 100.0), 1, 100.0), ((900.0, 500.0, 800.0, 120.0), 2, 500.0),
-    ((900.0,), 0, 900.0)])
+@pytest.mark.parametrize(
+    "peaks, freeze_epochs, kept",
+    [
+        ((900.0, 100.0, 120.0), 0, 120.0),
+        ((900.0, 800.0, 100.0), 1, 100.0),
+        ((900.0, 500.0, 800.0, 120.0), 2, 500.0),
+        ((900.0,), 0, 900.0),
+    ],
+)
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
     readings = iter(peaks)
     monkeypatch.setattr(training, "peak_memory", lambda device: {"peak_memory_mb": next(readings)})
@@ -369,7 +411,8 @@ def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
     model, images = network().eval(), subset(11)
     whole, *parts = (
         evaluate(model, Batches(images, Pixels(CPU, 9), 4, 3, ranks=ranks), FP32, keep_logits=True).logits
-        for ranks in (Ranks(), Ranks(0, 0, 2), Ranks(1, 1, 2)))
+        for ranks in (Ranks(), Ranks(0, 0, 2), Ranks(1, 1, 2))
+    )
     assert np.allclose(whole, sum(parts), atol=1e-6) and not parts[0][1::2].any() and not parts[1][::2].any()
 
 
@@ -428,6 +471,7 @@ def test_ema_follows_buffers_and_counts():
 
 def test_nothing_in_the_update_reads_from_the_device():
     """Counts `aten::_local_scalar_dense`, which every .item(), float() and `if tensor` comes down to."""
+
     class Readings(TorchDispatchMode):
         count = 0
 
@@ -470,8 +514,13 @@ def test_compiled_sizes_are_those_of_full_batches(monkeypatch):
 
 def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
     kept, model = [], network()
-    made = trainer(tmp_path, model, head="head", freeze_epochs=1,
-                   on_epoch=lambda line: kept.append(copy.deepcopy(model.state_dict())))
+    made = trainer(
+        tmp_path,
+        model,
+        head="head",
+        freeze_epochs=1,
+        on_epoch=lambda line: kept.append(copy.deepcopy(model.state_dict())),
+    )
     made.train()
     made.run.close()
     before = network().state_dict()
@@ -516,6 +565,11 @@ def test_training_says_nothing_that_warns(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for precision in (FP32, BF16, FP16):
-            trained(tmp_path / precision.name, network(spoil=[1]) if precision is FP16 else None, precision,
-                    clip_grad_norm=1.0, batch_options={"accumulate": 2})
+            trained(
+                tmp_path / precision.name,
+                network(spoil=[1]) if precision is FP16 else None,
+                precision,
+                clip_grad_norm=1.0,
+                batch_options={"accumulate": 2},
+            )
     assert [str(warning.message) for warning in caught] == []

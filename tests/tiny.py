@@ -23,9 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("coast", "field", "town")
 # What a clock or the memory allocator says: all that may differ between two equal runs.
 MEASURED = {
-    "seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb", "reserved_memory_mb",
-    "epoch_seconds", "epoch_waited", "total_seconds", "train_seconds", "steady",
-}  # fmt: skip
+    "seconds",
+    "elapsed",
+    "images_per_second",
+    "data_wait_share",
+    "peak_memory_mb",
+    "reserved_memory_mb",
+    "epoch_seconds",
+    "epoch_waited",
+    "total_seconds",
+    "train_seconds",
+    "steady",
+}
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
@@ -48,11 +57,26 @@ def images(folder: Path, part: str = "seg_train") -> list[Path]:
 
 def words(data: Path, runs: Path, *more: object, name: str = "run") -> list[str]:
     """A command line that trains two epochs of three updates, the last of each ragged; `more` wins."""
-    return [str(word) for word in (
-        "train", f"--data_dir={data}", f"--checkpoint_dir={runs}", f"--checkpoint_name={name}", "--device=cpu",
-        "--model=shufflenet_v2_x0_5", "--pretrained=0", "--image_size=36", "--batch_size=8", "--epochs=2",
-        "--num_workers=1", "--learning_rate=1e-2", "--log_interval=2", "--quiet", *more,
-    )]  # fmt: skip
+    return [
+        str(word)
+        for word in (
+            "train",
+            f"--data_dir={data}",
+            f"--checkpoint_dir={runs}",
+            f"--checkpoint_name={name}",
+            "--device=cpu",
+            "--model=shufflenet_v2_x0_5",
+            "--pretrained=0",
+            "--image_size=36",
+            "--batch_size=8",
+            "--epochs=2",
+            "--num_workers=1",
+            "--learning_rate=1e-2",
+            "--log_interval=2",
+            "--quiet",
+            *more,
+        )
+    ]
 
 
 def train(data: Path, runs: Path, *more: object, name: str = "run") -> int:
@@ -74,9 +98,14 @@ def environment(**extra: str) -> dict[str, str]:
 def start(command: list[str], **options) -> subprocess.Popen:
     """Starts a command line in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        errors="backslashreplace", env=environment(), **options,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / "main.py"), *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="backslashreplace",
+        env=environment(),
+        **options,
+    )
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
@@ -138,7 +167,10 @@ def leave_out_pictures(patch) -> None:
     """Pictures take most of the time of a tiny run, and tests of their own."""
     from reports import page, pictures
 
-
-    for owner, name in ((pictures, "learning_curve"), (pictures, "confusion_matrix"), (pictures, "gallery"),
-                        (page, "html_report")):
+    for owner, name in (
+        (pictures, "learning_curve"),
+        (pictures, "confusion_matrix"),
+        (pictures, "gallery"),
+        (page, "html_report"),
+    ):
         patch.setattr(owner, name, lambda *_, **__: None)
