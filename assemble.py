@@ -36,7 +36,9 @@ class Setup:
     """What one command line asks for, built piece by piece when it is first used."""
 
     def __init__(self, options: Namespace, ranks: Ranks, log: Log):
-        self.options, self.ranks, self.log = options, ranks, log
+        self.options = options
+        self.ranks = ranks
+        self.log = log
         # The shapes of full batches never change; a single pass would not pay for the search.
         torch.backends.cudnn.benchmark = options.command not in ("evaluate", "predict")
 
@@ -138,7 +140,8 @@ class Setup:
 
     def checkpoint(self) -> dict[str, Any]:
         """The checkpoint to use; images are read as it says, unless asked otherwise. UserError where there is none."""
-        file, options = self.checkpoint_file, self.options
+        file = self.checkpoint_file
+        options = self.options
         if not file.exists():
             runs = sorted(path.parent.name for path in Path(options.checkpoint_dir).glob("*/best_model.pt"))
             known = f"Runs there: {', '.join(map(printable, runs))}." if runs else "No run is there yet."
@@ -151,7 +154,9 @@ class Setup:
 
     def trainer(self, data: DataSet, run: RunDirectory) -> Trainer:
         """Everything a training needs, wired together."""
-        options, ranks, device = self.options, self.ranks, self.device
+        options = self.options
+        ranks = self.ranks
+        device = self.device
         if options.batch_size < ranks.size * options.accumulate:
             raise UserError(
                 f"--batch_size {options.batch_size} cannot be cut among {ranks.size} processes in "

@@ -23,7 +23,8 @@ from images.folders import Listing, find_image_set
 from images.stores import ImageStore, open_store
 from utils import Ranks, UserError, fold, printable
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Piece = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
 
@@ -59,7 +60,8 @@ class Subset:
     def keep(self, count: int) -> None:
         """Cuts the subset to at most `count` images, spread evenly over it."""
         chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        self.positions, self.labels = self.positions[chosen], self.labels[chosen]
+        self.positions = self.positions[chosen]
+        self.labels = self.labels[chosen]
 
     @property
     def paths(self) -> list[Path]:
@@ -98,7 +100,9 @@ def open_data_set(
     """
     image_set = find_image_set(data_dir)
     names = ["test"] if test_only else [n for n in ("train", "test", "validation") if getattr(image_set, n)]
-    subsets, bad, digest = {}, {}, hashlib.sha256(json.dumps(image_set.classes).encode())
+    subsets = {}
+    bad = {}
+    digest = hashlib.sha256(json.dumps(image_set.classes).encode())
     for name in names:
         listing = getattr(image_set, name)
         paths = [path for path, _ in listing]
@@ -114,7 +118,8 @@ def open_data_set(
         empty = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if empty:
             raise UserError(f"no readable {name} image is left in {printable(image_set.classes[empty[0]])}.")
-    train, validation = subsets.get("train"), subsets.get("validation")
+    train = subsets.get("train")
+    validation = subsets.get("validation")
     if train and not validation:
         kept, held_out = split_train(train.labels, seed=seed)
         everything = train.positions
@@ -152,7 +157,8 @@ class Pixels:
 
     def __post_init__(self) -> None:
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
-        mean, std = torch.tensor(mean), torch.tensor(std)
+        mean = torch.tensor(mean)
+        std = torch.tensor(std)
         self._factor, self._offset = (  # of a whole row of pixels: a last dimension of three would not be vectorised
             row.repeat(self.image_size).to(self.device) for row in (1 / (255 * std), -mean / std)
         )
@@ -290,9 +296,12 @@ class Batches:
         """Random resized crop: 25 to 100 % of the area, aspect ratio 3/4 to 4/3, flipped half the time."""
         area = 0.25 + 0.75 * draws[:, 1]
         aspect = torch.exp((draws[:, 2] * 2 - 1) * np.log(4 / 3))
-        width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-        left, top = (draws[:, 3] * 2 - 1) * (1 - width), (draws[:, 4] * 2 - 1) * (1 - height)
-        zero, sign = torch.zeros_like(left), torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
+        width = (area * aspect).sqrt().clamp(max=1)
+        height = (area / aspect).sqrt().clamp(max=1)
+        left = (draws[:, 3] * 2 - 1) * (1 - width)
+        top = (draws[:, 4] * 2 - 1) * (1 - height)
+        zero = torch.zeros_like(left)
+        sign = torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
         theta = torch.stack([sign * width, zero, left, zero, height, top], 1).view(-1, 2, 3)
         side = self.pixels.image_size
         grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
@@ -303,7 +312,8 @@ class Batches:
         """TrivialAugmentWide (Müller and Hutter 2021), seeded image by image by its place in the epoch."""
         from torchvision.transforms.v2 import TrivialAugmentWide
 
-        transform, distorted = TrivialAugmentWide(), []
+        transform = TrivialAugmentWide()
+        distorted = []
         for image, place in zip(images, places.tolist(), strict=True):
             torch.default_generator.manual_seed(fold(self.seed, moment[0], place))
             distorted.append(transform(image))
@@ -321,14 +331,17 @@ class Batches:
         random = np.random.default_rng(fold(self.seed, *moment))
         kinds = {"mixup": self.mixup, "cutmix": self.cutmix}
         kind = random.choice([name for name, alpha in kinds.items() if alpha])
-        share, labels = random.beta(kinds[kind], kinds[kind]), F.one_hot(labels, self.class_count).float()
+        share = random.beta(kinds[kind], kinds[kind])
+        labels = F.one_hot(labels, self.class_count).float()
         mixed = images[1:].clone(memory_format=torch.preserve_format)
         if kind == "mixup":
             mixed.lerp_(images[:-1], 1 - share)
         else:
             side = images.shape[-1]
-            middle, half = random.integers(0, side, 2), int((1 - share) ** 0.5 * side / 2)
-            (top, left), (low, right) = (middle - half).clip(0), (middle + half).clip(max=side)
+            middle = random.integers(0, side, 2)
+            half = int((1 - share) ** 0.5 * side / 2)
+            (top, left) = (middle - half).clip(0)
+            (low, right) = (middle + half).clip(max=side)
             mixed[..., top:low, left:right] = images[:-1, :, top:low, left:right]
             share = 1 - (low - top) * (right - left) / side**2
         return mixed, labels[1:].lerp(labels[:-1], 1 - share)

@@ -91,7 +91,8 @@ def _is_first_to_fail() -> bool:
     import torch.distributed as dist
 
     try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        host = os.environ["MASTER_ADDR"]
+        port = int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
         return store.add(f"{_meeting}/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
     except (RuntimeError, LookupError, ValueError):  # the machine of the store is gone

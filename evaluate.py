@@ -66,7 +66,8 @@ def evaluate(
 
     Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often.
     """
-    count, device = batches.class_count, batches.device
+    count = batches.class_count
+    device = batches.device
     confusion = torch.zeros(count * count, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     kept = torch.zeros(len(batches.subset), count, device=device) if keep_logits else None
@@ -101,12 +102,14 @@ def parity(
     model: nn.Module, batches: Batches, precisions: list[str], paths: list[str], classes: list[str]
 ) -> dict[str, Any]:
     """One checkpoint in each precision: accuracy, predictions that differ from the first one's, logit difference."""
-    rows, reference = {}, None
+    rows = {}
+    reference = None
     for name in precisions:
         precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
         found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
         reference = found if reference is None else reference
-        before, after = reference.logits.argmax(1), found.logits.argmax(1)
+        before = reference.logits.argmax(1)
+        after = found.logits.argmax(1)
         rows[precision.name] = {
             "accuracy": found.accuracy,
             "loss": found.loss,

@@ -26,7 +26,8 @@ from utils import Ranks, RunError, Stopped, UserError, printable
 
 def main(argv: Sequence[str]) -> int:
     """Runs one command line; returns its exit status (0 done, 1 failed, 2 wrong input, 130 and 143 stopped)."""
-    ranks, options = Ranks.from_environment(), Namespace(command="")
+    ranks = Ranks.from_environment()
+    options = Namespace(command="")
     try:
         options = option.parse(argv)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
@@ -94,7 +95,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _memory_advice(options: Namespace) -> str:
-    batch, pieces = getattr(options, "batch_size", 1), getattr(options, "accumulate", 1)
+    batch = getattr(options, "batch_size", 1)
+    pieces = getattr(options, "accumulate", 1)
     if options.command not in ("train", "compare"):
         return f"out of memory at --batch_size {batch}: use a smaller one."
     smaller = f"--accumulate {pieces * 2} computes it in smaller pieces"
@@ -121,7 +123,8 @@ def train(options: Namespace, ranks: Ranks) -> None:
     from runs.resume import remove_results
 
     setup = _setup(options, ranks)
-    run, precision = setup.run, setup.precision
+    run = setup.run
+    precision = setup.precision
     writer = _tensorboard() if options.tensorboard else None
     log(f"{options.model} on {setup.device}: {precision.label} ({precision.reason})")
     if precision.name == "amp-fp16" and setup.device.type == "cpu":
@@ -133,7 +136,8 @@ def train(options: Namespace, ranks: Ranks) -> None:
     try:
         resuming, then = ranks.share(lambda: _earlier(setup))  # other machines may not see the folder
         data = setup.data()
-        trainer, config = setup.trainer(data, run), setup.config(data)
+        trainer = setup.trainer(data, run)
+        config = setup.config(data)
         if resuming:
             _restore(setup, trainer, data, then["dataset"])
         else:  # only here is everything known to be right: a mistake must not cost an earlier run
@@ -168,7 +172,8 @@ def _earlier(setup: Any) -> tuple[bool, dict[str, Any] | None]:
     """
     from runs.resume import refuse_changed, refuse_finished
 
-    options, run = setup.options, setup.run
+    options = setup.options
+    run = setup.run
     last = run.file("last.pt")
     if options.resume == "yes" and not last.exists():
         raise UserError(f"{printable(last)} does not exist: nothing to resume. Start without --resume.")
@@ -257,7 +262,9 @@ def _finish(setup: Any, trainer: Any, data: Any, events: Any) -> None:
     from reports import page, pictures, results, tables
     from runs.checkpoint import load_checkpoint
 
-    options, run, at = setup.options, setup.run, trainer.progress
+    options = setup.options
+    run = setup.run
+    at = trainer.progress
     network = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
     torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
     found = evaluate(network, setup.batches(data, data.test), setup.precision, keep_logits=True, description="testing")
@@ -321,7 +328,8 @@ def _verify_resume(setup: Any) -> None:
 
     if setup.ranks.size > 1:
         raise UserError("--verify_resume is one process's work: run it without torchrun.")
-    data, folder = setup.data(), Path(setup.options.checkpoint_dir)
+    data = setup.data()
+    folder = Path(setup.options.checkpoint_dir)
     setup.options.epochs = max(2, setup.options.epochs)
     shortened(data, setup.options.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
@@ -338,7 +346,8 @@ def evaluate(options: Namespace, ranks: Ranks) -> None:
     setup = _setup(options, ranks)
     checkpoint = setup.checkpoint()
     data = setup.data(test_only=True, classes=checkpoint["classes"])
-    network, batches = setup.trained(checkpoint), setup.batches(data, data.test)
+    network = setup.trained(checkpoint)
+    batches = setup.batches(data, data.test)
     if options.precisions:
         rows = parity(network, batches, options.precisions, _test_names(setup, data), data.classes)
         if ranks.is_first:

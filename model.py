@@ -85,7 +85,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, updates: 
     not linger at the initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
     """
     decay = min(decay, (1 + updates) / (10 + updates))
-    state, new = average.state_dict(), model.state_dict()
+    state = average.state_dict()
+    new = model.state_dict()
     floating = [name for name, value in state.items() if value.is_floating_point()]
     torch._foreach_lerp_([state[name] for name in floating], [new[name] for name in floating], 1 - decay)
     for name in state.keys() - set(floating):
@@ -185,7 +186,8 @@ def load_weights(
 
     Raises UserError with the offending names where anything else is missing, unknown or of another shape.
     """
-    own, head = model.state_dict(), head_name(model)
+    own = model.state_dict()
+    head = head_name(model)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
     shapes = {
         name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}"

@@ -117,9 +117,14 @@ def _one_of(*choices: Any, **more: Any) -> dict[str, Any]:
     return {"choices": choices, **more}
 
 
-FLAG, SWITCH = {"action": "store_true"}, {"action": argparse.BooleanOptionalAction}
-DIR, FILE, NAME = {"metavar": "DIR"}, {"metavar": "FILE"}, {"metavar": "NAME"}
-COUNT, SEED, PIXELS = _whole(1), _whole(0, 2**63), _whole(16, 4096, "PIXELS")
+FLAG = {"action": "store_true"}
+SWITCH = {"action": argparse.BooleanOptionalAction}
+DIR = {"metavar": "DIR"}
+FILE = {"metavar": "FILE"}
+NAME = {"metavar": "NAME"}
+COUNT = _whole(1)
+SEED = _whole(0, 2**63)
+PIXELS = _whole(16, 4096, "PIXELS")
 RATE = _number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 POSITIVE = _number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
 SHARE = _number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
@@ -387,7 +392,8 @@ def as_words(parser: Parser, values: dict[str, Any], left_out: Container[str] = 
     for action in parser._actions:
         if action.dest not in values or action.dest in left_out or action.default is argparse.SUPPRESS:
             continue
-        value, name = values[action.dest], action.option_strings[0]
+        value = values[action.dest]
+        name = action.option_strings[0]
         if action.nargs == 0 and isinstance(value, bool):
             name = name if value else action.option_strings[-1]  # --amp, --no-amp
             words += [name] if value or len(action.option_strings) > 1 else []
@@ -415,7 +421,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
-    get, epochs = vars(options).get, vars(options).get("epochs", math.inf)
+    get = vars(options).get
+    epochs = vars(options).get("epochs", math.inf)
     name = Path(get("checkpoint_name") or ".")
     sources = OPTIONS["one of these"]
     for wrong, message in (

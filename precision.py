@@ -69,15 +69,20 @@ def choose_precision(
             raise UserError(f"{card} has no bfloat16 arithmetic. Use --amp_dtype float16.")
         _set_float32_mode(tf32)
     if tf32:
-        name, reason = "tf32", "--tf32: float32 storage, factors of products rounded to 10 bits of fraction"
+        name = "tf32"
+        reason = "--tf32: float32 storage, factors of products rounded to 10 bits of fraction"
     elif not amp:
-        name, reason = "fp32", "no --amp: true FP32, TF32 off" if cuda else "no --amp"
+        name = "fp32"
+        reason = "no --amp: true FP32, TF32 off" if cuda else "no --amp"
     elif amp_dtype != "auto":
-        name, reason = "amp-fp16" if amp_dtype == "float16" else "amp-bf16", f"--amp_dtype {amp_dtype}"
+        name = "amp-fp16" if amp_dtype == "float16" else "amp-bf16"
+        reason = f"--amp_dtype {amp_dtype}"
     elif cuda:
-        name, reason = "amp-fp16", "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
+        name = "amp-fp16"
+        reason = "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
     else:
-        name, reason = "amp-bf16", f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
+        name = "amp-bf16"
+        reason = f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
     return Precision(name, device, reason)
 
 

@@ -44,7 +44,8 @@ def update_weights(
     gradient is not finite (the first that the backward pass reached), and loss scale. The order of the five scaler
     calls is PyTorch's own: https://docs.pytorch.org/docs/stable/notes/amp_examples.html
     """
-    loss_sum, correct = 0.0, 0
+    loss_sum = 0.0
+    correct = 0
     for images, labels, weight, last in pieces:
         # DDP averages gradients over ranks once per update, during the backward pass of the last piece.
         with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
@@ -177,8 +178,10 @@ class Trainer:
     def _train_epoch(self, stop_after: int | None) -> bool:
         """The updates that are left of this epoch; False where `stop_after` ended it early."""
         self._prepare_model()
-        at, batches = self.progress, self.batches
-        begun, batches.seconds_waited = time.perf_counter() - at.epoch_seconds, at.epoch_waited
+        at = self.progress
+        batches = self.batches
+        begun = time.perf_counter() - at.epoch_seconds
+        batches.seconds_waited = at.epoch_waited
         bar = progress(
             total=len(batches.subset),
             initial=min(at.update * batches.batch_size, len(batches.subset)),
@@ -214,7 +217,8 @@ class Trainer:
                 saving = not ended and self._save_is_due()
                 if ended or stopping or saving or at.update % self.log_interval == 0:
                     self._read(bar)
-                at.epoch_seconds, at.epoch_waited = time.perf_counter() - begun, batches.seconds_waited
+                at.epoch_seconds = time.perf_counter() - begun
+                at.epoch_waited = batches.seconds_waited
                 if stopping:
                     self._save_and_stop()
                     return False
@@ -233,11 +237,15 @@ class Trainer:
             self._not_finite("validation loss", self._per_epoch)
         line = self._metrics(found)
         at.history.append(line)
-        at.epoch, at.update, at.sums, at.skips = at.epoch + 1, 0, dict(NO_SUMS), []
+        at.epoch = at.epoch + 1
+        at.update = 0
+        at.sums = dict(NO_SUMS)
+        at.skips = []
         at.epoch_seconds = at.epoch_waited = 0.0
         files = {}
         if found.accuracy > at.best_val_acc:
-            at.best_epoch, at.best_val_acc = at.epoch, found.accuracy
+            at.best_epoch = at.epoch
+            at.best_val_acc = found.accuracy
             files["best_model.pt"] = {
                 **self.record,
                 "model": self.evaluated_model.state_dict(),
@@ -288,7 +296,8 @@ class Trainer:
     # -------------------------------------------------------------------------- reading back
     def _read(self, bar: Any) -> None:
         """Reads what the updates since the last reading left on the device: the only wait for it."""
-        at, begun = self.progress, self.progress.update - len(self._unread)
+        at = self.progress
+        begun = self.progress.update - len(self._unread)
         records = torch.stack(self._unread)
         totals = records[:, :2].contiguous()
         self.ranks.sum(totals)  # loss and correct predictions are per rank, the rest is the same on all
@@ -340,7 +349,8 @@ class Trainer:
             return
         scale = self.scaler.get_scale()
         if scale < 1 and not self._scale_warned:
-            self._scale_warned, skips = True, self.progress.skips
+            self._scale_warned = True
+            skips = self.progress.skips
             where = f" The backward pass met it first at {skips[0]['parameter']}." if skips else ""
             self.log(
                 f"warning: the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
@@ -354,7 +364,8 @@ class Trainer:
 
     def _metrics(self, found: Evaluation) -> dict[str, Any]:
         """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds."""
-        at, memory = self.progress, peak_memory(self.device)
+        at = self.progress
+        memory = peak_memory(self.device)
         if not (self._warming and at.steady):  # such an epoch counts only where there is no other
             at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
             at.steady = not self._warming
@@ -389,7 +400,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Hands last.pt, with the run as it stands, to the thread that writes it."""
-        self.progress.elapsed, self._last_save = self.seconds, time.monotonic()
+        self.progress.elapsed = self.seconds
+        self._last_save = time.monotonic()
         self.run.save({"last.pt": self.state()})
 
     def _save_and_stop(self) -> None:
@@ -408,7 +420,8 @@ class Trainer:
     def _save_is_due(self) -> bool:
         if self.checkpoint_every is None:
             return False
-        amount, unit = float(self.checkpoint_every[:-1]), self.checkpoint_every[-1]
+        amount = float(self.checkpoint_every[:-1])
+        unit = self.checkpoint_every[-1]
         if unit == "u":
             return self._updates_done % int(amount) == 0
         return self.ranks.any(time.monotonic() - self._last_save > 60 * amount)  # their clocks differ
@@ -448,7 +461,8 @@ class Forward:
     """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling."""
 
     def __init__(self, model: nn.Module, sizes: set[int], compiled: bool):
-        self.model, self.sizes = model, sizes
+        self.model = model
+        self.sizes = sizes
         self.compiled = torch.compile(model, dynamic=False) if compiled else model
         if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
             torch._functorch.config.backward_pass_autocast = "off"

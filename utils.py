@@ -98,7 +98,9 @@ def keep_freed_memory() -> None:
     Activations are freed and taken again in every update; without this each one costs page faults. See mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
-        mallopt, m_trim_threshold, m_mmap_max = ctypes.CDLL(None).mallopt, -1, -4
+        mallopt = ctypes.CDLL(None).mallopt
+        m_trim_threshold = -1
+        m_mmap_max = -4
         mallopt(m_mmap_max, 0)
         mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -160,7 +162,8 @@ def seed_everything(*numbers: int) -> None:
 
 def fold(*numbers: int) -> int:
     """One 63-bit seed from several whole numbers, the same on every machine (splitmix64 steps)."""
-    mask, state = 2**64 - 1, 0
+    mask = 2**64 - 1
+    state = 0
     for number in numbers:
         state = (state ^ (number & mask)) + 0x9E3779B97F4A7C15 & mask
         state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask

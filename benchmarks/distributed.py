@@ -117,7 +117,8 @@ def on_paper(arguments: argparse.Namespace) -> None:
         print("  batch of one update 256" if fixed else "  256 images on each GPU")
         for gpus in (1, 2, 4, 8, 16):
             each = images / gpus if fixed else images
-            sent, compute = 2 * (gpus - 1) / gpus * size, each / arguments.gpu_rate
+            sent = 2 * (gpus - 1) / gpus * size
+            compute = each / arguments.gpu_rate
             cells = []
             for speed in LINKS.values():
                 seconds = sent / speed

@@ -154,7 +154,8 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 
     def updates(source: Iterator, count: int) -> float:
         """Images per second over `count` full updates, read back at the end as the trainer does."""
-        started, records = time.perf_counter(), []
+        started = time.perf_counter()
+        records = []
         for _ in range(count):
             records.append(
                 update_weights(
@@ -210,7 +211,8 @@ def decode_rate(arguments: argparse.Namespace) -> float:
     from images.folders import find_image_set
     from images.stores import open_store
 
-    paths, seconds = [path for path, _ in find_image_set(arguments.data_dir).train][:4000], []
+    paths = [path for path, _ in find_image_set(arguments.data_dir).train][:4000]
+    seconds = []
     for _ in range(4):  # the first one fetches the files from the disk
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
@@ -288,7 +290,8 @@ def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Ca
         started = time.perf_counter()
         for _ in range(count):
             inputs, labels = next(batches)
-            inputs, labels = inputs.to(device), labels.to(device)
+            inputs = inputs.to(device)
+            labels = labels.to(device)
             outputs = model(inputs)
             loss = criterion(outputs, labels)
             correct = (outputs.argmax(1) == labels).float().mean()
@@ -337,7 +340,8 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: 
     )
     print("|---|---|---|---|---|---|---|")
     for side, fact in facts.items():
-        values, bound = rates[side], medians.get(f"{side} bound")
+        values = rates[side]
+        bound = medians.get(f"{side} bound")
         product = fact.get("matmul_flops")
         work = FLOP_PER_IMAGE * (arguments.image_size / 256) ** 2
         cells = [

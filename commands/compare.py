@@ -66,7 +66,8 @@ def run_all(
     folder holds a run with other options or there are no images, Stopped when a signal ended a run, and at the end
     RunError where one that was to be replaced still stands.
     """
-    planned, kept = [], []
+    planned = []
+    kept = []
     for seed, name in itertools.product(seeds, precisions):
         run = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
         own = [*words, *FLAGS[name], f"--seed={seed}", f"--checkpoint_dir={folder}", f"--checkpoint_name={run.name}"]
@@ -100,7 +101,9 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
         log(str(error))
         return str(error).splitlines()[0]
     before, since = (_epochs(run.folder), 0) if run.state == "begun" else (0, time.time())
-    started, said, clear = time.monotonic(), 0, "\r\x1b[K" if sys.stdout.isatty() else ""
+    started = time.monotonic()
+    said = 0
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
     for status in _process([*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]):  # noqa: B007
         done = _epochs(run.folder, since) - before
         left = run.epochs - done + epochs_later

@@ -27,7 +27,8 @@ from option import PRECISIONS
 from precision import gives_nan_in_float16, sensible_precisions
 from utils import RunError, device_name, linux_memory
 
-ROUNDS, ROUND_SECONDS = 5, 1.0
+ROUNDS = 5
+ROUND_SECONDS = 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 INSTRUCTIONS = (
     "avx2",
@@ -91,7 +92,8 @@ def loader_rate(
     """
     data = open_data_set(data_dir, image_size=image_size, seed=0, pin=device.type == "cuda", log=lambda line: None)
     batches = Batches(data.train, Pixels(device, image_size), min(batch_size, len(data.train)), len(data.classes))
-    updates, count = endless(batches), 0
+    updates = endless(batches)
+    count = 0
     list(next(updates))  # starts workers and fills caches
     started = time.perf_counter()
     while time.perf_counter() < started + seconds:
@@ -133,7 +135,9 @@ def _cpu(flags: set[str]) -> dict[str, Any]:
 
 def _cuda(device: torch.device) -> dict[str, Any]:
     """Tensor Cores came with compute capability 7.0, bfloat16 and TF32 with 8.0; GTX 16xx (7.5) have none."""
-    faulty, capability, driver = gives_nan_in_float16(device), torch.cuda.get_device_capability(device), "unknown"
+    faulty = gives_nan_in_float16(device)
+    capability = torch.cuda.get_device_capability(device)
+    driver = "unknown"
     with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
@@ -154,7 +158,8 @@ def _cuda(device: torch.device) -> dict[str, Any]:
 
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
     """The update in each usable precision, each in a process of its own."""
-    answers, failed = {}, {}
+    answers = {}
+    failed = {}
     usable = [name for name in sensible_precisions(device) if name != "amp-fp16" or not gives_nan_in_float16(device)]
     # On a CPU the processes take turns, so that noise hits all alike; a GPU's memory may hold one at a time only.
     for group in [[name] for name in usable] if device.type == "cuda" else [usable]:
@@ -197,7 +202,8 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
 
 def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int) -> dict[str, Any]:
     """Medians over the rounds; the speed-up is the median of the ratios of neighbouring rounds."""
-    rounds, memory = answers["rounds"], answers["memory"]
+    rounds = answers["rounds"]
+    memory = answers["memory"]
     ours, theirs = ([turn["seconds"] / turn["updates"] for turn in turns] for turns in (rounds, reference["rounds"]))
     median = statistics.median(ours)
     phases = {name: statistics.median(turn["phases"][name] / turn["updates"] for turn in rounds) for name in PHASES}
@@ -225,7 +231,8 @@ def amdahl(share: float, speedup: float) -> float:
 def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
     """For each precision but FP32: f (of the whole update, data included), s, the ceiling that follows from them, and
     how much faster the update's own matrix products and convolutions became."""
-    reference, found = measured["fp32"], {}
+    reference = measured["fp32"]
+    found = {}
     share = reference["shares"]["products"] * (1 - reference["phase_shares"]["data"])
     for name, row in measured.items():
         if name != "fp32":
@@ -243,10 +250,12 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
     measured = findings["measured"]
     speedups = {name: row["speedup"] for name, row in measured.items()}
     best = max((name for name in measured if name.startswith("amp")), key=speedups.get, default=None)
-    recommended, reasons = "fp32", [_hardware_reason(findings["machine"])]
+    recommended = "fp32"
+    reasons = [_hardware_reason(findings["machine"])]
     verdict = "AMP cannot be used on this device; train in FP32."
     if best:
-        speedup, saving = speedups[best], measured[best]["training_mb"] / measured["fp32"]["training_mb"]
+        speedup = speedups[best]
+        saving = measured[best]["training_mb"] / measured["fp32"]["training_mb"]
         if speedup >= 1.05 or (speedup >= 0.95 and saving <= 0.85):
             recommended = best
         effect = "pays" if speedup >= 1.05 else "brings no speed" if speedup > 0.95 else "is slower"
@@ -256,7 +265,8 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
         )
         reasons += _amp_reasons(findings, best, saving)
     if speedups.get("tf32", 0.0) >= 1.05 * speedups[recommended]:
-        recommended, verdict = "tf32", f"{verdict} TF32 is the fastest."
+        recommended = "tf32"
+        verdict = f"{verdict} TF32 is the fastest."
     spread = measured["fp32"]["spread"]
     if spread > 0.3:
         reasons.insert(
@@ -286,7 +296,8 @@ def _hardware_reason(has: dict[str, Any]) -> str:
 
 
 def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str]:
-    row, top = findings["measured"][best], findings["ceiling"][best]
+    row = findings["measured"][best]
+    top = findings["ceiling"][best]
     reasons = [
         f"Matrix products and convolutions take {top['f']:.0%} of an FP32 update. A large product runs {top['s']:.1f} "
         f"times as fast in 16 bits, which allows {top['ceiling']:.2f} if nothing else gets faster; those of this model "
@@ -302,13 +313,14 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
             "Memory falls little: weights, gradients and Adam's two moments stay FP32, and autocast adds "
             "16-bit copies of the weights. Only activations shrink, so a larger batch or image saves more."
         )
-    loader, rate = findings.get("loader_images_per_second"), row["images_per_second"]
+    loader = findings.get("loader_images_per_second")
+    rate = row["images_per_second"]
     if loader is not None:
         reasons.append(
             f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: "
             + (
-                "training waits for data, and no precision helps with that. Keep the images decoded (--cache memory) or "
-                "use more --num_workers."
+                "training waits for data, and no precision helps with that. Keep the images decoded (--cache memory) "
+                "or use more --num_workers."
                 if loader < 1.1 * rate
                 else "data is not the limit."
             )
@@ -318,7 +330,8 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
 
 def _command(findings: dict[str, Any], name: str) -> str:
     """The training command for precision `name`, at the size that was timed."""
-    setting, device = findings["setting"], torch.device(findings["machine"]["device"])
+    setting = findings["setting"]
+    device = torch.device(findings["machine"]["device"])
     words = ["python main.py"] + ["--tf32"] * (name == "tf32") + ["--amp"] * name.startswith("amp")
     if name == "amp-bf16" and device.type == "cuda":
         words.append("--amp_dtype bfloat16")
@@ -334,7 +347,9 @@ def _command(findings: dict[str, Any], name: str) -> str:
 
 def report(findings: dict[str, Any]) -> str:
     """The findings as text of at most 80 columns: verdict, reasons, evidence, the command to copy."""
-    setting, measured, loader = findings["setting"], findings["measured"], findings.get("loader_images_per_second")
+    setting = findings["setting"]
+    measured = findings["measured"]
+    loader = findings.get("loader_images_per_second")
     turns = measured["fp32"]["rounds"]
     lines = [*paragraph(findings["verdict"]), "", "Why"]
     for reason in findings["reasons"]:

@@ -26,7 +26,8 @@ class FromPixels(nn.Module):
     def __init__(self, model: nn.Module, image_size: int, normalize: str):
         super().__init__()
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if normalize == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
-        self.model, self.size = model, (image_size, image_size)
+        self.model = model
+        self.size = (image_size, image_size)
         self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(3, 1, 1))
 

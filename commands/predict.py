@@ -51,7 +51,9 @@ def predict_files(
     Raises UserError where an input does not exist or no image is readable.
     """
     paths = list(_listed(inputs))
-    rows, unreadable, size = [], [], (pixels.image_size, pixels.image_size)
+    rows = []
+    unreadable = []
+    size = (pixels.image_size, pixels.image_size)
     bar = progress(total=len(paths), desc="predicting", unit="image", delay=2)
     with bar, ThreadPoolExecutor(max(1, workers)) as pool, torch.inference_mode():
         decoded = ahead(pool, lambda path: (path, try_decode(path, size)), paths, 2 * batch_size)
@@ -102,7 +104,8 @@ def _row(path: Path, share: np.ndarray, classes: list[str], top_k: int) -> dict[
 def _text(rows: list[dict[str, Any]]) -> str:
     names = [printable(row["path"]) for row in rows[:SHOWN]]
     names = [name if len(name) <= 40 else "…" + name[-39:] for name in names]
-    lines, width = [], max(map(len, names))
+    lines = []
+    width = max(map(len, names))
     for name, row in zip(names, rows, strict=False):
         top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
         lines.append(f"{name:<{width}}  {top}")

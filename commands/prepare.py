@@ -42,7 +42,8 @@ def extract_archive(archive: Path, data_dir: Path) -> None:
     Raises UserError for a missing, damaged, hostile or unsuitable archive and where `data_dir` holds data already,
     RunError where the disk is full.
     """
-    archive, data_dir = Path(archive), Path(data_dir)
+    archive = Path(archive)
+    data_dir = Path(data_dir)
     if not archive.is_file():
         raise UserError(f"--archive {printable(archive)}: no such file.")
     with explained(data_dir, archive), archive.open("rb") as file:
@@ -71,7 +72,8 @@ def _unpack(
 
     `packed` is the size of the archive in bytes, for the ratio; None for a folder.
     """
-    key, inside = str(source.absolute()), _below_root(_checked(files, source, packed), source)
+    key = str(source.absolute())
+    inside = _below_root(_checked(files, source, packed), source)
     total = sum(info.file_size for info in inside.values())
     with one_writer(data_dir):
         if finish_interrupted(data_dir) == key:
@@ -97,9 +99,12 @@ def _unpack(
 
 def _checked(files: list[zipfile.ZipInfo], source: Path, packed: int | None) -> dict[PurePosixPath, zipfile.ZipInfo]:
     """All files by their path, refused as soon as one is hostile or their sum looks like a bomb."""
-    found, total = {}, 0
+    found = {}
+    total = 0
     for info in files:
-        name, path, total = info.filename, _safe_path(info.filename, source), total + info.file_size
+        name = info.filename
+        path = _safe_path(info.filename, source)
+        total = total + info.file_size
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):  # 0: not packed on Unix
             raise _hostile(source, name, "is a link or a device")
         if packed is not None and total > max(SMALL, MAX_RATIO * packed):
@@ -246,7 +251,8 @@ def check(data_dir: Path) -> dict[str, Any]:
 
 def format_check(report: dict[str, Any], *, most: int = 10) -> str:
     """The report of `check` as text for a terminal; lists are cut after `most` entries."""
-    counts, width = report["counts"], max(18, *(len(printable(name)) for name in report["classes"]))
+    counts = report["counts"]
+    width = max(18, *(len(printable(name)) for name in report["classes"]))
     rows = [("images", *counts)]
     rows += [(printable(name), *(f"{part[name]:,}" for part in counts.values())) for name in report["classes"]]
     rows.append(("total", *(f"{sum(part.values()):,}" for part in counts.values())))

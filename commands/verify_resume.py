@@ -75,7 +75,8 @@ def verify_resume(make_trainer: Callable[[str], Trainer]) -> list[str]:
 
 def _differences(one: Trainer, other: Trainer) -> list[str]:
     """Names of the values in which two trainers' checkpoints differ."""
-    before, after = dict(_leaves(one.state())), dict(_leaves(other.state()))
+    before = dict(_leaves(one.state()))
+    after = dict(_leaves(other.state()))
     return [name for name in before | after if name not in after or not _equal(before.get(name), after[name])]
 
 

@@ -14,10 +14,14 @@ sys.path.insert(0, str(ROOT))
 
 from images.scenes import CLASSES, draw_scene  # noqa: E402
 
-SIDE, STEP, LEFT, COUNT = 100, 103, 90, 10  # pixels of a scene, from one to the next, for the names; scenes in a row
+SIDE = 100
+STEP = 103
+LEFT = 90
+COUNT = 10  # pixels of a scene, from one to the next, for the names; scenes in a row
 
 sheet = Image.new("RGB", (LEFT + COUNT * STEP, len(CLASSES) * STEP), "white")
-pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+pen = ImageDraw.Draw(sheet)
+font = ImageFont.load_default(15)
 for label, name in enumerate(CLASSES):
     pen.text((LEFT - 10, label * STEP + SIDE / 2), name, "#222222", font, anchor="rm")
     for index in range(COUNT):

@@ -105,7 +105,8 @@ def range_panel(axes: Axes, rows: list[Format]) -> None:
     """From the smallest number above zero to the largest, on a logarithmic axis."""
     for place, row in enumerate(rows):
         low, normal, high = (math.log2(value) for value in (row.smallest, row.normal, row.largest))
-        (color, *_), (_, _, _, hatch) = STYLES[0], STYLES[1]
+        (color, *_) = STYLES[0]
+        (_, _, _, hatch) = STYLES[1]
         axes.barh(
             place, high - normal, left=normal, height=0.5, color=color, label="full precision" if place == 0 else None
         )

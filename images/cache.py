@@ -102,7 +102,8 @@ def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int,
 def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed: bool, workers: int, log) -> Kept:
     """Decodes every image into a cache file, or into memory where there is no room; streamed ones are only checked."""
     remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
-    temporary, started = file.with_name(f".{file.stem}.{os.getpid()}.tmp"), time.perf_counter()
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
+    started = time.perf_counter()
     try:
         array = None if streamed else _allocate(temporary, shape, log)
         crc32, unreadable = _decode_into(array, paths, shape[1:3], workers)
@@ -112,7 +113,8 @@ def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed:
             with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
                 notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
         if isinstance(array, np.memmap):
-            array, kept = None, temporary  # Windows moves no file that is mapped
+            array = None
+            kept = temporary  # Windows moves no file that is mapped
             with suppress(OSError):  # not waiting for the disk: what a power cut loses fails its checksum
                 os.replace(temporary, file)
                 kept = file
@@ -142,7 +144,8 @@ def _decode_into(
     array: np.ndarray | None, paths: list[Path], size: tuple[int, int], workers: int
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Decodes every path with threads into `array` (or nowhere); returns checksums and unreadable ones."""
-    crc32, unreadable = np.zeros(len(paths), np.uint32), {}
+    crc32 = np.zeros(len(paths), np.uint32)
+    unreadable = {}
 
     def some(start: int) -> int:  # a task for each image costs a tenth of the speed
         positions = range(start, min(start + 16, len(paths)))

@@ -18,7 +18,8 @@ def draw_demo(root: Path, *, train_images: int = 1200, test_images: int = 300, s
     RunError where the disk is full.
     """
     settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
-    root, manifest = Path(root), json.dumps(settings, indent=1).encode() + b"\n"
+    root = Path(root)
+    manifest = json.dumps(settings, indent=1).encode() + b"\n"
     drawn = root / "demo.json"
     with explained(root), one_writer(root):
         finish_interrupted(root)

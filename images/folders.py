@@ -40,10 +40,12 @@ def find_image_set(data_dir: str | Path) -> ImageSet:
     root = Path(data_dir)
     if (root / ".partial").exists():
         raise UserError(f"{root} holds half of a data set, whose `prepare` was stopped. Run it again.")
-    train, test = _first_folder(root, _TRAIN_FOLDERS), _first_folder(root, _TEST_FOLDERS)
+    train = _first_folder(root, _TRAIN_FOLDERS)
+    test = _first_folder(root, _TEST_FOLDERS)
     validation = _first_folder(root, _VALIDATION_FOLDERS)
     if test is None:
-        test, validation = validation, None
+        test = validation
+        validation = None
     if train is None or test is None:
         missing = "training images" if train is None else "test images"
         raise UserError(

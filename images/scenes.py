@@ -40,7 +40,9 @@ WALLS = (
 GLASS = ((60, 75, 95), (40, 45, 55), (125, 155, 185), (190, 205, 215))
 WATERS = ((40, 95, 140), (45, 125, 140), (85, 110, 125), (30, 70, 110), (90, 150, 165), (120, 130, 135))
 FLOORS = ((75, 75, 80), (120, 120, 118), (150, 140, 125), (105, 130, 65), (214, 188, 148))  # the last two: grass, sand
-SNOW, SHADOW, LAMP = (242, 245, 250), (140, 170, 208), (250, 215, 140)
+SNOW = (242, 245, 250)
+SHADOW = (140, 170, 208)
+LAMP = (250, 215, 140)
 
 
 def below(line: np.ndarray | float) -> np.ndarray:
@@ -52,12 +54,15 @@ class Scene:
     """A picture being drawn. Coordinates run from 0 to 1, x to the right and y downwards."""
 
     def __init__(self, random: np.random.Generator):
-        self.random, self.uniform, self.count = random.random, random.uniform, random.integers
+        self.random = random.random
+        self.uniform = random.uniform
+        self.count = random.integers
         self.image = Image.new("RGB", (SIZE, SIZE))
         self.pen = ImageDraw.Draw(self.image)
         top, low, light = LIGHTS[min(self.count(len(LIGHTS), size=2))]
         self.top, self.low = (np.clip(part + random.normal(0, 12, 3), 0, 255).tolist() for part in (top, low))
-        self.light, self.haze = (np.array(light) * self.uniform(0.85, 1.12)).tolist(), self.uniform(0.15, 0.8)
+        self.light = (np.array(light) * self.uniform(0.85, 1.12)).tolist()
+        self.haze = self.uniform(0.15, 0.8)
         self.lamps = self.light[1] < 0.7
 
     def choose(self, options: tuple) -> tuple:
@@ -65,7 +70,8 @@ class Scene:
 
     def colour(self, colour: tuple, depth: float = 0.0, shade: float = 1.0) -> tuple[int, ...]:
         """The colour under this light, a little varied, lost in haze with depth (0 near, 1 at the horizon)."""
-        mist, shift = depth * self.haze, 24 * self.random() - 12
+        mist = depth * self.haze
+        shift = 24 * self.random() - 12
         return tuple(
             min(max(int((part * shade * light + shift) * (1 - mist) + far * mist), 0), 255)
             for part, light, far in zip(colour, self.light, self.low, strict=True)
@@ -104,7 +110,9 @@ class Scene:
         column = top + (low - top) * np.clip(Y[..., None] / max(horizon, 0.3), 0, 1) ** self.uniform(0.6, 1.6)
         self.image.paste(Image.fromarray(column.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST))
         if self.random() < 0.3:
-            x, y, size = self.uniform(0.1, 0.9), self.uniform(0.1, 1) * horizon, self.uniform(0.05, 0.1)
+            x = self.uniform(0.1, 0.9)
+            y = self.uniform(0.1, 1) * horizon
+            size = self.uniform(0.05, 0.1)
             self.box((255, 240, 205), x, y, size, size, round=True)
         if self.random() < 0.6:
             cover = self.noise(self.count(2, 5), self.count(3, 9)) * 1.8 - self.uniform(0.5, 1.3)
@@ -114,10 +122,13 @@ class Scene:
 
     def ridge(self, base: float, height: float, depth: float, snow: float) -> None:
         """A mountain chain: lit and shaded faces run down from the crest, snow lies on the upper part."""
-        crest, grain, rock = base - height * self.profile(self.count(2, 6)), self.noise(8, 8), self.choose(ROCKS)
+        crest = base - height * self.profile(self.count(2, 6))
+        grain = self.noise(8, 8)
+        rock = self.choose(ROCKS)
         slope = (np.gradient(crest) * self.choose((-SIZE, SIZE))).astype(np.float32)
         column = (X + np.maximum(Y - crest, 0) * (grain - 0.5) * 1.2) * SIZE  # so that the faces wind downwards
-        lit, mask = np.clip(0.5 + 0.5 * slope[np.clip(column, 0, SIZE - 1).astype(np.intp)], 0, 1), below(crest)
+        lit = np.clip(0.5 + 0.5 * slope[np.clip(column, 0, SIZE - 1).astype(np.intp)], 0, 1)
+        mask = below(crest)
         self.fill(mask, self.colour(rock, depth, 0.6), self.colour(rock, depth, 1.1), lit)
         if snow > 0:
             white = np.clip((base - height * (1 - snow) - Y + grain * 0.3 + lit * 0.1 - 0.2) * 25, 0, 1)
@@ -136,22 +147,28 @@ class Scene:
 
     def trees(self, foot: float, height: float, count: int, depth: float, leaf: tuple, conifer: bool) -> None:
         """A row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
-        bark, shades = self.colour(ROCKS[5], depth), [self.colour(leaf, depth, shade) for shade in (0.6, 0.85, 1.1)]
+        bark = self.colour(ROCKS[5], depth)
+        shades = [self.colour(leaf, depth, shade) for shade in (0.6, 0.85, 1.1)]
         for x, down, size in self.random((count, 3)).tolist():
-            x, y, tall = x * 1.1 - 0.05, foot + 0.05 * down, height * (0.6 + 0.5 * size)
+            x = x * 1.1 - 0.05
+            y = foot + 0.05 * down
+            tall = height * (0.6 + 0.5 * size)
             for side in (-tall, tall) if conifer else ():
                 steps = ((0, 1), (0.06, 0.7), (0.03, 0.7), (0.12, 0.35), (0.06, 0.35), (0.2, 0), (0, 0))
                 self.polygon(shades[1 + (side < 0)], *((x + side * out, y - tall * up) for out, up in steps))
             if not conifer:
                 self.box(bark, x, y, tall * 0.07, tall * 0.6)
             for place, (across, up, wide) in enumerate(() if conifer else self.random((9, 3)).tolist()):
-                middle, low = x + (across - 0.5) * 0.4 * tall, y - tall * (0.43 + place / 30 + up / 5)
+                middle = x + (across - 0.5) * 0.4 * tall
+                low = y - tall * (0.43 + place / 30 + up / 5)
                 self.box(shades[place // 3], middle, low, tall * (0.22 + wide / 5), tall * 0.28, round=True)
 
     def facade(self, corners: list, depth: float = 0.0, shade: float = 1.0) -> None:
         """A wall seen as a quadrilateral (top left, top right, bottom right, bottom left) with its windows."""
         self.polygon(self.colour(self.choose(WALLS), depth, shade), *corners)
-        (a, b, c, d), size, glass = np.array(corners), self.count(2, (6, 9)), self.choose(GLASS)
+        (a, b, c, d) = np.array(corners)
+        size = self.count(2, (6, 9))
+        glass = self.choose(GLASS)
         panes = [LAMP, *(self.colour(glass, depth, light) for light in (0.8, 1.0, 1.15))]
         half = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * self.uniform(0.2, 0.4, 2)
         u, v = np.split((np.stack(np.indices(size), -1).reshape(-1, 1, 2) + 0.5 + half) / size, 2, -1)
@@ -163,12 +180,15 @@ class Scene:
     # ---------------------------------------------------------------------------- the six classes
     def buildings(self) -> None:
         """Blocks and towers with two walls each, from one close by to a skyline; no road."""
-        foot, count = self.uniform(0.65, 1.02), self.count(1, 6)
+        foot = self.uniform(0.65, 1.02)
+        count = self.count(1, 6)
         self.sky(foot)
         self.ground(foot, self.choose(FLOORS))
         for depth in np.linspace(0.8, 0, count).tolist() if count > 1 else [0.0]:
-            left, wide = self.uniform(-0.2, 0.7), self.uniform(0.1, 0.3) + 0.7 / count
-            edge, top = left + wide * self.uniform(0.2, 0.8), foot - self.uniform(0.25, 1)
+            left = self.uniform(-0.2, 0.7)
+            wide = self.uniform(0.1, 0.3) + 0.7 / count
+            edge = left + wide * self.uniform(0.2, 0.8)
+            top = foot - self.uniform(0.25, 1)
             for end, shade in ((left, 1.0), (left + wide, 0.7)):
                 fall = self.uniform(0, 0.4) * abs(end - edge)
                 self.facade([(end, top + fall), (edge, top), (edge, foot), (end, foot - fall / 5)], depth, shade)
@@ -176,16 +196,21 @@ class Scene:
 
     def forest(self) -> None:
         """Rows of conifers or of broad-leaved trees, up a slope or around the viewer."""
-        leaf, horizon, conifer, grown = self.choose(LEAVES), self.uniform(0, 0.7), self.random() < 0.5, self.random()
+        leaf = self.choose(LEAVES)
+        horizon = self.uniform(0, 0.7)
+        conifer = self.random() < 0.5
+        grown = self.random()
         self.sky(horizon)
         self.ground(horizon + 0.08, leaf, 0.4)
         for near in np.linspace(0, 1, self.count(3, 6)).tolist():
-            foot, height = horizon + 0.12 + (1.1 - horizon) * near**1.4, 0.18 + (0.3 + 0.6 * grown) * near
+            foot = horizon + 0.12 + (1.1 - horizon) * near**1.4
+            height = 0.18 + (0.3 + 0.6 * grown) * near
             self.trees(foot, height, 20 - int(14 * near), 1 - near, leaf, conifer)
 
     def mountain(self) -> None:
         """Ridges behind each other over a lake, a meadow, scree or snow, perhaps with woods."""
-        base, snow = self.uniform(0.45, 0.92), self.uniform(-0.4, 0.9)
+        base = self.uniform(0.45, 0.92)
+        snow = self.uniform(-0.4, 0.9)
         self.sky(base)
         for depth in (0.9, 0.3)[self.count(2) :]:
             self.ridge(base, self.uniform(0.4, 0.75) * (0.6 + 0.4 * depth), depth, snow * (0.4 + 0.6 * depth))
@@ -198,13 +223,16 @@ class Scene:
 
     def glacier(self) -> None:
         """A river of ice between ridges, or the broken front of the ice over water with bergs."""
-        base, level = self.uniform(0.3, 0.6), self.uniform(0.5, 0.85)
-        blue, ice = self.colour(SHADOW), self.colour(SNOW, 0, self.uniform(0.85, 1))
+        base = self.uniform(0.3, 0.6)
+        level = self.uniform(0.5, 0.85)
+        blue = self.colour(SHADOW)
+        ice = self.colour(SNOW, 0, self.uniform(0.85, 1))
         self.sky(base)
         self.ridge(base + 0.05, self.uniform(0, 0.6), 0.6, self.uniform(-0.4, 0.9))
         if self.random() < 0.5:
             self.ground(base - 0.12 * self.profile(3), self.choose(ROCKS))
-            near, grain = np.clip((Y - base + 0.05) / (1.05 - base), 0, 1), self.noise(8, 14)
+            near = np.clip((Y - base + 0.05) / (1.05 - base), 0, 1)
+            grain = self.noise(8, 14)
             half = self.uniform(0.02, 0.1) + self.uniform(0.1, 0.8) * near**1.3
             across = (X - self.uniform(0.3, 0.7) - self.uniform(-0.3, 0.3) * np.sin(4 * near) - 0.1 * grain) / half
             cracks = np.sin((near**0.6 + 0.15 * across**2 * near + 0.06 * grain) * self.uniform(50, 110)) > 0.7
@@ -214,14 +242,18 @@ class Scene:
         self.fill(wall, blue, ice, self.noise(self.count(20, 50), 3))
         self.water(level)
         for y in np.sort(self.uniform(level + 0.01, 1.0, self.count(9))).tolist():
-            x, wide, tall = self.uniform(), (y - level + 0.08) * self.uniform(0.3, 0.8), self.uniform(0.02, 0.2)
-            split, peak = (x + wide * 0.2, y), (x + self.uniform(-0.4, 0.4) * wide, y - tall)
+            x = self.uniform()
+            wide = (y - level + 0.08) * self.uniform(0.3, 0.8)
+            tall = self.uniform(0.02, 0.2)
+            split = (x + wide * 0.2, y)
+            peak = (x + self.uniform(-0.4, 0.4) * wide, y - tall)
             self.polygon(ice, (x - wide, y), (x - wide * 0.6, y - tall * 0.6), peak, split)
             self.polygon(blue, split, peak, (x + wide * 0.7, y - tall * 0.5), (x + wide, y))
 
     def sea(self) -> None:
         """Open water with a level horizon, sometimes with a path of light, boats or a beach."""
-        horizon, white = self.uniform(0.15, 0.7), self.colour(SNOW)
+        horizon = self.uniform(0.15, 0.7)
+        white = self.colour(SNOW)
         self.sky(horizon)
         self.water(horizon)
         if self.lamps or self.random() < 0.2:
@@ -232,13 +264,16 @@ class Scene:
             self.fill(below(edge - 0.01 - 0.05 * self.profile(4)), white, white, Y)
             self.ground(edge, self.choose(FLOORS[2::2]), 0.85)
         for x, down in self.random((self.count(3), 2)).tolist():
-            y, size = horizon + (0.02 + 0.25 * down) * (1 - horizon), 0.05 + 0.1 * down
+            y = horizon + (0.02 + 0.25 * down) * (1 - horizon)
+            size = 0.05 + 0.1 * down
             self.box(self.colour(self.choose(WALLS)), x, y, size, size * 0.18)
             self.polygon(white, (x, y - size * 1.1), (x, y - size * 0.2), (x + size * 0.45, y - size * 0.2))
 
     def street(self) -> None:
         """A road that runs away between two rows of houses, with traffic and trees."""
-        x, y, reach = self.uniform(0.3, 0.7), self.uniform(0.35, 0.62), self.uniform(0.4, 0.9)
+        x = self.uniform(0.3, 0.7)
+        y = self.uniform(0.35, 0.62)
+        reach = self.uniform(0.4, 0.9)
 
         def at(offset: float, near: float, up: float = 0.0) -> tuple[float, float]:
             return x + offset * near, y + (1.1 - y - up) * near
@@ -255,7 +290,8 @@ class Scene:
                     wall = [at(edge, far, tall), at(edge, near, tall), at(edge, near), at(edge, far)]
                     self.facade(wall, 0.5 - near / 3, shade)
         for near in np.sort(self.uniform(0.12, 0.8, self.count(4))).tolist():
-            (middle, foot), size = at(self.uniform(-0.7, 0.7) * reach, near), 0.4 * near
+            (middle, foot) = at(self.uniform(-0.7, 0.7) * reach, near)
+            size = 0.4 * near
             self.box(self.colour(GLASS[1]), middle, foot, size * 0.72, size * 0.62)
             self.box(self.colour(self.choose(WALLS)), middle, foot, size, size * 0.36)
             self.box(LAMP if self.lamps else (160, 40, 40), middle, foot - size * 0.18, size * 0.84, size * 0.08)

@@ -59,7 +59,8 @@ class StreamedImages:
         workers: int,
         pin: bool,
     ):
-        self.crc32, self.unreadable = crc32, unreadable
+        self.crc32 = crc32
+        self.unreadable = unreadable
         self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader = torch.utils.data.DataLoader(
             _Files(paths, size),

@@ -42,7 +42,9 @@ def inspect(
     `model_factory` makes the same model each time, on the device of `images` (N, 3, H, W) and `labels` (N).
     `metrics` are the lines of a run's metrics.jsonl. Raises UserError where `out` cannot be written.
     """
-    out, model, metrics = Path(out), model_factory(), metrics or []
+    out = Path(out)
+    model = model_factory()
+    metrics = metrics or []
     dtypes = {precision.name: trace_dtypes(model, images, labels, precision) for precision in precisions}
     casts = {precision.name: cast_cost(model, images, labels, precision, dtypes[precision.name])
              for precision in precisions}
@@ -102,9 +104,11 @@ class _Tracer(TorchDispatchMode):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.phase, self.calls = "forward", Counter()
+        self.phase = "forward"
+        self.calls = Counter()
         self._running = [""]  # modules, the innermost last
-        self._numbers, self._owners = [-1], [""]  # from each sequence number on, nodes belong to this module
+        self._numbers = [-1]
+        self._owners = [""]  # from each sequence number on, nodes belong to this module
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._move([*self._running, name]))
             module.register_forward_hook(lambda *_: self._move(self._running[:-1]))
@@ -173,7 +177,10 @@ def cast_cost(
 
     Their number by phase, the bytes read and written, and seconds, as medians of 3.
     """
-    update, phases, size, casts = _update(model, precision), Counter(), 0, []
+    update = _update(model, precision)
+    phases = Counter()
+    size = 0
+    casts = []
     for row in rows:
         if row["cast"]:
             old, new = (getattr(torch, name) for name in (row["inputs"][0], row["output"]))
@@ -256,13 +263,15 @@ def memory_ledger(
     of activations that backward has freed. Reserved (by the allocator) and driver (in use on the whole GPU) are
     CUDA's; resident is this process's on a CPU.
     """
-    device, cuda = images.device, images.device.type == "cuda"
+    device = images.device
+    cuda = images.device.type == "cuda"
     gc.collect()
     if cuda:
         torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated(device) if cuda else 0
     update = Update(build().to(device), named_precision(precision.name, precision.device))
-    model, state = update.model, update.optimizer.state
+    model = update.model
+    state = update.optimizer.state
 
     def step() -> None:
         update([(images, labels, 1, True)], len(images))
@@ -330,7 +339,8 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
     """Stacked bars of what stays FP32 and what AMP changes."""
     parts = ("parameters", "gradients", "optimizer_state", "activations", "weight_copies")
     with picture(path, 9, 1.9 + 0.7 * len(ledger)) as figure:
-        axes, ends = figure.add_subplot(), [0.0] * len(ledger)
+        axes = figure.add_subplot()
+        ends = [0.0] * len(ledger)
         for part, (color, _, _, hatch) in zip(parts, STYLES, strict=False):
             sizes = [row[part] / 2**20 for row in ledger]
             axes.barh(range(len(ledger)), sizes, left=ends, height=0.55, color=color, hatch=hatch, edgecolor="white",
@@ -358,9 +368,11 @@ def underflow_map(
     floor(log2 of the magnitude).
     """
     update = _update(model, named_precision("fp32", images.device))
-    model, scales = update.model, list(dict.fromkeys([1.0, 2.0**8, 2.0**16, float(scaler_scale or 1)]))
+    model = update.model
+    scales = list(dict.fromkeys([1.0, 2.0**8, 2.0**16, float(scaler_scale or 1)]))
     modules = {name: module for name, module in model.named_modules() if not list(module.children())}
-    fates, histogram = defaultdict(Counter), {"parameter": Counter(), "activation": Counter()}
+    fates = defaultdict(Counter)
+    histogram = {"parameter": Counter(), "activation": Counter()}
 
     def note(group: str, name: str, gradient: torch.Tensor) -> None:  # a module that runs twice is added up
         counts, exponents = fate(gradient, scales)
@@ -395,7 +407,8 @@ def underflow_map(
 def fate(gradient: torch.Tensor, scales: list[float]) -> tuple[Counter, Counter]:
     """Counts what becomes of the nonzero values in float16 at each scale, by really casting them; and the values by
     floor(log2 of the magnitude): frexp's mantissa is in [0.5, 1), so its exponent is one more."""
-    nonzero, tiny = gradient.detach().float()[gradient != 0], torch.finfo(torch.float16).tiny
+    nonzero = gradient.detach().float()[gradient != 0]
+    tiny = torch.finfo(torch.float16).tiny
     counts = Counter(values=gradient.numel(), nonzero=nonzero.numel())
     for scale in scales:
         half = (nonzero * scale).half().abs()
@@ -440,11 +453,14 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
 
 def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
     """Gradient magnitudes against the ranges of float16 and bfloat16."""
-    half, brain = torch.finfo(torch.float16), torch.finfo(torch.bfloat16)
+    half = torch.finfo(torch.float16)
+    brain = torch.finfo(torch.bfloat16)
     # Half of the smallest subnormal number rounds to zero, everything above it to that number or more.
     smallest = math.log2(half.smallest_normal * half.eps / 2)
-    tiny, largest = math.log2(half.tiny), math.log2(half.max)
-    span, tallest = range(-45, 20), 1.0
+    tiny = math.log2(half.tiny)
+    largest = math.log2(half.max)
+    span = range(-45, 20)
+    tallest = 1.0
     with picture(path, 9, 5) as figure:
         axes = figure.add_subplot()
         for group, color, line in (("parameter", BLUE, "-"), ("activation", VERMILION, "--")):

@@ -49,10 +49,12 @@ class Update:
     def __init__(self, model: nn.Module, precision: Precision):
         if precision.amp and precision.device.type == "cpu":  # as training does
             avoid_in_place(model)
-        self.model, self.precision = model.train(), precision
+        self.model = model.train()
+        self.precision = precision
         self.optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-4, weight_decay=1e-4,
                                         fused=precision.device.type in ("cpu", "cuda"))
-        self.scaler, self.criterion = precision.grad_scaler(), nn.CrossEntropyLoss(reduction="sum")
+        self.scaler = precision.grad_scaler()
+        self.criterion = nn.CrossEntropyLoss(reduction="sum")
 
     def __call__(self, pieces: Any, image_count: int) -> None:
         """`pieces` are (images, labels, weight, whether it is the last), as `dataset.Batches` makes them."""
@@ -92,7 +94,8 @@ class Bench:
     """The update on random pixels, put together as training does; each method answers one question."""
 
     def __init__(self, *, device: str, precision: str, model_name: str, image_size: int, batch_size: int):
-        self.device, self.batch_size = choose_device(device), batch_size
+        self.device = choose_device(device)
+        self.batch_size = batch_size
         torch.manual_seed(0)
         torch.backends.cudnn.benchmark = True
         reset_peak_memory(self.device)
@@ -132,7 +135,8 @@ class Bench:
             self.update(next(self.updates), self.batch_size)
             self._mark("optimizer")
         wait(self.device)
-        seconds, self.peak = time.perf_counter() - started, peak_memory(self.device)
+        seconds = time.perf_counter() - started
+        self.peak = peak_memory(self.device)
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in itertools.pairwise(self.moments):
             phases[phase] += begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin

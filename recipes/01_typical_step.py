@@ -31,7 +31,8 @@ def make_batch(device):
 
 def train(device, dtype, updates=10):
     """The typical step; float32 is the same code with autocast and scaler disabled."""
-    model, (images, labels) = make_model(device), make_batch(device)
+    model = make_model(device)
+    (images, labels) = make_batch(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device, init_scale=2.0**22, enabled=dtype == torch.float16)
     diary = []
@@ -40,7 +41,8 @@ def train(device, dtype, updates=10):
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(images)
             loss = functional.cross_entropy(logits, labels)
-        weight_before, scale = model[0].weight.detach().clone(), scaler.get_scale()
+        weight_before = model[0].weight.detach().clone()
+        scale = scaler.get_scale()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -57,7 +59,8 @@ def broken_half_weights(device):
     """A float16 weight w cannot move by less than about w / 2048."""
     still = {}
     for dtype in (torch.float32, torch.float16):
-        model, (images, labels) = make_model(device).to(dtype), make_batch(device)
+        model = make_model(device).to(dtype)
+        (images, labels) = make_batch(device)
         before = model[4].weight.detach().clone()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
         functional.cross_entropy(model(images.to(dtype)).float(), labels).backward()
@@ -80,7 +83,8 @@ def broken_half_weights(device):
 
 def broken_step_inside_autocast(device):
     """Autocast keeps the 16-bit copy of each weight until the region ends, so a step within goes unseen."""
-    model, (images, _) = make_model(device).eval(), make_batch(device)
+    model = make_model(device).eval()
+    (images, _) = make_batch(device)
     with torch.amp.autocast(device, dtype=torch.bfloat16):
         before = model(images)
         with torch.no_grad():

@@ -20,7 +20,8 @@ SCALE = 65536.0
 def make_parts(device, optimizer_class=torch.optim.SGD):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 6)).to(device)
-    images, labels = torch.randn(48, 64).to(device), torch.arange(6).repeat(8).to(device)
+    images = torch.randn(48, 64).to(device)
+    labels = torch.arange(6).repeat(8).to(device)
     return model, optimizer_class(model.parameters(), lr=0.1), images, labels
 
 

@@ -20,7 +20,8 @@ def make_parts(device, dtype=torch.float16):
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 6)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # the weights stay, so that gradients compare
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
-    images, labels = torch.randn(28, 64).to(device), (torch.arange(28) % 6).to(device)
+    images = torch.randn(28, 64).to(device)
+    labels = (torch.arange(28) % 6).to(device)
     return model, optimizer, scaler, images, labels
 
 

@@ -19,7 +19,8 @@ def make_parts(device, dtype):
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 6)).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
-    images, labels = torch.randn(48, 64).to(device), torch.arange(6).repeat(8).to(device)
+    images = torch.randn(48, 64).to(device)
+    labels = torch.arange(6).repeat(8).to(device)
     return model, optimizer, scaler, images, labels
 
 
@@ -47,7 +48,8 @@ def one_update(device, dtype, model, optimizer, scaler, images, labels, unscale)
 
 def diary(device, dtype, unscale=True, updates=16):
     parts = make_parts(device, dtype)
-    scaler, rows = parts[2], []
+    scaler = parts[2]
+    rows = []
     for _ in range(updates):
         scale = scaler.get_scale()
         loss, penalty = one_update(device, dtype, *parts, unscale=unscale)

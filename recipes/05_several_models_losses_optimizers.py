@@ -19,7 +19,8 @@ def make_parts(device, dtype=torch.float16):
     models = [nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 6)).to(device) for _ in range(2)]
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in models]
     scaler = torch.amp.GradScaler(device, init_scale=4096.0, enabled=dtype == torch.float16)
-    images, labels = torch.randn(48, 32).to(device), torch.arange(6).repeat(8).to(device)
+    images = torch.randn(48, 32).to(device)
+    labels = torch.arange(6).repeat(8).to(device)
     return models, optimizers, scaler, images, labels
 
 
@@ -66,7 +67,8 @@ def train(device, dtype, updates=10):
         for optimizer in optimizers:
             scaler.step(optimizer)
         scaler.update()
-    first, last = losses[0], losses[-1]
+    first = losses[0]
+    last = losses[-1]
     print(f"  {str(dtype)[6:]:<9} losses {first[0]:.4f} {first[1]:.4f} -> {last[0]:.4f} {last[1]:.4f}")
     assert sum(last) < sum(first)
     return sum(last)

@@ -21,8 +21,10 @@ class Net(nn.Module):
     def __init__(self, device, dtype=None):
         super().__init__()
         torch.manual_seed(0)
-        self.first, self.last = nn.Linear(32, 64), nn.Linear(64, 6)
-        self.dtype, self.seen = dtype, []
+        self.first = nn.Linear(32, 64)
+        self.last = nn.Linear(64, 6)
+        self.dtype = dtype
+        self.seen = []
         self.to(device)
 
     def forward(self, images):
@@ -39,7 +41,8 @@ class Net(nn.Module):
 
 def threaded(model, images, hand_over=False):
     """What nn.DataParallel does, without GPUs: a thread for each part of the batch, then gather."""
-    device, outputs = images.device.type, {}
+    device = images.device.type
+    outputs = {}
     enabled = torch.is_autocast_enabled(device) if hand_over else False
 
     def work(number, part):
@@ -55,7 +58,8 @@ def threaded(model, images, hand_over=False):
 
 
 def seen_dtypes(device, asked, inside, forward):
-    model, images = Net(device, asked if inside else None), torch.ones(8, 32, device=device)
+    model = Net(device, asked if inside else None)
+    images = torch.ones(8, 32, device=device)
     with torch.amp.autocast(device, dtype=asked, enabled=not inside):
         forward(model, images)
     return sorted(set(model.seen))
@@ -66,7 +70,8 @@ def gradient(device, dtype, forward):
     model = Net(device, dtype)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    images, labels = torch.randn(24, 32, generator=torch.Generator().manual_seed(1)), torch.arange(24) % 6
+    images = torch.randn(24, 32, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(24) % 6
     loss = functional.cross_entropy(forward(model, images.to(device)).float(), labels.to(device))
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
@@ -88,7 +93,8 @@ def main(device):
 
     print("2. The gradient through two threads, against one thread")
     for dtype in (torch.float16, torch.bfloat16):
-        one, two = gradient(device, dtype, lambda model, part: model(part)), gradient(device, dtype, threaded)
+        one = gradient(device, dtype, lambda model, part: model(part))
+        two = gradient(device, dtype, threaded)
         error = ((one - two).norm() / one.norm()).item()
         print(f"  {str(dtype)[6:]:<9} norm {two.norm().item():.4f}, difference {error:.2%}")
         assert error < 0.02

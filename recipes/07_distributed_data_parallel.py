@@ -16,7 +16,9 @@ from torch import distributed, multiprocessing, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-WORLD, UPDATES, BAD_UPDATE = 2, 5, 2
+WORLD = 2
+UPDATES = 5
+BAD_UPDATE = 2
 
 
 def make_model(device):
@@ -37,9 +39,11 @@ def train(rank, device, dtype, broken):
     network = model if broken else DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler(kind, init_scale=4096.0, enabled=dtype == torch.float16)
-    generator, diary = torch.Generator().manual_seed(10 + rank), []
+    generator = torch.Generator().manual_seed(10 + rank)
+    diary = []
     for update in range(UPDATES):
-        images, labels = torch.randn(24, 32, generator=generator), torch.arange(24) % 6
+        images = torch.randn(24, 32, generator=generator)
+        labels = torch.arange(24) % 6
         if update == BAD_UPDATE and rank == 1:
             images[0, 0] = 1e6  # beyond float16 for rank 1 alone
         optimizer.zero_grad()

@@ -55,8 +55,10 @@ def make_functions(device):
 def train(device, dtype, matmul, updates=5):
     """A classifier whose last layer is the custom function."""
     torch.manual_seed(0)
-    first, weight = nn.Linear(32, 64).to(device), nn.Parameter(torch.randn(64, 6).mul(0.1).to(device))
-    images, labels = torch.randn(48, 32).to(device), torch.arange(48, device=device) % 6
+    first = nn.Linear(32, 64).to(device)
+    weight = nn.Parameter(torch.randn(64, 6).mul(0.1).to(device))
+    images = torch.randn(48, 32).to(device)
+    labels = torch.arange(48, device=device) % 6
     optimizer = torch.optim.SGD([*first.parameters(), weight], lr=0.2)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     for _ in range(updates):

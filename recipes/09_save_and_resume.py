@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-SAVE_AT, UPDATES = 6, 14
+SAVE_AT = 6
+UPDATES = 14
 
 
 def make_parts(device, dtype):
@@ -31,7 +32,8 @@ def run(device, dtype, parts, first, last):
     scales = []
     for update in range(first, last):
         generator = torch.Generator().manual_seed(update)
-        images, labels = torch.randn(48, 32, generator=generator).to(device), (torch.arange(48) % 6).to(device)
+        images = torch.randn(48, 32, generator=generator).to(device)
+        labels = (torch.arange(48) % 6).to(device)
         optimizer.zero_grad()
         with torch.amp.autocast(device, dtype=dtype):
             loss = functional.cross_entropy(model(images), labels)

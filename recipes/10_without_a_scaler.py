@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-SIDE, UPDATES, LOSS_WEIGHT = 32, 16, 0.002
+SIDE = 32
+UPDATES = 16
+LOSS_WEIGHT = 0.002
 
 
 def make_parts(device):
@@ -44,7 +46,8 @@ def first_gradient(device, dtype, scaled):
     """Returns the share of zeros at the first layer's output, and the unscaled gradient of the first layer."""
     model, images, labels = make_parts(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    scaler, seen = torch.amp.GradScaler(device, enabled=scaled), []
+    scaler = torch.amp.GradScaler(device, enabled=scaled)
+    seen = []
     backward(device, dtype, scaler, model, images, labels, seen.append)
     scaler.unscale_(optimizer)
     return (seen[0] == 0).float().mean().item(), model[0].weight.grad
@@ -86,7 +89,9 @@ def main(device):
     }
     print(f"1. Gradients at the first layer's output, and of its weights ({device})")
     print("                        exactly zero        weights: norm    error")
-    reference, zeros, errors = first_gradient(device, torch.float32, False)[1], {}, {}
+    reference = first_gradient(device, torch.float32, False)[1]
+    zeros = {}
+    errors = {}
     for name, (dtype, scaled) in cases.items():
         zeros[name], gradient = first_gradient(device, dtype, scaled)
         errors[name] = ((gradient - reference).norm() / reference.norm()).item()

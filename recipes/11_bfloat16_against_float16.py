@@ -43,7 +43,8 @@ def range_and_digits(device):
 
 def running_sum(device):
     """A sum kept in 16 bits stops where one more is no more than half a step: never keep one."""
-    sums, safe = [], []
+    sums = []
+    safe = []
     for dtype in DTYPES:
         total = torch.zeros((), dtype=dtype, device=device)
         for _ in range(3000):
@@ -75,7 +76,8 @@ def network_error(device):
         model = nn.Sequential(
             nn.Conv2d(3, 16, 3, 2, 1), nn.Tanh(), nn.Conv2d(16, 32, 3, 2, 1), nn.Tanh(), nn.Flatten(), nn.Linear(512, 6)
         ).to(device)
-        images, labels = torch.randn(24, 3, 16, 16).to(device), torch.arange(24, device=device) % 6
+        images = torch.randn(24, 3, 16, 16).to(device)
+        labels = torch.arange(24, device=device) % 6
         scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             logits = model(images)

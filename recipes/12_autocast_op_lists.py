@@ -37,7 +37,8 @@ def one_forward(device, dtype):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
     ).to(device)
-    images, labels = torch.randn(4, 3, 8, 8, device=device), torch.arange(4, device=device)
+    images = torch.randn(4, 3, 8, 8, device=device)
+    labels = torch.arange(4, device=device)
     with torch.amp.autocast(device, dtype=dtype), Watch() as watch:
         functional.cross_entropy(model(images), labels)
     for name, taken, given in watch.calls:
@@ -48,7 +49,8 @@ def one_forward(device, dtype):
 
 def probes(device):
     """One call for each operation; the first argument carries the dtype under test."""
-    weight, square = torch.randn(4, 3, device=device), torch.randn(3, 3, device=device)
+    weight = torch.randn(4, 3, device=device)
+    square = torch.randn(3, 3, device=device)
     image_weight = torch.randn(2, 1, 3, 3, device=device)
     return {
         "linear": lambda values: functional.linear(values, weight),
@@ -78,7 +80,8 @@ def verdict(from_full, from_half, half):
 
 
 def sort_operations(device, dtype):
-    half, verdicts = str(dtype)[6:], {}
+    half = str(dtype)[6:]
+    verdicts = {}
     print(f"  {'operation':<18}{'from float32':<15}{'from ' + half:<16}it")
     with torch.amp.autocast(device, dtype=dtype):
         for name, call in probes(device).items():
@@ -90,7 +93,8 @@ def sort_operations(device, dtype):
 
 
 def broken_out_argument(device):
-    left, right = torch.randn(4, 4, device=device), torch.randn(4, 4, device=device)
+    left = torch.randn(4, 4, device=device)
+    right = torch.randn(4, 4, device=device)
     out = torch.empty(4, 4, device=device)
     with torch.amp.autocast(device, dtype=torch.bfloat16), Watch() as watch:
         torch.mm(left, right)
@@ -102,7 +106,8 @@ def broken_out_argument(device):
 
 def broken_probabilities(device):
     """BCE on probabilities is the one loss autocast refuses (CUDA); with logits it is safe everywhere."""
-    probabilities, target = torch.rand(8, device=device), torch.ones(8, device=device)
+    probabilities = torch.rand(8, device=device)
+    target = torch.ones(8, device=device)
     with torch.amp.autocast(device, dtype=torch.float16):
         try:
             answer = str(functional.binary_cross_entropy(probabilities, target).dtype)[6:]

@@ -47,7 +47,8 @@ def predict(model, images, dtype):
 
 def three_precisions(model, images, labels):
     logits = {dtype: predict(model, images, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-    full, changed = logits[torch.float32], {}
+    full = logits[torch.float32]
+    changed = {}
     print("               accuracy   largest logit error   answers changed")
     for dtype, some in logits.items():
         changed[dtype] = (some.argmax(1) != full.argmax(1)).sum().item()
@@ -61,7 +62,8 @@ def three_precisions(model, images, labels):
 def whose_answers_change(full, brain):
     """The changed answers are those that were undecided to begin with."""
     best = full.topk(2).values
-    margin, changed = best[:, 0] - best[:, 1], full.argmax(1) != brain.argmax(1)
+    margin = best[:, 0] - best[:, 1]
+    changed = full.argmax(1) != brain.argmax(1)
     print(
         f"  gap between the two best logits: {margin[changed].max().item():.4f} at most where the answer "
         f"changed,\n  {margin.median().item():.4f} for the median image"
@@ -86,7 +88,8 @@ def broken_training_mode(model, images):
         model.train(training)
         state = {key: value.clone() for key, value in model.state_dict().items()}
         with torch.inference_mode(), torch.amp.autocast(images.device.type, dtype=torch.bfloat16):
-            first, second = model(images).argmax(1), model(images).argmax(1)
+            first = model(images).argmax(1)
+            second = model(images).argmax(1)
         model.load_state_dict(state)
         answers[name] = (first != second).float().mean().item()
     print(

@@ -22,7 +22,9 @@ class Net(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.delicate, self.last = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 6)
+        self.first = nn.Linear(64, 64)
+        self.delicate = nn.Linear(64, 64)
+        self.last = nn.Linear(64, 6)
 
     def forward(self, images):
         hidden = torch.tanh(self.first(images))
@@ -35,11 +37,13 @@ def train(device, dtype, backend=None, policy="off", updates=4):
     """Returns the losses, and the scaled gradient of the float32 layer in the first update."""
     torch.manual_seed(0)
     model = Net().to(device)
-    images, labels = torch.randn(48, 64).to(device), torch.arange(6).repeat(8).to(device)
+    images = torch.randn(48, 64).to(device)
+    labels = torch.arange(6).repeat(8).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
     torch.compiler.reset()
-    losses, first_gradient = [], None
+    losses = []
+    first_gradient = None
     with functorch_config.patch(backward_pass_autocast=policy):
         network = model if backend is None else torch.compile(model, backend=backend)
         for _ in range(updates):

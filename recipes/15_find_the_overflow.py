@@ -42,8 +42,10 @@ class Net(nn.Module):
     def __init__(self, loud=False, pool_in_float32=False):
         super().__init__()
         torch.manual_seed(0)
-        self.stem, self.blocks = nn.Conv2d(3, 8, 3, padding=1), nn.Sequential(*[Block(8) for _ in range(3)])
-        self.pool, self.head = RootMeanSquare(pool_in_float32), nn.Linear(8, 6)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*[Block(8) for _ in range(3)])
+        self.pool = RootMeanSquare(pool_in_float32)
+        self.head = nn.Linear(8, 6)
         if loud:
             self.stem.weight.data.mul_(500)
 
@@ -75,7 +77,8 @@ def watch(model):
 def one_pass(device, dtype, scale, **options):
     model = Net(**options).to(device)
     seen = watch(model)
-    images, labels = torch.randn(12, 3, 8, 8).to(device), torch.arange(12, device=device) % 6
+    images = torch.randn(12, 3, 8, 8).to(device)
+    labels = torch.arange(12, device=device) % 6
     with torch.amp.autocast(device, dtype=dtype):
         loss = functional.cross_entropy(model(images), labels)
     (loss * scale).backward()
@@ -93,8 +96,10 @@ def report(title, seen, loss, bad, count):
 def scale_after(device, updates, loud):
     """What one sees without hooks: the scale, update by update."""
     model = Net(loud).to(device)
-    optimizer, scaler = torch.optim.SGD(model.parameters(), lr=0.01), torch.amp.GradScaler(device)
-    images, labels = torch.randn(12, 3, 8, 8).to(device), torch.arange(12, device=device) % 6
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(device)
+    images = torch.randn(12, 3, 8, 8).to(device)
+    labels = torch.arange(12, device=device) % 6
     for _ in range(updates):
         optimizer.zero_grad()
         with torch.amp.autocast(device, dtype=torch.float16):

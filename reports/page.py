@@ -57,7 +57,8 @@ def text(value: object) -> str:
 
 def table(header: list[str], rows: list[list[object]], kind: str = "") -> str:
     """The last cell of a row that is shorter than the header spans the rest of it."""
-    head, lines = "".join(f"<th>{text(name)}</th>" for name in header), ""
+    head = "".join(f"<th>{text(name)}</th>" for name in header)
+    lines = ""
     for row in rows:
         span = f' colspan="{len(header) - len(row) + 1}"' if len(row) < len(header) else ""
         lines += f"<tr>{''.join(f'<td>{text(value)}</td>' for value in row[:-1])}<td{span}>{text(row[-1])}</td></tr>\n"

@@ -28,7 +28,12 @@ from utils import atomic_write
 
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
 # line, marker and hatch say the same once more.
-BLUE, VERMILION, GOLD, INK, SKY, PURPLE = "#004488", "#D55E00", "#EEBB33", "#222222", "#66BBEE", "#AA6699"
+BLUE = "#004488"
+VERMILION = "#D55E00"
+GOLD = "#EEBB33"
+INK = "#222222"
+SKY = "#66BBEE"
+PURPLE = "#AA6699"
 STYLES = [
     (BLUE, "-", "o", ""),
     (VERMILION, "--", "D", "///"),
@@ -116,7 +121,8 @@ def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, bes
 
 def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) -> None:
     """The scaler's loss scale over the epochs and, as bars, how many updates it skipped in each."""
-    epochs, skipped = column(metrics, "epoch"), np.nan_to_num(column(metrics, "skipped_updates"))
+    epochs = column(metrics, "epoch")
+    skipped = np.nan_to_num(column(metrics, "skipped_updates"))
     axes.step(epochs, scale, where="mid", color=BLUE)
     axes.set_yscale("log", base=2)
     axes.set(xlabel="epoch", ylabel="loss scale", xlim=(min(epochs) - 0.5, max(epochs) + 0.5))
@@ -134,7 +140,8 @@ def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) ->
 
 def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path, *, title: str) -> None:
     """Counts and row percentages of the test images; above 20 classes the colours alone speak."""
-    counts, number = np.array(confusion), len(classes)
+    counts = np.array(confusion)
+    number = len(classes)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(20, number * (0.85 if number <= 8 else 0.62 if number <= 20 else max(0.15, 9 / number)))
     small = 10 if number <= 8 else 8 if number <= 20 else 5
@@ -157,7 +164,8 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
         axes.set(xlabel="predicted class", ylabel="true class")
         axes.grid(False)
         for row, place in np.ndindex(counts.shape) if number <= 20 else ():
-            count, percent = counts[row, place], share[row, place]
+            count = counts[row, place]
+            percent = share[row, place]
             axes.text(
                 place,
                 row,
@@ -237,7 +245,8 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
         upper.plot([0, 100], [0, 100], color=FAINT, linewidth=1.2, label="perfectly calibrated")
         for place, (run, numbers) in enumerate(found):
             color, line, marker, hatch = STYLES[place % len(STYLES)]
-            filled, bins = numbers["count"] > 0, len(numbers["count"])
+            filled = numbers["count"] > 0
+            bins = len(numbers["count"])
             upper.plot(
                 100 * numbers["confidence"][filled],
                 100 * numbers["accuracy"][filled],

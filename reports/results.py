@@ -51,7 +51,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     metrics = read_metrics(metrics_file) if metrics_file.exists() or result else []
     with reading(config_file):
         config |= {part: dict(config.get(part, {})) for part in ("options", "dataset", "versions")}
-        options, precision = config["options"], config.get("precision") or failure.get("precision")
+        options = config["options"]
+        precision = config.get("precision") or failure.get("precision")
         if precision not in PRECISIONS or not isinstance(options.get("seed", 0), int):
             raise ValueError(f"unknown precision {precision}, or no seed")
     if result is not None:
@@ -132,7 +133,8 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
     """Expected calibration error (a share, 0 to 1) after Guo et al. 2017: equal bins ((m-1)/M, m/M] of the highest
     probability. probabilities [N, classes], labels [N] class indices. `count` and the mean `confidence` and
     `accuracy` are arrays [bins], the means NaN in an empty bin."""
-    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    confidence = probabilities.max(1)
+    right = probabilities.argmax(1) == labels
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count, confident, correct = (np.bincount(place, weights, bins) for weights in (None, confidence, right))
     filled = np.where(count, count, math.nan)
@@ -198,7 +200,8 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
     of the same model and device, `speed_up` (of images/s), `memory_ratio` and `difference` (of accuracy).
     """
     tell_apart(runs)
-    order, groups = list(PRECISIONS), {}
+    order = list(PRECISIONS)
+    groups = {}
     for run in sorted(runs, key=lambda run: (run["device_name"], run["model"], order.index(run["precision"]))):
         groups.setdefault(run["label"], []).append(run)
     rows = [_row(group) for group in groups.values()]
@@ -264,8 +267,11 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Accuracy against FP32 in points, and the test of whether it can be told from noise: of single runs McNemar's
     exact test on the images, of several seeds on both sides Welch's t-test on the accuracies."""
-    one, other = base["test_acc"], row["test_acc"]
-    counts, test, p_value = [len(one["values"]), len(other["values"])], None, None
+    one = base["test_acc"]
+    other = row["test_acc"]
+    counts = [len(one["values"]), len(other["values"])]
+    test = None
+    p_value = None
     if counts == [1, 1]:
         found = mcnemar(*(Path(rows["runs"][0]) / "predictions.csv" for rows in (base, row)))
         if found:

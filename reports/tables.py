@@ -15,7 +15,8 @@ from utils import printable
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The headline numbers of a result: (name, value, remark)."""
-    right, total = int(np.trace(result["confusion"])), int(np.sum(result["confusion"]))
+    right = int(np.trace(result["confusion"]))
+    total = int(np.sum(result["confusion"]))
     low, high = wilson(right, total)
     training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
@@ -38,7 +39,8 @@ def summary(result: dict[str, Any]) -> str:
         fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
         for name, value, remark in facts(result)
     ]
-    rows, most = list(result["per_class"].items()), 30
+    rows = list(result["per_class"].items())
+    most = 30
     shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1]["f1"])[:most]
     table = [
         [fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"] for name, row in shown
@@ -110,7 +112,8 @@ def verdict(comparison: dict[str, Any]) -> str:
     found = {row["label"]: row["difference"] for row in comparison["rows"] if row["difference"]}
     if not found:
         return "No finished FP32 run stands beside another precision, so nothing can be said about accuracy."
-    tests, parts = sum(entry["p_value"] is not None for entry in found.values()), []
+    tests = sum(entry["p_value"] is not None for entry in found.values())
+    parts = []
     for label, entry in found.items():
         outcome = "could not be tested"
         if entry["p_value"] is not None:

@@ -27,7 +27,8 @@ class RunDirectory:
     """The folder of one run. `writes` is False on ranks that only read."""
 
     def __init__(self, path: str | Path, *, writes: bool = True):
-        self.path, self.writes = Path(path), writes
+        self.path = Path(path)
+        self.writes = writes
         self._lock: io.TextIOWrapper | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._writing: Future | None = None
@@ -116,6 +117,7 @@ class RunDirectory:
 
     def flush(self) -> None:
         """Waits until every checkpoint handed over is on disk; raises RunError where that failed."""
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         if writing is not None:
             writing.result()

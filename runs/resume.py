@@ -87,7 +87,8 @@ def refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
                 [
                     "--resume would change the run:",
                     *changed,
-                    "Give the options it was begun with (--config its config.json), or start another --checkpoint_name.",
+                    "Give the options it was begun with (--config its config.json), "
+                    "or start another --checkpoint_name.",
                 ]
             )
         )

@@ -24,7 +24,9 @@ SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
 
 def run_main(argv):
     """main(argv) in this process, on the CPU unless it says otherwise; returns (exit status, stdout, stderr)."""
-    out, err, words = io.StringIO(), io.StringIO(), [str(word) for word in argv]
+    out = io.StringIO()
+    err = io.StringIO()
+    words = [str(word) for word in argv]
     has_device = not words or words[0].startswith("-") or words[0] not in ("prepare", "export")
     if has_device and not any(word.startswith(("--device", "--help", "--version")) for word in words):
         words.append("--device=cpu")
@@ -51,7 +53,8 @@ def real_folder(tmp_path_factory):
     """Twenty photographs a class and split from the Intel archive, where it lies beside the checkout."""
     if not ARCHIVE.exists():
         pytest.skip("the Intel archive is not beside the checkout")
-    folder, taken = tmp_path_factory.mktemp("data") / "real", {}
+    folder = tmp_path_factory.mktemp("data") / "real"
+    taken = {}
     with zipfile.ZipFile(ARCHIVE) as archive:
         for name in archive.namelist():
             parts = Path(name).parts

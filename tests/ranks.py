@@ -91,19 +91,25 @@ def disturbing(update_weights, what, at):
 
 def play(scenario, ranks, attempt):
     """Runs one command line; returns what this rank saw of it."""
-    update_weights, wrapper = train.update_weights, nn.parallel.DistributedDataParallel
-    trainers, begin = [], train.Trainer.train
+    update_weights = train.update_weights
+    wrapper = nn.parallel.DistributedDataParallel
+    trainers = []
+    begin = train.Trainer.train
     if scenario.get("rank") == ranks.rank and attempt == "0":
         train.update_weights = disturbing(update_weights, scenario["what"], scenario["at"])
     if scenario.get("count"):
-        nn.parallel.DistributedDataParallel, Counting.exchanges = Counting, 0
+        nn.parallel.DistributedDataParallel = Counting
+        Counting.exchanges = 0
     train.Trainer.train = lambda self, **options: trainers.append(self) or begin(self, **options)
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = program.main(scenario["words"])
     sys.stdout.write(out.getvalue())
     sys.stderr.write(err.getvalue())
-    train.update_weights, nn.parallel.DistributedDataParallel, train.Trainer.train = update_weights, wrapper, begin
+    train.update_weights = update_weights
+    nn.parallel.DistributedDataParallel = wrapper
+    train.Trainer.train = begin
     seen = {"status": status, "out": out.getvalue(), "err": err.getvalue(), "exchanges": Counting.exchanges}
     if trainers:
         seen["skips"] = [skip for line in trainers[0].progress.history for skip in line["skips"]]
@@ -117,8 +123,10 @@ def run(scenarios, folder):
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
     leave_out_pictures()
-    ranks, attempt = Ranks.from_environment(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    join, leave = distributed.join, distributed.leave
+    ranks = Ranks.from_environment()
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    join = distributed.join
+    leave = distributed.leave
     distributed.join = lambda ranks: None if torch.distributed.is_initialized() else join(ranks)
     if len(scenarios) > 1:
         distributed.leave = lambda ranks: None

@@ -37,9 +37,11 @@ def _no_pictures(monkeypatch):
 def test_nothing_in_the_step_waits_for_the_device(name, clip):
     """PyTorch raises at every operation that would make the host wait; two updates, the batches included."""
     device = torch.device("cuda")
-    precision, model = named_precision(name, device), network().to(device)
+    precision = named_precision(name, device)
+    model = network().to(device)
     optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-3, weight_decay=0.0, fused=True)
-    scaler, criterion = precision.grad_scaler(), nn.CrossEntropyLoss(reduction="sum")
+    scaler = precision.grad_scaler()
+    criterion = nn.CrossEntropyLoss(reduction="sum")
     images = subset()
     images.store.pin = True
     updates = Batches(images, Pixels(device, 9), 8, 3).epoch(0)

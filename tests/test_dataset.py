@@ -140,7 +140,8 @@ def test_the_split_is_scikit_learns_and_stratified():
 
 def test_train_and_validation_share_no_image(scenes_folder):
     data = opened(scenes_folder, 33)
-    train, validation = set(data.train.paths), set(data.validation.paths)
+    train = set(data.train.paths)
+    validation = set(data.validation.paths)
     assert len(train) == 48 and len(validation) == 12 and not train & validation
     assert np.bincount(data.validation.labels).tolist() == [2] * 6
     assert all(
@@ -185,7 +186,8 @@ def test_transparency_keeps_the_colour(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_respected(tmp_path, orientation):
-    upright, undo = picture(size=(12, 7)), {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
+    upright = picture(size=(12, 7))
+    undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
     exif = Image.Exif()
     exif[0x0112] = undo.get(orientation, 1)
     stored = upright if orientation == 1 else ImageOps.exif_transpose(_with_exif(upright, exif))
@@ -221,7 +223,8 @@ def torchvisions(paths, side, *, normalize=True):
     steps = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True)]
     if normalize:
         steps.append(v2.Normalize(IMAGENET_MEAN, IMAGENET_STD))
-    resize, tail = v2.Resize((side, side)), v2.Compose(steps)
+    resize = v2.Resize((side, side))
+    tail = v2.Compose(steps)
     return torch.stack([tail(resize(Image.open(path).convert("RGB"))) for path in paths])
 
 
@@ -308,7 +311,8 @@ def test_mixing_by_hand(scenes_folder):
         if kind == "mixup":
             assert (mixed - before.lerp(plain, float(own[0]))).abs().max() < 1e-5
         else:
-            from_own, from_other = (mixed == plain).all(1), (mixed == before).all(1)
+            from_own = (mixed == plain).all(1)
+            from_other = (mixed == before).all(1)
             assert (from_own | from_other).all()
             assert abs(float(from_own[~alike].float().mean()) - float(own[0])) < 0.02
 
@@ -381,7 +385,8 @@ def test_streamed_batches_are_the_cached_ones_bit_for_bit(scenes_folder, side, w
 
 
 def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, monkeypatch):
-    root, decoded = folders(tmp_path, "train", "test"), []
+    root = folders(tmp_path, "train", "test")
+    decoded = []
     real = try_decode
     monkeypatch.setattr(cache, "try_decode", lambda path, size: decoded.append(path) or real(path, size))
     first = opened(root)
@@ -394,7 +399,8 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
 
 
 def test_a_damaged_cache_is_decoded_again(tmp_path):
-    root, said = folders(tmp_path, "train", "test"), []
+    root = folders(tmp_path, "train", "test")
+    said = []
     expected = updates(fed(opened(root)))
     for file in (root / ".cache").glob("*.npy"):
         content = bytearray(file.read_bytes())
@@ -405,7 +411,8 @@ def test_a_damaged_cache_is_decoded_again(tmp_path):
 
 
 def test_unreadable_images_are_all_listed_or_left_out(tmp_path):
-    root, said = folders(tmp_path, "train", "test", count=20), []
+    root = folders(tmp_path, "train", "test", count=20)
+    said = []
     broken = sorted((root / "train" / "apple").iterdir())[:12]
     for path in broken:
         path.write_bytes(b"nothing")

@@ -103,7 +103,8 @@ def assert_close_runs(ours, theirs, tolerance):
             assert one[name] == pytest.approx(other[name], rel=factor * tolerance, abs=tolerance), name
     one, other = (json.loads((folder / "result.json").read_text()) for folder in (ours, theirs))
     assert one["test_loss"] == pytest.approx(other["test_loss"], rel=tolerance)
-    ours_counted, theirs_counted = np.array(one["confusion"]), np.array(other["confusion"])
+    ours_counted = np.array(one["confusion"])
+    theirs_counted = np.array(other["confusion"])
     assert ours_counted.sum(1).tolist() == theirs_counted.sum(1).tolist() and ours_counted.sum() == 17
     assert not exact or np.array_equal(ours_counted, theirs_counted)
     for name, tensor in weights(ours).items():
@@ -302,7 +303,8 @@ def test_sigterm_to_the_agent_saves(data, tmp_path):
 
 def test_a_restarted_rank_does_not_meet_its_predecessors():
     """Three attempts on one store, each of which finds what the earlier ones signed."""
-    store, names = torch.distributed.HashStore(), []
+    store = torch.distributed.HashStore()
+    names = []
     for _ in range(3):
         with ThreadPoolExecutor(3) as pool:
             meetings = []

@@ -75,7 +75,8 @@ def said(capsys):
 
 def interrupted(data: Path, runs: Path, *more: object) -> None:
     """A run stopped after its second update."""
-    calls, original = [], training.update_weights
+    calls = []
+    original = training.update_weights
 
     def update(*arguments, **options):
         calls.append(1)
@@ -90,7 +91,8 @@ def interrupted(data: Path, runs: Path, *more: object) -> None:
 
 def during_update(monkeypatch, number: int, act) -> None:
     """Does `act` before update `number` of the next training."""
-    calls, original = [], training.update_weights
+    calls = []
+    original = training.update_weights
 
     def update(*arguments, **options):
         calls.append(1)
@@ -133,7 +135,8 @@ def test_second_signal_ends_at_once(data, tmp_path):
 
 def test_interrupt_while_decoding(data, tmp_path, monkeypatch, said):
     """Ctrl-C does not wait for all images to be decoded."""
-    decoded, original = [], decode.try_decode
+    decoded = []
+    original = decode.try_decode
 
     def slow(path, size):
         decoded.append(path)
@@ -338,7 +341,8 @@ def mutilations(checkpoint: Path, mark: Path):
         return saved({key: value for key, value in good.items() if key != name})
 
     weights = good["model"]
-    first, head = next(iter(weights)), next(name for name in weights if weights[name].shape == (3, 1024))
+    first = next(iter(weights))
+    head = next(name for name in weights if weights[name].shape == (3, 1024))
     return {
         "torch file that runs code": saved({**good, "extra": RunsCode(mark)}),
         "pickle that runs code": lambda file: file.write_bytes(pickle.dumps(RunsCode(mark))),
@@ -484,10 +488,13 @@ def test_best_model_as_last(data, finished, tmp_path, said):
 
 def test_fuzzed_checkpoints(finished, tmp_path):
     """Bytes flipped, cut out or cut off anywhere: refused in words or read, never anything else."""
-    raw, file, refused = (finished / "best_model.pt").read_bytes(), tmp_path / "fuzzed.pt", 0
+    raw = (finished / "best_model.pt").read_bytes()
+    file = tmp_path / "fuzzed.pt"
+    refused = 0
     count = int(os.environ.get("FAULT_FUZZ", "12"))
     for seed in range(count):
-        chance, content = random.Random(seed), bytearray(raw)
+        chance = random.Random(seed)
+        content = bytearray(raw)
         if seed % 3 == 0:
             del content[chance.randrange(len(raw)) :]
         elif seed % 3 == 1:
@@ -739,7 +746,8 @@ def test_damaged_cache(damage, own_data, finished, tmp_path, capsys):
     arrays = sorted((own_data / ".cache").glob("*.npy"))
     assert len(arrays) == 2
     for file in arrays:
-        raw, notes = bytearray(file.read_bytes()), file.with_suffix(".json")
+        raw = bytearray(file.read_bytes())
+        notes = file.with_suffix(".json")
         if damage == "truncated":
             file.write_bytes(raw[:-1000])
         elif damage == "emptied":

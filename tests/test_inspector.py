@@ -25,7 +25,9 @@ class Known(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.conv, self.norm, self.relu = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
         self.head = nn.Linear(4, 2)
 
     def forward(self, images):
@@ -45,7 +47,8 @@ def rows_of(rows, **wanted):
 
 @pytest.mark.parametrize("precision", [BF16, FP16])
 def test_dtypes_are_those_autocast_documents(known, precision):
-    rows, low = inspector.trace_dtypes(*known, precision), str(precision.dtype).removeprefix("torch.")
+    rows = inspector.trace_dtypes(*known, precision)
+    low = str(precision.dtype).removeprefix("torch.")
     (convolution,) = rows_of(rows, phase="forward", op="convolution")
     assert (convolution["module"], convolution["kind"]) == ("conv", "Conv2d")
     assert convolution["inputs"] == [low] and convolution["output"] == low
@@ -84,7 +87,9 @@ def test_casts_are_counted_by_hand(known):
     assert casts("backward", "") == 1  # and back again
     assert casts("backward", "conv") == 2  # weight and bias; images need no gradient
     assert casts("backward", "head") == 2
-    (images, weight, bias) = (4 * 3 * 6 * 6, 4 * 3 * 3 * 3, 4)
+    images = 4 * 3 * 6 * 6
+    weight = 4 * 3 * 3 * 3
+    bias = 4
     moved = inspector.cast_cost(*known, BF16, rows_of(rows, phase="forward", module="conv"))
     assert moved["bytes"] == (images + weight + bias) * (4 + 2)
 
@@ -177,7 +182,8 @@ class Handmade(nn.Module):
 
 def by_formula(values, scale):
     """Zero, subnormal and overflow from torch.finfo alone, in float64; rounding is to the nearest, ties to even."""
-    info, scaled = torch.finfo(torch.float16), values.abs().double() * scale
+    info = torch.finfo(torch.float16)
+    scaled = values.abs().double() * scale
     smallest = info.smallest_normal * info.eps
     zero = scaled <= smallest / 2
     overflow = scaled >= info.max + 16  # halfway to the next number there would be

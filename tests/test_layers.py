@@ -52,7 +52,8 @@ def own(names: set[str]) -> set[str]:
 
 def reached(name: str) -> set[str]:
     """All that importing a module imports, the libraries' top-level names among them."""
-    found, waiting = set(), [name]
+    found = set()
+    waiting = [name]
     while waiting:
         names = imports(MODULES[waiting.pop()], lazy=False)
         found |= {imported.partition(".")[0] for imported in names}

@@ -121,7 +121,8 @@ def test_a_run_writes_what_the_contract_says(trained, name):
     folder = trained[name][0]
     assert {path.name for path in folder.iterdir()} >= FILES
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp") or path.name == "failure.json"]
-    lines, result = metrics(folder), read(folder, "result.json")
+    lines = metrics(folder)
+    result = read(folder, "result.json")
     assert set(result) == RESULT
     assert all(set(line) == METRICS for line in lines)
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
@@ -144,7 +145,8 @@ def test_a_run_writes_what_the_contract_says(trained, name):
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_the_result_follows_from_its_confusion_matrix(trained, name):
     folder = trained[name][0]
-    result, matrix = read(folder, "result.json"), np.array(read(folder, "result.json")["confusion"])
+    result = read(folder, "result.json")
+    matrix = np.array(read(folder, "result.json")["confusion"])
     assert matrix.shape == (6, 6) and matrix.sum(1).tolist() == [3] * 6
     assert result["test_acc"] == pytest.approx(100 * matrix.trace() / 18)
     for place, label in enumerate(CLASSES):
@@ -245,7 +247,8 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     assert run(given)[0] == run([*given, "--overwrite"])[0] == 0  # whose events take the place of the first run's
     found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     found.Reload()
-    lines, tags = metrics(tmp_path / "run"), found.Tags()
+    lines = metrics(tmp_path / "run")
+    tags = found.Tags()
     assert set(tags["images"]) == {"confusion_matrix", "mistakes"}
     assert set(tags["scalars"]) == METRICS - {"epoch", "skips"}
     for name in ("learning_rate", "loss_scale", "val_acc"):
@@ -356,7 +359,8 @@ def test_evaluate_finds_what_a_plain_torch_loop_finds(trained, scenes_folder):
     images = torchvision.datasets.ImageFolder(scenes_folder / "seg_test" / "seg_test", tail)
     with torch.no_grad():
         logits = torch.cat([network.eval()(image[None]) for image, _ in images])
-    labels, result = torch.tensor(images.targets), read(trained["fp32"][0], "result.json")
+    labels = torch.tensor(images.targets)
+    result = read(trained["fp32"][0], "result.json")
     assert images.classes == CLASSES
     assert 100 * float((logits.argmax(1) == labels).double().mean()) == pytest.approx(result["test_acc"])
     assert float(torch.nn.functional.cross_entropy(logits, labels)) == pytest.approx(result["test_loss"], rel=1e-3)
@@ -376,7 +380,8 @@ def test_evaluate_in_several_precisions(trained, run):
 # ---------------------------------------------------------------------------------------- demo
 @pytest.mark.usefixtures("undrawn")
 def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
-    draw, drawn = demo.draw_demo, []
+    draw = demo.draw_demo
+    drawn = []
     monkeypatch.setattr(
         demo, "draw_demo", lambda root: drawn.append(root) or draw(root, train_images=60, test_images=18)
     )
@@ -392,7 +397,8 @@ def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeyp
 
 # ------------------------------------------------------------------------------------- predict
 def test_predict_writes_csv_json_and_a_sheet(trained, scenes_folder, tmp_path, run):
-    folder, test = trained["fp32"][0], scenes_folder / "seg_test" / "seg_test"
+    folder = trained["fp32"][0]
+    test = scenes_folder / "seg_test" / "seg_test"
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
@@ -441,7 +447,8 @@ def test_predict_names_what_it_cannot_find(trained, tmp_path, run, monkeypatch, 
 def test_export_agrees_with_onnx_runtime(trained, scenes_folder, tmp_path, run):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    folder, file = trained["fp32"][0], tmp_path / "model.onnx"
+    folder = trained["fp32"][0]
+    file = tmp_path / "model.onnx"
     status, out, err = run(["export", f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32", f"--out={file}"])
     assert status == 0 and str(file) in out, err
     session = runtime.InferenceSession(str(file))
@@ -450,7 +457,8 @@ def test_export_agrees_with_onnx_runtime(trained, scenes_folder, tmp_path, run):
     array = np.asarray(Image.new("RGB", (33, 33), (90, 120, 200)))[None]
     network = torchvision.models.resnet18(num_classes=6)
     network.load_state_dict(load_file(folder / "best_model.pt")["model"])
-    mean, std = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+    mean = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)
+    std = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
     with torch.no_grad():
         pixels = (torch.from_numpy(array.copy()).permute(0, 3, 1, 2) / 255 - mean) / std
         expected = network.eval()(pixels).softmax(1)

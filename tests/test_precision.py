@@ -11,7 +11,8 @@ from option import PRECISIONS
 from precision import choose_precision, gives_nan_in_float16, named_precision, sensible_precisions
 from utils import UserError
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
 
 
 @pytest.fixture

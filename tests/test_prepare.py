@@ -149,7 +149,9 @@ def left_by_a_kill(folder: Path) -> None:
 @pytest.mark.parametrize("moves", [0, 1, 2])
 def test_stop_between_the_last_renames(tmp_path, monkeypatch, moves):
     """Killed while the finished folders are moved into place: never a train folder without its test."""
-    demo, done, real = tmp_path / "demo", [], os.replace
+    demo = tmp_path / "demo"
+    done = []
+    real = os.replace
 
     def stop(source, target):
         if Path(target).parent == demo:
@@ -314,7 +316,9 @@ def test_existing_data_is_left_alone(tmp_path):
 
 
 def test_interrupted_extraction_is_no_data_set_and_starts_anew(tmp_path, monkeypatch):
-    archive, real, copied = make_zip(tmp_path / "a.bin", files()), shutil.copyfileobj, []
+    archive = make_zip(tmp_path / "a.bin", files())
+    real = shutil.copyfileobj
+    copied = []
 
     def stop_at_six(*arguments):
         if len(copied) == 6:
@@ -338,7 +342,9 @@ def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
         name.replace("seg_train/seg_train", "train").replace("seg_test/seg_test", "val"): content
         for name, content in files().items()
     }
-    archive, real, moved = make_zip(tmp_path / "a.zip", named), os.replace, []
+    archive = make_zip(tmp_path / "a.zip", named)
+    real = os.replace
+    moved = []
 
     def stop_after_one(source, target):
         if Path(target).parent == tmp_path / "data":
@@ -464,7 +470,8 @@ def test_check_counts_and_finds_what_is_wrong(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture(seed))
-    train, test = tmp_path / "seg_train" / "seg_train", tmp_path / "seg_test" / "seg_test"
+    train = tmp_path / "seg_train" / "seg_train"
+    test = tmp_path / "seg_test" / "seg_test"
     (train / "sea" / "copy.jpg").write_bytes((train / "sea" / "1.jpg").read_bytes())  # within a class
     (train / "forest" / "same.jpg").write_bytes((train / "sea" / "2.jpg").read_bytes())  # two labels
     (test / "sea" / "leak.jpg").write_bytes((train / "sea" / "0.jpg").read_bytes())  # train and test

@@ -45,7 +45,8 @@ def make_run(
     truth = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2] if truth is None else truth)
     predicted = truth if predicted is None else np.array(predicted)
     directory.mkdir(parents=True)
-    number, scales = len(classes), scales or [None] * len(rates)
+    number = len(classes)
+    scales = scales or [None] * len(rates)
     (directory / "config.json").write_text(
         json.dumps(
             {
@@ -90,7 +91,9 @@ def make_run(
     (directory / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in metrics))
     confusion = np.zeros((number, number), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
-    hits, named, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+    hits = np.diag(confusion)
+    named = confusion.sum(0)
+    true = confusion.sum(1)
     table = np.array(
         [hits / np.maximum(named, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(named + true, 1), true]
     ).T
@@ -254,7 +257,9 @@ def test_memory_that_is_not_known_gives_no_ratio(tmp_path):
 
 
 def test_wilson_interval_against_its_closed_form():
-    share, total, z = 0.9, 50, 1.959963984540054
+    share = 0.9
+    total = 50
+    z = 1.959963984540054
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
     assert results.wilson(45, 50) == pytest.approx((100 * (centre - half), 100 * (centre + half)))
@@ -365,7 +370,8 @@ def test_the_level_is_shared_by_several_comparisons(tmp_path):
 def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     from scipy import stats
 
-    truth, wrong = [0] * 100, {"fp32": (10, 12, 14), "amp-bf16": (11, 12, 16)}
+    truth = [0] * 100
+    wrong = {"fp32": (10, 12, 14), "amp-bf16": (11, 12, 16)}
     runs, comparison = compare(
         *(
             make_run(
@@ -545,7 +551,8 @@ def test_confusion_matrix(tmp_path, number):
 def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
-    texts, original = [], Axes.text
+    texts = []
+    original = Axes.text
     monkeypatch.setattr(
         Axes,
         "text",
@@ -577,7 +584,8 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
         )
     Image.new("L", (30, 50), 200).save(tmp_path / "less.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    asked, original = [], pictures.load_picture
+    asked = []
+    original = pictures.load_picture
     monkeypatch.setattr(pictures, "load_picture", lambda path, side: (asked.append(path.name), original(path, side))[1])
     pictures.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
     assert asked == ["missing.png", "broken.png", "less.png"]
@@ -606,7 +614,8 @@ def body_of(path: Path) -> str:
     """The page; fails where it would load anything, run anything or leave a tag open."""
     from html.parser import HTMLParser
 
-    text, opened = path.read_text(encoding="utf-8"), []
+    text = path.read_text(encoding="utf-8")
+    opened = []
 
     class Checker(HTMLParser):
         def handle_starttag(self, tag, attributes):

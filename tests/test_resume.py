@@ -67,7 +67,8 @@ def _no_pictures(monkeypatch):
 
 def at_call(monkeypatch, owner, name: str, number: int, act, *, before: bool = False) -> None:
     """Does `act` at call `number` (from 1) of a function, after it or before it."""
-    original, calls = getattr(owner, name), []
+    original = getattr(owner, name)
+    calls = []
 
     def wrapper(*arguments, **options):
         calls.append(name)
@@ -137,10 +138,13 @@ def test_stop_while_testing(number, status, data, straight, tmp_path, monkeypatc
 
 def test_killed_run_equals_undisturbed(data, tmp_path):
     """kill -9 at random moments, every other one in the middle of a save; --resume auto each time."""
-    kills, chance = int(os.environ.get("FAULT_KILLS", "3")), random.Random(3)
+    kills = int(os.environ.get("FAULT_KILLS", "3"))
+    chance = random.Random(3)
     options = ["--epochs=12", "--checkpoint_every=1u"]
     assert tiny.train(data, tmp_path / "a", *options) == 0
-    run, killed, amid_save = tmp_path / "b" / "run", 0, 0
+    run = tmp_path / "b" / "run"
+    killed = 0
+    amid_save = 0
     command = tiny.words(data, tmp_path / "b", *options, "--resume=auto")
     while killed < kills:
         if (run / "result.json").exists():  # it got through: a run of the same name must begin anew
@@ -155,7 +159,8 @@ def test_killed_run_equals_undisturbed(data, tmp_path):
                 process.wait(chance.uniform(0.0, 3.0))
         process.kill()
         assert tiny.finish(process)[0] == -signal.SIGKILL
-        killed, amid_save = killed + 1, amid_save + any(run.glob(".*.tmp"))
+        killed = killed + 1
+        amid_save = amid_save + any(run.glob(".*.tmp"))
     status, out, errors = tiny.finish(tiny.start(command))
     print(f"{killed} kills, {amid_save} of them in the middle of a save")
     assert amid_save > 0
@@ -352,7 +357,9 @@ def test_damaged_config_of_a_begun_run(content, data, begun, capsys):
 def test_other_environment_is_said(data, begun, capsys):
     file = begun / "run" / "config.json"
     stored = json.loads(file.read_text())
-    stored["versions"]["torch"], stored["device_name"], stored["threads"] = "0.4", "an abacus", 99
+    stored["versions"]["torch"] = "0.4"
+    stored["device_name"] = "an abacus"
+    stored["threads"] = 99
     file.write_text(json.dumps(stored))
     commands = [tiny.words(data, begun, "--resume"), tiny.words(data, begun, f"--config={file}", name="other")]
     import main

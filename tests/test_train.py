@@ -40,7 +40,8 @@ class Network(nn.Module):
         super().__init__()
         self.body = nn.Conv2d(3, 4, 3, stride=2)
         self.head = nn.Linear(4, classes)
-        self.passes, self.spoil = 0, set(spoil)
+        self.passes = 0
+        self.spoil = set(spoil)
         self.head.weight.register_hook(self._spoiled)
 
     def _spoiled(self, gradient):
@@ -139,7 +140,8 @@ def difference(one, other):
 # ------------------------------------------------------------------------------- one update
 @pytest.mark.parametrize("name", ["ADAM", "ADAMW", "SGD"])
 def test_fp32_update_is_a_plain_torch_optim_step_bit_for_bit(name):
-    ours, plain = network(), network()
+    ours = network()
+    plain = network()
     optimizer = make_optimizer(ours.parameters(), name, learning_rate=1e-2, weight_decay=1e-4, fused=True)
     rule = {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW, "SGD": torch.optim.SGD}[name]
     extra = {"momentum": 0.9} if name == "SGD" else {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -163,7 +165,8 @@ def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
     optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=1e-4, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     update(model, optimizer, [piece()], 6, FP16, scaler)
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    weights = copy.deepcopy(model.state_dict())
+    state = copy.deepcopy(optimizer.state_dict()["state"])
     later = model.body.weight.register_hook(lambda gradient: gradient * math.inf)  # backward meets the head's first
     found = update(model, optimizer, [piece(seed=1)], 6, FP16, scaler)
     later.remove()
@@ -211,7 +214,8 @@ def test_clipping_sees_true_gradients(precision):
     """With the scale 2**16 still on them, gradients clipped to 0.1 would come out 65536 times too small."""
     moved = []
     for one in (FP32, precision):
-        model, before = network(), network()
+        model = network()
+        before = network()
         found = update(model, torch.optim.SGD(model.parameters(), lr=1.0), [piece(12)], 12, one, clip=0.1)
         assert found[2] > 0.2  # the norm that is reported is the one before clipping
         moved.append([a.detach() - b.detach() for a, b in zip(model.parameters(), before.parameters(), strict=True)])
@@ -221,7 +225,8 @@ def test_clipping_sees_true_gradients(precision):
 
 
 def test_the_weights_stay_float32_and_autocast_reaches_the_forward_pass():
-    seen, model = [], network()
+    seen = []
+    model = network()
     model.body.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     for precision in (FP32, BF16, FP16):
         update(model, torch.optim.SGD(model.parameters(), lr=0.1), [piece()], 6, precision)
@@ -291,7 +296,8 @@ def test_a_schedule_made_again_on_the_same_optimizer_starts_from_its_peak():
 
 def test_step_is_torchs_multi_step_schedule():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
-    reference, expected = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60, 90], 0.1), []
+    reference = torch.optim.lr_scheduler.MultiStepLR(optimizer, [30, 60, 90], 0.1)
+    expected = []
     for _ in range(100):
         expected += [optimizer.param_groups[0]["lr"]] * 3
         optimizer.step()
@@ -300,7 +306,8 @@ def test_step_is_torchs_multi_step_schedule():
 
 
 def test_step_warmup_counts_its_milestones_from_the_end_of_warmup():
-    found, warmup = rates("step_warmup", 100, 3), 15  # five epochs
+    found = rates("step_warmup", 100, 3)
+    warmup = 15  # five epochs
     assert found[:warmup] == pytest.approx([0.3 * (t + 1) / warmup for t in range(warmup)], rel=1e-12)
     assert found[warmup:] == pytest.approx(rates("step", 95, 3), rel=1e-12)
 
@@ -353,7 +360,8 @@ def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path):
 
 
 def seen_batches(folder, precision, **options):
-    model, seen = network(), []
+    model = network()
+    seen = []
     model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()) if module.training else None)
     trained(folder, model, precision, **options)
     return seen
@@ -408,7 +416,8 @@ def test_saving_is_no_training_time(tmp_path, monkeypatch):
 
 def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
     monkeypatch.setattr(Ranks, "sum", lambda *_: None)
-    model, images = network().eval(), subset(11)
+    model = network().eval()
+    images = subset(11)
     whole, *parts = (
         evaluate(model, Batches(images, Pixels(CPU, 9), 4, 3, ranks=ranks), FP32, keep_logits=True).logits
         for ranks in (Ranks(), Ranks(0, 0, 2), Ranks(1, 1, 2))
@@ -420,7 +429,8 @@ def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
     whole = trained(tmp_path / "whole", optimizer="SGD", batch_options={"batch_size": 7})
     cut = trained(tmp_path / "cut", optimizer="SGD", batch_options={"batch_size": 7, "accumulate": 3})
     assert difference(whole.model, cut.model) < 1e-6 < difference(whole.model, network())
-    one, other = lines(tmp_path / "whole")[-1], lines(tmp_path / "cut")[-1]
+    one = lines(tmp_path / "whole")[-1]
+    other = lines(tmp_path / "cut")[-1]
     for name in ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate"):
         assert one[name] == pytest.approx(other[name], rel=1e-5)
 
@@ -428,7 +438,8 @@ def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
 def test_metrics_are_what_a_loop_by_hand_finds(tmp_path):
     """At rate ~0 the weights stand still, so the epoch's loss and accuracy are those of the first network."""
     trained(tmp_path, rate=1e-12, epochs=1)
-    model, fed = network(), batches(seed=3)
+    model = network()
+    fed = batches(seed=3)
     with torch.no_grad():
         seen = [(model(images), labels) for pieces in fed.epoch(0) for images, labels, *_ in pieces]
     logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
@@ -446,7 +457,8 @@ def test_label_smoothing_changes_the_training_loss_alone(tmp_path):
 
 def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     model = network()
-    expected, trail = model.head.weight.detach().clone(), []
+    expected = model.head.weight.detach().clone()
+    trail = []
     made = trainer(tmp_path, model, ema=0.15, epochs=1)
     made.optimizer.register_step_post_hook(lambda *_: trail.append(model.head.weight.detach().clone()))
     made.train()
@@ -454,7 +466,8 @@ def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     # The average by hand; the schedule's own empty step comes before the three updates.
     for weights, decay in zip(trail[-3:], (1 / 10, 0.15, 0.15), strict=True):
         expected = decay * expected + (1 - decay) * weights
-    best, last = load_checkpoint(tmp_path / "best_model.pt"), load_checkpoint(tmp_path / "last.pt")
+    best = load_checkpoint(tmp_path / "best_model.pt")
+    last = load_checkpoint(tmp_path / "last.pt")
     assert best["model"].keys() == last["model"].keys()
     torch.testing.assert_close(made.average.head.weight, expected)
     assert torch.equal(best["model"]["head.weight"], made.average.head.weight)
@@ -462,7 +475,8 @@ def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
 
 
 def test_ema_follows_buffers_and_counts():
-    model, average = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    model = nn.BatchNorm1d(2)
+    average = nn.BatchNorm1d(2)
     model(torch.randn(8, 2))
     update_average(average, model, 0.9, 10**6)
     torch.testing.assert_close(average.running_mean, 0.1 * model.running_mean)
@@ -480,7 +494,8 @@ def test_nothing_in_the_update_reads_from_the_device():
             return operator(*args, **(kwargs or {}))
 
     for precision in (FP32, BF16, FP16):
-        model, average = network(), network()
+        model = network()
+        average = network()
         optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-3, weight_decay=0.0, fused=True)
         schedule = make_scheduler(optimizer, "cosine_warmup", epochs=2, updates_per_epoch=5)
         with Readings() as seen:
@@ -513,7 +528,8 @@ def test_compiled_sizes_are_those_of_full_batches(monkeypatch):
 
 
 def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
-    kept, model = [], network()
+    kept = []
+    model = network()
     made = trainer(
         tmp_path,
         model,
@@ -540,7 +556,8 @@ def test_the_best_epoch_is_kept_not_the_last(tmp_path):
     validate = made._validate
 
     def scripted():
-        real, wanted = validate(), next(found)
+        real = validate()
+        wanted = next(found)
         matrix = np.array([[round(wanted), 0], [0, 0]]) + np.array([[0, 100 - round(wanted)], [0, 0]])
         return type(real)(matrix, real.loss_sum)
 
