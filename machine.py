@@ -1,0 +1,231 @@
+"""What this machine gives this process: cores, memory, shared memory, open files, the device's name, the peak taken.
+
+A container or a cluster's job often gets a share of a machine. What counts is the smallest of what the machine has,
+what the control groups (version 1 and 2) allow, and what the process's own limits allow. Imports torch only for CUDA.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path("/")
+NO_LIMIT = 2**60  # version 1 says "none" with the largest multiple of the page size
+
+
+# ------------------------------------------------------------------------------------- cores
+def cores(root: Path = ROOT) -> int:
+    """The processor cores that this process may use: its affinity, cut to the control groups' CPU quota.
+
+    A quota of one and a half cores counts as two: both then run three quarters of the time.
+    """
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = cpu_quota(root)
+    return usable if quota is None else max(1, min(usable, math.ceil(quota)))
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """The control groups' CPU quota in cores; None if there is none."""
+    quotas = []
+    for folder in _groups("cpu", root):
+        both = _text(folder / "cpu.max").split()  # version 2: "QUOTA PERIOD" in microseconds, QUOTA may be "max"
+        both = both or [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # -1 and "max" mean none
+            quota, period = map(int, both)
+            quotas.append(quota / period)
+    return min((quota for quota in quotas if quota > 0), default=None)
+
+
+# ------------------------------------------------------------------------------------ memory
+def total_memory(root: Path = ROOT) -> int | None:
+    """Bytes of memory that this process can have at most; None if the system does not say."""
+    known = [linux_memory("/proc/meminfo", "MemTotal"), memory_limit(root)]
+    return min((size for size in known if size is not None), default=None)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """The control groups' memory limit in bytes; None if there is none."""
+    return min((limit for limit, _ in _memory_limits(root)), default=None)
+
+
+def available_memory(root: Path = ROOT) -> int | None:
+    """Bytes that this process can still take before something is killed or refused; None if the system does not say."""
+    known = [linux_memory("/proc/meminfo", "MemAvailable"), _address_space_left()]
+    for limit, folder in _memory_limits(root):
+        used = _number(folder / "memory.current")
+        used = _number(folder / "memory.usage_in_bytes") if used is None else used
+        known.append(max(0, limit - max(0, (used or 0) - _reclaimable(folder))))
+    return min((size for size in known if size is not None), default=None)
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, Path]]:
+    for folder in _groups("memory", root):
+        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
+            limit = _number(folder / name)
+            if limit is not None and limit < NO_LIMIT:
+                yield limit, folder
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files' pages that the kernel gives up first; they count as used although they can be had."""
+    lines = dict(line.split()[:2] for line in _text(folder / "memory.stat").splitlines() if " " in line)
+    return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
+
+
+def _address_space_left() -> int | None:
+    """What `ulimit -v` leaves, in bytes; None if it is not set."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    taken = linux_memory("/proc/self/status", "VmSize")
+    return None if limit == resource.RLIM_INFINITY or taken is None else max(0, limit - taken)
+
+
+def linux_memory(file: str, name: str) -> int | None:
+    """Bytes that a line `name` of /proc/meminfo or /proc/self/status says; None if there is no such file or line."""
+    for line in _text(Path(file)).splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def shared_memory(folder: Path = Path("/dev/shm")) -> int | None:
+    """Free bytes of the shared memory through which processes pass tensors; None if the system has no such folder."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+# -------------------------------------------------------------------------------- open files
+def allow_more_files() -> None:
+    """Raises this process's limit of open files to the highest that it may set itself."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = min(hard, 2**16) if hard != resource.RLIM_INFINITY else 2**16  # macOS refuses "unlimited"
+    if soft != resource.RLIM_INFINITY and soft < highest:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
+
+
+def free_files() -> int | None:
+    """How many more files this process may open; None if the system does not say."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return None if limit == resource.RLIM_INFINITY else limit - len(os.listdir("/dev/fd"))
+    except (ImportError, OSError):
+        return None
+
+
+# ------------------------------------------------------------------------ the device, the peak
+def device_name(device: torch.device) -> str:
+    """The marketing name of the device, for tables and records."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        for line in _text(Path("/proc/cpuinfo")).splitlines():
+            if line.startswith("model name"):
+                count = cores()
+                return f"{line.split(':', 1)[1].strip()}, {count} {'core' if count == 1 else 'cores'}"
+    return platform.processor() or platform.machine()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak: the allocator's on CUDA, the process's on Linux (if the kernel allows it)."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> dict[str, Any]:
+    """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
+    if device.type == "cuda":
+        import torch
+
+        return {
+            "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1),
+            "reserved_memory_mb": round(torch.cuda.max_memory_reserved(device) / 2**20, 1),
+            "memory_kind": "CUDA allocated",
+        }
+    resident = round(_resident_peak() / 2**20, 1)
+    return {"peak_memory_mb": resident, "reserved_memory_mb": None, "memory_kind": "process resident peak"}
+
+
+def _resident_peak() -> int:
+    """The process's resident peak in bytes, mapped cache files included."""
+    peak = linux_memory("/proc/self/status", "VmHWM")
+    if peak is not None:
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+# ---------------------------------------------------------------------------- control groups
+def _groups(controller: str, root: Path) -> Iterator[Path]:
+    """The folders of this process's control groups for `controller`, each with all above it: every one may limit.
+
+    /proc/self/cgroup says where the process is in each hierarchy, /proc/self/mountinfo which part of it is seen where:
+    a container often sees its own group as the top. Both versions may be mounted at once. See cgroups(7).
+    """
+    places = {}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        places |= dict.fromkeys(controllers.split(","), path)  # version 2 names none
+    for line in _text(root / "proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        _, _, _, top, mounted, *_ = before.split()
+        kind, _, options = after.split(maxsplit=2)
+        name = "" if kind == "cgroup2" else controller
+        if name not in places or not (kind == "cgroup2" or kind == "cgroup" and controller in options.split(",")):
+            continue
+        above = root / _unescaped(mounted).lstrip("/")
+        below = Path(places[name]).parts[1:]
+        seen = Path(_unescaped(top)).parts[1:]
+        inside = below[len(seen) :] if below[: len(seen)] == seen and ".." not in below else ()
+        for depth in range(len(inside), -1, -1):
+            yield above.joinpath(*inside[:depth])
+
+
+def _unescaped(path: str) -> str:
+    """A path as mountinfo writes it: space, tab, newline and backslash as three octal digits."""
+    return path.encode("latin-1", "backslashreplace").decode("unicode_escape") if "\\" in path else path
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _number(file: Path) -> int | None:
+    try:
+        return int(_text(file))
+    except ValueError:
+        return None
