@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commands.processes import own_command
 from images.folders import find_image_set
 from option import read_config
 from precision import named_precision
@@ -163,7 +164,7 @@ def _process(words: list[str]) -> Iterator[int]:
     """Runs one training in a process and a session of its own and hands signals on; yields 0 every second while it
     runs, and at last its exit status."""
     sys.stdout.flush()
-    command = [sys.executable, str(Path(__file__).parent.parent / "main.py"), "train", *words]
+    command = [*own_command(), "train", *words]
     child = subprocess.Popen(command, start_new_session=True)
     numbers = (signal.SIGINT, signal.SIGTERM)
     # On Windows the console has sent it to the child, too.

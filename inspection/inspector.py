@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from precision import Precision, named_precision
 from inspection.probe import Update, timed
+from precision import Precision, named_precision
 from reports.pictures import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from utils import UserError, atomic_write, linux_memory
 
@@ -34,8 +34,14 @@ WIDTH = 80
 
 
 def inspect(
-    model_factory: Callable[[], nn.Module], images: torch.Tensor, labels: torch.Tensor, precisions: list[Precision],
-    *, out: Path, metrics: list[dict[str, Any]] | None = None, full: bool = False,
+    model_factory: Callable[[], nn.Module],
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    precisions: list[Precision],
+    *,
+    out: Path,
+    metrics: list[dict[str, Any]] | None = None,
+    full: bool = False,
 ) -> str:
     """All four sections as text of 80 columns; inspect.json and pictures go into the folder `out`.
 
@@ -46,8 +52,9 @@ def inspect(
     model = model_factory()
     metrics = metrics or []
     dtypes = {precision.name: trace_dtypes(model, images, labels, precision) for precision in precisions}
-    casts = {precision.name: cast_cost(model, images, labels, precision, dtypes[precision.name])
-             for precision in precisions}
+    casts = {
+        precision.name: cast_cost(model, images, labels, precision, dtypes[precision.name]) for precision in precisions
+    }
     ledger = [memory_ledger(model_factory, images, labels, precision) for precision in precisions]
     scales = [line["loss_scale"] for line in metrics if (line.get("loss_scale") or 1) != 1]
     underflow = underflow_map(model, images, labels, scaler_scale=scales[-1] if scales else None)
@@ -62,10 +69,13 @@ def inspect(
             file.write((json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write into {out} ({error.strerror}). Name another folder with --out.") from None
-    lines = heading("1. What ran in which dtype", "Each line is one operator as it ran below autocast: the types of "
-                    "the tensors that went in, the type that came out, how often, and for which modules. Where weights "
-                    "are fp32 and a product ran in 16 bits, autocast has put a cast in between; the casts are lines of "
-                    "their own.")
+    lines = heading(
+        "1. What ran in which dtype",
+        "Each line is one operator as it ran below autocast: the types of "
+        "the tensors that went in, the type that came out, how often, and for which modules. Where weights "
+        "are fp32 and a product ran in 16 bits, autocast has put a cast in between; the casts are lines of "
+        "their own.",
+    )
     for precision in precisions:
         lines += ["", *dtype_lines(precision, dtypes[precision.name], casts[precision.name], full=full)]
     lines += ["", *memory_lines(ledger), "", *underflow_lines(underflow), "", *diary_lines(metrics)]
@@ -129,8 +139,9 @@ class _Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
-        given, made = ([leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-                       for tree in ((args, kwargs), result))
+        given, made = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)] for tree in ((args, kwargs), result)
+        )
         op = str(operator.overloadpacket).removeprefix("aten.")
         inputs = tuple(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in given))
         output = str(made[0].dtype).removeprefix("torch.") if made else ""
@@ -165,9 +176,20 @@ def trace_dtypes(
         tracer.phase = "backward"
         loss.backward()
     kinds = {name: type(module).__name__ if name else "" for name, module in model.named_modules()}
-    return [{"phase": phase, "module": module, "kind": kinds[module], "op": op, "inputs": list(inputs),
-             "output": output, "cast": cast, "view": view, "calls": calls}
-            for (phase, module, op, inputs, output, cast, view), calls in tracer.calls.items()]
+    return [
+        {
+            "phase": phase,
+            "module": module,
+            "kind": kinds[module],
+            "op": op,
+            "inputs": list(inputs),
+            "output": output,
+            "cast": cast,
+            "view": view,
+            "calls": calls,
+        }
+        for (phase, module, op, inputs, output, cast, view), calls in tracer.calls.items()
+    ]
 
 
 def cast_cost(
@@ -190,8 +212,12 @@ def cast_cost(
             size += row["calls"] * source.numel() * (old.itemsize + new.itemsize)
     seconds = timed(lambda: [source.to(new) for source, new in casts], images.device)
     whole = timed(lambda: update([(images, labels, 1, True)], len(images)), images.device)
-    return {"casts": phases, "bytes": size, "seconds": statistics.median(seconds),
-            "update_seconds": statistics.median(whole)}
+    return {
+        "casts": phases,
+        "bytes": size,
+        "seconds": statistics.median(seconds),
+        "update_seconds": statistics.median(whole),
+    }
 
 
 def dtype_lines(
@@ -219,11 +245,21 @@ def dtype_lines(
             cells.append([op, *types, str(sum(row["calls"] for row in members)), "" if full else name])
     update = cost["update_seconds"]
     phases = ", ".join(f"{cost['casts'][phase]} in {phase}" for phase in ("forward", "loss", "backward"))
-    return lines + table("<<<><", cells, gap=1) + paragraph(
-        ("" if full else f"{count - calls} views, which compute nothing, are left out; --full lists all by module. ")
-        + f"Casts: {sum(cost['casts'].values())} an update ({phases}), {cost['bytes'] / 2**20:,.0f} MB read and "
-        f"written. By themselves they take {1000 * cost['seconds']:,.1f} ms, {cost['seconds'] / update:.1%} of the "
-        f"update's {1000 * update:,.0f} ms.", "  ")
+    return (
+        lines
+        + table("<<<><", cells, gap=1)
+        + paragraph(
+            (
+                ""
+                if full
+                else f"{count - calls} views, which compute nothing, are left out; --full lists all by module. "
+            )
+            + f"Casts: {sum(cost['casts'].values())} an update ({phases}), {cost['bytes'] / 2**20:,.0f} MB read and "
+            f"written. By themselves they take {1000 * cost['seconds']:,.1f} ms, {cost['seconds'] / update:.1%} of the "
+            f"update's {1000 * update:,.0f} ms.",
+            "  ",
+        )
+    )
 
 
 class _KeptForBackward(TorchDispatchMode):
@@ -316,22 +352,34 @@ def peak_of_allocations(function: Callable[[], Any]) -> int:
 
 def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
     """The ledger as a table with a column for each precision, and why the peak fell or did not."""
-    lines = heading("2. Memory ledger", "What one training update holds, in MB of 2**20 bytes, by what it is for; the "
-                    "parts do not add up to the peak, because gradients are made while activations are freed. AMP "
-                    "shrinks activations only: weights, gradients and Adam's state stay FP32, and autocast adds 16-bit "
-                    "copies of the weights.")
+    lines = heading(
+        "2. Memory ledger",
+        "What one training update holds, in MB of 2**20 bytes, by what it is for; the "
+        "parts do not add up to the peak, because gradients are made while activations are freed. AMP "
+        "shrinks activations only: weights, gradients and Adam's state stay FP32, and autocast adds 16-bit "
+        "copies of the weights.",
+    )
     first = ledger[0]
-    lines += table("<" + ">" * len(ledger), [["", *(row["precision"] for row in ledger)]] + [
-        [part.replace("_", " "), *(f"{row[part] / 2**20:,.1f}" for row in ledger)]
-        for part in first if part != "precision"])
+    lines += table(
+        "<" + ">" * len(ledger),
+        [["", *(row["precision"] for row in ledger)]]
+        + [
+            [part.replace("_", " "), *(f"{row[part] / 2**20:,.1f}" for row in ledger)]
+            for part in first
+            if part != "precision"
+        ],
+    )
     for row in ledger[1:]:
         lines += paragraph(
             f"{row['precision']} against {first['precision']}: the peak is {row['peak'] / first['peak']:.0%}, the "
             f"activations are {row['activations'] / max(1, first['activations']):.0%}; a larger batch or image makes "
-            "these count for more.", "  ")
+            "these count for more.",
+            "  ",
+        )
     if "resident" in first:
-        lines += paragraph("Resident memory seldom falls within a process: `doctor` measures each precision in one of "
-                           "its own.", "  ")
+        lines += paragraph(
+            "Resident memory seldom falls within a process: `doctor` measures each precision in one of its own.", "  "
+        )
     return lines
 
 
@@ -343,14 +391,25 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
         ends = [0.0] * len(ledger)
         for part, (color, _, _, hatch) in zip(parts, STYLES, strict=False):
             sizes = [row[part] / 2**20 for row in ledger]
-            axes.barh(range(len(ledger)), sizes, left=ends, height=0.55, color=color, hatch=hatch, edgecolor="white",
-                      label=part.replace("_", " "))
+            axes.barh(
+                range(len(ledger)),
+                sizes,
+                left=ends,
+                height=0.55,
+                color=color,
+                hatch=hatch,
+                edgecolor="white",
+                label=part.replace("_", " "),
+            )
             ends = [end + size for end, size in zip(ends, sizes, strict=True)]
         for place, (end, row) in enumerate(zip(ends, ledger, strict=True)):
             axes.text(end, place, f"  peak {row['peak'] / 2**20:,.0f} MB", va="center")
         axes.set_yticks(range(len(ledger)), [row["precision"] for row in ledger])
-        axes.set(title="What one training update holds", xlim=(0, 1.2 * max(ends)),
-                 xlabel="MB (gradients come as activations go, so the peak is not the sum)")
+        axes.set(
+            title="What one training update holds",
+            xlim=(0, 1.2 * max(ends)),
+            xlabel="MB (gradients come as activations go, so the peak is not the sum)",
+        )
         axes.invert_yaxis()
         axes.grid(False, axis="y")
         figure.legend(loc="outside lower center", ncols=5, fontsize=9)
@@ -394,14 +453,25 @@ def underflow_map(
     for group, name in [*names, *(key for key in itertools.product(["activation"], modules) if key in fates)]:
         products = isinstance(modules.get(name.rpartition(".")[0]), (nn.Linear, nn.modules.conv._ConvNd))
         counts = fates[group, name]
-        layers.append({
-            "group": group, "name": name, "through_float16": group == "activation" or products,
-            "values": counts["values"], "nonzero": counts["nonzero"], "by_scale": {
-                f"{scale:g}": {kind: counts[kind, scale] for kind in ("zero", "subnormal", "overflow")}
-                for scale in scales},
-        })
-    return {"scales": scales, "scaler_scale": scaler_scale, "layers": layers,
-            "histogram": {group: dict(sorted(counts.items())) for group, counts in histogram.items()}}
+        layers.append(
+            {
+                "group": group,
+                "name": name,
+                "through_float16": group == "activation" or products,
+                "values": counts["values"],
+                "nonzero": counts["nonzero"],
+                "by_scale": {
+                    f"{scale:g}": {kind: counts[kind, scale] for kind in ("zero", "subnormal", "overflow")}
+                    for scale in scales
+                },
+            }
+        )
+    return {
+        "scales": scales,
+        "scaler_scale": scaler_scale,
+        "layers": layers,
+        "histogram": {group: dict(sorted(counts.items())) for group, counts in histogram.items()},
+    }
 
 
 def fate(gradient: torch.Tensor, scales: list[float]) -> tuple[Counter, Counter]:
@@ -433,19 +503,26 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
             found = [rows[key] for key in keys if key in rows]
             total = max(1, sum(row["nonzero"] for row in found))
             shares += [sum(row["by_scale"][scale][kind] for row in found) / total for scale in scales]
-        title = title if len(title) <= room else f"…{title[1 - room:]}"
+        title = title if len(title) <= room else f"…{title[1 - room :]}"
         return [title, *(f"{share:.2%}" if share >= 1e-4 else "<.01%" if share else "0" for share in shares)]
 
-    lines = heading("3. Underflow map", "The share of nonzero gradient values, computed in true FP32, that become zero "
-                    "when they are multiplied by the loss scale and cast to float16. What vanishes at scale 2^0 and "
-                    "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale. The last line "
-                    "is what would overflow: one such value, and GradScaler skips the update.")
-    lines += table("<" + 2 * len(scales) * ">", [
-        ["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
-        ["at loss scale", *2 * [*scales.values()]],
-        *(cells(name, "zero", [name]) for name in names),
-        *(cells(f"all: {kind}", kind, names) for kind in ("zero", "subnormal", "overflow")),
-    ], gap=1)
+    lines = heading(
+        "3. Underflow map",
+        "The share of nonzero gradient values, computed in true FP32, that become zero "
+        "when they are multiplied by the loss scale and cast to float16. What vanishes at scale 2^0 and "
+        "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale. The last line "
+        "is what would overflow: one such value, and GradScaler skips the update.",
+    )
+    lines += table(
+        "<" + 2 * len(scales) * ">",
+        [
+            ["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
+            ["at loss scale", *2 * [*scales.values()]],
+            *(cells(name, "zero", [name]) for name in names),
+            *(cells(f"all: {kind}", kind, names) for kind in ("zero", "subnormal", "overflow")),
+        ],
+        gap=1,
+    )
     if underflow["scaler_scale"]:
         lines.append(f"  The scaler's own scale stood at {underflow['scaler_scale']:,.10g}.")
     return lines
@@ -474,17 +551,27 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
         axes.axvspan(smallest, tiny, color=FAINT, alpha=0.25, linewidth=0)
         for border in (smallest, largest):
             axes.axvline(border, color=INK, linewidth=1.2)
-        for place, text in (((span[0] + smallest) / 2, f"zero in float16\n(below 2^{smallest:.0f})"),
-                            ((smallest + tiny) / 2, "float16,\nsubnormal"),
-                            ((tiny + largest) / 2, f"float16, full precision\n(2^{tiny:.0f} to {half.max:,.0f})")):
+        for place, text in (
+            ((span[0] + smallest) / 2, f"zero in float16\n(below 2^{smallest:.0f})"),
+            ((smallest + tiny) / 2, "float16,\nsubnormal"),
+            ((tiny + largest) / 2, f"float16, full precision\n(2^{tiny:.0f} to {half.max:,.0f})"),
+        ):
             axes.text(place, 1.24 * tallest, text, ha="center", va="top", fontsize=9)
-        axes.annotate("", (smallest - 0.3, 0.55 * tallest), (smallest - 16.3, 0.55 * tallest),
-                      arrowprops={"arrowstyle": "->", "color": INK})
+        axes.annotate(
+            "",
+            (smallest - 0.3, 0.55 * tallest),
+            (smallest - 16.3, 0.55 * tallest),
+            arrowprops={"arrowstyle": "->", "color": INK},
+        )
         axes.text(smallest - 16, 0.57 * tallest, "a loss scale of 2^16 moves\nevery value this far", fontsize=9)
-        axes.set(xlim=(span[0], span[-1]), ylim=(0, 1.26 * tallest), ylabel="% of nonzero values",
-                 title="Gradient magnitudes against what float16 can hold",
-                 xlabel="log2 of the magnitude of a gradient value   (bfloat16 holds all of it: "
-                 f"2^{math.log2(brain.tiny):.0f} to 2^{math.log2(brain.max):.0f})")
+        axes.set(
+            xlim=(span[0], span[-1]),
+            ylim=(0, 1.26 * tallest),
+            ylabel="% of nonzero values",
+            title="Gradient magnitudes against what float16 can hold",
+            xlabel="log2 of the magnitude of a gradient value   (bfloat16 holds all of it: "
+            f"2^{math.log2(brain.tiny):.0f} to 2^{math.log2(brain.max):.0f})",
+        )
         axes.legend(loc="upper right", bbox_to_anchor=(0.93, 0.82), fontsize=9)
 
 
@@ -495,11 +582,17 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
     {"update": 1-based over the run, "parameter": first one on the way back whose gradient was not finite, "scale"}.
     """
     if not metrics:
-        return heading("4. Scaler diary", "No run was named, so there is no diary to show. Name one with "
-                       "--checkpoint_name to see its loss scale and skipped updates.")
-    lines = heading("4. Scaler diary", "The loss scale after each epoch and the updates that were skipped because a "
-                    "gradient was not finite. A few skips at the start are the scaler finding its level; skips that "
-                    "go on, or a scale that falls below 1, are a sick run.")
+        return heading(
+            "4. Scaler diary",
+            "No run was named, so there is no diary to show. Name one with "
+            "--checkpoint_name to see its loss scale and skipped updates.",
+        )
+    lines = heading(
+        "4. Scaler diary",
+        "The loss scale after each epoch and the updates that were skipped because a "
+        "gradient was not finite. A few skips at the start are the scaler finding its level; skips that "
+        "go on, or a scale that falls below 1, are a sick run.",
+    )
     skips = [(line["epoch"], skip) for line in metrics for skip in line.get("skips") or []]
     if not skips and all(line.get("loss_scale") in (None, 1) for line in metrics):
         return [*lines, "  This run had no scaler at work: it is needed for float16 alone."]
@@ -508,12 +601,19 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
         metrics, lambda line: (line.get("loss_scale"), line["epoch"] if line.get("skipped_updates") else None)
     ):
         first, *rest = members
-        cells.append([f"{first['epoch']} to {rest[-1]['epoch']}" if rest else f"{first['epoch']}",
-                      f"{scale or math.nan:,.10g}", str(first.get("skipped_updates") or 0)])
+        cells.append(
+            [
+                f"{first['epoch']} to {rest[-1]['epoch']}" if rest else f"{first['epoch']}",
+                f"{scale or math.nan:,.10g}",
+                str(first.get("skipped_updates") or 0),
+            ]
+        )
     lines += table("<>>", cells)
     if skips:
-        cells = [[f"{skip['update']:,} (epoch {epoch})", f"{skip['scale']:,.10g}", skip["parameter"]]
-                 for epoch, skip in skips[:20]]
+        cells = [
+            [f"{skip['update']:,} (epoch {epoch})", f"{skip['scale']:,.10g}", skip["parameter"]]
+            for epoch, skip in skips[:20]
+        ]
         lines += ["", *table(">><", [["update", "scale", "first bad gradient on the way back"], *cells])]
         lines.append(f"  {len(skips)} skipped{' in all; the first 20 are shown' * (len(skips) > 20)}")
     return lines
@@ -522,8 +622,11 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
 def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
     """The loss scale of each update, as the skips and the ends of epochs tell it, and the updates skipped."""
     skips = {skip["update"]: skip["scale"] for line in metrics for skip in line.get("skips") or []}
-    scales = skips | {line["updates"] + 1: line["loss_scale"]  # an epoch's line says what the next update begins with
-                      for line in metrics if line.get("updates") and line.get("loss_scale")}
+    scales = skips | {
+        line["updates"] + 1: line["loss_scale"]  # an epoch's line says what the next update begins with
+        for line in metrics
+        if line.get("updates") and line.get("loss_scale")
+    }
     with picture(path, 9, 3.6) as figure:
         axes = figure.add_subplot()
         axes.step(sorted(scales), [scales[update] for update in sorted(scales)], color=BLUE)

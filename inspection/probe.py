@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from dataset import Batches, Pixels, Subset
 from images.stores import DecodedImages
 from model import avoid_in_place, build_model
-from precision import Precision, named_precision
 from optimizer import make_optimizer
+from precision import Precision, named_precision
 from train import update_weights
 from utils import RunError, choose_device, keep_freed_memory, peak_memory, reset_peak_memory
 
@@ -51,15 +51,28 @@ class Update:
             avoid_in_place(model)
         self.model = model.train()
         self.precision = precision
-        self.optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-4, weight_decay=1e-4,
-                                        fused=precision.device.type in ("cpu", "cuda"))
+        self.optimizer = make_optimizer(
+            model.parameters(),
+            "ADAM",
+            learning_rate=1e-4,
+            weight_decay=1e-4,
+            fused=precision.device.type in ("cpu", "cuda"),
+        )
         self.scaler = precision.grad_scaler()
         self.criterion = nn.CrossEntropyLoss(reduction="sum")
 
     def __call__(self, pieces: Any, image_count: int) -> None:
         """`pieces` are (images, labels, weight, whether it is the last), as `dataset.Batches` makes them."""
-        update_weights(self.model, pieces, image_count, optimizer=self.optimizer, scaler=self.scaler,
-                       precision=self.precision, criterion=self.criterion, clip_grad_norm=None)
+        update_weights(
+            self.model,
+            pieces,
+            image_count,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            precision=self.precision,
+            criterion=self.criterion,
+            clip_grad_norm=None,
+        )
 
 
 def wait(device: torch.device) -> None:
@@ -188,8 +201,10 @@ def _random_batches(device: torch.device, image_size: int, batch_size: int) -> B
 
 def _convolution_seconds(dtype: torch.dtype) -> float:
     """Of a small convolution on the CPU, forward and backward."""
-    images, weight = (torch.randn(count, side, side, 64, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
-                      for count, side in ((8, 28), (64, 3)))  # channels last, as in training
+    images, weight = (
+        torch.randn(count, side, side, 64, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
+        for count, side in ((8, 28), (64, 3))
+    )  # channels last, as in training
     return min(timed(lambda: nn.functional.conv2d(images, weight).sum().backward(), images.device))
 
 

@@ -1,0 +1,1 @@
+"""What AMP did to a PyTorch model."""
