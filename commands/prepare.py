@@ -6,27 +6,31 @@ trained on. Must not know torch, models or how images are fed to them.
 
 import hashlib
 import io
-import os
-import re
 import shutil
-import stat
 import warnings
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from images.placing import TEST_NAMES, TRAIN_NAMES, building, explained, finish_interrupted, one_writer, refuse_existing
+from images.archive import (
+    MAX_DEPTH,
+    Member,
+    checked,
+    data_set,
+    folder_members,
+    nothing_found,
+    unpack_inner,
+    zip_members,
+)
+from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from utils import FULL, RunError, UserError, cores, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
-MAX_MEMBERS = 1_000_000
-MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
-SMALL = 16 * 2**20  # bytes that are harmless at any ratio
 SPARE = 64 * 2**20  # bytes to leave free on the disk
 
 BY_HAND = (
@@ -35,46 +39,56 @@ BY_HAND = (
 )
 
 
-def extract_archive(archive: Path, data_dir: Path) -> None:
+def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:
     """Unpacks a .zip that holds train and test folders, at any depth, into `data_dir`.
 
-    Nothing is written before every name and size was found harmless; an interrupted extraction starts anew.
-    Raises UserError for a missing, damaged, hostile or unsuitable archive and where `data_dir` holds data already,
-    RunError where the disk is full.
+    `encoding` is the code page of names that the archive does not mark as Unicode. Nothing is written before every
+    name and size was found harmless; an interrupted extraction starts anew. Raises UserError for a missing, damaged,
+    hostile or unsuitable archive and where `data_dir` holds data already, RunError where the disk is full.
     """
     archive = Path(archive)
     data_dir = Path(data_dir)
     if not archive.is_file():
         raise UserError(f"--archive {printable(archive)}: no such file.")
-    with explained(data_dir, archive), archive.open("rb") as file:
+    with explained(data_dir, archive), ExitStack() as opened:
+        file = opened.enter_context(archive.open("rb"))
         if not zipfile.is_zipfile(file):
             raise UserError(
                 f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
                 "page, one cut off a part. Download it again, or unpack other archives by hand."
             )
-        opened = zipfile.ZipFile(file)
-        files = [info for info in opened.infolist() if not info.is_dir()]
-        _unpack(files, opened.open, archive, data_dir, archive.stat().st_size)
-
-
-def _hostile(archive: Path, name: str, problem: str) -> UserError:
-    return UserError(f"{printable(archive)} is not safe to unpack: {printable(name)!r} {problem}. Nothing was written.")
+        members = zip_members(opened.enter_context(zipfile.ZipFile(file)), archive, encoding)
+        _unpack(members, archive, data_dir, archive.stat().st_size, opened, encoding)
 
 
 def _unpack(
-    files: list[zipfile.ZipInfo],
-    open_file: Callable[[zipfile.ZipInfo], IO[bytes]],
+    members: list[Member],
     source: Path,
     data_dir: Path,
     packed: int | None,
+    opened: ExitStack,
+    encoding: str | None = None,
 ) -> None:
     """Checks all files, copies them to a hidden folder and moves the whole into place.
 
-    `packed` is the size of the archive in bytes, for the ratio; None for a folder.
+    `packed` is the size of the archive in bytes, for the ratio; None for a folder. Archives in the archive are looked
+    into if there is no data set outside them.
     """
     key = str(source.absolute())
-    inside = _below_root(_checked(files, source, packed), source)
-    total = sum(info.file_size for info in inside.values())
+    found = checked(members, source, packed)
+    inside = data_set(found)
+    for _ in range(MAX_DEPTH):
+        if inside is not None:
+            break
+        near = next(folder for folder in (data_dir, *data_dir.absolute().parents) if folder.is_dir())
+        inner = unpack_inner(found.values(), source, near, opened, encoding)
+        if inner is None:
+            break
+        found = checked(inner, source, packed)
+        inside = data_set(found)
+    if inside is None:
+        raise nothing_found(found, source)
+    total = sum(member.size for member in inside.values())
     with one_writer(data_dir):
         if finish_interrupted(data_dir) == key:
             return
@@ -87,62 +101,14 @@ def _unpack(
                     f"the disk that holds {printable(data_dir)} has too little room: free "
                     f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again."
                 )
-            for path, info in inside.items():
+            for path, member in inside.items():
                 target = stage / path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with open_file(info) as stream, target.open("wb") as file:
-                    shutil.copyfileobj(stream, file)
-                if target.stat().st_size != info.file_size:
-                    raise ValueError(f"{info.filename} has not the size it declares")
-                bar.update(info.file_size)
-
-
-def _checked(files: list[zipfile.ZipInfo], source: Path, packed: int | None) -> dict[PurePosixPath, zipfile.ZipInfo]:
-    """All files by their path, refused as soon as one is hostile or their sum looks like a bomb."""
-    found = {}
-    total = 0
-    for info in files:
-        name = info.filename
-        path = _safe_path(info.filename, source)
-        total = total + info.file_size
-        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):  # 0: not packed on Unix
-            raise _hostile(source, name, "is a link or a device")
-        if packed is not None and total > max(SMALL, MAX_RATIO * packed):
-            raise _hostile(source, name, f"brings it to {total / 2**20:,.0f} MB, like a decompression bomb")
-        if len(found) >= MAX_MEMBERS:
-            raise _hostile(source, name, f"is one of more than {MAX_MEMBERS:,} files")
-        if path in found:
-            raise _hostile(source, name, "occurs twice")
-        if not any(part.startswith(".") or part == "__MACOSX" for part in path.parts):
-            found[path] = info
-    for clash in found.keys() & {parent for path in found for parent in path.parents}:
-        raise _hostile(source, str(clash), "is both a file and a folder")
-    return found
-
-
-def _safe_path(name: str, source: Path) -> PurePosixPath:
-    """The relative path of a member; refuses absolute ones, drives, and any way upwards."""
-    path = PurePosixPath(name.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or "\0" in name or re.search(r"(^|/)[A-Za-z]:", str(path)):
-        raise _hostile(source, name, "points outside the target folder")
-    if not path.parts or any(len(os.fsencode(part)) > 240 for part in path.parts) or len(path.parts) > 32:
-        raise _hostile(source, name, "is no usable file name")
-    return path
-
-
-def _below_root(found: dict[PurePosixPath, zipfile.ZipInfo], source: Path) -> dict[Path, zipfile.ZipInfo]:
-    """Cuts off the folders above train and test, and what lies beside them."""
-    roots = {path.parts[: path.parts.index(name)] for path in found for name in TRAIN_NAMES & set(path.parts[:-1])}
-    for root in sorted(roots, key=len)[:1]:
-        inside = {
-            Path(*path.parts[len(root) :]): info for path, info in found.items() if path.parts[: len(root)] == root
-        }
-        if any(path.parts[0] in TEST_NAMES for path in inside):
-            return inside
-    raise UserError(
-        f"{printable(source)} holds no data set: it needs seg_train/ and seg_test/, or train/ and test/ or "
-        "val/, with a folder per class in each."
-    )
+                with member.open() as stream, target.open("wb") as written:
+                    shutil.copyfileobj(stream, written)
+                if target.stat().st_size != member.size:
+                    raise ValueError(f"{member.name} has not the size it declares")
+                bar.update(member.size)
 
 
 def download(data_dir: Path) -> None:
@@ -163,13 +129,8 @@ def download(data_dir: Path) -> None:
         fetched = Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # kagglehub lets through whatever requests, its own API and the disk raise
         raise _download_error(error, data_dir) from None
-    with explained(data_dir, fetched):
-        files = [
-            zipfile.ZipInfo.from_file(path, path.relative_to(fetched), strict_timestamps=False)
-            for path in sorted(fetched.rglob("*"))
-            if path.is_file() and not path.is_symlink()
-        ]
-        _unpack(files, lambda info: io.FileIO(fetched / info.filename), fetched, data_dir, None)
+    with explained(data_dir, fetched), ExitStack() as opened:
+        _unpack(folder_members(fetched), fetched, data_dir, None, opened)
 
 
 def _download_error(error: Exception, data_dir: Path) -> Exception:

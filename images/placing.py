@@ -77,6 +77,8 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
             problem = f"damaged or incomplete ({printable(error)}). Download it again."
             if "password" in str(error) or "encrypted" in str(error):
                 problem = "protected by a password; unpack it by hand."
+            if isinstance(error, NotImplementedError):  # such as Deflate64, which Windows uses beyond 2 GB
+                problem = f"packed in a way that Python cannot unpack ({printable(error)}); unpack it by hand."
             raise UserError(f"{printable(source)} is {problem}") from None
         if number in FULL:
             raise RunError(

@@ -3,6 +3,7 @@
 Everything is made here in temporary folders; no network. Run it alone: pytest tests/test_prepare.py
 """
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -25,7 +26,7 @@ from conftest import ROOT
 from PIL import Image
 
 from commands import prepare
-from images import placing, scenes
+from images import archive, placing, scenes
 from images.demo import draw_demo
 from utils import RunError, UserError
 
@@ -160,12 +161,12 @@ def test_stop_between_the_last_renames(tmp_path, monkeypatch, moves):
             done.append(target)
         real(source, target)
 
-    monkeypatch.setattr(prepare.os, "replace", stop)
+    monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         draw_demo(demo, train_images=12, test_images=12)
     assert (demo / ".partial").exists()
     assert (demo / "seg_test").exists() or not (demo / "seg_train").exists()
-    monkeypatch.setattr(prepare.os, "replace", real)
+    monkeypatch.setattr(os, "replace", real)
     draw_demo(demo, train_images=12, test_images=12)
     assert sorted(os.listdir(demo)) == ["demo.json", "seg_test", "seg_train"]
 
@@ -255,7 +256,7 @@ def test_decompression_bomb_is_refused(tmp_path):
 
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "MAX_MEMBERS", 11)
+    monkeypatch.setattr("images.archive.MAX_MEMBERS", 11)
     with pytest.raises(UserError, match="more than 11 files"):
         prepare.extract_archive(make_zip(tmp_path / "many.zip", files()), tmp_path / "data")
 
@@ -354,7 +355,7 @@ def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
         real(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.os, "replace", stop_after_one)
+        patch.setattr(os, "replace", stop_after_one)
         with pytest.raises(KeyboardInterrupt):
             prepare.extract_archive(archive, tmp_path / "data")
     assert sorted(os.listdir(tmp_path / "data")) == [".partial", "val"]
@@ -363,11 +364,10 @@ def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
 
 
 def test_a_file_that_shrinks_while_it_is_copied(tmp_path):
-    members = [zipfile.ZipInfo(name) for name in LAYOUT]
-    for info in members:
-        info.file_size = 10
-    with pytest.raises(UserError, match="has not the size"), placing.explained(tmp_path, tmp_path):
-        prepare._unpack(members, lambda _: io.BytesIO(b"short"), tmp_path / "folder", tmp_path / "data", None)
+    members = [archive.Member(name, 10, lambda: io.BytesIO(b"short")) for name in LAYOUT]
+    opened = contextlib.ExitStack()
+    with pytest.raises(UserError, match="has not the size"), placing.explained(tmp_path, tmp_path), opened:
+        prepare._unpack(members, tmp_path / "folder", tmp_path / "data", None, opened)
     assert os.listdir(tmp_path / "data") == []
 
 
@@ -383,7 +383,7 @@ def test_full_disk_names_what_to_free(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prepare.os, "replace", full)
+        patch.setattr(os, "replace", full)
         with pytest.raises(RunError, match="is full"):
             prepare.extract_archive(archive, tmp_path / "data")
     prepare.extract_archive(archive, tmp_path / "data")
