@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageOps
@@ -164,6 +165,8 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         image = smooth.convert("RGB" if mode in ("CMYK", "YCbCr") else "L").convert(mode)
     file = tmp_path / f"image.{'tif' if mode in ('PA', 'CMYK', 'F', 'YCbCr') else 'png'}"
     image.save(file)
+    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("this Pillow writes TIFF files in YCbCr that it cannot read")
     with Image.open(file) as stored:
         assert stored.mode == mode
     array = decode(file)

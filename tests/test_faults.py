@@ -170,7 +170,7 @@ def test_killed_loading_worker(data, tmp_path):
 
 
 def test_lock_is_refused_and_taken_over(data, tmp_path, said):
-    holder = "import sys, time; sys.path.insert(0, sys.argv[1]); from run import RunDirectory\n"
+    holder = "import sys, time; sys.path.insert(0, sys.argv[1]); from runs.folder import RunDirectory\n"
     holder += "RunDirectory(sys.argv[2]).open(); print('held', flush=True); time.sleep(600)"
     with subprocess.Popen(
         [sys.executable, "-c", holder, str(tiny.ROOT), str(tmp_path / "run")],

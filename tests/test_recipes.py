@@ -108,7 +108,8 @@ def test_recipe_shows_its_point(recipe, runs):
     for pattern in TELLING[recipe.stem]:
         assert re.search(pattern, result.stdout), f"{pattern!r} is not in:\n{result.stdout}"
     assert "Warning" not in result.stderr, result.stderr
-    too_wide = [line for line in result.stdout.splitlines() if len(line) > 80]
+    own = [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.9 prints these
+    too_wide = [line for line in own if len(line) > 80]
     assert not too_wide
 
 

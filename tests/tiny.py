@@ -1,6 +1,6 @@
-"""A data set and a network small enough to train in a second, and the ways to run the program on them.
+"""The zoo: data sets and networks small enough to train in a second, and the ways to run the program on them.
 
-Shared by the tests of faults, resuming and options. Knows nothing of what they look for.
+Shared by all tests. Knows nothing of what they look for.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
+from torchvision.models import _api as torchvision_registry
 
 import main
 
@@ -35,6 +37,37 @@ MEASURED = {
     "train_seconds",
     "steady",
 }
+
+
+class Classifier(nn.Module):
+    """What a torchvision classifier is made of, in 2,000 weights: `--model=tiny_classifier` once it is registered."""
+
+    def __init__(self, num_classes: int = 1000):
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2, bias=False),
+            nn.BatchNorm2d(8),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(8, 16, 3, stride=2, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(inplace=True),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(16, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.dropout(self.features(images).flatten(1)))
+
+
+def register_classifier() -> None:
+    """Makes `Classifier` one of torchvision's models in this process."""
+
+    def tiny_classifier(*, weights: None = None, **options: int) -> Classifier:
+        return Classifier(**options)
+
+    tiny_classifier.__module__ = "torchvision.models.tiny"
+    torchvision_registry.BUILTIN_MODELS["tiny_classifier"] = tiny_classifier
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
