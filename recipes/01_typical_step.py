@@ -9,10 +9,14 @@ with "Attempting to unscale FP16 gradients", or a step inside autocast seems to 
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """A GradScaler begins at a scale of 4194304, which is too high for this network.
+How many of ten float16 updates does it skip?"""
 
 
 def make_model(device):
@@ -112,12 +116,20 @@ def main(device):
     print("3. Broken: the optimizer's step inside autocast")
     broken_step_inside_autocast(device)
     print("RULE: float32 weights; autocast around forward and loss only; one scaler.")
+    return f"{skips}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -7,12 +7,15 @@ almost nothing). Adam hides it, because it divides by the gradient's size: the l
 """
 
 import argparse
+import sys
 import textwrap
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+QUESTION = """With SGD, clipping before unscale_ cuts an update to almost nothing.
+With Adam, how large is the broken update, in percent of the right one?"""
 MAX_NORM = 0.1
 SCALE = 65536.0
 
@@ -70,6 +73,7 @@ def adam_hides_it(device):
     wrong = one_update(device, torch.float16, False, torch.optim.Adam)[1]
     print(f"  Adam: moved {right:.3f} when right, {wrong:.3f} when broken: {wrong / right:.0%}")
     assert wrong / right > 1000 * SCALE**-1, "Adam loses far less than the factor of the scale"
+    return wrong / right
 
 
 def broken_twice(device):
@@ -91,16 +95,24 @@ def main(device):
     print(f"1. Right and wrong order; limit {MAX_NORM} ({device})")
     compare_orders(device)
     print("2. Why nobody notices with Adam")
-    adam_hides_it(device)
+    share = adam_hides_it(device)
     print("3. Broken: unscale_ twice for one update")
     broken_twice(device)
     print("RULE: unscale_ once per update, after the last backward; then clip; then step.")
+    return f"{share:.0%}, because Adam divides by the size of the gradient"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -1,18 +1,22 @@
 """Recipe 3: gradient accumulation.
 
-Rule: divide each piece's loss so that the pieces add up to one batch; unscale_, clip, step and update only
-after the last piece. The scale stays the same from the first piece to the last.
-Why: .grad is a running sum. It is a sum of one thing only if every piece carries the same scale.
-When it is broken: gradient norms grow with the number of pieces, results change with the piece size though
-the batch is the same, or the gradient of an update is wrong after the scale moved (no error is raised).
+Rule: divide each micro-batch's loss so that the micro-batches add up to one batch; unscale_, clip, step and update only
+after the last one. The scale stays the same from the first micro-batch to the last.
+Why: .grad is a running sum. It is a sum of one thing only if every micro-batch carries the same scale.
+When it is broken: gradient norms grow with the number of micro-batches, results change with their size
+though the batch is the same, or the gradient of an update is wrong after the scale moved (no error is raised).
 """
 
 import argparse
+import sys
 import textwrap
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """28 images run in micro-batches of 8, 8, 8 and 4. The loss of each is the mean of its own
+images, divided by 4. By how many percent is the gradient wrong?"""
 
 
 def make_parts(device, dtype=torch.float16):
@@ -29,17 +33,19 @@ def flat_gradient(model):
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
 
-def accumulate(device, dtype, piece, divide="batch", update_between=False):
-    """The gradient of one update over 28 images, cut into pieces of `piece`; the last may be short."""
+def divisors(batch, micro_batch, count):
+    """What a micro-batch's summed loss may be divided by: only the first is right."""
+    return {"batch": batch, "micro-batch": micro_batch, "mean of means": micro_batch * count}
+
+
+def accumulate(device, dtype, size, divide="batch", update_between=False):
+    """The gradient of one update over 28 images, in micro-batches of `size`; the last may be short."""
     model, optimizer, scaler, images, labels = make_parts(device, dtype=dtype)
-    pieces = list(zip(images.split(piece), labels.split(piece), strict=True))
-    for number, (some_images, some_labels) in enumerate(pieces):
+    parts = list(zip(images.split(size), labels.split(size), strict=True))
+    for number, (some_images, some_labels) in enumerate(parts):
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             loss = functional.cross_entropy(model(some_images), some_labels, reduction="sum")
-            loss = (
-                loss
-                / {"batch": len(images), "piece": len(some_images), "pieces": len(some_images) * len(pieces)}[divide]
-            )
+            loss = loss / divisors(len(images), len(some_images), len(parts))[divide]
         scaler.scale(loss).backward()
         if update_between and number == 0:
             scaler.update(scaler.get_scale() * 2)  # the scale grows in the middle of the update
@@ -56,23 +62,28 @@ def show(name, gradient, reference):
 def compare(device):
     whole = accumulate(device, torch.float32, 28)
     show("float32, one batch of 28", whole, whole)
-    assert show("float32, pieces of 8 8 8 4", accumulate(device, torch.float32, 8), whole) < 1e-5
-    assert show("bfloat16, pieces of 8 8 8 4", accumulate(device, torch.bfloat16, 8), whole) < 0.05
-    assert show("float16, pieces of 8 8 8 4", accumulate(device, torch.float16, 8), whole) < 0.01
+    assert show("float32, parts of 8 8 8 4", accumulate(device, torch.float32, 8), whole) < 1e-5
+    assert show("bfloat16, parts of 8 8 8 4", accumulate(device, torch.bfloat16, 8), whole) < 0.05
+    assert show("float16, parts of 8 8 8 4", accumulate(device, torch.float16, 8), whole) < 0.01
     return whole
 
 
 def broken_sums(device, whole):
-    error = show("no division by the number of pieces", accumulate(device, torch.float16, 8, "piece"), whole)
-    assert error > 2, "four pieces: about four times the gradient"
-    error = show("mean of means: the short piece counts double", accumulate(device, torch.float16, 8, "pieces"), whole)
-    assert error > 0.05
-    error = show("the scale changed after the first piece", accumulate(device, torch.float16, 8, "batch", True), whole)
-    assert error > 0.05, "the first piece entered at half its weight"
+    error = show(
+        "no division by the number of micro-batches", accumulate(device, torch.float16, 8, "micro-batch"), whole
+    )
+    assert error > 2, "four micro-batches: about four times the gradient"
+    means = show(
+        "mean of means: the short one counts double", accumulate(device, torch.float16, 8, "mean of means"), whole
+    )
+    assert means > 0.05
+    error = show("the scale changed after the first one", accumulate(device, torch.float16, 8, "batch", True), whole)
+    assert error > 0.05, "the first micro-batch entered at half its weight"
+    return means
 
 
 def broken_step_per_piece(device):
-    """unscale_ for each piece: the second call raises, as a sum of scaled and unscaled would be nonsense."""
+    """unscale_ for each micro-batch: the second call raises, as a sum of scaled and unscaled would be nonsense."""
     model, optimizer, scaler, images, labels = make_parts(device)
     try:
         for some_images, some_labels in zip(images.split(14), labels.split(14), strict=True):
@@ -87,19 +98,27 @@ def broken_step_per_piece(device):
 
 
 def main(device):
-    print(f"1. The pieces add up to the batch ({device})")
+    print(f"1. Micro-batches add up to the batch ({device})")
     whole = compare(device)
-    print("2. Broken: the pieces do not add up, and nothing is raised")
-    broken_sums(device, whole)
-    print("3. Broken: unscale_ after each piece")
+    print("2. Broken: they do not add up, and nothing is raised")
+    error = broken_sums(device, whole)
+    print("3. Broken: unscale_ after each micro-batch")
     broken_step_per_piece(device)
-    print("RULE: divide by the whole batch; unscale_, step, update after the last piece.")
+    print("RULE: divide by the whole batch; unscale_, step, update after the last part.")
+    return f"{error:.0%}: the images of the short micro-batch count double"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

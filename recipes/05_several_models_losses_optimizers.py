@@ -8,10 +8,14 @@ gradients were multiplied with. After a skip they are twice too large, and nothi
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """Two optimizers share a scaler, and the update of the first is skipped. Somebody calls update()
+between the steps. How many times too long is the step of the second?"""
 
 
 def make_parts(device, dtype=torch.float16):
@@ -96,12 +100,20 @@ def main(device):
     print(f"  with update() in between, optimizer 1 took a step {ratio:.2f} times too long")
     assert abs(ratio - 2) < 1e-3
     print("RULE: one scaler; scale each loss, step each optimizer, then one update().")
+    return f"{ratio:.2f} times: the scale was halved in between"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -8,11 +8,15 @@ asked for. Print the dtype of a hidden layer from within forward to see it.
 """
 
 import argparse
+import sys
 import threading
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """autocast(float16) stands around a model that runs in threads, as nn.DataParallel runs it.
+Which dtype does a hidden layer see?"""
 
 
 class Net(nn.Module):
@@ -105,12 +109,20 @@ def main(device):
         print(f"3. nn.DataParallel itself, {count} GPU(s), autocast inside forward: {seen}")
         assert seen == [name]
     print("RULE: with DataParallel, autocast and its dtype belong inside forward.")
+    return f"{naked[0]}: autocast belongs to the thread that entered it"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

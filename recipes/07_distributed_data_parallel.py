@@ -9,6 +9,7 @@ already passed the check, step with the inf that arrives late, and end as NaN.
 
 import argparse
 import os
+import sys
 import tempfile
 
 import torch
@@ -16,6 +17,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
+QUESTION = """One of two DDP processes overflows in an update. How many of the two skip it?"""
 WORLD = 2
 UPDATES = 5
 BAD_UPDATE = 2
@@ -109,12 +111,22 @@ def main(device):
     assert not first[BAD_UPDATE][2] and second[BAD_UPDATE][2], "rank 1 skips alone"
     assert first[BAD_UPDATE][3] != first[BAD_UPDATE][3], "rank 0 took a step with NaN"
     print("RULE: unchanged code; DDP averages inside backward, so all ranks skip together.")
+    return (
+        f"{sum(rows[BAD_UPDATE][2] for rows in runs['right'])}: the average of their gradients is not finite on either"
+    )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -8,10 +8,13 @@ a function that was only ever tested in float32.
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """The mean of the squares of 64 numbers from 100 to 400 is 70243. What is it in float16?"""
 
 
 def make_functions(device):
@@ -103,6 +106,7 @@ def with_a_required_dtype(device, naked, decorated):
     outside = decorated.apply(values)
     print(f"  outside autocast cast_inputs does nothing: {outside.item()} {str(outside.dtype)[6:]}")
     assert torch.isinf(outside)
+    return results["naked"].item()
 
 
 def main(device):
@@ -110,14 +114,22 @@ def main(device):
     print(f"1. A function that takes any dtype ({device})")
     without_a_required_dtype(device, naked_matmul, matmul)
     print("2. A function that needs float32, fed with float16")
-    with_a_required_dtype(device, naked_energy, energy)
+    naked_result = with_a_required_dtype(device, naked_energy, energy)
     print("RULE: custom_fwd and custom_bwd; cast_inputs=torch.float32 where range matters.")
+    return f"{naked_result:g}; with cast_inputs=torch.float32 it is right"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

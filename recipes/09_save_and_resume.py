@@ -9,11 +9,14 @@ nearly, but not exactly, the same run. Compare the weights bit by bit, as here.
 
 import argparse
 import io
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+QUESTION = """A float16 run has found its scale, 2**20. It stops and resumes without the state of its scaler.
+With which power of two does it go on?"""
 SAVE_AT = 6
 UPDATES = 14
 
@@ -116,12 +119,20 @@ def main(device):
     else:
         raise AssertionError("an enabled scaler took an empty state")
     print("RULE: save the scaler too, after update(); load it unless its state is {}.")
+    return f"2**{torch.tensor(again[SAVE_AT]).log2().item():.0f}, where every run begins: skips follow"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -8,11 +8,14 @@ the share of gradients that are exactly zero, counted as here, tells.
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+QUESTION = """A float16 network without a scaler; its loss is a mean over 16384 pixels, with a small weight.
+What share of the gradients at the first layer is exactly zero?"""
 SIDE = 32
 UPDATES = 16
 LOSS_WEIGHT = 0.002
@@ -110,12 +113,20 @@ def main(device):
         print(f"  {name:<20}" + "".join(f"{loss:9.4f}" for loss in losses[::5]))
     assert abs(last["float16 + scaler"] - last["float32"]) < 0.02 < last["float16, no scaler"] - last["float32"]
     print("RULE: float16 needs a GradScaler; without one, gradients become zero unnoticed.")
+    return f"{zeros['float16, no scaler']:.1%}, and training goes on"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

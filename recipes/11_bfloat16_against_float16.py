@@ -7,11 +7,13 @@ When it is broken: inf or NaN from float16 (range), or a running sum that stops 
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+QUESTION = """1 + 1 + 1 and so on, 3000 times. Where does the sum stop in bfloat16, and where in float16?"""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +56,7 @@ def running_sum(device):
     row("  1 + 1 + ... 3000 times, one by one", [f"{total:.0f}" for total in sums])
     row("  ones(3000).sum(dtype=float32)", [f"{total:.0f}" for total in safe])
     assert sums == [3000, 256, 2048] and safe == [3000] * 3
+    return sums
 
 
 def small_update(device):
@@ -115,16 +118,24 @@ def main(device):
     print("2. Range at work: a layer that overflows")
     overflow_in_a_layer(device)
     print("3. Digits at work: sums, weights, a network")
-    running_sum(device)
+    sums = running_sum(device)
     small_update(device)
     network_error(device)
     print("RULE: bfloat16 for range, float16 plus scaler for digits, float32 for weights.")
+    return f"{sums[1]:.0f} and {sums[2]:.0f}"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -7,11 +7,16 @@ When it is broken: an operation with out= is not cast; a dtype error names two d
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+
+QUESTION = (
+    """Under autocast to bfloat16, torch.mm(a, b) runs in bfloat16. In which dtype does torch.mm(a, b, out=c) run?"""
+)
 
 
 class Watch(TorchDispatchMode):
@@ -102,6 +107,7 @@ def broken_out_argument(device):
     products = [given for name, _, given in watch.calls if name == "mm"]
     print(f"  torch.mm(a, b): {products[0]};  torch.mm(a, b, out=c): {products[1]}, autocast keeps away")
     assert products == ["bfloat16", "float32"]
+    return products[1]
 
 
 def broken_probabilities(device):
@@ -123,21 +129,29 @@ def main(device):
     calls = one_forward(device, torch.float16)
     given = {name: dtype for name, _, dtype in calls}
     assert given["convolution"] == given["addmm"] == "float16" and given["_log_softmax"] == "float32"
-    for number, dtype in enumerate((torch.float16, torch.bfloat16), 2):
-        print(f"{number}. The lists, asked for {str(dtype)[6:]}")
-        verdicts = sort_operations(device, dtype)
+    for number, half in enumerate((torch.float16, torch.bfloat16), 2):
+        print(f"{number}. The lists, asked for {str(half)[6:]}")
+        verdicts = sort_operations(device, half)
         assert verdicts["linear"] == verdicts["conv2d"] == "runs in 16 bits" and verdicts["relu"] == "follows its input"
         assert verdicts["cross_entropy"] == "float32 or widest input" == verdicts["mse_loss"]
     print("4. Where autocast keeps away, and where it may refuse")
-    broken_out_argument(device)
+    dtype = broken_out_argument(device)
     broken_probabilities(device)
     print("RULE: let autocast choose, and look at what it chose on your device.")
+    return f"{dtype}: autocast keeps away from out="
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

@@ -8,10 +8,13 @@ When it is broken: validation and test differ with the same images; probabilitie
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """One model classifies 2048 images in float32 and in bfloat16. How many answers differ?"""
 
 
 def make_images(count, seed, device):
@@ -118,6 +121,7 @@ def main(device):
     images, labels = make_images(2048, 2, device)
     print(f"1. One model, 2048 images, three precisions ({device})")
     full, brain = three_precisions(model, images, labels)
+    changed = (full.argmax(1) != brain.argmax(1)).sum().item()
     whose_answers_change(full, brain)
     print("2. Broken: probabilities in 16 bits")
     broken_probabilities(model, images)
@@ -126,12 +130,20 @@ def main(device):
     print("4. Weights in bfloat16, for inference only")
     half_weights(model.eval(), images)
     print("RULE: eval, inference_mode, autocast, no scaler; validate and test alike.")
+    return f"{changed}, all of them undecided before"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

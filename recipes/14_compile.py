@@ -10,11 +10,15 @@ one: half a minute for the first compilation on a CPU.
 """
 
 import argparse
+import sys
 
 import torch
 import torch._functorch.config as functorch_config
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """A layer is kept in float32 inside a bfloat16 model, which is compiled with the default setting.
+What share of that layer's gradient fits into 16 bits exactly?"""
 
 
 class Net(nn.Module):
@@ -80,6 +84,7 @@ def compare(device, dtype, backend):
         )
         assert max(abs(one - two) for one, two in zip(losses, eager_losses, strict=True)) < 0.01
     assert shares["compiled, same_as_forward"] == 1 and max(shares["eager"], shares["compiled, off"]) < 0.05
+    return shares["compiled, same_as_forward"]
 
 
 def main(device, backend):
@@ -89,21 +94,29 @@ def main(device, backend):
         first_line = next(iter(str(error).splitlines()), "")
         print(f"torch.compile does not work here: {type(error).__name__}: {first_line[:120]}")
         print("Nothing to show; try --backend aot_eager, which needs no compiler.")
-        return
+        return "nothing: there is no compiler here"
     print(f"1. A layer kept in float32, eager and with {backend} ({device})")
     print(f"  {'':<34} {'losses':<27}  16-bit   error")
     for dtype in (torch.bfloat16, torch.float16):
-        compare(device, dtype, backend)
+        share = compare(device, dtype, backend)
     print("  16-bit: share of that layer's gradient that fits into 16 bits exactly;")
     print("  error: against eager (inductor also rounds elsewhere, as it fuses)")
     print("RULE: compile the model, autocast outside; backward_pass_autocast = 'off'.")
+    return f"{share:.1%}: its backward pass ran in 16 bits"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--backend", choices=("aot_eager", "inductor"), default="aot_eager")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device, args.backend)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device, args.backend)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

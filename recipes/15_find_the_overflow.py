@@ -8,10 +8,14 @@ When it is broken: every update is skipped and the scale falls through 1 towards
 """
 
 import argparse
+import sys
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+QUESTION = """A layer overflows in the forward pass of a float16 network. The scale begins at 65536.
+After how many skipped updates has the scaler found a scale that works?"""
 
 
 class Block(nn.Module):
@@ -133,12 +137,20 @@ def main(device):
     cured = one_pass(device, half, 64.0, loud=True, pool_in_float32=True)
     assert report("float16, pool in float32", *cured) is None
     print("RULE: hooks name the first layer that is not finite; a low scale does not.")
+    return f"never: after 20 it stands at {scales[1]:g}, and every update was skipped"
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quiz", action="store_true", help="ask a question first, then run and answer it")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch sees no CUDA device here; leave --device out to run on the CPU")
-    main(args.device)
+    if args.quiz:
+        print(f"{QUESTION}\nYour guess: ", end="", flush=True)
+        guess = sys.stdin.readline().strip() or "nothing"
+        print()
+    answer = main(args.device)
+    if args.quiz:
+        print(f"You guessed: {guess}\nMeasured:    {answer}")

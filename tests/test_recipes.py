@@ -26,7 +26,7 @@ TELLING = {
     ],
     "02_clipping": [r"norm 65536 times too large", r"clip too early +\d{5}\.", r"unscale_\(\) has already been called"],
     "03_accumulation": [
-        r"float16, pieces of 8 8 8 4 .* error +0\.\d\d%",
+        r"float16, parts of 8 8 8 4 .* error +0\.\d\d%",
         r"no division .* error +3\d\d\.\d\d%",
         r"scale changed .* error +2\d\.\d\d%",
         r"unscale_\(\) has already been called",
@@ -77,14 +77,56 @@ TELLING = {
         r"not finite: backward, head",
         r"not finite: none",
     ],
+    "16_weight_cache": [
+        r"\n  3 with gradients +1\n",
+        r"cache_enabled=False +3\n",
+        r"(YES|no): the weight got (no|its) gradient",
+        r"without gradient: 0\.weight, 2\.weight",
+    ],
+    "17_nan_gradient_finite_loss": [
+        r"float16 +loss 0\.2\d+, 0 of 4",
+        r"float16( +finite){4}( +NaN){2}\n",
+        r"scale 1024 -> 0\.25",
+        r"'MulBackward0' returned nan",
+        r"in float32 +loss .* scale 1024\n",
+    ],
+    "18_clipping_with_a_fused_optimizer": [
+        r"foreach, hook clips +0\.7144",
+        r"fused, hook clips +46822",
+        r"fused +step\(\) called 2 times, Adam counts 1",
+        r"RuntimeError: The total norm",
+    ],
+    "19_bfloat16_products_in_float32": [
+        r"inside float32: 257 +autocast: 256",
+        r"this device (obeys|ignores)",
+        r'"tf32" on a CPU is accepted and changes nothing: error \d\.\de-07',
+        r'"ieee" 5,267,456, "bf16" 5,267,456, autocast 2,6',
+    ],
+    "20_bfloat16_weights_stochastic_rounding": [
+        r"nearest +mean 1\.0000",
+        r"by chance +mean 1\.(29|30)",
+        r"nearest 1\.000,.* by chance 0\.6",
+        r"nearest +loss 1\.[3-9]",
+    ],
+    "21_eight_and_four_bits": [
+        r"conv1 gradient +9\d\.\d% +2\.\d%",
+        r"zero in E4M3 without a scale: 9\d\.\d%",
+        r"bfloat16 none +bfloat16 none .* 0\.9",
+        r"conv2d: .*not implemented",
+    ],
+    "22_float8_linear_layers": [r"one value of 100,000 +1\d\.\d% +3\.\d%", r"skipped: torchao|emulated: this device"],
 }
 
 
-def run(path, *options):
+def run(path, *options, typed=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, str(path), *options], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, str(path), *options], input=typed, capture_output=True, text=True, timeout=120, env=environment
     )
+
+
+def quiz(path):
+    return run(path, "--quiz", typed="my guess\n")
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +138,7 @@ def runs(request):
         if "runs" in getattr(item, "fixturenames", ()) and item.path == request.path
     }
     with ThreadPoolExecutor(2) as pool:
-        yield {path.stem: pool.submit(run, path) for path in sorted(selected)}
+        yield {path.stem: pool.submit(quiz, path) for path in sorted(selected)}
         pool.shutdown(cancel_futures=True)
 
 
@@ -104,13 +146,16 @@ def runs(request):
 def test_recipe_shows_its_point(recipe, runs):
     result = runs[recipe.stem].result()
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.rstrip().splitlines()[-1].startswith("RULE: ")
+    *_, rule, guess, answer = result.stdout.rstrip().splitlines()
+    assert rule.startswith("RULE: ") and guess == "You guessed: my guess"
+    assert re.fullmatch(r"Measured:    .*\w.*", answer) and "None" not in answer
     for pattern in TELLING[recipe.stem]:
         assert re.search(pattern, result.stdout), f"{pattern!r} is not in:\n{result.stdout}"
     assert "Warning" not in result.stderr, result.stderr
-    own = [line for line in result.stdout.splitlines() if not line.startswith("[Gloo]")]  # PyTorch 2.9 prints these
-    too_wide = [line for line in own if len(line) > 80]
-    assert not too_wide
+    question, _, shown = result.stdout.partition("Your guess: ")
+    assert "?" in question
+    own = [line for line in shown.splitlines()[:-1] if not line.startswith("[Gloo]")]  # PyTorch 2.9 prints these
+    assert not [line for line in own if len(line) > 80], "too wide"
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -120,6 +165,16 @@ def test_recipe_stands_alone(recipe):
     assert imports - {"torch", "torchvision"} <= set(sys.stdlib_module_names)
     assert "torch.cuda.amp" not in text, "deprecated; torch.amp takes the device"
     assert "Rule:" in text and "When it is broken:" in text.split('"""')[1]
+
+
+def test_without_quiz_nothing_is_asked():
+    result = run(RECIPES[1])
+    assert result.returncode == 0 and "guess" not in result.stdout
+    assert result.stdout.rstrip().splitlines()[-1].startswith("RULE: ")
+
+
+def test_a_quiz_without_an_answer_goes_on():
+    assert "You guessed: nothing" in run(RECIPES[1], "--quiz").stdout
 
 
 def test_index_lists_every_recipe_in_order():
