@@ -29,9 +29,23 @@ def cores(root: Path = ROOT) -> int:
 
     A quota of one and a half cores counts as two: both then run three quarters of the time.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _within_quota(len(_affinity()), root)
+
+
+def computing_cores(root: Path = ROOT) -> int:
+    """As `cores`, but hardware threads that share one core count once: arithmetic gains nothing from them."""
+    folder = root / "sys/devices/system/cpu"
+    own = {_text(folder / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in _affinity()}
+    return _within_quota(len(own), root)
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _within_quota(count: int, root: Path) -> int:
     quota = cpu_quota(root)
-    return usable if quota is None else max(1, min(usable, math.ceil(quota)))
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

@@ -144,6 +144,17 @@ def test_a_group_that_is_not_seen(tmp_path, many_cores):
     assert machine.memory_limit(root) == 300 * MB
 
 
+def test_hardware_threads_of_one_core_count_once(tmp_path, many_cores):
+    files = {
+        f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 32},{n % 32 + 32}" for n in range(64)
+    }
+    root = tree(tmp_path, "0::/", V2_MOUNT.format(top="/", place="/sys/fs/cgroup"), files)
+    assert (machine.cores(root), machine.computing_cores(root)) == (64, 32)
+    (root / "sys/fs/cgroup").mkdir(parents=True)
+    (root / "sys/fs/cgroup/cpu.max").write_text("1000000 100000")
+    assert machine.cores(root) == machine.computing_cores(root) == 10
+
+
 # --------------------------------------------------------------------------------- real limits
 def in_process(code: str, *before: str, **options) -> str:
     """What a fresh Python process that has imported `machine` prints."""
