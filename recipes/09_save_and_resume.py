@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-QUESTION = """A float16 run has found its scale, 2**20. It stops and resumes without the state of its scaler.
+QUESTION = """A float16 run has found its scale, 2**19. It stops and resumes without the state of its scaler.
 With which power of two does it go on?"""
-SAVE_AT = 6
+SAVE_AT = 9
 UPDATES = 14
 
 

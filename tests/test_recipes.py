@@ -129,6 +129,17 @@ def quiz(path):
     return run(path, "--quiz", typed="my guess\n")
 
 
+# The exercises: {number: (recipe, lines that go, lines that come, what the changed recipe says)}
+EXERCISES = {
+    int(number): (recipe, *("\n".join(re.findall(rf"^\{sign}(.*)$", change, re.MULTILINE)) for sign in "-+"), said)
+    for number, recipe, change, said in re.findall(
+        r"^## (\d+)\..*?```diff\n# (\w+\.py)\n(.*?)```.*?```text\n(.*?)\n```",
+        (FOLDER / "EXERCISES.md").read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
+}
+
+
 @pytest.fixture(scope="module")
 def runs(request):
     """Starts the recipes of the selected tests, two at a time; maps a name to its future result."""
@@ -165,6 +176,30 @@ def test_recipe_stands_alone(recipe):
     assert imports - {"torch", "torchvision"} <= set(sys.stdlib_module_names)
     assert "torch.cuda.amp" not in text, "deprecated; torch.amp takes the device"
     assert "Rule:" in text and "When it is broken:" in text.split('"""')[1]
+
+
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """Runs the changed recipes, two at a time; maps an exercise's number to its future result."""
+    folder = tmp_path_factory.mktemp("exercises")
+    with ThreadPoolExecutor(2) as pool:
+        futures = {}
+        for number, (recipe, old, new, _) in EXERCISES.items():
+            text = (FOLDER / recipe).read_text(encoding="utf-8")
+            assert text.count(old) == 1, f"exercise {number}: not in {recipe}: {old}"
+            changed = folder / f"{number}_{recipe}"
+            changed.write_text(text.replace(old, new), encoding="utf-8")
+            futures[number] = pool.submit(run, changed)
+        yield futures
+
+
+@pytest.mark.parametrize("number", range(1, 11))
+def test_the_solution_of_an_exercise_does_what_it_says(number, solved):
+    result = solved[number].result()
+    said = EXERCISES[number][3]
+    assert (result.returncode == 0) == said.startswith("RULE: ")
+    assert said in (result.stdout if result.returncode == 0 else result.stderr), result.stderr
+    assert result.returncode == 0 or "\nAssertionError" in result.stderr
 
 
 def test_without_quiz_nothing_is_asked():
