@@ -37,7 +37,7 @@ def rewrite(source: str, name: str) -> str:
     """
     lines = source.encode().splitlines(keepends=True)
     for node in sorted(ast.walk(ast.parse(source)), key=lambda node: getattr(node, "col_offset", 0), reverse=True):
-        if isinstance(node, ast.ImportFrom) and not node.level and node.module.partition(".")[0] in OWN:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level and node.module.partition(".")[0] in OWN:
             old = f"from {node.module} import".encode()
             new = f"from {PACKAGE}.{node.module} import".encode()
         elif isinstance(node, ast.Import) and any(alias.name.partition(".")[0] in OWN for alias in node.names):

@@ -61,10 +61,10 @@ def find_image_set(data_dir: str | Path) -> ImageSet:
         raise UserError(f"{printable(train)} holds {len(classes)} class folder: a classifier needs at least two.")
     folders = [folder for folder in (train, test, validation) if folder is not None]
     for folder in folders:
-        missing = sorted(set(classes) ^ set(_class_names(folder)))
-        if missing:
-            names = ", ".join(map(printable, missing))
-            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {names}.")
+        differing = sorted(set(classes) ^ set(_class_names(folder)))
+        if differing:
+            listed = ", ".join(map(printable, differing))
+            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {listed}.")
     listings = [_list_images(folder, classes) for folder in folders]
     return ImageSet(root, classes, *listings)
 

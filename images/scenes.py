@@ -4,7 +4,9 @@ The demo data must be a real problem that needs no download: six classes that sh
 Knows nothing of files, folders or splits: prepare.py writes what this module draws.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -56,7 +58,7 @@ class Scene:
     def __init__(self, random: np.random.Generator):
         self.random = random.random
         self.uniform = random.uniform
-        self.count = random.integers
+        self.count: Callable[..., Any] = random.integers
         self.image = Image.new("RGB", (SIZE, SIZE))
         self.pen = ImageDraw.Draw(self.image)
         top, low, light = LIGHTS[min(self.count(len(LIGHTS), size=2))]
