@@ -1,0 +1,223 @@
+"""One run of a step in one precision, and the calls of AMP's recipe that it made, each with its place.
+
+The step runs as its author wrote it. In a given precision, the author's own autocast regions take that precision; if
+there are none, the whole step but its backward passes runs under autocast. FP32 is a disabled autocast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.optim import optimizer as optimizer_hooks
+
+from inspection.places import Place, place_of_caller
+from inspection.subject import Subject, losses_in, restore, tensors_in
+from precision import Precision
+
+SCALER_CALLS = ("scale", "unscale_", "step", "update")
+
+
+@dataclass
+class Event:
+    """A call of the recipe: `kind` is autocast, backward, step, or scaler's scale, unscale_, step, update."""
+
+    kind: str
+    place: Place | None
+    autocast: bool = False
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Execution:
+    """Runs the step of `subject`; `precision` None is as it was written.
+
+    `phase` is forward (also whatever runs before the first model), loss, backward or update. `scale` is the factor on
+    the loss. After a run: `events`, `result`, `full` (whether the step called backward itself), `roots` (the tensors
+    that backward began with).
+    """
+
+    def __init__(self, subject: Subject, precision: Precision | None, *, ambient: bool = True, scale: float = 1.0):
+        self.subject = subject
+        self.precision = precision
+        self.ambient = ambient and precision is not None
+        self.own_scale = scale
+        self.scale = scale
+        self.phase = "forward"
+        self.events: list[Event] = []
+        self.result: Any = None
+        self.roots: list[torch.Tensor] = []
+        self.scalers: list[Any] = []
+        self.states: dict[int, tuple[Any, dict]] = {}
+        self.full = False
+        self.depth = 0  # models that are running, one inside the other
+        self.device = subject.device.type
+        self._busy = False  # inside the scaler or the tool's own update
+        self._modes: Any = contextlib.nullcontext()
+
+    def note(self, kind: str, **details: Any) -> None:
+        if not self._busy:
+            self.events.append(Event(kind, place_of_caller(), torch.is_autocast_enabled(self.device), details))
+
+    def run(self, *, update: bool = False, modes: Any = None) -> Any:
+        """Forward, loss and backward, and with `update` the optimizers' steps where the step does not do them."""
+        self._modes = modes or contextlib.nullcontext()
+        with self._patches(), self._modes:
+            with self.autocast():
+                self.result = self.subject.run()
+            if not self.full:
+                self._finish(update)
+        return self.result
+
+    def autocast(self) -> Any:
+        return self.precision.autocast() if self.ambient else contextlib.nullcontext()
+
+    def without_autocast(self) -> Any:
+        """For backward passes inside an autocast that is this tool's and not the user's."""
+        if not self.ambient:
+            return contextlib.nullcontext()
+        return Precision("fp32", self.precision.device, "").autocast()
+
+    def _finish(self, update: bool) -> None:
+        """The tool's own backward pass, and update, for a step that only returns its loss."""
+        losses = {name: loss for name, loss in losses_in(self.result).items() if loss.requires_grad}
+        scaler = self.subject.update_scaler(self.precision) if update else None
+        self._busy = True
+        parts = self.subject.models if not self.subject.single else {}
+        by_name = bool(losses) and len(losses) > 1 and losses.keys() <= parts.keys()
+        if losses and not by_name:
+            losses = {"": sum(loss.sum() for loss in losses.values())}
+        for index, (name, loss) in enumerate(losses.items()):
+            inputs = [part for part in parts[name].parameters() if part.requires_grad] if by_name else None
+            factored = scaler.scale(loss) if scaler is not None else loss * self.own_scale
+            torch.autograd.backward(factored, inputs=inputs, retain_graph=index < len(losses) - 1)
+        if update and losses:
+            self.phase = "update"
+            for optimizer in self.subject.update_optimizers():
+                scaler.step(optimizer)
+                optimizer.zero_grad()
+            scaler.update()
+        self._busy = False
+
+    @contextlib.contextmanager
+    def _patches(self) -> Iterator[None]:
+        """Puts this object between the user's code and autocast, backward, optimizers and the scaler."""
+        autocast = torch.autocast
+        scaler = torch.amp.GradScaler
+        kept = [(torch.autograd, "backward"), (torch.autograd, "grad"), (autocast, "__enter__")]
+        kept += [(scaler, name) for name in SCALER_CALLS]
+        originals = {(owner, name): getattr(owner, name) for owner, name in kept}
+        before = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
+        after = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
+        entered = [
+            hook
+            for model in self.subject.models.values()
+            for hook in (
+                model.register_forward_pre_hook(self._enter),
+                model.register_forward_hook(self._leave, always_call=True),
+            )
+        ]
+        for (owner, name), original in originals.items():
+            if owner is torch.autograd:
+                setattr(owner, name, self._backward(name, original))
+            elif owner is autocast:
+                setattr(owner, name, self._autocast_enter(original))
+            else:
+                setattr(owner, name, self._scaler_call(name, original))
+        try:
+            yield
+        finally:
+            for (owner, name), original in originals.items():
+                setattr(owner, name, original)
+            for handle in (before, after, *entered):
+                handle.remove()
+
+    def _enter(self, *_: Any) -> None:
+        self.depth += 1
+        if self.phase != "backward":  # where a checkpoint computes again
+            self.phase = "forward"
+
+    def _leave(self, *_: Any) -> None:
+        self.depth -= 1
+        if self.phase == "forward" and not self.depth:
+            self.phase = "loss"
+
+    def _backward(self, name: str, original: Any) -> Any:
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.phase == "backward":  # a checkpoint's own, inside the backward pass
+                return original(*args, **kwargs)
+            if name == "backward":
+                self.full = self.full or not self._busy
+                self.roots += [tensor for tensor in tensors_in(args[:1] or kwargs.get("tensors"))]
+            self.note(name)
+            phase, self.phase = self.phase, "backward"
+            try:
+                with self.without_autocast():
+                    return original(*args, **kwargs)
+            finally:
+                self.phase = "update" if name == "backward" else phase
+
+        return call
+
+    def _autocast_enter(self, original: Any) -> Any:
+        def enter(autocast: Any) -> Any:
+            wanted = autocast._enabled, autocast.fast_dtype
+            place = place_of_caller()
+            if place is not None and not place.via:
+                details = {"device": autocast.device, "dtype": wanted[1], "enabled": wanted[0]}
+                self.events.append(Event("autocast", place, False, details))
+                if self.precision is not None and wanted[0] and autocast.device == self.device:
+                    autocast._enabled = self.precision.amp
+                    autocast.fast_dtype = self.precision.dtype if self.precision.amp else wanted[1]
+            try:
+                return original(autocast)
+            finally:
+                autocast._enabled, autocast.fast_dtype = wanted
+
+        return enter
+
+    def _scaler_call(self, name: str, original: Any) -> Any:
+        @functools.wraps(original)
+        def call(scaler: Any, *args: Any, **kwargs: Any) -> Any:
+            if not self._busy:
+                self._meet(scaler)
+                optimizer = args[0] if args and name in ("unscale_", "step") else None
+                self.note(f"scaler.{name}", optimizer=id(optimizer), enabled=scaler.is_enabled())
+            busy, self._busy = self._busy, name != "scale"
+            try:
+                result = original(scaler, *args, **kwargs)
+            finally:
+                self._busy = busy
+            if name == "scale" and scaler.is_enabled():
+                self.scale = scaler.get_scale()
+            return result
+
+        return call
+
+    def _meet(self, thing: Any) -> None:
+        """Keeps the state of an optimizer or scaler that was not handed over, as it is before its first use."""
+        if id(thing) not in self.states:
+            self.states[id(thing)] = (thing, copy.deepcopy(thing.state_dict()))
+            if isinstance(thing, torch.amp.GradScaler):
+                self.scalers.append(thing)
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        handed = any(optimizer is known for known in self.subject.update_optimizers())
+        if not handed:
+            self._meet(optimizer)
+        if not self._busy:
+            self.note("step", optimizer=id(optimizer), kind=type(optimizer).__name__)
+        self.phase = "update"
+
+    def _after_step(self, *_: Any) -> None:
+        self.phase = "update"
+
+    def put_back(self) -> None:
+        """Restores what the step used of its own."""
+        for thing, state in self.states.values():
+            restore(thing, state)

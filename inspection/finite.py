@@ -1,0 +1,169 @@
+"""Where the first value came from that is not finite: every infinity and NaN is followed from operator to operator.
+
+Infinities that are made on purpose (a mask of -inf before a softmax) are no fault: only what reaches the loss or a
+gradient is reported, with the operator at which it began.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from inspection.places import Place
+from inspection.subject import Subject, tensors_in
+
+# Operators that write what they are told to, infinity too.
+CREATE = ("full", "fill", "masked_fill", "scalar_tensor", "new_full", "full_like", "where", "zeros", "ones", "lift",
+          "clone", "detach", "copy", "triu", "tril", "constant_pad")  # fmt: skip
+UNINITIALISED = ("empty", "new_empty", "resize_", "set_")
+ROUND = ("_to_copy", "to", "copy_")
+DANGEROUS = {  # what such an operator does at the edge of its domain, and the cure
+    "log": "takes the logarithm of zero or of a negative number: add an eps, or use log_softmax or logsigmoid",
+    "sqrt": "takes the root of zero, whose gradient is infinite, or of a negative number: add an eps inside the root",
+    "rsqrt": "takes 1/sqrt of zero: add an eps inside the root",
+    "div": "divides by zero: add an eps to the denominator",
+    "reciprocal": "divides by zero: add an eps to the denominator",
+    "exp": "is the exponential of a large number: subtract the maximum first, or clamp",
+    "pow": "raises to a power that the type cannot hold, or zero to a negative one: clamp, or add an eps",
+    "norm": "has the norm of zeros, whose gradient is not defined: add an eps",
+    "softmax": "has a row of which everything is masked: let each row see at least one position",
+    "binary_cross_entropy": "takes the logarithm of 0 or 1: use binary_cross_entropy_with_logits",
+    "acos": "has its argument outside of its domain: clamp it",
+    "asin": "has its argument outside of its domain: clamp it",
+    "atan2": "has both arguments zero: add an eps",
+}
+
+
+@dataclass
+class Origin:
+    """Where something that is not finite began. `inputs` are dtype, shape and range (of the finite values) of what
+    went in."""
+
+    kind: str  # "inf" or "NaN"
+    phase: str
+    module: str
+    op: str
+    output: str
+    inputs: list[dict[str, Any]]
+    place: Place | None
+    intended: bool = False
+    reached: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        record = asdict(self)
+        record["place"] = None if self.place is None else {"file": self.place.file, "line": self.place.line}
+        return record
+
+
+class Lineage:
+    """Follows what is not finite by the memory in which it lies."""
+
+    def __init__(self) -> None:
+        self.origins: dict[int, Origin] = {}
+        self.first: Origin | None = None
+        self.reached: list[Origin] = []
+
+    def expect(self, subject: Subject) -> None:
+        """Notes what is not finite before the step: in the batch and in the weights."""
+        some = [("the batch", tensor) for tensor in tensors_in(subject.batch)]
+        some += [(name, parameter) for name, parameter in subject.named_parameters()]
+        for name, tensor in some:
+            kind = _fault(tensor)
+            if kind:
+                origin = Origin(kind, "before", name, "", _dtype(tensor), [], None, intended=kind == "inf")
+                self.origins[_address(tensor)] = origin
+
+    def observe(self, op: str, given: list[torch.Tensor], made: list[torch.Tensor], **where: Any) -> None:
+        """After each operator: `where` is phase, module and place."""
+        for tensor in made:
+            address = _address(tensor)
+            if not address or not tensor.is_floating_point():
+                continue
+            kind = None if op.startswith(UNINITIALISED) else _fault(tensor)
+            if kind:
+                self.origins[address] = self._origin(kind, op, given, tensor, where)
+            elif tensor.nbytes >= tensor.untyped_storage().nbytes():
+                self.origins.pop(address, None)
+
+    def _origin(self, kind: str, op: str, given: list, made: torch.Tensor, where: dict[str, Any]) -> Origin:
+        known = [self.origins[_address(tensor)] for tensor in given if _address(tensor) in self.origins]
+        faults = [origin for origin in known if not origin.intended]
+        if faults:
+            return faults[0]
+        intended = kind == "inf" and (bool(known) or op.startswith(CREATE)) and op not in ROUND
+        if known and kind == "inf":  # a mask goes on through sums and products
+            return known[0]
+        finite = all(_fault(tensor) is None for tensor in given if tensor.is_floating_point() and tensor is not made)
+        if op in ROUND and not finite:
+            intended = kind == "inf"
+        inputs = [ranged(tensor) for tensor in given if tensor.is_floating_point()]
+        return Origin(kind, where["phase"], where["module"], op, _dtype(made), inputs, where["place"], intended)
+
+    def arrived(self, what: str, tensor: torch.Tensor) -> None:
+        """A tensor that has to be finite: the loss, or the gradient of a parameter."""
+        origin = self.origins.get(_address(tensor))
+        if origin is not None and _fault(tensor) is not None:
+            origin.reached = origin.reached or what
+            self.reached.append(origin)
+
+    def finish(self, roots: list[torch.Tensor]) -> None:
+        """The first place: of what reached the loss, else of what reached a gradient first."""
+        with torch.no_grad():
+            gradients = list(self.reached)
+            self.reached.clear()
+            for root in roots:
+                self.arrived("the loss", root)
+        self.first = next(iter([*self.reached, *gradients]), None)
+        self.origins.clear()
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _fault(tensor: torch.Tensor) -> str | None:
+    """"NaN", "inf" or None."""
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
+        return None
+    if tensor.element_size() < 2:
+        tensor = tensor.float()
+    # A sum is finite if every value is, but for a sum that overflows: one pass, and a second one in that case alone.
+    if torch.isfinite(tensor.detach().sum(dtype=torch.float64 if tensor.device.type == "cpu" else torch.float32)):
+        return None
+    if torch.isnan(tensor).any():
+        return "NaN"
+    return "inf" if torch.isinf(tensor).any() else None
+
+
+def ranged(tensor: torch.Tensor) -> dict[str, Any]:
+    """dtype, shape, and the range of the finite values; None if there are none."""
+    values = tensor.detach()
+    values = values[torch.isfinite(values)] if values.element_size() > 1 else values.float()
+    low, high = (value.item() for value in values.float().aminmax()) if values.numel() else (None, None)
+    return {"dtype": _dtype(tensor), "shape": list(tensor.shape), "min": low, "max": high}
+
+
+def cures(origin: Origin, *, overflow: bool) -> list[str]:
+    """What helps, the most fitting first. `overflow`: the same step is finite in float32, so that range is to blame."""
+    found = [text for op, text in DANGEROUS.items() if op in origin.op and not overflow]
+    if origin.phase == "before":
+        return ["look at where these values were made"]
+    if overflow and origin.phase != "backward":
+        module = origin.module or "the lines around it"
+        found.append(f"run {module} with autocast off (torch.autocast(device, enabled=False), inputs as .float())")
+        found.append("bfloat16, which has float32's range")
+    elif overflow:
+        found.append("a lower loss scale (GradScaler finds it), or bfloat16, which needs none")
+    if origin.phase == "backward" and not overflow:
+        found.append("clip gradients, or add an eps in the forward operator")
+    return found or ["check the data and the learning rate: float32 has this fault, too"]

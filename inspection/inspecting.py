@@ -1,0 +1,313 @@
+"""`inspect_step`: what AMP does to any PyTorch model, from one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from inspection import payoff
+from inspection.execution import Execution
+from inspection.findings import Finding, by_place
+from inspection.memory import memory_ledger
+from inspection.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
+from inspection.places import Place, count_as_users, shown
+from inspection.ranges import measure_ranges
+from inspection.recipe_rules import recipe_findings
+from inspection.report import Report
+from inspection.subject import Subject, core
+from inspection.tracing import Trace, trace_step
+from precision import Precision, named_precision, sensible_precisions
+from utils import RunError, UserError
+
+SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)  # that a scaler which starts at the first would come down to
+
+
+def inspect_step(
+    model: nn.Module | Mapping[str, nn.Module],
+    batch: Any,
+    loss: Callable | None = None,
+    *,
+    step: Callable | None = None,
+    optimizers: Any = None,
+    scaler: Any = None,
+    precisions: Sequence[str] | None = None,
+    metrics: list[dict[str, Any]] | None = None,
+    scaler_scale: float | None = None,
+    speed: bool = True,
+) -> Report:
+    """Runs a training step in each precision and reports what AMP does to it.
+
+    The step has one of three forms. `loss(outputs, batch)`: the model is called with what its `forward` requires of
+    the batch (any nesting of tensors). `step(model, batch)` returns the loss; or it is the whole training step, with
+    its own autocast, scaler, backward and optimizer, which is then also judged as it is written. `model` may be a
+    dictionary of models by name, `optimizers` an optimizer, a list or a dictionary; `step` may take `optimizer`,
+    `optimizers` and `scaler` after (model, batch). Without a loss, the model's own is used (outputs.loss, or a
+    dictionary of losses).
+
+    Models, optimizers and scaler are put back as they were. `precisions` are names such as fp32, amp-bf16, amp-fp16;
+    the default is what makes sense on the model's device. `metrics` are lines of a diary (see `watch`),
+    `scaler_scale` is one more loss scale at which gradients are judged. Without `speed` nothing is timed.
+    Raises UserError if the arguments do not fit together or the step fails in every precision.
+    """
+    subject = Subject(model, batch, loss, step=step, optimizers=optimizers, scaler=scaler)
+    for function in (subject.step, subject.loss):
+        count_as_users(function)
+    return Inspection(subject, precisions, metrics or [], scaler_scale).run(speed=speed)
+
+
+class Inspection:
+    """The parts of one inspection, in order; each leaves the models as it found them."""
+
+    def __init__(
+        self, subject: Subject, names: Sequence[str] | None, metrics: list[dict[str, Any]], scaler_scale: float | None
+    ):
+        self.subject = subject
+        self.metrics = metrics
+        self.scaler_scale = scaler_scale
+        self.names = names
+        self.traces: dict[str, Trace] = {}
+        self.precisions: dict[str, Precision] = {}
+        self.scales: dict[str, dict[str, Any]] = {}
+        self.everything: list[Finding] = []
+
+    def run(self, *, speed: bool) -> Report:
+        written = self._as_written()
+        self._trace_all(written)
+        ranges = self._ranges()
+        self._judge_range(ranges)
+        ran = [name for name, trace in self.traces.items() if trace.error is None and name in self.precisions]
+        memory = [self._memory(name) for name in ran]
+        pay = self._payoff(ran, memory) if speed and ran else None
+        content = self._content(written, ranges, memory, pay, ran)
+        return Report(content, by_place(self.everything))
+
+    def _prepare(self, precision: Precision) -> Precision:
+        """Set up again: on CUDA float32's mode is a global switch."""
+        return named_precision(precision.name, precision.device)
+
+    def _as_written(self) -> Trace:
+        subject = self.subject
+        with subject.kept():
+            written = trace_step(subject, None)
+        if written.error is not None and isinstance(written.error, UserError):
+            raise written.error
+        regions = [event for event in written.execution.events if event.kind == "autocast"]
+        on = [event for event in regions if event.details["enabled"] and event.details["device"] == subject.device.type]
+        self.ambient = not on
+        self.written_types = {event.details["dtype"] for event in on}
+        self.everything += recipe_findings(subject, written)
+        return written
+
+    def _trace_all(self, written: Trace) -> None:
+        names = list(self.names or sensible_precisions(self.subject.device))
+        if self.names is None and torch.float16 in self.written_types and "amp-fp16" not in names:
+            names.append("amp-fp16")
+        self.precisions = {name: named_precision(name, self.subject.device) for name in names}
+        for name in names:
+            self.traces[name] = self._trace(name)
+        failed = [name for name, trace in self.traces.items() if trace.error is not None]
+        if len(failed) == len(names):
+            trace = self.traces[failed[0]]
+            raise UserError(f"the step fails in every precision: {_in_words(trace)}")
+        for name in failed:
+            self.everything.append(failure(self.traces[name], name))
+        if written.error is not None:
+            self.everything.append(failure(written, "as written"))
+        for name, trace in self.traces.items():
+            if trace.error is None and self.precisions[name].amp:
+                self.everything += model_findings(trace, name, self.subject.device.type)
+        self._judge_finite()
+
+    def _trace(self, name: str) -> Trace:
+        """One precision; where float16's backward overflows, at lower and lower loss scales, as GradScaler would."""
+        precision = self._prepare(self.precisions.get(name) or named_precision(name, self.subject.device))
+        scales = SCALES if precision.name == "amp-fp16" else (1.0,)
+        first = None
+        for scale in scales:
+            with self.subject.kept():
+                self._set_scaler(scale)
+                trace = trace_step(self.subject, precision, ambient=self.ambient, scale=scale)
+            origin = trace.lineage.first
+            first = first or origin
+            if trace.error is not None or origin is None or origin.phase != "backward":
+                break
+        self.scales[name] = {
+            "scale": scale if len(scales) > 1 else None,
+            "first_overflow": first.record() if first is not None and len(scales) > 1 else None,
+        }
+        return trace
+
+    def _set_scaler(self, scale: float) -> None:
+        scaler = self.subject.scaler
+        if scaler is not None and scaler.is_enabled() and scale != SCALES[0]:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+
+    def _judge_finite(self) -> None:
+        finite = any(
+            trace.lineage.first is None and trace.error is None
+            for name, trace in self.traces.items()
+            if not named_precision(name, self.subject.device).amp
+        )
+        for name, trace in self.traces.items():
+            origin = trace.lineage.first
+            if origin is not None:
+                scale = self.scales[name]["scale"]
+                self.everything.append(nonfinite(origin, name, overflow=finite, scale=scale))
+
+    def _ranges(self) -> dict[str, Any] | None:
+        modules = {
+            product.module
+            for name, trace in self.traces.items()
+            if trace.error is None
+            for product in trace.products
+            if product.phase != "backward"
+        }
+        try:
+            with self.subject.kept():
+                self._prepare(named_precision("fp32", self.subject.device))
+                return measure_ranges(self.subject, scaler_scale=self.scaler_scale, product_modules=modules)
+        except Exception:
+            if "fp32" in self.traces and self.traces["fp32"].error is None:
+                raise
+            return None  # the step does not run in float32, which the report says already
+
+    def _judge_range(self, ranges: dict[str, Any] | None) -> None:
+        """If float16 could not hold the activations, the place is looked for in float16 itself."""
+        found = range_findings(ranges, self._places()) if ranges is not None else []
+        if found and not any(finding.rule.startswith("nonfinite") for finding in self.everything):
+            if "amp-fp16" not in self.traces:
+                self.traces["amp-fp16"] = trace = self._trace("amp-fp16")
+                if trace.error is None and trace.lineage.first is not None:
+                    origin = trace.lineage.first
+                    self.everything.append(nonfinite(origin, "amp-fp16", overflow=True, scale=None))
+            self.everything += found
+
+    def _places(self) -> dict[str, Place | None]:
+        return {
+            product.module: product.place
+            for trace in self.traces.values()
+            for product in trace.products
+            if product.phase != "backward"
+        }
+
+    def _memory(self, name: str) -> dict[str, Any]:
+        with self.subject.kept():
+            ledger = memory_ledger(self.subject, self._prepare(self.precisions[name]), ambient=self.ambient)
+        self.subject.forget()
+        return ledger
+
+    def _payoff(self, ran: list[str], memory: list[dict[str, Any]]) -> dict[str, Any]:
+        some = [self.precisions[name] for name in ran]
+        with self.subject.kept():
+            speed = payoff.measure_speed(self.subject, some, self._prepare, ambient=self.ambient)
+        self.subject.forget()
+        amp = next((precision for precision in some if precision.amp), None)
+        base = ran[0] if not self.precisions[ran[0]].amp else None
+        gain = payoff.product_gain(amp) if amp is not None else None
+        ceiling = payoff.amdahl(self.traces[base], speed[base]["seconds"], gain) if base else None
+        failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
+        return {
+            "speed": speed,
+            "amdahl": ceiling,
+            "roofline": None,
+            "recommendation": payoff.recommend(speed, memory, failed),
+        }
+
+    def _content(
+        self, written: Trace, ranges: Any, memory: list, pay: dict[str, Any] | None, ran: list[str]
+    ) -> dict[str, Any]:
+        subject = self.subject
+        kinds = {name: type(module).__name__ if name else "" for name, module in subject.named_modules()}
+        dtypes = {name: self.traces[name].records(kinds) for name in ran}
+        casts = {}
+        for name in ran:
+            casts[name] = payoff.cast_cost(self.traces[name], dtypes[name], subject.device)
+            casts[name]["update_seconds"] = pay["speed"][name]["seconds"] if pay else None
+        products = {
+            name: [_product_record(row) for row in wide_products(self.traces[name])]
+            for name in ran
+            if self.precisions[name].amp
+        }
+        return {
+            "schema": 1,
+            "torch": torch.__version__,
+            "device": str(subject.device),
+            "subject": self._subject_record(written.execution),
+            "precisions": {name: self._precision_record(name) for name in self.precisions},
+            "dtypes": dtypes,
+            "casts": casts,
+            "memory": memory,
+            "underflow": ranges,
+            "scaler": self.metrics,
+            "float32_products": products,
+            "synchronisations": _waits(written),
+            "payoff": pay,
+        }
+
+    def _subject_record(self, execution: Execution) -> dict[str, Any]:
+        subject = self.subject
+        models = {
+            name: {
+                "class": type(core(model)).__name__,
+                "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            }
+            for name, model in subject.models.items()
+        }
+        return {
+            "name": ", ".join(entry["class"] for entry in models.values()),
+            "models": models,
+            "form": "whole step" if execution.full else "step" if subject.step else "loss",
+            "own_autocast": sorted(str(dtype).removeprefix("torch.") for dtype in self.written_types),
+            "own_scaler": any(event.kind.startswith("scaler.") for event in execution.events),
+        }
+
+    def _precision_record(self, name: str) -> dict[str, Any]:
+        precision = self.precisions[name]
+        trace = self.traces[name]
+        origin = trace.lineage.first
+        return {
+            "label": precision.label,
+            "reason": precision.reason,
+            "error": _in_words(trace) if trace.error is not None else None,
+            "loss_scale": self.scales[name]["scale"],
+            "first_overflow": self.scales[name]["first_overflow"],
+            "first_nonfinite": origin.record() if origin is not None else None,
+        }
+
+
+def _in_words(trace: Trace) -> str:
+    text = " ".join(str(trace.error).split())[:300]
+    where = f" ({trace.error_place})" if trace.error_place else ""
+    return f"{type(trace.error).__name__}: {text}{where}"
+
+
+def _product_record(row: dict[str, Any]) -> dict[str, Any]:
+    place = row["place"]
+    record = {key: value for key, value in row.items() if key not in ("place", "written_cast")}
+    return record | {
+        "why": WHY[row["reason"]],
+        "where": str(place) if place else None,
+        "file": place.file if place else None,
+        "line": place.line if place else None,
+    }
+
+
+def _waits(trace: Trace) -> list[dict[str, Any]]:
+    rows = [
+        {
+            "where": f"{shown(place.file)}:{place.line}",
+            "file": place.file,
+            "line": place.line,
+            "own": place.own,
+            "what": what,
+            "count": count,
+        }
+        for (place, what), count in trace.synchronisations.items()
+    ]
+    return sorted(rows, key=lambda row: (not row["own"], -row["count"]))
+
+
+__all__ = ["Inspection", "RunError", "inspect_step"]

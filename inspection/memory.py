@@ -1,0 +1,139 @@
+"""What one update holds in memory, by purpose, in each precision."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from inspection.execution import Execution
+from inspection.subject import Subject, tensors_in
+from inspection.tracing import eager
+from precision import Precision
+from utils import linux_memory
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
+
+
+class _KeptForBackward(TorchDispatchMode):
+    """Notes the storages that autograd keeps, by address, and which of them are casts of parameters."""
+
+    def __init__(self, parameters: list[torch.Tensor]):
+        super().__init__()
+        self.bytes: dict[int, int] = {}
+        self.copies: set[int] = set()
+        self._parameters = {address(parameter) for parameter in parameters}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided:
+            self.bytes[address(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if operator is torch.ops.aten._to_copy.default and address(args[0]) in self._parameters:
+            self.copies.add(address(result))
+        return result
+
+    def __enter__(self):
+        self.hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *details):
+        super().__exit__(*details)
+        return self.hooks.__exit__(*details)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Of the memory behind a tensor, which views share; -1 if it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return -1
+
+
+def nbytes(tensors: Any) -> int:
+    """Bytes of distinct storages."""
+    return sum({address(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = True) -> dict[str, Any]:
+    """The bytes that an update holds, by purpose; what cannot be measured on this device is None.
+
+    Activations are the distinct storages autograd keeps between forward and backward, parameters, buffers,
+    autocast's copies of weights and the batch left out. The peak is the allocator's own on CUDA, on the CPU that of
+    the allocations torch.profiler records. Workspace is what is left of it without gradients, which fill the place
+    of activations that backward has freed. Reserved (by the allocator) and driver (in use on the whole GPU) are
+    CUDA's; resident is this process's on a CPU.
+    """
+    device = subject.device
+    parameters = subject.parameters()
+    buffers = [buffer for model in subject.models.values() for buffer in model.buffers()]
+    batch = tensors_in(subject.batch)
+    execution = Execution(subject, precision, ambient=ambient)
+    gradients: dict[int, int] = {}
+    watched = [
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter: gradients.update({id(parameter): parameter.grad.nbytes})
+        )
+        for parameter in parameters
+        if parameter.requires_grad and parameter.is_leaf
+    ]
+    kept = _KeptForBackward(parameters)
+    execution.run(update=True)  # the optimizers' state is made in the first update
+    with eager():
+        execution.run(update=True, modes=kept)
+    for hook in watched:
+        hook.remove()
+    optimizers = [*subject.update_optimizers()] if not execution.full else [*subject.optimizers.values()]
+    optimizers += [thing for thing, _ in execution.states.values() if isinstance(thing, torch.optim.Optimizer)]
+    known = {address(tensor) for tensor in (*parameters, *buffers, *batch)}
+    sizes: dict[str, Any] = {
+        "parameters": nbytes(parameters),
+        "buffers": nbytes(buffers),
+        "gradients": sum(gradients.values()),
+        "optimizer_state": nbytes(tensors_in([optimizer.state for optimizer in optimizers])),
+        "batch": nbytes(batch),
+        "activations": sum(size for place, size in kept.bytes.items() if place not in known | kept.copies),
+        "weight_copies": sum(size for place, size in kept.bytes.items() if place in kept.copies - known),
+    }
+    fixed = sum(sizes[part] for part in ("parameters", "buffers", "optimizer_state", "batch"))
+    old = nbytes(parameter.grad for parameter in parameters if parameter.grad is not None)
+    peak, outside = _peak(lambda: execution.run(update=True), device, fixed + old)
+    execution.put_back()
+    rest = None if peak is None else max(0, peak - fixed - sizes["activations"] - sizes["weight_copies"])
+    return {"precision": precision.name, **sizes, "workspace": rest, "peak": peak, **outside}
+
+
+def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int | None, dict[str, int | None]]:
+    """The most bytes during a step, of which `held` are there before it; and what the system says."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        free, total = torch.cuda.mem_get_info(device)
+        # What the caller holds besides (another model, say) is no part of this update.
+        peak = torch.cuda.max_memory_allocated(device) - before + held
+        return peak, {"reserved": torch.cuda.memory_reserved(device), "driver": total - free}
+    if device.type == "cpu":
+        peak = held + peak_of_allocations(step)
+        return peak, {"resident": linux_memory("/proc/self/status", "VmRSS")}
+    return None, {"driver": torch.mps.driver_allocated_memory() if device.type == "mps" else None}
+
+
+def peak_of_allocations(function: Callable[[], Any]) -> int:
+    """Most bytes that CPU tensors made inside `function` held at one time, oneDNN's scratch memory included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(itertools.accumulate(changes), default=0)

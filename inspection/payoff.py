@@ -1,0 +1,155 @@
+"""Whether AMP pays for this step on this device: measured time and memory, and the most that casting could gain."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inspection.execution import Execution
+from inspection.subject import Subject
+from inspection.tracing import Trace
+from precision import Precision
+
+ROUNDS = 7
+BUDGET = 12.0  # seconds for all precisions together
+ENOUGH = 1.05  # a gain below this factor is not worth a word
+SIDE = 1024  # of the square product that says how much faster 16 bits multiply
+
+
+def wait(device: torch.device) -> None:
+    """Returns when the device has done all it was given."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
+    """Seconds of each of some calls; one more before them is warm-up and not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        wait(device)
+        started = time.perf_counter()
+        function()
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def measure_speed(
+    subject: Subject, precisions: list[Precision], prepare: Callable[[Precision], Precision], *, ambient: bool
+) -> dict[str, dict[str, Any]]:
+    """Seconds of an update by precision, in turns, so that whatever else runs on the machine meets all of them.
+
+    `prepare` sets a precision up again: on CUDA float32's mode is a global switch.
+    """
+    executions = {precision.name: Execution(subject, precision, ambient=ambient) for precision in precisions}
+    seconds: dict[str, list[float]] = {name: [] for name in executions}
+    started = time.perf_counter()
+    for turn in range(ROUNDS + 2):  # the first two are warm-up
+        for precision in precisions:
+            prepare(precision)
+            execution = executions[precision.name]
+            (taken,) = timed_once(lambda execution=execution: execution.run(update=True), subject.device)
+            execution.events.clear()
+            execution.roots.clear()
+            if turn > 1:
+                seconds[precision.name].append(taken)
+        if turn > 3 and time.perf_counter() - started > BUDGET:
+            break
+    for execution in executions.values():
+        execution.put_back()
+    return {
+        name: {"seconds": statistics.median(some), "shortest": min(some), "longest": max(some), "rounds": len(some)}
+        for name, some in seconds.items()
+    }
+
+
+def timed_once(function: Callable[[], Any], device: torch.device) -> list[float]:
+    wait(device)
+    started = time.perf_counter()
+    function()
+    wait(device)
+    return [time.perf_counter() - started]
+
+
+def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What the casts of a step cost: the same casts timed again by themselves.
+
+    Their number by phase, the bytes read and written, and seconds (a median of 3).
+    """
+    phases: Counter = Counter()
+    size = 0
+    casts = []
+    for row in records:
+        if row["cast"] and row["cast"][1] is not None and row["inputs"]:
+            old, new = (getattr(torch, name) for name in (row["inputs"][0], row["output"]))
+            source = torch.empty_strided(*row["cast"], dtype=old, device=device).fill_(1)
+            casts += row["calls"] * [(source, new)]
+            phases[row["phase"]] += row["calls"]
+            size += row["calls"] * source.numel() * (old.itemsize + new.itemsize)
+    seconds = statistics.median(timed(lambda: [source.to(new) for source, new in casts], device)) if casts else 0.0
+    return {"casts": dict(phases), "bytes": size, "seconds": seconds}
+
+
+def product_gain(precision: Precision) -> float | None:
+    """How many times faster the device multiplies square matrices in `precision` than in float32."""
+    if not precision.amp:
+        return None
+    seconds = {}
+    for dtype in (torch.float32, precision.dtype):
+        left, right = (torch.randn(SIDE, SIDE, device=precision.device).to(dtype) for _ in range(2))
+        # The shortest of some runs: whatever else runs on the machine can only make one longer.
+        seconds[dtype] = min(timed(lambda left=left, right=right: left @ right, precision.device, 5))
+    return seconds[torch.float32] / seconds[precision.dtype]
+
+
+def amdahl(trace: Trace, update_seconds: float, gain: float | None) -> dict[str, float | None]:
+    """The products' share of a float32 update, and the speed-up if only they become faster.
+
+    `ceiling`: products cost nothing. `expected`: they become `gain` times faster.
+    """
+    products = sum(product.seconds for product in trace.products if product.dtype == "float32")
+    every = sum(trace.seconds.values())
+    # In the trace each operator is timed alone; what an update takes beyond their sum is Python and the optimizer.
+    share = products / max(every, update_seconds, 1e-12)
+    ceiling = None if share >= 1 else 1 / (1 - share)
+    return {
+        "product_share": share,
+        "product_gain": gain,
+        "ceiling": ceiling,
+        "expected": None if gain is None else 1 / (1 - share + share / gain),
+    }
+
+
+def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]) -> dict[str, Any]:
+    """Which precision to take, and why in whole sentences."""
+    base, *others = [name for name in speed if name not in failed]
+    peaks = {row["precision"]: row["peak"] for row in memory}
+    gains = {name: speed[base]["seconds"] / speed[name]["seconds"] for name in others}
+    savings = {
+        name: peaks[base] / peaks[name] if peaks.get(base) and peaks.get(name) else None for name in others
+    }
+    words = [f"{name} does not run: {reason}" for name, reason in failed.items()]
+    if not others:
+        return {"precision": base, "speedup": gains, "memory_saving": savings, "words": words}
+    best = max(others, key=gains.get)
+    noise = max(entry["longest"] / entry["shortest"] for entry in speed.values())
+    if gains[best] >= ENOUGH:
+        choice = best
+        words.append(f"{best} is {gains[best]:.2f} times as fast as {base}: use it.")
+    elif max((saving or 0) for saving in savings.values()) >= ENOUGH:
+        choice = max(others, key=lambda name: savings[name] or 0)
+        words.append(
+            f"AMP saves memory only: {choice} needs {1 / savings[choice]:.0%} of the peak and runs at "
+            f"{gains[choice]:.2f} times the speed of {base}. Use it if memory is short."
+        )
+    else:
+        choice = base
+        words.append(f"AMP does not pay here: {best} runs at {gains[best]:.2f} times the speed of {base}.")
+    if noise > 1.5:
+        words.append(f"The machine was not quiet: one update took up to {noise:.1f} times as long as another.")
+    return {"precision": choice, "speedup": gains, "memory_saving": savings, "words": words}

@@ -1,0 +1,101 @@
+"""Where a call came from: the innermost frame that is neither PyTorch's, nor Python's own, nor this package's.
+
+A place is the user's, or that of a library (site-packages), and says through which file of PyTorch it passed.
+"""
+
+from __future__ import annotations
+
+import functools
+import linecache
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TORCH = str(Path(torch.__file__).parent) + os.sep
+TOOL = str(Path(__file__).parent) + os.sep
+STANDARD = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
+# Files of PyTorch that only pass a call on: what happens in them is the caller's doing.
+WRAPPERS = (
+    "_tensor.py", "_tensor_str.py", "overrides.py", "functional.py", "_ops.py", "_compile.py", "_VF.py",
+    "autograd/__init__.py", "autograd/function.py", "nn/functional.py", "nn/modules/", "utils/_", "_dynamo/",
+)  # fmt: skip
+_users: set[str] = set()  # files that are the user's wherever they lie
+
+
+@dataclass(frozen=True)
+class Place:
+    """`kind` is "user" or "library"; `via` is PyTorch's file between this line and the operator, "" if there is none
+    but those that pass a call on."""
+
+    file: str
+    line: int
+    function: str
+    kind: str
+    via: str = ""
+
+    @property
+    def own(self) -> bool:
+        return self.kind == "user"
+
+    @property
+    def code(self) -> str:
+        return linecache.getline(self.file, self.line).strip()
+
+    def __str__(self) -> str:
+        return f"{shown(self.file)}:{self.line}"
+
+
+def shown(file: str) -> str:
+    """A path as short as it stays clear: from the working folder, or below site-packages."""
+    for folder in ("site-packages", "dist-packages"):
+        if f"{os.sep}{folder}{os.sep}" in file:
+            return file.rpartition(f"{os.sep}{folder}{os.sep}")[2]
+    relative = os.path.relpath(file)
+    return file if relative.startswith("..") else relative
+
+
+def count_as_users(function: object) -> None:
+    """The file in which `function` is written is the user's, even inside site-packages."""
+    code = getattr(function, "__code__", None)
+    if code is not None and not code.co_filename.startswith((TORCH, TOOL)):
+        _users.add(code.co_filename)
+        _kind.cache_clear()
+
+
+@functools.cache
+def _kind(file: str) -> str:
+    if file in _users:
+        return "user"
+    if file.startswith(TOOL):
+        return "tool"
+    if file.startswith(TORCH):
+        return "torch"
+    if file.startswith("<") and not file.startswith(("<stdin", "<ipython", "<string")):
+        return "standard"
+    if f"{os.sep}site-packages{os.sep}" in file or f"{os.sep}dist-packages{os.sep}" in file:
+        return "library"
+    return "standard" if file.startswith(STANDARD) else "user"
+
+
+@functools.cache
+def _passes(file: str) -> bool:
+    return file[len(TORCH) :].replace(os.sep, "/").startswith(WRAPPERS)
+
+
+def place_of_caller() -> Place | None:
+    """The place that led here, or None if only PyTorch and this package are on the way."""
+    frame = sys._getframe(1)
+    via = ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        kind = _kind(file)
+        if kind in ("user", "library"):
+            return Place(file, frame.f_lineno, frame.f_code.co_name, kind, via)
+        if kind == "torch" and not via and not _passes(file):
+            via = file[len(TORCH) :].replace(os.sep, "/")
+        frame = frame.f_back
+    return None

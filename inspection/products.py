@@ -1,0 +1,78 @@
+"""Matrix products, convolutions, attention and recurrent layers: what autocast exists for, with sizes and FLOPs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import flop_registry
+
+from inspection.places import Place
+
+PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|matmul|_scaled_mm)_?(\.|$)"
+PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"
+PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_"
+ALIGNED = 8  # a multiple of this many 16-bit numbers is what Tensor Cores read
+
+
+@dataclass
+class Product:
+    """One product as it ran. `dims` are the sizes of inner and output features, whatever the batch."""
+
+    op: str
+    dtype: str
+    flops: float | None
+    dims: tuple[int, ...] = ()
+    groups: int = 1
+    phase: str = ""
+    module: str = ""
+    place: Place | None = None
+    function: str = ""
+    autocast: bool | None = None
+    seconds: float = 0.0
+    in_custom_function: bool = False
+    written_cast: Place | None = None
+    out_form: bool = False
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it ran in 16 bits."""
+        return self.dtype in ("float16", "bfloat16")
+
+
+def is_product(op: str, operator: Any) -> bool:
+    """Whether an operator is a product; of custom operators, those that hold floating point are judged by time."""
+    return bool(re.search(PRODUCTS, op)) or is_custom(operator)
+
+
+def is_custom(operator: Any) -> bool:
+    """Whether an operator was registered outside PyTorch and its own packages."""
+    return operator.namespace not in ("aten", "prims", "prim", "torchvision", "c10d", "_c10d_functional", "profiler",
+                                      "higher_order", "torchaudio", "quantized", "mkldnn")  # fmt: skip
+
+
+def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor]) -> Product:
+    """The product's type, sizes and floating point operations (None if no formula is known)."""
+    packet = operator.overloadpacket
+    op = str(packet).removeprefix("aten.")
+    floating = [tensor for tensor in given if tensor.is_floating_point()]
+    dtype = str((floating or given or [torch.empty(0)])[0].dtype).removeprefix("torch.")
+    if op in ("addmm", "baddbmm") and len(floating) > 1:
+        dtype = str(floating[1].dtype).removeprefix("torch.")
+    flops = None
+    if packet in flop_registry:
+        try:
+            flops = float(flop_registry[packet](*args, **kwargs, out_val=result))
+        except Exception:  # an overload that the formula does not know
+            flops = None
+    product = Product(op, dtype, flops, out_form="out" in kwargs or "out" in operator._overloadname)
+    if op in ("mm", "addmm", "bmm", "baddbmm") and len(floating) > 1:
+        left, right = floating[-2:]
+        product.dims = (right.shape[-2], right.shape[-1])
+    elif op == "convolution" and len(floating) > 1:
+        weight = floating[1]
+        product.groups = args[8] if len(args) > 8 else 1
+        product.dims = (weight.shape[1], weight.shape[0]) if not args[6] else (weight.shape[0], weight.shape[1])
+    return product

@@ -1,0 +1,197 @@
+"""What narrow formats would do to the true gradients and activations of one step, layer by layer.
+
+Everything comes from a plain FP32 step; what a format would do follows from its limits (torch.finfo), exactly as
+rounding to the nearest, ties to even, does it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from inspection.execution import Execution
+from inspection.subject import Subject, tensors_in
+from inspection.tracing import eager
+from precision import Precision
+
+FORMATS = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+KINDS = ("zero", "subnormal", "overflow")
+SCALES = (1.0, 2.0**8, 2.0**16)
+LOWEST = -160  # below the exponent of float32's smallest number
+
+
+def limits(dtype: torch.dtype) -> tuple[float, float, float]:
+    """The largest float32 magnitudes that become zero, subnormal or zero, and finite in `dtype`."""
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps
+    spacing = info.eps * 2.0 ** (torch.tensor(info.max).log2().floor().item())
+    edge = info.max + spacing / 2  # halfway to the next number there would be
+    # float8_e4m3fn has the next number's pattern for NaN: its largest is even, so the tie goes down to it.
+    return smallest / 2, -(info.tiny - smallest / 2), edge if dtype is torch.float8_e4m3fn else -edge
+
+
+def _boundaries(scales: list[float]) -> tuple[torch.Tensor, list[tuple[str, float, int]]]:
+    """Sorted magnitudes up to which (inclusive) values share a fate, and whose they are."""
+    found = []
+    for name, dtype in FORMATS.items():
+        for scale in scales:
+            for index, limit in enumerate(limits(dtype)):
+                value = torch.tensor(abs(limit) / scale, dtype=torch.float64).to(torch.float32)
+                if limit < 0:  # the limit itself does not belong to it
+                    value = torch.nextafter(value, torch.zeros(()))
+                found.append((value.item(), (name, scale, index)))
+    found.sort(key=lambda pair: pair[0])
+    return torch.tensor([value for value, _ in found]), [key for _, key in found]
+
+
+class Fates:
+    """Adds up, for tensors of one layer, how many of their nonzero values each format turns into what."""
+
+    def __init__(self, scales: list[float]):
+        self.scales = scales
+        self.values = 0
+        self.nonzero = 0
+        self.nonfinite = 0
+        self.largest: float | None = None
+        self.smallest: float | None = None
+        self.exponents: Counter = Counter()
+        self._edges, self._keys = _boundaries(scales)
+        self._counts = torch.zeros(len(self._keys) + 1, dtype=torch.int64)
+
+    def add(self, tensor: torch.Tensor, factor: float = 1.0) -> None:
+        """Counts the values of `tensor` times `factor`."""
+        given = tensor.detach().float()
+        self.values += given.numel()
+        finite = given[torch.isfinite(given)]
+        self.nonfinite += given.numel() - finite.numel()
+        sizes = finite[finite != 0].abs() * factor
+        if not sizes.numel():
+            return
+        self.nonzero += sizes.numel()
+        low, high = (value.item() for value in sizes.aminmax())
+        self.smallest = low if self.smallest is None else min(low, self.smallest)
+        self.largest = high if self.largest is None else max(high, self.largest)
+        places = torch.bucketize(sizes, self._edges.to(sizes.device))
+        self._counts += torch.bincount(places, minlength=len(self._counts)).cpu()
+        # frexp's mantissa is in [0.5, 1), so its exponent is one more than floor(log2).
+        exponents = torch.bincount(torch.frexp(sizes).exponent.long() - 1 - LOWEST)
+        self.exponents.update({i + LOWEST: count for i, count in enumerate(exponents.tolist()) if count})
+
+    def formats(self) -> dict[str, dict[str, dict[str, int] | None]]:
+        """By format and scale (as text) the counts of zero, subnormal and overflow; None if nothing was nonzero."""
+        below = self._counts.cumsum(0).tolist()
+        count = {key: below[index] for index, key in enumerate(self._keys)}
+        result: dict[str, dict[str, dict[str, int] | None]] = {}
+        for name in FORMATS:
+            for scale in self.scales:
+                zero, small, finite = (count[name, scale, index] for index in range(3))
+                found = {"zero": zero, "subnormal": small - zero, "overflow": self.nonzero - finite}
+                result.setdefault(name, {})[f"{scale:g}"] = found if self.nonzero else None
+        return result
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "values": self.values,
+            "nonzero": self.nonzero,
+            "nonfinite": self.nonfinite,
+            "smallest": self.smallest,
+            "largest": self.largest,
+            "formats": self.formats(),
+        }
+
+
+def measure_ranges(
+    subject: Subject, *, scaler_scale: float | None = None, product_modules: set[str] | None = None
+) -> dict[str, Any]:
+    """Gradients and activations of one FP32 step against the narrow formats.
+
+    Keys: scales, scaler_scale, histogram (of gradients, by floor(log2 of the magnitude)), layers (gradients: `group`
+    is parameter, or activation for what a module puts out) and activations (values of what each module puts out, at
+    scale 1). A layer's `through_float16` says whether autocast would compute that gradient in 16 bits at all:
+    BatchNorm's parameters, for one, never leave FP32. `by_scale` is `formats` of float16. Counts are among the
+    `nonzero` values, and None if there are none: nothing measured is not zero.
+    """
+    scales = list(dict.fromkeys([*SCALES, float(scaler_scale or 1)]))
+    kinds = dict(subject.named_modules())
+    if product_modules is None:
+        product_modules = {name for name, module in kinds.items() if is_product_module(module)}
+    gradients: dict[tuple[str, str], Fates] = defaultdict(lambda: Fates(scales))
+    activations: dict[str, Fates] = defaultdict(lambda: Fates([1.0]))
+    execution = Execution(subject, Precision("fp32", subject.device, ""))
+    seen: set[int] = set()
+    kept: list[torch.Tensor] = []  # so that no address is used again meanwhile
+
+    def count(group: str, name: str, gradient: Any) -> None:
+        if isinstance(gradient, torch.Tensor) and gradient.is_floating_point():
+            gradients[group, name].add(gradient, 1 / execution.scale)
+
+    def watch(name: str, output: Any) -> None:
+        # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
+        for tensor in tensors_in(output):
+            if id(tensor) in seen or not tensor.is_floating_point() or execution.phase == "backward":
+                continue
+            seen.add(id(tensor))
+            kept.append(tensor)
+            activations[name].add(tensor)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: count("activation", name, gradient))
+
+    hooks = [
+        module.register_forward_hook(lambda _module, _inputs, output, name=name: watch(name, output))
+        for name, module in kinds.items()
+    ]
+    parameters = {name: parameter for name, parameter in subject.named_parameters() if parameter.requires_grad}
+    hooks += [
+        parameter.register_hook(lambda gradient, name=name: count("parameter", name, gradient))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        torch.manual_seed(0)
+        with eager():
+            execution.run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        execution.put_back()
+    return {
+        "scales": scales,
+        "scaler_scale": scaler_scale,
+        "layers": _layers(gradients, [*parameters], [*kinds], product_modules),
+        "activations": [{"name": name, "kind": type(kinds[name]).__name__} | fates.record()
+                        for name, fates in activations.items()],
+        "histogram": {group: _histogram(gradients, group) for group in ("parameter", "activation")},
+    }  # fmt: skip
+
+
+def _layers(gradients: dict, parameters: list[str], modules: list[str], products: set[str]) -> list[dict[str, Any]]:
+    keys = [("parameter", name) for name in parameters] + [("activation", name) for name in modules]
+    layers = []
+    for group, name in keys:
+        if (group, name) in gradients:
+            record = gradients[group, name].record()
+            through = group == "activation" or name.rpartition(".")[0] in products
+            layer = {"group": group, "name": name, "through_float16": through, **record}
+            layers.append(layer | {"by_scale": record["formats"]["float16"]})
+    return layers
+
+
+def _histogram(gradients: dict, wanted: str) -> dict[int, int]:
+    total: Counter = Counter()
+    for (group, _), fates in gradients.items():
+        if group == wanted:
+            total.update(fates.exponents)
+    return dict(sorted(total.items()))
+
+
+def is_product_module(module: nn.Module) -> bool:
+    """Whether autocast runs this module's own product in 16 bits; if a trace is at hand, it knows better."""
+    kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
+    return isinstance(module, kinds)

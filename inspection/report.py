@@ -1,0 +1,182 @@
+"""What `inspect_step` found, as text of 80 columns, JSON, pictures and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from inspection.findings import Finding
+from inspection.words import activation_lines, diary_lines, dtype_lines, memory_lines, underflow_lines
+from reports.text import WIDTH, heading, paragraph, table
+from utils import UserError, write_text
+
+
+@dataclass
+class Report:
+    """`content` is what inspect.json holds (docs/inspection.md describes it); `findings` are what broke a rule."""
+
+    content: dict[str, Any]
+    everything: list[Finding] = field(default_factory=list)
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What breaks a rule, in the user's own code or in what was measured."""
+        return [finding for finding in self.everything if finding.level == "finding"]
+
+    @property
+    def notes(self) -> list[Finding]:
+        """The same in a library's code: reported, but no fault of the user's."""
+        return [finding for finding in self.everything if finding.level == "note"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no rule is broken."""
+        return not self.findings
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self, *, full: bool = False) -> str:
+        """All sections; with `full` every operator of every module."""
+        content = self.content
+        lines = heading(
+            "1. What ran in which dtype",
+            "Each line is one operator as it ran below autocast: the types of "
+            "the tensors that went in, the type that came out, how often, and for which modules. Where weights "
+            "are fp32 and a product ran in 16 bits, autocast has put a cast in between; the casts are lines of "
+            "their own.",
+        )
+        for name, entry in content["precisions"].items():
+            lines.append("")
+            if name in content["dtypes"]:
+                rows = content["dtypes"][name]
+                lines += dtype_lines(entry["label"], entry["reason"], rows, content["casts"][name], full=full)
+            else:
+                lines += paragraph(f"{entry['label']}: does not run here. {entry['error']}")
+        lines += ["", *memory_lines(content["memory"])]
+        if content["underflow"] is not None:
+            lines += ["", *underflow_lines(content["underflow"])]
+        lines += ["", *diary_lines(content["scaler"])]
+        if content["underflow"] is not None:
+            lines += ["", *activation_lines(content["underflow"]["activations"])]
+        lines += ["", *self._wide_lines(), "", *self._sync_lines(), "", *self._payoff_lines(), "", *self._findings()]
+        return "\n".join(lines)
+
+    def _wide_lines(self) -> list[str]:
+        lines = heading(
+            "6. Products left in float32 under AMP",
+            "Work is the share of the forward products' floating point operations; for an operator whose operations "
+            "nobody counts, it is the share of the traced time.",
+        )
+        some = False
+        for name, rows in self.content["float32_products"].items():
+            cells = [["operator", "module", "share", "why"]]
+            for row in rows[:12]:
+                cells.append([row["op"], row["module"] or "–", f"{row['share']:.1%}", row["reason"]])
+            if rows:
+                some = True
+                lines += ["", f"{name}:", *table("<<><", cells)]
+        if not some:
+            lines.append("  None: every product ran in 16 bits.")
+        return lines
+
+    def _sync_lines(self) -> list[str]:
+        rows = self.content["synchronisations"]
+        lines = heading(
+            "7. What the host waits for",
+            "Reads of a tensor's value or of a size that depends on values: on a GPU each waits until all work before "
+            "it is done. PyTorch's own are left out.",
+        )
+        if not rows:
+            return [*lines, "  None."]
+        cells = [["line", "what", "times"], *([row["where"], row["what"], str(row["count"])] for row in rows[:15])]
+        return [*lines, *table("<<>", cells)]
+
+    def _payoff_lines(self) -> list[str]:
+        payoff = self.content["payoff"]
+        lines = heading("8. Will it pay?", "One update in each precision, in turns in one process.")
+        if payoff is None:
+            return [*lines, "  Not measured."]
+        cells = [["precision", "ms", "speed-up", "peak MB", "activations MB"]]
+        memory = {row["precision"]: row for row in self.content["memory"]}
+        base = next(iter(payoff["speed"].values()))["seconds"]
+        for name, entry in payoff["speed"].items():
+            row = memory.get(name, {})
+            sizes = ("–" if row.get(key) is None else f"{row[key] / 2**20:,.1f}" for key in ("peak", "activations"))
+            cells.append([name, f"{1000 * entry['seconds']:,.1f}", f"{base / entry['seconds']:.2f}", *sizes])
+        lines += table("<>>>>", cells)
+        return [*lines, *payoff_words(payoff)]
+
+    def _findings(self) -> list[str]:
+        lines = heading("Findings")
+        if not self.everything:
+            return [*lines, "None: no rule is broken."]
+        for number, finding in enumerate(self.everything, 1):
+            lines += ["", *paragraph(f"{finding.rule} ({finding.level}): {finding.record()['title']}.", f"{number}. ")]
+            if finding.place:
+                lines += _cut(f"   {finding.place}  {finding.place.code}")
+            lines += paragraph(finding.message, "   ")
+            for cure in finding.cures:
+                lines += paragraph(f"{cure}.", "   - ")
+        if not self.findings:
+            lines += ["", *paragraph("Notes are about a library's code; no rule is broken in yours.")]
+        return lines
+
+    def record(self) -> dict[str, Any]:
+        """What inspect.json holds."""
+        return self.content | {"findings": [finding.record() for finding in self.everything], "ok": self.ok}
+
+    def write(self, folder: str | Path) -> list[Path]:
+        """inspect.json, the pictures and inspect.html. Raises UserError if the folder cannot be written."""
+        from inspection.page import write_report_page
+        from inspection.pictures import activation_picture, diary_picture, magnitude_picture, memory_picture
+
+        folder = Path(folder)
+        content = self.content
+        jobs = [(memory_picture, content["memory"], "memory.png")]
+        underflow = content["underflow"]
+        if underflow is not None:
+            if any(underflow["histogram"].values()):
+                jobs.append((magnitude_picture, underflow["histogram"], "underflow.png"))
+            if any(row["largest"] for row in underflow["activations"]):
+                jobs.append((activation_picture, underflow["activations"], "activations.png"))
+        if any((line.get("loss_scale") or 1) != 1 for line in content["scaler"]):
+            jobs.append((diary_picture, content["scaler"], "scaler.png"))
+        jobs = [job for job in jobs if job[1]]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for draw, what, name in jobs:
+                draw(what, folder / name)
+            write_text(folder / "inspect.json", json.dumps(self.record(), indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write into {folder} ({error.strerror}). Name another folder with --out.") from None
+        write_report_page(self, folder)
+        return [folder / name for _, _, name in jobs] + [folder / "inspect.json", folder / "inspect.html"]
+
+
+def _cut(line: str) -> list[str]:
+    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"]
+
+
+def payoff_words(payoff: dict[str, Any]) -> list[str]:
+    """The ceiling, the roofline if it was measured, and the recommendation."""
+    lines = []
+    ceiling = payoff["amdahl"]
+    if ceiling is not None:
+        text = f"Products are {ceiling['product_share']:.0%} of a float32 update"
+        if ceiling["ceiling"] is not None:
+            text += f": if they cost nothing, an update would be {ceiling['ceiling']:.2f} times as fast (Amdahl's law)"
+        if ceiling["expected"] is not None:
+            text += (
+                f". This device multiplies {ceiling['product_gain']:.2f} times as fast in 16 bits, which would give "
+                f"{ceiling['expected']:.2f}"
+            )
+        lines += paragraph(f"{text}.", "  ")
+    roofline = payoff.get("roofline")
+    if roofline is not None:
+        lines += paragraph(roofline["words"], "  ")
+    for sentence in payoff["recommendation"]["words"]:
+        lines += paragraph(sentence, "  ")
+    return lines

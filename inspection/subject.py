@@ -1,0 +1,286 @@
+"""What is inspected: one or more models, a batch, and the step that trains them, brought into one form.
+
+Nothing here knows what the batch holds or what the loss means. The models are used as they are and put back as they
+were, because a step of the user's, its optimizers and its closures are bound to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from precision import Precision
+from utils import UserError
+
+MODEL_WORDS = ("model", "models", "net", "nets", "network", "networks", "module", "modules", "step")
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors in any nesting of containers; also in objects that hold them as attributes, one level deep."""
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
+            found += [value for value in vars(leaf).values() if isinstance(value, torch.Tensor)]
+    return found
+
+
+def core(model: nn.Module) -> nn.Module:
+    """The user's own network inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def parameters_of(function: Callable) -> list[inspect.Parameter] | None:
+    """The parameters of a function; None if it has no signature to be read."""
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def looks_like_a_step(function: Callable) -> bool:
+    """Whether a function is a step(model, batch) rather than a loss(outputs, batch), by the names in it."""
+    if "step" in getattr(function, "__name__", ""):
+        return True
+    parameters = parameters_of(function)
+    return bool(parameters) and parameters[0].name in MODEL_WORDS
+
+
+class Subject:
+    """Models by name, their batch, optimizers by name and the step.
+
+    One model has the name "". `step` is called with (models, batch) and, by their names, with what else it asks for:
+    `optimizer`, `optimizers`, `scaler`. Without a step the loss is `loss(outputs, batch)`, or what the model itself
+    calls its loss.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Mapping[str, nn.Module],
+        batch: Any,
+        loss: Callable | None = None,
+        *,
+        step: Callable | None = None,
+        optimizers: Any = None,
+        scaler: Any = None,
+    ):
+        self.single = not isinstance(model, Mapping)
+        self.given = model
+        self.models = {"": model} if self.single else dict(model)
+        wrong = [value for value in self.models.values() if not isinstance(value, nn.Module)]
+        if wrong or not self.models:
+            raise UserError(
+                f"inspect needs a torch.nn.Module, or a dictionary of them by name, not {_kind_of(wrong or model)}."
+            )
+        if step is None and loss is not None and looks_like_a_step(loss):
+            step, loss = loss, None
+        for function in (step, loss):
+            if function is not None and not callable(function):
+                raise UserError(f"the loss or step must be a function, not {_kind_of(function)}.")
+        if step is None and not self.single:
+            raise UserError("several models need a step: a function step(models, batch) that returns the loss.")
+        self.batch = batch
+        self.loss = loss
+        self.step = step
+        self.optimizers = _named_optimizers(optimizers)
+        self.scaler = scaler
+        self._call: Callable | None = None
+        self._own: torch.optim.Optimizer | None = None
+        self._scalers: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter, or of the first tensor in the batch."""
+        owners = [tensor for model in self.models.values() for tensor in (*model.parameters(), *model.buffers())]
+        first = [*owners, *tensors_in(self.batch)]
+        return first[0].device if first else torch.device("cpu")
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Every module with the name of its model before its own; wrappers are left out."""
+        for prefix, model in self.models.items():
+            for name, module in core(model).named_modules():
+                yield ".".join(part for part in (prefix, name) if part), module
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, model in self.models.items():
+            for name, parameter in core(model).named_parameters():
+                yield ".".join(part for part in (prefix, name) if part), parameter
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(dict.fromkeys(parameter for _, parameter in self.named_parameters()))
+
+    def run(self) -> Any:
+        """One call of the step, or forward and loss; returns what the user's function returned."""
+        if self.step is not None:
+            return self.step(*self._arguments())
+        outputs = self.call_model(self.given)
+        return outputs if self.loss is None else self.loss(outputs, self.batch)
+
+    def _arguments(self) -> list[Any]:
+        known = {
+            "optimizers": self.optimizers if len(self.optimizers) != 1 else next(iter(self.optimizers.values())),
+            "optimizer": next(iter(self.optimizers.values()), None),
+            "scaler": self.scaler,
+        }
+        arguments = [self.given, self.batch]
+        for parameter in (parameters_of(self.step) or [])[2:]:
+            if parameter.name in known:
+                arguments.append(known[parameter.name])
+            elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+                raise UserError(
+                    f"step has a parameter {parameter.name!r}; it may take model, batch, and then optimizer, "
+                    "optimizers or scaler."
+                )
+            else:
+                break
+        return arguments
+
+    def call_model(self, model: nn.Module) -> Any:
+        """model(batch), model(*batch) or model(**batch): the first that its signature admits and that does not fail.
+
+        A sequence is cut to what `forward` requires (its inputs; the rest is for the loss), a dictionary to the names
+        that it knows.
+        """
+        if self._call is not None:
+            return self._call(model)
+        ways = _ways_to_call(core(model), self.batch)
+        failure: Exception | None = None
+        for way in ways:
+            try:
+                outputs = way(model)
+            except (TypeError, AssertionError, ValueError, AttributeError, IndexError, KeyError) as error:
+                failure = failure or error
+            else:
+                self._call = way
+                return outputs
+        raise failure
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Puts weights, buffers, gradients, optimizers, scaler and random numbers back as they were."""
+        tensors = [tensor for model in self.models.values() for tensor in (*model.parameters(), *model.buffers())]
+        values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        states = [(thing, copy.deepcopy(thing.state_dict())) for thing in self._stateful()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for thing, state in states:
+                restore(thing, state)
+
+    def update_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The optimizers handed over, or one made here: Adam, or SGD if gradients are sparse."""
+        if not self.optimizers and self._own is None:
+            some = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            sparse = any(getattr(module, "sparse", False) for _, module in self.named_modules())
+            fused = {"fused": True} if self.device.type in ("cpu", "cuda") and not sparse else {}
+            kind = torch.optim.SGD if sparse else torch.optim.Adam
+            self._own = kind(some, lr=1e-4, **fused)
+        return list(self.optimizers.values()) or [self._own]
+
+    def update_scaler(self, precision: Precision | None) -> Any:
+        """The scaler handed over, or the one that the precision needs."""
+        if self.scaler is not None:
+            return self.scaler
+        name = precision.name if precision else "fp32"
+        if name not in self._scalers:
+            self._scalers[name] = (precision or Precision("fp32", self.device, "")).grad_scaler()
+        return self._scalers[name]
+
+    def forget(self) -> None:
+        """Drops the optimizer and the scalers that were made here."""
+        self._own = None
+        self._scalers.clear()
+
+    def _stateful(self) -> list[Any]:
+        scaler = [self.scaler] if self.scaler is not None else []
+        return [*self.optimizers.values(), *scaler]
+
+
+def restore(thing: Any, state: dict[str, Any]) -> None:
+    """Loads the state of an optimizer or a scaler; what it had gathered since is forgotten."""
+    if isinstance(thing, torch.optim.Optimizer):
+        thing.state.clear()
+    if state:  # a disabled scaler has none
+        thing.load_state_dict(state)
+
+
+def _kind_of(value: Any) -> str:
+    value = value[0] if isinstance(value, list) and value else value
+    return f"a value of type {type(value).__name__}"
+
+
+def _named_optimizers(optimizers: Any) -> dict[str, torch.optim.Optimizer]:
+    if optimizers is None:
+        return {}
+    if isinstance(optimizers, Mapping):
+        named = dict(optimizers)
+    else:
+        some = list(optimizers) if isinstance(optimizers, Sequence) else [optimizers]
+        named = {str(index) if len(some) > 1 else "": optimizer for index, optimizer in enumerate(some)}
+    for optimizer in named.values():
+        if not hasattr(optimizer, "param_groups"):
+            raise UserError(f"an optimizer is expected, not {_kind_of(optimizer)}.")
+    return named
+
+
+def _ways_to_call(network: nn.Module, batch: Any) -> list[Callable[[nn.Module], Any]]:
+    """The calls to try, the likeliest first."""
+    whole = [lambda model: model(batch)]
+    parameters = [
+        parameter
+        for parameter in parameters_of(network.forward) or []
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.POSITIONAL_ONLY)
+    ]
+    if isinstance(batch, Mapping) or hasattr(batch, "keys"):
+        names = {parameter.name for parameter in parameters_of(network.forward) or []}
+        known = {name: value for name, value in batch.items() if name in names}
+        by_name = [lambda model: model(**known)] if known else []
+        return [*by_name, *whole, lambda model: model(**batch)]
+    if isinstance(batch, Sequence) and not isinstance(batch, (str, bytes)):
+        required = sum(parameter.default is parameter.empty for parameter in parameters)
+        counts = dict.fromkeys([min(max(required, 1), len(batch)), len(batch)])
+        cut = [lambda model, count=count: model(*batch[:count]) for count in counts]
+        return [*cut, *whole] if len(batch) > 1 or required < 2 else [*whole, *cut]
+    return whole
+
+
+def losses_in(result: Any) -> dict[str, torch.Tensor]:
+    """The losses in what a step or a model returned, by name: a tensor, one called `loss`, or a nest of scalars."""
+    inner = getattr(result, "loss", None)
+    if inner is None and isinstance(result, Mapping):
+        inner = result.get("loss")
+    if isinstance(inner, torch.Tensor):
+        result = inner
+    if isinstance(result, torch.Tensor):
+        return {"": result}
+    if isinstance(result, Mapping):
+        pairs = result.items()
+    elif isinstance(result, (tuple, list)):
+        pairs = enumerate(result)
+    else:
+        return {}
+    return {str(name): value for name, value in pairs if isinstance(value, torch.Tensor) and value.numel() == 1}

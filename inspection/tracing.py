@@ -1,0 +1,325 @@
+"""Every operator of one step as it ran below autocast: types, casts, module, line of the user's code, time.
+
+Two modes watch together. The function mode sees calls as they are written, above autocast; the dispatch mode sees
+what really ran, below it. Models of torch.compile run eagerly meanwhile.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from inspection.execution import Execution
+from inspection.finite import Lineage
+from inspection.places import Place, place_of_caller
+from inspection.products import Product, describe, is_product
+from inspection.subject import Subject
+from precision import Precision
+
+AMP_TYPES = (torch.float16, torch.bfloat16)
+CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
+         torch.Tensor.type}  # fmt: skip
+TO_PYTHON = {torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "numpy", torch.Tensor.tolist: "tolist"}
+TO_HOST = {torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
+WAITS = {"nonzero": "nonzero", "_local_scalar_dense": "item", "masked_select": "masked_select", "_unique2": "unique"}
+
+
+@dataclass
+class Trace:
+    """What one step did.
+
+    `rows`: counts by (phase, module, operator, input types, output type, cast, view); `seconds` by the same key.
+    `synchronisations`: counts by (place, what) of reads that make the host wait for the device.
+    `explicit`: casts that the user wrote, by place. `zeroed`, `clipped`, `scaled_at_clip`: see rules.
+    """
+
+    execution: Execution
+    lineage: Lineage
+    rows: Counter = field(default_factory=Counter)
+    seconds: Counter = field(default_factory=Counter)
+    synchronisations: Counter = field(default_factory=Counter)
+    products: list[Product] = field(default_factory=list)
+    zeroed: set[Place] = field(default_factory=set)
+    round_trips: Counter = field(default_factory=Counter)
+    float32_places: dict[tuple, tuple] = field(default_factory=dict)
+    error: BaseException | None = None
+    error_place: Place | None = None
+
+    def records(self, kinds: dict[str, str]) -> list[dict[str, Any]]:
+        """The rows as records in order of first appearance; `kinds` are the modules' classes by name.
+
+        Keys: phase (forward, loss, backward), module (its name, "" if there is none), kind (its class), op, inputs
+        (distinct dtypes, in order), output (dtype), cast (shape and stride of the tensor if the operator changed its
+        dtype, else None), view (whether it only reshaped), calls, seconds (spent in it while it was traced).
+        """
+        names = ("phase", "module", "op", "inputs", "output", "cast", "view")
+        return [
+            dict(zip(names, key, strict=True))
+            | {"inputs": list(key[3]), "kind": kinds.get(key[1], ""), "calls": calls, "seconds": self.seconds[key]}
+            for key, calls in self.rows.items()
+        ]
+
+
+class Functions(TorchFunctionMode):
+    """Calls as they are written: which function, whether autocast was on, on which line."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+        self.stack: list[tuple[str, bool, Place | None]] = []
+        self.written: dict[int, tuple[Place, torch.Tensor]] = {}  # tensors that the user's own casts made float32
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        execution = self.trace.execution
+        if function is torch.Tensor.backward:  # run with this mode on: a checkpoint computes again in there
+            with self:
+                return _backward(*args, **kwargs)
+        name = getattr(function, "__name__", str(function))
+        if name in ("__get__", "__set__"):
+            return function(*args, **kwargs)
+        enabled = torch.is_autocast_enabled(execution.device)
+        if function in TO_PYTHON:
+            self._reads(TO_PYTHON[function])
+        self.stack.append((name, enabled, place_of_caller()))
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            place = self.stack.pop()[2]
+        if function in CASTS and enabled and isinstance(args[0], torch.Tensor) and place is not None:
+            self._cast(args[0], result, place)
+        return result
+
+    def _reads(self, what: str) -> None:
+        place = place_of_caller()
+        if place is not None and not place.via:
+            self.trace.synchronisations[place, what] += 1
+
+    def _cast(self, given: torch.Tensor, made: Any, place: Place) -> None:
+        if isinstance(made, torch.Tensor) and given.dtype in AMP_TYPES and made.dtype in (torch.float32, torch.float64):
+            self.written[_address(made)] = (place, made)
+
+    @property
+    def current(self) -> tuple[str, bool | None, Place | None]:
+        return self.stack[-1] if self.stack else ("", None, None)
+
+
+def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
+    return torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """Of the memory behind a tensor, which views share; 0 if it has none that can be named."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0
+
+
+class Operators(TorchDispatchMode):
+    """Counts every operator by module: in forward known from hooks, in backward from the autograd node.
+
+    Nodes and forward operators are matched by autograd's sequence numbers, which forward hands out in order and
+    backward looks up again; see "Forward-backward correlation" in the documentation of torch.autograd.profiler.
+    """
+
+    def __init__(self, trace: Trace, functions: Functions, subject: Subject):
+        super().__init__()
+        self.trace = trace
+        self.functions = functions
+        self.device = subject.device
+        self._running: list[str] = [""]
+        self._numbers = [-1]
+        self._owners: list[tuple[str, Place | None]] = [("", None)]
+        self._gradients: dict[int, str] = {}
+        self.hooks = [
+            hook
+            for name, module in subject.named_modules()
+            for hook in (
+                module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)),
+                module.register_forward_hook(self._leave, always_call=True),
+            )
+        ]
+        self.hooks += [
+            parameter.register_hook(lambda gradient, name=name: self._gradient(name, gradient))
+            for name, parameter in subject.named_parameters()
+            if parameter.requires_grad and parameter.is_leaf
+        ]
+        self.parameters = [parameter for _, parameter in subject.named_parameters()]
+
+    def _leave(self, *_: Any) -> None:
+        self._running.pop()
+
+    def _gradient(self, name: str, gradient: torch.Tensor) -> None:
+        if isinstance(gradient, torch.Tensor):
+            self.trace.lineage.arrived(f"the gradient of {name}", gradient)
+
+    def _where(self) -> tuple[str, str, Place | None]:
+        """Phase, module and place of the operator that runs now."""
+        node = torch._C._current_autograd_node()
+        phase = "backward" if node is not None else self.trace.execution.phase
+        if phase != "backward" or len(self._running) > 1:
+            return phase, self._running[-1], place_of_caller()
+        if node is None or node._sequence_nr() >= 2**63:  # the sums into .grad belong to no forward operator
+            return phase, "", None
+        # An operator's node is made before the operator runs, so the next number above the node's is the operator's.
+        position = bisect.bisect_right(self._numbers, node._sequence_nr())
+        return phase, *self._owners[min(position, len(self._owners) - 1)]
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        number = torch.autograd._get_sequence_nr()
+        phase, module, place = self._where()
+        if phase != "backward" and self._numbers[-1] < number:
+            self._numbers.append(number)
+            self._owners.append((module, place))
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        started = self._clock()
+        result = operator(*args, **kwargs)
+        seconds = self._clock() - started
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        op = _name(operator)
+        self._notice(op, place, given, made)
+        if phase == "update":
+            return result
+        inputs = tuple(dict.fromkeys(_short(tensor.dtype) for tensor in given))
+        output = _short(made[0].dtype) if made else ""
+        cast = None
+        if op == "_to_copy" and given and made and given[0].dtype != made[0].dtype:
+            cast = (tuple(given[0].shape), _strides(given[0]))
+            self._round_trip(given[0], made[0], phase)
+        key = (phase, module, op, inputs, output, cast, operator.is_view)
+        self.trace.rows[key] += 1
+        self.trace.seconds[key] += seconds
+        function, enabled, written_at = self.functions.current
+        if is_product(op, operator):
+            node = torch._C._current_autograd_node()
+            python = type(node).__module__ != "torch.autograd" and hasattr(node, "saved_tensors") if node else False
+            written = next((self.functions.written[_address(tensor)][0] for tensor in given
+                            if _address(tensor) in self.functions.written), None)  # fmt: skip
+            product = describe(operator, args, kwargs, result, given)
+            product.phase, product.module, product.place = phase, module, written_at or place
+            product.function, product.autocast, product.seconds = function, enabled, seconds
+            product.in_custom_function, product.written_cast = python, written
+            self.trace.products.append(product)
+        elif output == "float32" and not operator.is_view and not cast:
+            self.trace.float32_places.setdefault((phase, module, op), (function, enabled, written_at or place))
+        if not operator.is_view:
+            self.trace.lineage.observe(op, given, made, phase=phase, module=module, place=place)
+        return result
+
+    def _clock(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        return time.perf_counter()
+
+    def _notice(self, op: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        """Reads by the host, gradients set to zero in place, and clipping."""
+        execution = self.trace.execution
+        place = place_of_caller() if place is None and op in WAITS else place
+        if place is None:
+            return
+        to_host = op == "_to_copy" and given and given[0].device.type != "cpu" and made[0].device.type == "cpu"
+        if (op in WAITS or to_host) and not place.via:
+            self.trace.synchronisations[place, WAITS.get(op, "cpu")] += 1
+        elif op in ("zero_", "_foreach_zero_"):
+            gradients = {_address(parameter.grad) for parameter in self.parameters if parameter.grad is not None}
+            if given and _address(given[0]) in gradients:
+                self.trace.zeroed.add(place)
+        elif place.via == "nn/utils/clip_grad.py":
+            last = execution.events[-1] if execution.events else None
+            if last is None or last.kind != "clip" or last.place.line != place.line:
+                execution.note("clip")
+                execution.events[-1].place = place
+
+    def _round_trip(self, given: torch.Tensor, made: torch.Tensor, phase: str) -> None:
+        """A tensor that the user made float32 and that autocast casts straight back for a product."""
+        known = self.functions.written.get(_address(given))
+        function = self.functions.current[0]
+        if known and phase != "backward" and made.dtype in AMP_TYPES and function not in ("to", "half", "bfloat16"):
+            self.trace.round_trips[known[0], function] += 1
+
+
+def _name(operator: Any) -> str:
+    return str(operator.overloadpacket).removeprefix("aten.")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    return tuple(tensor.stride()) if tensor.layout is torch.strided else None
+
+
+def eager() -> Any:
+    """Models of torch.compile run as they were written; without one, nothing is imported."""
+    if "torch._dynamo" not in sys.modules:
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
+def trace_step(
+    subject: Subject, precision: Precision | None, *, ambient: bool = True, scale: float = 1.0, warm: bool = True
+) -> Trace:
+    """Traces the second of two steps: in the second one, gradients and the optimizers' state are there already.
+
+    An error of the step does not end the trace: it is kept in `error`, with its place.
+    """
+    if warm:
+        first = Execution(subject, precision, ambient=ambient, scale=scale)
+        with contextlib.suppress(Exception), eager():
+            torch.manual_seed(0)
+            first.run()
+        first.put_back()
+        for optimizer in subject.optimizers.values():
+            if not first.full:
+                optimizer.zero_grad()
+    execution = Execution(subject, precision, ambient=ambient, scale=scale)
+    trace = Trace(execution, Lineage())
+    trace.lineage.expect(subject)
+    functions = Functions(trace)
+    operators = Operators(trace, functions, subject)
+    torch.manual_seed(0)
+    modes = contextlib.ExitStack()
+    try:
+        with eager():
+            modes.enter_context(functions)
+            modes.enter_context(operators)
+            execution.run(modes=modes)
+    except Exception as error:
+        trace.error = error
+        trace.error_place = place_of_error(error)
+    finally:
+        modes.close()
+        for hook in operators.hooks:
+            hook.remove()
+        execution.put_back()
+    trace.lineage.finish([*execution.roots])
+    functions.written.clear()
+    return trace
+
+
+def place_of_error(error: BaseException) -> Place | None:
+    """The innermost line of the user's, or of a library's, in a traceback."""
+    from inspection.places import _kind
+
+    found = None
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        kind = _kind(code.co_filename)
+        if kind == "user" or (kind == "library" and (found is None or not found.own)):
+            found = Place(code.co_filename, traceback.tb_lineno, code.co_name, kind)
+        traceback = traceback.tb_next
+    return found

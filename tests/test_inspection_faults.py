@@ -1,0 +1,373 @@
+"""Faults planted in small steps, one for each rule: each is found, named and located; clean steps give no finding.
+
+The line that does wrong carries the comment `# here`. Run: pytest tests/test_inspection_faults.py
+"""
+
+import inspect as source
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from inspection import inspect_step
+
+CPU_BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+CPU_FP16 = {"device_type": "cpu", "dtype": torch.float16}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 32, generator=generator), torch.randint(0, 10, (16,), generator=generator)
+
+
+def loss_of(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Whole:
+    """A whole training step in float16 with a scaler, as PyTorch's documentation writes it; subclasses spoil it."""
+
+    autocast = CPU_FP16
+    init_scale = 2.0**8
+    scaled = True
+
+    def __init__(self):
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale, enabled=self.scaled)
+
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
+
+
+class Bfloat16(Whole):
+    autocast = CPU_BF16
+    scaled = False
+
+
+class ReadsTheLoss(Bfloat16):
+    def step(self, model, batch):
+        loss = super().step(model, batch)
+        self.last = loss.item()  # here
+        return loss
+
+
+class ClipsFirst(Whole):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # here
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class ScalesBfloat16(Whole):
+    autocast = CPU_BF16
+
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()  # here
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class NoScaler(Whole):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        loss.backward()  # here
+        self.optimizer.step()
+
+
+class BackwardInside(Bfloat16):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+            loss.backward()  # here
+        self.optimizer.step()
+
+
+class StepInside(Bfloat16):
+    def step(self, model, batch):
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        loss.backward()
+        with torch.autocast(**self.autocast):
+            self.optimizer.step()  # here
+        self.optimizer.zero_grad()
+
+
+class AroundTheScaler(Whole):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()
+        self.optimizer.step()  # here
+        self.scaler.update()
+
+
+class NeverUpdates(Whole):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)  # here
+
+
+class NeverScales(Whole):
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        if not self.scaler._scale:
+            self.scaler.scale(torch.ones(()))
+        loss.backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+class ZerosInPlace(Bfloat16):
+    def step(self, model, batch):
+        self.optimizer.zero_grad(set_to_none=False)  # here
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        loss.backward()
+        self.optimizer.step()
+
+
+class WrongDevice(Bfloat16):
+    autocast = {"device_type": "cuda", "dtype": torch.bfloat16}
+
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):  # here
+            loss = loss_of(model(batch[0]), batch)
+        loss.backward()
+        self.optimizer.step()
+
+
+WHOLE = {
+    "host-sync": ReadsTheLoss,
+    "clip-before-unscale": ClipsFirst,
+    "scaler-with-bfloat16": ScalesBfloat16,
+    "no-scaler": NoScaler,
+    "backward-in-autocast": BackwardInside,
+    "step-in-autocast": StepInside,
+    "step-around-scaler": AroundTheScaler,
+    "scaler-not-updated": NeverUpdates,
+    "zero-grad-in-place": ZerosInPlace,
+    "autocast-no-effect": WrongDevice,
+}
+
+
+class Block(nn.Module):
+    """Two layers with something in between."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(32, width)
+        self.second = nn.Linear(width, 10)
+
+    def forward(self, inputs):
+        return self.second(self.between(self.first(inputs)))
+
+    def between(self, hidden):
+        return hidden.relu()
+
+
+class Half(Block):
+    def __init__(self):
+        super().__init__()
+        self.first.bfloat16()  # here
+
+
+class ByNumpy(Block):
+    def between(self, hidden):
+        return hidden * float(np.abs(hidden.detach().float().numpy()).max())  # here
+
+
+class Floats(Block):
+    def between(self, hidden):
+        return hidden.relu().float()  # here
+
+
+class Switched(Block):
+    def between(self, hidden):
+        with torch.autocast("cpu", enabled=False):
+            return hidden.float() @ hidden.float().t() @ hidden.float()  # here
+
+
+class InPlace(Block):
+    def between(self, hidden):
+        return torch.zeros(16, 64).addmm_(hidden.float().detach(), torch.eye(64)) + hidden  # here
+
+
+class Unaligned(Block):
+    def __init__(self):
+        super().__init__(width=509)
+
+    def forward(self, inputs):
+        return self.second(self.first(inputs).relu())  # here
+
+
+class Double(Block):
+    def between(self, hidden):
+        return (hidden.double() @ torch.eye(64, dtype=torch.float64)).float()  # here
+
+
+@torch.library.custom_op("planted::product", mutates_args=())
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    for _ in range(20):
+        result = left @ right
+    return result
+
+
+@product.register_fake
+def _(left, right):
+    return left.new_empty(left.shape[0], right.shape[1])
+
+
+def _product_backward(context, gradient):
+    left, right = context.saved_tensors
+    return gradient @ right.t(), left.t() @ gradient
+
+
+product.register_autograd(_product_backward, setup_context=lambda context, inputs, output:
+                          context.save_for_backward(*inputs))  # fmt: skip
+
+
+class Custom(Block):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 64) / 8)
+
+    def forward(self, inputs):
+        return self.second(product(inputs.repeat(64, 1), self.weight)[:16])  # here
+
+
+class Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(context, inputs, weight):
+        context.save_for_backward(inputs, weight)
+        return (inputs @ weight).float()
+
+    @staticmethod
+    def backward(context, gradient):
+        inputs, weight = context.saved_tensors
+        return gradient @ weight.t(), inputs.t() @ gradient  # here
+
+
+class ByFunction(Block):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 64) / 8)
+
+    def forward(self, inputs):
+        return self.second(Squared.apply(inputs, self.weight))
+
+
+class Large(Block):
+    def between(self, hidden):
+        return torch.relu(hidden) * 3e5  # here
+
+
+class Logarithm(Block):
+    def between(self, hidden):
+        return torch.log(torch.relu(hidden))  # here
+
+
+class Root(Block):
+    def between(self, hidden):
+        return torch.sqrt(torch.relu(hidden))  # here
+
+
+MODELS = {
+    "bfloat16-weights": Half,
+    "numpy": ByNumpy,
+    "explicit-float": Floats,
+    "autocast-off": Switched,
+    "in-place-product": InPlace,
+    "unaligned-sizes": Unaligned,
+    "float64": Double,
+    "custom-operator": Custom,
+    "custom-function": ByFunction,
+    "float16-range": Large,
+    "nonfinite-forward": Logarithm,
+    "nonfinite-backward": Root,
+}
+
+
+def line_of(planted):
+    """(file, line) of the comment in a class or function."""
+    lines, start = source.getsourcelines(planted)
+    (offset,) = [index for index, line in enumerate(lines) if line.rstrip().endswith("# here")]
+    return Path(source.getsourcefile(planted)), start + offset
+
+
+def only(report, rule):
+    """The finding of that rule; there is no other."""
+    assert {finding.rule for finding in report.findings} == {rule}, report.text()
+    return report.findings[0]
+
+
+@pytest.mark.parametrize("rule", WHOLE)
+def test_a_fault_in_a_whole_step_is_found(rule):
+    whole = WHOLE[rule]()
+    finding = only(inspect_step(whole.model, batch(), step=whole.step, speed=False), rule)
+    assert (Path(finding.place.file), finding.place.line) == line_of(type(whole))
+
+
+def test_a_scaler_that_never_scaled_is_found():
+    whole = NeverScales()
+    report = inspect_step(whole.model, batch(), step=whole.step, speed=False)
+    assert "no-scaler" in {finding.rule for finding in report.findings}
+
+
+ALSO = {"numpy": {"host-sync"}, "float16-range": {"nonfinite-forward"}, "in-place-product": {"explicit-float"}}
+
+
+@pytest.mark.parametrize("rule", MODELS)
+def test_a_fault_in_a_model_is_found(rule):
+    model = MODELS[rule]()
+    report = inspect_step(model, batch(), loss_of, speed=False)
+    found = {finding.rule: finding for finding in report.findings}
+    assert rule in found and found.keys() <= {rule} | ALSO.get(rule, set()), report.text()
+    if rule != "float16-range":
+        assert (Path(found[rule].place.file), found[rule].place.line) == line_of(type(model))
+
+
+@pytest.mark.parametrize("whole", [Whole, Bfloat16])
+def test_a_step_from_the_documentation_is_clean(whole):
+    whole = whole()
+    report = inspect_step(whole.model, batch(), step=whole.step, speed=False)
+    assert report.ok and not report.notes, report.text()
+
+
+@pytest.mark.parametrize("model", [network, Block])
+def test_a_plain_model_is_clean(model):
+    report = inspect_step(model(), batch(), loss_of, precisions=["fp32", "amp-bf16", "amp-fp16"], speed=False)
+    assert report.ok and not report.notes, report.text()
