@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as optimizer_hooks
 
-from inspection.places import Place, place_of_caller
+from inspection.places import Place, outermost, place_of_caller
 from inspection.subject import Subject, losses_in, restore, tensors_in
 from precision import Precision
 
@@ -38,7 +38,7 @@ class Execution:
 
     `phase` is forward (also whatever runs before the first model), loss, backward or update. `scale` is the factor on
     the loss. After a run: `events`, `result`, `full` (whether the step called backward itself), `roots` (the tensors
-    that backward began with).
+    that backward began with). `autocast_on` is kept, because below autocast PyTorch does not tell.
     """
 
     def __init__(self, subject: Subject, precision: Precision | None, *, ambient: bool = True, scale: float = 1.0):
@@ -54,6 +54,7 @@ class Execution:
         self.scalers: list[Any] = []
         self.states: dict[int, tuple[Any, dict]] = {}
         self.full = False
+        self.autocast_on = False
         self.depth = 0  # models that are running, one inside the other
         self.device = subject.device.type
         self._busy = False  # inside the scaler or the tool's own update
@@ -63,6 +64,7 @@ class Execution:
         if not self._busy:
             self.events.append(Event(kind, place_of_caller(), torch.is_autocast_enabled(self.device), details))
 
+    @outermost
     def run(self, *, update: bool = False, modes: Any = None) -> Any:
         """Forward, loss and backward, and with `update` the optimizers' steps where the step does not do them."""
         self._modes = modes or contextlib.nullcontext()
@@ -108,7 +110,8 @@ class Execution:
         """Puts this object between the user's code and autocast, backward, optimizers and the scaler."""
         autocast = torch.autocast
         scaler = torch.amp.GradScaler
-        kept = [(torch.autograd, "backward"), (torch.autograd, "grad"), (autocast, "__enter__")]
+        kept = [(torch.autograd, name) for name in ("backward", "grad")]
+        kept += [(autocast, name) for name in ("__init__", "__enter__", "__exit__")]
         kept += [(scaler, name) for name in SCALER_CALLS]
         originals = {(owner, name): getattr(owner, name) for owner, name in kept}
         before = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
@@ -125,7 +128,8 @@ class Execution:
             if owner is torch.autograd:
                 setattr(owner, name, self._backward(name, original))
             elif owner is autocast:
-                setattr(owner, name, self._autocast_enter(original))
+                wraps = {"__init__": _remember, "__enter__": self._autocast_enter, "__exit__": self._autocast_exit}
+                setattr(owner, name, wraps[name](original))
             else:
                 setattr(owner, name, self._scaler_call(name, original))
         try:
@@ -169,7 +173,8 @@ class Execution:
             wanted = autocast._enabled, autocast.fast_dtype
             place = place_of_caller()
             if place is not None and not place.via:
-                details = {"device": autocast.device, "dtype": wanted[1], "enabled": wanted[0]}
+                asked = getattr(autocast, "asked", wanted[0])
+                details = {"device": autocast.device, "dtype": wanted[1], "enabled": asked}
                 self.events.append(Event("autocast", place, False, details))
                 if self.precision is not None and wanted[0] and autocast.device == self.device:
                     autocast._enabled = self.precision.amp
@@ -178,8 +183,17 @@ class Execution:
                 return original(autocast)
             finally:
                 autocast._enabled, autocast.fast_dtype = wanted
+                self.autocast_on = torch.is_autocast_enabled(self.device)
 
         return enter
+
+    def _autocast_exit(self, original: Any) -> Any:
+        def leave(autocast: Any, *details: Any) -> Any:
+            result = original(autocast, *details)
+            self.autocast_on = torch.is_autocast_enabled(self.device)
+            return result
+
+        return leave
 
     def _scaler_call(self, name: str, original: Any) -> Any:
         @functools.wraps(original)
@@ -211,7 +225,7 @@ class Execution:
         if not handed:
             self._meet(optimizer)
         if not self._busy:
-            self.note("step", optimizer=id(optimizer), kind=type(optimizer).__name__)
+            self.note("step", optimizer=id(optimizer))
         self.phase = "update"
 
     def _after_step(self, *_: Any) -> None:
@@ -221,3 +235,14 @@ class Execution:
         """Restores what the step used of its own."""
         for thing, state in self.states.values():
             restore(thing, state)
+
+
+def _remember(original: Any) -> Any:
+    """autocast disables itself if the device is not there; what was asked for is kept."""
+
+    @functools.wraps(original)
+    def init(autocast: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+        original(autocast, device_type, dtype, enabled, cache_enabled)
+        autocast.asked = enabled
+
+    return init

@@ -109,13 +109,13 @@ class Inspection:
         for name in names:
             self.traces[name] = self._trace(name)
         failed = [name for name, trace in self.traces.items() if trace.error is not None]
-        if len(failed) == len(names):
+        if len(failed) == len(names) and not self.everything:
             trace = self.traces[failed[0]]
             raise UserError(f"the step fails in every precision: {_in_words(trace)}")
-        for name in failed:
-            self.everything.append(failure(self.traces[name], name))
         if written.error is not None:
             self.everything.append(failure(written, "as written"))
+        for name in failed:
+            self.everything.append(failure(self.traces[name], name))
         for name, trace in self.traces.items():
             if trace.error is None and self.precisions[name].amp:
                 self.everything += model_findings(trace, name, self.subject.device.type)

@@ -141,12 +141,14 @@ def failure(trace: Trace, precision: str) -> Finding:
     """The finding for a step that raised an error in one precision."""
     text = " ".join(str(trace.error).split())
     help_ = ["mend what the error says"]
+    rule = "fails"
     place = trace.error_place
     if "dtype" in text or "type" in text:
         help_ = ["cast explicitly, for example x.to(y.dtype), where types meet"]
-        if place is not None and place.function in ("backward", "forward", "apply"):
-            help_.insert(0, "in a custom autograd function @torch.amp.custom_fwd and @torch.amp.custom_bwd")
-    return Finding("fails", f"{type(trace.error).__name__}: {text[:300]}", help_, place, precision=precision)
+        if place is not None and place.function == "backward":
+            rule = "custom-function"
+            help_ = HELP[rule]
+    return Finding(rule, f"{type(trace.error).__name__}: {text[:300]}", help_, place, precision=precision)
 
 
 def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | None) -> Finding:

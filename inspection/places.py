@@ -12,6 +12,7 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import torch
 
@@ -24,6 +25,7 @@ WRAPPERS = (
     "autograd/__init__.py", "autograd/function.py", "nn/functional.py", "nn/modules/", "utils/_", "_dynamo/",
 )  # fmt: skip
 _users: set[str] = set()  # files that are the user's wherever they lie
+_outermost: set[CodeType] = set()
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,17 @@ def count_as_users(function: object) -> None:
     code = getattr(function, "__code__", None)
     if code is not None and not code.co_filename.startswith((TORCH, TOOL)):
         _users.add(code.co_filename)
-        _kind.cache_clear()
+        kind_of_file.cache_clear()
+
+
+def users_files() -> set[str]:
+    """The files that were named as the user's: where make(), the step or the loss are written."""
+    return set(_users)
 
 
 @functools.cache
-def _kind(file: str) -> str:
+def kind_of_file(file: str) -> str:
+    """Whose a file is: "user", "library", "torch", "tool" (this package's) or "standard"."""
     if file in _users:
         return "user"
     if file.startswith(TOOL):
@@ -86,13 +94,19 @@ def _passes(file: str) -> bool:
     return file[len(TORCH) :].replace(os.sep, "/").startswith(WRAPPERS)
 
 
+def outermost(function: FunctionType) -> FunctionType:
+    """Marks the function that calls the step: who called that is not asked."""
+    _outermost.add(function.__code__)
+    return function
+
+
 def place_of_caller() -> Place | None:
     """The place that led here, or None if only PyTorch and this package are on the way."""
     frame = sys._getframe(1)
     via = ""
-    while frame is not None:
+    while frame is not None and frame.f_code not in _outermost:
         file = frame.f_code.co_filename
-        kind = _kind(file)
+        kind = kind_of_file(file)
         if kind in ("user", "library"):
             return Place(file, frame.f_lineno, frame.f_code.co_name, kind, via)
         if kind == "torch" and not via and not _passes(file):

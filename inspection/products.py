@@ -61,10 +61,14 @@ def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[tor
     dtype = str((floating or given or [torch.empty(0)])[0].dtype).removeprefix("torch.")
     if op in ("addmm", "baddbmm") and len(floating) > 1:
         dtype = str(floating[1].dtype).removeprefix("torch.")
+    if is_custom(operator) and isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16):
+        dtype = str(result.dtype).removeprefix("torch.")  # autocast covers the operators that it calls
     flops = None
-    if packet in flop_registry:
+    formula = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, op.rstrip("_"), None))
+    if formula is not None:
+        given_out = {name: value for name, value in kwargs.items() if name != "out"}
         try:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=result))
+            flops = float(formula(*args, **given_out, out_val=result))
         except Exception:  # an overload that the formula does not know
             flops = None
     product = Product(op, dtype, flops, out_form="out" in kwargs or "out" in operator._overloadname)

@@ -12,12 +12,12 @@ import torch
 
 from inspection.execution import Event
 from inspection.findings import Finding
-from inspection.places import Place, _kind
+from inspection.places import Place, kind_of_file, users_files
 from inspection.subject import Subject
 from inspection.tracing import AMP_TYPES, Trace
 
 READS = ("item", "tolist", "cpu", "numpy")
-NARROWING = r"\.half\(|\.bfloat16\(|torch\.(float16|half|bfloat16)\b"
+NARROWING = (r"\.half\(|\.bfloat16\(|\.to\(.*(float16|half)", r"torch\.(float16|half|bfloat16)\b")
 
 
 def level_of(place: Place | None) -> str:
@@ -26,7 +26,7 @@ def level_of(place: Place | None) -> str:
 
 def recipe_findings(subject: Subject, trace: Trace) -> list[Finding]:
     """What the step does as it was written: the events of one run of it, in order."""
-    events = trace.execution.events
+    events = trace.execution.events if trace.error is None else trace.first_events
     return [
         *_reads(trace),
         *_weights(subject),
@@ -99,34 +99,30 @@ def _weights(subject: Subject) -> list[Finding]:
 
 
 def narrowing_line(subject: Subject) -> Place | None:
-    """The first line of the user's files that makes something 16 bits, outside autocast."""
-    functions = [subject.step, subject.loss, *(type(module) for _, module in subject.named_modules())]
-    files = dict.fromkeys([*_files(functions), *sorted(user_files())])
-    for file in files:
-        for number, line in enumerate(linecache.getlines(file), 1):
-            code = line.partition("#")[0]
-            if re.search(NARROWING, code) and "autocast" not in code:
-                return Place(file, number, "", "user")
+    """The line of the user's that makes something 16 bits: in the models' classes, else in the files of the user's."""
+    functions = [type(module) for _, module in subject.named_modules()]
+    sources = [*_sources(functions), *((file, 1, linecache.getlines(file)) for file in sorted(users_files()))]
+    for pattern in NARROWING:
+        for file, start, lines in sources:
+            for number, line in enumerate(lines, start):
+                code = line.partition("#")[0]
+                if re.search(pattern, code) and "autocast" not in code:
+                    return Place(file, number, "", "user")
     return None
 
 
-def user_files() -> set[str]:
-    """Files named as the user's: where make(), the step or the loss are written."""
-    from inspection.places import _users
-
-    return {file for file in _users}
-
-
-def _files(things: list[Any]) -> list[str]:
-    found = []
-    for thing in things:
+def _sources(classes: list[type]) -> list[tuple[str, int, list[str]]]:
+    """(file, first line, lines) of the classes that are the user's own."""
+    found = {}
+    for kind in classes:
         try:
-            file = inspect.getfile(thing) if thing is not None else ""
+            file = inspect.getfile(kind)
+            if kind not in found and kind_of_file(file) == "user":
+                lines, start = inspect.getsourcelines(kind)
+                found[kind] = (file, start, lines)
         except (TypeError, OSError):
             continue
-        if file and _kind(file) == "user":
-            found.append(file)
-    return found
+    return [*found.values()]
 
 
 def _regions(events: list[Event]) -> list[Finding]:

@@ -11,6 +11,7 @@ import contextlib
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inspection.execution import Execution
+from inspection.execution import Event, Execution
 from inspection.finite import Lineage
-from inspection.places import Place, place_of_caller
-from inspection.products import Product, describe, is_product
+from inspection.places import Place, kind_of_file, place_of_caller
+from inspection.products import Product, describe, is_custom, is_product
 from inspection.subject import Subject
 from precision import Precision
 
@@ -52,6 +53,7 @@ class Trace:
     zeroed: set[Place] = field(default_factory=set)
     round_trips: Counter = field(default_factory=Counter)
     float32_places: dict[tuple, tuple] = field(default_factory=dict)
+    first_events: list[Event] = field(default_factory=list)
     error: BaseException | None = None
     error_place: Place | None = None
 
@@ -172,9 +174,15 @@ class Operators(TorchDispatchMode):
             return phase, self._running[-1], place_of_caller()
         if node is None or node._sequence_nr() >= 2**63:  # the sums into .grad belong to no forward operator
             return phase, "", None
+        if _in_custom_function():
+            return phase, self._owner(node)[0], place_of_caller()
+        return phase, *self._owner(node)
+
+    def _owner(self, node: Any) -> tuple[str, Place | None]:
+        """Module and line of the forward operator whose backward runs."""
         # An operator's node is made before the operator runs, so the next number above the node's is the operator's.
         position = bisect.bisect_right(self._numbers, node._sequence_nr())
-        return phase, *self._owners[min(position, len(self._owners) - 1)]
+        return self._owners[min(position, len(self._owners) - 1)]
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -184,13 +192,15 @@ class Operators(TorchDispatchMode):
             self._numbers.append(number)
             self._owners.append((module, place))
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        on = self.trace.execution.autocast_on and phase != "backward" and is_custom(operator)
         started = self._clock()
-        result = operator(*args, **kwargs)
+        with _autocast_inside(self.device) if on else contextlib.nullcontext():
+            result = operator(*args, **kwargs)
         seconds = self._clock() - started
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         op = _name(operator)
         self._notice(op, place, given, made)
-        if phase == "update":
+        if phase == "update" or operator.namespace == "profiler":
             return result
         inputs = tuple(dict.fromkeys(_short(tensor.dtype) for tensor in given))
         output = _short(made[0].dtype) if made else ""
@@ -203,14 +213,12 @@ class Operators(TorchDispatchMode):
         self.trace.seconds[key] += seconds
         function, enabled, written_at = self.functions.current
         if is_product(op, operator):
-            node = torch._C._current_autograd_node()
-            python = type(node).__module__ != "torch.autograd" and hasattr(node, "saved_tensors") if node else False
             written = next((self.functions.written[_address(tensor)][0] for tensor in given
                             if _address(tensor) in self.functions.written), None)  # fmt: skip
             product = describe(operator, args, kwargs, result, given)
             product.phase, product.module, product.place = phase, module, written_at or place
             product.function, product.autocast, product.seconds = function, enabled, seconds
-            product.in_custom_function, product.written_cast = python, written
+            product.in_custom_function, product.written_cast = _in_custom_function(), written
             self.trace.products.append(product)
         elif output == "float32" and not operator.is_view and not cast:
             self.trace.float32_places.setdefault((phase, module, op), (function, enabled, written_at or place))
@@ -250,6 +258,29 @@ class Operators(TorchDispatchMode):
             self.trace.round_trips[known[0], function] += 1
 
 
+@contextlib.contextmanager
+def _autocast_inside(device: torch.device) -> Iterator[None]:
+    """Lets autocast see the operators that a custom operator calls, as it does when nobody watches."""
+    kind = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS"}.get(device.type)
+    key = getattr(torch._C.DispatchKey, kind or "", None)
+    if key is None:
+        yield
+        return
+    excluded = torch._C._dispatch_tls_is_dispatch_key_excluded(key)
+    torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        yield
+    finally:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
+
+
+def _in_custom_function() -> bool:
+    """Whether the backward of a Python autograd function runs, but for those that torch.library generates."""
+    node = torch._C._current_autograd_node()
+    python = isinstance(node, torch.autograd.function.BackwardCFunction)
+    return python and not type(node).__name__.startswith("GeneratedBackwardFor")
+
+
 def _name(operator: Any) -> str:
     return str(operator.overloadpacket).removeprefix("aten.")
 
@@ -274,19 +305,23 @@ def trace_step(
 ) -> Trace:
     """Traces the second of two steps: in the second one, gradients and the optimizers' state are there already.
 
+    `first_events` are the first one's: a scaler that is used wrongly often raises in the second.
+
     An error of the step does not end the trace: it is kept in `error`, with its place.
     """
+    first_events: list[Event] = []
     if warm:
         first = Execution(subject, precision, ambient=ambient, scale=scale)
         with contextlib.suppress(Exception), eager():
             torch.manual_seed(0)
             first.run()
         first.put_back()
+        first_events = first.events
         for optimizer in subject.optimizers.values():
             if not first.full:
                 optimizer.zero_grad()
     execution = Execution(subject, precision, ambient=ambient, scale=scale)
-    trace = Trace(execution, Lineage())
+    trace = Trace(execution, Lineage(), first_events=first_events)
     trace.lineage.expect(subject)
     functions = Functions(trace)
     operators = Operators(trace, functions, subject)
@@ -312,13 +347,11 @@ def trace_step(
 
 def place_of_error(error: BaseException) -> Place | None:
     """The innermost line of the user's, or of a library's, in a traceback."""
-    from inspection.places import _kind
-
     found = None
     traceback = error.__traceback__
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        kind = _kind(code.co_filename)
+        kind = kind_of_file(code.co_filename)
         if kind == "user" or (kind == "library" and (found is None or not found.own)):
             found = Place(code.co_filename, traceback.tb_lineno, code.co_name, kind)
         traceback = traceback.tb_next
