@@ -157,7 +157,7 @@ class Execution:
                 return original(*args, **kwargs)
             if name == "backward":
                 self.full = self.full or not self._busy
-                self.roots += [tensor for tensor in tensors_in(args[:1] or kwargs.get("tensors"))]
+                self.roots += tensors_in(args[:1] or kwargs.get("tensors"))
             self.note(name)
             phase, self.phase = self.phase, "backward"
             try:
@@ -241,7 +241,9 @@ def _remember(original: Any) -> Any:
     """autocast disables itself if the device is not there; what was asked for is kept."""
 
     @functools.wraps(original)
-    def init(autocast: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None) -> None:
+    def init(
+        autocast: Any, device_type: str, dtype: Any = None, enabled: bool = True, cache_enabled: Any = None
+    ) -> None:
         original(autocast, device_type, dtype, enabled, cache_enabled)
         autocast.asked = enabled
 

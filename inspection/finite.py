@@ -132,7 +132,7 @@ def _dtype(tensor: torch.Tensor) -> str:
 
 
 def _fault(tensor: torch.Tensor) -> str | None:
-    """"NaN", "inf" or None."""
+    """ "NaN", "inf" or None."""
     if not tensor.is_floating_point() or tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
         return None
     if tensor.element_size() < 2:

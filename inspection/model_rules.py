@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from inspection.finite import Origin, cures
 from inspection.findings import Finding
+from inspection.finite import Origin, cures
 from inspection.places import Place
 from inspection.products import ALIGNED, Product
 from inspection.recipe_rules import level_of
@@ -165,8 +165,7 @@ def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | 
         )
         if scale is not None and origin.phase == "backward":
             message += f" No loss scale down to {scale:g} avoids it."
-    found = Finding(rule, message, cures(origin, overflow=overflow), origin.place, origin.module, origin.op, precision)
-    return found
+    return Finding(rule, message, cures(origin, overflow=overflow), origin.place, origin.module, origin.op, precision)
 
 
 def describe_range(entry: dict[str, Any]) -> str:

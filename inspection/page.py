@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inspection.words import cast_words, megabytes, share
+from inspection.words import cast_words, megabytes, payoff_words, share
 from reports import page
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ def _payoff(report: Report) -> str:
         [name, f"{1000 * entry['seconds']:,.1f}", f"{base / entry['seconds']:.2f}", entry["rounds"]]
         for name, entry in payoff["speed"].items()
     ]
-    from inspection.report import payoff_words
-
     words = " ".join(line.strip() for line in payoff_words(payoff))
     table = page.table(["Precision", "ms an update", "Speed-up", "Updates timed"], rows)
     return f"<h2>Will it pay?</h2>\n{table}<p>{page.text(words)}</p>\n"

@@ -6,6 +6,7 @@ rounding to the nearest, ties to even, does it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -32,7 +33,7 @@ def limits(dtype: torch.dtype) -> tuple[float, float, float]:
     """The largest float32 magnitudes that become zero, subnormal or zero, and finite in `dtype`."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
-    spacing = info.eps * 2.0 ** (torch.tensor(info.max).log2().floor().item())
+    spacing = info.eps * 2.0 ** (math.frexp(info.max)[1] - 1)
     edge = info.max + spacing / 2  # halfway to the next number there would be
     # float8_e4m3fn has the next number's pattern for NaN: its largest is even, so the tie goes down to it.
     return smallest / 2, -(info.tiny - smallest / 2), edge if dtype is torch.float8_e4m3fn else -edge
@@ -126,7 +127,7 @@ def measure_ranges(
     gradients: dict[tuple[str, str], Fates] = defaultdict(lambda: Fates(scales))
     activations: dict[str, Fates] = defaultdict(lambda: Fates([1.0]))
     execution = Execution(subject, Precision("fp32", subject.device, ""))
-    seen: set[int] = set()
+    seen: set[tuple[int, int]] = set()
     kept: list[torch.Tensor] = []  # so that no address is used again meanwhile
 
     def count(group: str, name: str, gradient: Any) -> None:
@@ -136,9 +137,10 @@ def measure_ranges(
     def watch(name: str, output: Any) -> None:
         # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
         for tensor in tensors_in(output):
-            if id(tensor) in seen or not tensor.is_floating_point() or execution.phase == "backward":
+            key = id(tensor), tensor._version  # an in-place module puts out the tensor it was given, changed
+            if key in seen or not tensor.is_floating_point() or execution.phase == "backward":
                 continue
-            seen.add(id(tensor))
+            seen.add(key)
             kept.append(tensor)
             activations[name].add(tensor)
             if tensor.requires_grad:

@@ -6,7 +6,6 @@ import inspect
 import linecache
 import re
 from collections import Counter
-from typing import Any
 
 import torch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from inspection.findings import Finding
-from inspection.words import activation_lines, diary_lines, dtype_lines, memory_lines, underflow_lines
+from inspection.words import activation_lines, diary_lines, dtype_lines, memory_lines, payoff_words, underflow_lines
 from reports.text import WIDTH, heading, paragraph, table
 from utils import UserError, write_text
 
@@ -158,25 +158,3 @@ class Report:
 
 def _cut(line: str) -> list[str]:
     return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"]
-
-
-def payoff_words(payoff: dict[str, Any]) -> list[str]:
-    """The ceiling, the roofline if it was measured, and the recommendation."""
-    lines = []
-    ceiling = payoff["amdahl"]
-    if ceiling is not None:
-        text = f"Products are {ceiling['product_share']:.0%} of a float32 update"
-        if ceiling["ceiling"] is not None:
-            text += f": if they cost nothing, an update would be {ceiling['ceiling']:.2f} times as fast (Amdahl's law)"
-        if ceiling["expected"] is not None:
-            text += (
-                f". This device multiplies {ceiling['product_gain']:.2f} times as fast in 16 bits, which would give "
-                f"{ceiling['expected']:.2f}"
-            )
-        lines += paragraph(f"{text}.", "  ")
-    roofline = payoff.get("roofline")
-    if roofline is not None:
-        lines += paragraph(roofline["words"], "  ")
-    for sentence in payoff["recommendation"]["words"]:
-        lines += paragraph(sentence, "  ")
-    return lines

@@ -18,7 +18,7 @@ def dtype_lines(
     ran = [row for row in rows if not row["view"]]
     calls, count = (sum(row["calls"] for row in some) for some in (ran, rows))
     if not full and not any("float16" in name for row in ran for name in (*row["inputs"], row["output"])):
-        return [*lines, f"  All {calls} operators ran in float32, without a cast to 16 bits (--full lists them)."]
+        return [*lines, f"  All {calls} operators ran in float32, without a cast (--full lists them)."]
     groups = defaultdict(list)
     for row in rows if full else ran:
         inputs = ",".join([name for name in row["inputs"] if "float" in name] or row["inputs"][:1])
@@ -106,7 +106,7 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
             found = [rows[key] for key in keys if key in rows and rows[key]["nonzero"]]
             total = sum(row["nonzero"] for row in found)
             shares += [share(sum(row["by_scale"][scale][kind] for row in found), total) for scale in scales]
-        return [title if len(title) <= room else f"…{title[1 - room:]}", *shares]
+        return [title if len(title) <= room else f"…{title[1 - room :]}", *shares]
 
     lines = heading(
         "3. Underflow map",
@@ -208,4 +208,26 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
         ]
         lines += ["", *table(">><", [["update", "scale", "first bad gradient on the way back"], *cells])]
         lines.append(f"  {len(skips)} skipped{' in all; the first 20 are shown' if len(skips) > 20 else ''}")
+    return lines
+
+
+def payoff_words(payoff: dict[str, Any]) -> list[str]:
+    """The ceiling, the roofline if it was measured, and the recommendation."""
+    lines = []
+    ceiling = payoff["amdahl"]
+    if ceiling is not None:
+        text = f"Products are {ceiling['product_share']:.0%} of a float32 update"
+        if ceiling["ceiling"] is not None:
+            text += f": if they cost nothing, an update would be {ceiling['ceiling']:.2f} times as fast (Amdahl's law)"
+        if ceiling["expected"] is not None:
+            text += (
+                f". This device multiplies {ceiling['product_gain']:.2f} times as fast in 16 bits, which would give "
+                f"{ceiling['expected']:.2f}"
+            )
+        lines += paragraph(f"{text}.", "  ")
+    roofline = payoff.get("roofline")
+    if roofline is not None:
+        lines += paragraph(roofline["words"], "  ")
+    for sentence in payoff["recommendation"]["words"]:
+        lines += paragraph(sentence, "  ")
     return lines

@@ -19,7 +19,9 @@ CPU_FP16 = {"device_type": "cpu", "dtype": torch.float16}
 
 def network():
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
 
 
 def batch():
@@ -254,9 +256,7 @@ def _product_backward(ctx, gradient):
     return gradient @ right.t(), left.t() @ gradient
 
 
-product.register_autograd(
-    _product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
-)
+product.register_autograd(_product_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 class Custom(Block):

@@ -13,8 +13,12 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import utils
-from inspection import inspector
+from inspection import inspector, memory, payoff, pictures, ranges
+from inspection.subject import Subject
+from inspection.tracing import trace_step
+from inspection.words import diary_lines, underflow_lines
 from precision import named_precision
+from reports.text import table
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (named_precision(name, CPU) for name in ("fp32", "amp-bf16", "amp-fp16"))
@@ -41,13 +45,33 @@ def known():
     return Known(), torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 0, 1])
 
 
+def subject_of(model, images, labels):
+    return Subject(model, (images, labels), lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]))
+
+
+def trace(model, images, labels, precision):
+    """Records of one traced step; the model is put back."""
+    subject = subject_of(model, images, labels)
+    with subject.kept():
+        traced = trace_step(subject, precision)
+    assert traced.error is None
+    kinds = {name: type(module).__name__ if name else "" for name, module in subject.named_modules()}
+    return traced.records(kinds)
+
+
+def ledger(model, images, labels, precision):
+    subject = subject_of(model, images, labels)
+    with subject.kept():
+        return memory.memory_ledger(subject, precision)
+
+
 def rows_of(rows, **wanted):
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
 @pytest.mark.parametrize("precision", [BF16, FP16])
 def test_dtypes_are_those_autocast_documents(known, precision):
-    rows = inspector.trace_dtypes(*known, precision)
+    rows = trace(*known, precision)
     low = str(precision.dtype).removeprefix("torch.")
     (convolution,) = rows_of(rows, phase="forward", op="convolution")
     assert (convolution["module"], convolution["kind"]) == ("conv", "Conv2d")
@@ -63,7 +87,7 @@ def test_dtypes_are_those_autocast_documents(known, precision):
 
 
 def test_backward_operators_know_their_modules(known):
-    rows = inspector.trace_dtypes(*known, BF16)
+    rows = trace(*known, BF16)
     for op, module in (
         ("convolution_backward", "conv"),
         ("native_batch_norm_backward", "norm"),
@@ -75,7 +99,7 @@ def test_backward_operators_know_their_modules(known):
 
 
 def test_casts_are_counted_by_hand(known):
-    rows = inspector.trace_dtypes(*known, BF16)
+    rows = trace(*known, BF16)
 
     def casts(phase, module):
         return sum(row["calls"] for row in rows_of(rows, phase=phase, module=module) if row["cast"])
@@ -90,7 +114,7 @@ def test_casts_are_counted_by_hand(known):
     images = 4 * 3 * 6 * 6
     weight = 4 * 3 * 3 * 3
     bias = 4
-    moved = inspector.cast_cost(*known, BF16, rows_of(rows, phase="forward", module="conv"))
+    moved = payoff.cast_cost(None, rows_of(rows, phase="forward", module="conv"), CPU)
     assert moved["bytes"] == (images + weight + bias) * (4 + 2)
 
 
@@ -100,7 +124,7 @@ class Copying(nn.Linear):
 
 
 def test_a_copy_of_the_same_type_is_no_cast():
-    rows = inspector.trace_dtypes(Copying(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 0]), FP32)
+    rows = trace(Copying(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 0]), FP32)
     (copied,) = rows_of(rows, phase="forward", op="_to_copy")
     assert copied["cast"] is None
 
@@ -108,7 +132,7 @@ def test_a_copy_of_the_same_type_is_no_cast():
 def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
     model, images, labels = known
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    rows = inspector.trace_dtypes(model, images, labels, FP32)
+    rows = trace(model, images, labels, FP32)
     assert not any(row["cast"] for row in rows)
     assert {row["output"] for row in rows if "float" in row["output"]} == {"float32"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -116,7 +140,7 @@ def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
     assert not model.conv._forward_hooks and not model.conv._forward_pre_hooks
 
 
-def test_cast_cost_counts_bytes_of_the_same_casts(known):
+def test_cast_cost_counts_bytes_of_the_same_casts():
     def cast(phase, shape, stride, old, new, calls):
         return {"phase": phase, "cast": (shape, stride), "inputs": [old], "output": new, "calls": calls}
 
@@ -125,10 +149,10 @@ def test_cast_cost_counts_bytes_of_the_same_casts(known):
         {"cast": None},
         cast("backward", (3,), (1,), "bfloat16", "float32", 2),
     ]
-    cost = inspector.cast_cost(*known, BF16, rows)
+    cost = payoff.cast_cost(None, rows, CPU)
     assert cost["bytes"] == 32 * 6 + 2 * 3 * 6
     assert cost["casts"] == {"forward": 1, "backward": 2}
-    assert cost["seconds"] > 0 and cost["update_seconds"] > 0
+    assert cost["seconds"] > 0
 
 
 def two_layers():
@@ -138,7 +162,7 @@ def two_layers():
 
 def test_ledger_counted_by_hand():
     batch = torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0])
-    fp32, bf16 = (inspector.memory_ledger(two_layers, *batch, precision) for precision in (FP32, BF16))
+    fp32, bf16 = (ledger(two_layers(), *batch, precision) for precision in (FP32, BF16))
     for row in (fp32, bf16):
         assert row["parameters"] == row["gradients"] == 4 * (12 + 3 + 6 + 2)
         assert row["optimizer_state"] == 2 * row["parameters"] + 4 * 4  # two moments, a step count for each of four
@@ -151,9 +175,7 @@ def test_ledger_counted_by_hand():
 
 
 def test_buffers_are_not_activations():
-    row = inspector.memory_ledger(
-        lambda: nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), FP32
-    )
+    row = ledger(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), FP32)
     assert row["buffers"] == 2 * 4 * 4 + 8
     # mean and deviation of the batch, log_softmax's output, the sum of the labels' weights; the input is the batch
     assert row["activations"] == 2 * 16 + 4 * 20 + 4
@@ -165,7 +187,7 @@ def test_peak_of_allocations_is_the_largest_sum():
         del first
         return torch.empty(1 << 19), torch.empty(1 << 20)
 
-    assert inspector.peak_of_allocations(function) == 6 << 20
+    assert memory.peak_of_allocations(function) == 6 << 20
 
 
 class Handmade(nn.Module):
@@ -190,15 +212,16 @@ def by_formula(values, scale):
     return {"zero": zero, "subnormal": ~zero & (scaled < info.tiny - smallest / 2), "overflow": overflow}
 
 
-def test_underflow_matches_the_formula_of_finfo(monkeypatch):
+def test_underflow_matches_the_formula_of_finfo():
     generator = torch.Generator().manual_seed(0)
     exponents = torch.rand(4000, generator=generator) * 50 - 40
     edges = torch.tensor([2.0**-25, 2.0**-24, 2.0**-14])
     values = torch.cat([torch.exp2(exponents), -torch.exp2(exponents), torch.zeros(100), edges])
     model = Handmade(values)
     # a loss whose gradient with respect to the logits is 1 in one row, so that the weight's gradient is `values`
-    monkeypatch.setattr(inspector, "_loss", lambda model, images, labels, precision: model(images)[0, 0])
-    found = inspector.underflow_map(model, torch.zeros(1, 3), torch.tensor([0]), scaler_scale=2.0**20)
+    subject = Subject(model, torch.zeros(1, 3), lambda outputs, batch: outputs[0, 0])
+    with subject.kept():
+        found = ranges.measure_ranges(subject, scaler_scale=2.0**20)
     assert found["scales"] == [1, 2**8, 2**16, 2**20]
     (row,) = [row for row in found["layers"] if row["group"] == "parameter"]
     nonzero = values[values != 0]
@@ -212,16 +235,58 @@ def test_underflow_matches_the_formula_of_finfo(monkeypatch):
     assert counts == dict(zip(*(array.astype(int).tolist() for array in expected), strict=True))
 
 
+@pytest.mark.parametrize("name, dtype", ranges.FORMATS.items())
+@pytest.mark.parametrize("scale", [1.0, 2.0**8])
+def test_fates_are_what_casting_does(name, dtype, scale):
+    """Every power of two in reach, its neighbours, the halves between a format's numbers and the ends of its range."""
+    info = torch.finfo(dtype)
+    grid = torch.exp2(torch.arange(-140, 127, dtype=torch.float64)).float()
+    ends = torch.tensor([info.max * factor for factor in (1, 1.01, 1.03, 1.0357, 1.036, 1.07)] + [info.tiny]).float()
+    values = torch.cat([grid, 1.5 * grid, ends, torch.nextafter(ends, torch.zeros(())), -grid]) / scale
+    values = values[(values != 0) & values.isfinite() & (values * scale).isfinite()]
+    fates = ranges.Fates([scale])
+    fates.add(torch.cat([values, torch.zeros(7)]))
+    edge = ranges.limits(dtype)[2] if dtype is torch.float8_e4m3fn else torch.inf  # where it has no infinity
+    rounded = (values * scale).to(dtype).float().abs()
+    expected = {
+        "zero": int((rounded == 0).sum()),
+        "subnormal": int(((rounded > 0) & (rounded < info.tiny)).sum()),
+        "overflow": int((~rounded.isfinite() | ((rounded == info.max) & ((values * scale).abs() > edge))).sum()),
+    }
+    assert fates.formats()[name][f"{scale:g}"] == expected and fates.values == len(values) + 7
+
+
+def test_nothing_measured_is_not_zero():
+    """A head that begins at zero sends no gradient back: the map says nothing about the layers before it."""
+    model = two_layers()
+    nn.init.zeros_(model[2].weight)
+    subject = subject_of(model, torch.randn(5, 4), torch.tensor([0, 1, 0, 1, 0]))
+    with subject.kept():
+        found = ranges.measure_ranges(subject)
+    rows = {row["name"]: row for row in found["layers"] if row["group"] == "parameter"}
+    assert rows["0.weight"]["nonzero"] == 0 and rows["0.weight"]["largest"] is None
+    assert set(rows["0.weight"]["by_scale"].values()) == {None}
+    assert rows["2.weight"]["by_scale"]["1"] == {"zero": 0, "subnormal": 0, "overflow": 0}
+    lines = underflow_lines(found)
+    (line,) = [line.split() for line in lines if line.split()[:1] == ["0"]]
+    assert line[1:4] == ["–", "–", "–"]
+    assert any("nothing was measured there" in line for line in lines)
+
+
 @pytest.mark.parametrize("scale, zero, subnormal, overflow", [(1, 2, 1, 0), (2**8, 1, 1, 0), (2**16, 0, 1, 1)])
 def test_underflow_of_four_known_values(scale, zero, subnormal, overflow):
-    counts, exponents = inspector.fate(torch.tensor([0, 2.0**-34, 2.0**-28, 2.0**-20, 2.0]), [scale])
-    assert counts["values"] == 5 and counts["nonzero"] == 4
-    assert [counts[kind, scale] for kind in ("zero", "subnormal", "overflow")] == [zero, subnormal, overflow]
-    assert exponents == {-34: 1, -28: 1, -20: 1, 1: 1}
+    fates = ranges.Fates([float(scale)])
+    fates.add(torch.tensor([0, 2.0**-34, 2.0**-28, 2.0**-20, 2.0]))
+    assert fates.values == 5 and fates.nonzero == 4
+    found = fates.formats()["float16"][f"{scale:g}"]
+    assert found == {"zero": zero, "subnormal": subnormal, "overflow": overflow}
+    assert fates.exponents == {-34: 1, -28: 1, -20: 1, 1: 1}
 
 
 def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
-    found = inspector.underflow_map(*known)
+    subject = subject_of(*known)
+    with subject.kept():
+        found = ranges.measure_ranges(subject)
     through = {row["name"]: row["through_float16"] for row in found["layers"] if row["group"] == "parameter"}
     assert through == {
         "conv.weight": True,
@@ -232,7 +297,7 @@ def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
         "head.bias": True,
     }
     outputs = {row["name"]: row for row in found["layers"] if row["group"] == "activation"}
-    assert set(outputs) == {"conv", "norm", "relu", "head"}
+    assert set(outputs) == {"conv", "norm", "relu", "head"}  # the model puts out what its head does
     assert outputs["conv"]["values"] == 4 * 4 * 4 * 4
     model, images, labels = known
     logits = model.train()(images)
@@ -265,7 +330,7 @@ METRICS = [
 
 
 def test_diary_tells_scales_skips_and_parameters():
-    lines = inspector.diary_lines(METRICS)
+    lines = diary_lines(METRICS)
     cells = [line.split() for line in lines]
     assert ["1", "16,384", "2"] in cells
     assert ["2", "to", "3", "16,384", "0"] in cells
@@ -283,12 +348,12 @@ def test_diary_is_drawn_update_by_update(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "step", step)
     skip_at_an_end = {"update": 30, "parameter": "fc.weight", "scale": 16384.0}
     third = METRICS[2] | {"loss_scale": 8192.0, "skips": [skip_at_an_end]}
-    inspector.diary_picture([*METRICS[:2], third], tmp_path / "scaler.png")
+    pictures.diary_picture([*METRICS[:2], third], tmp_path / "scaler.png")
     assert drawn == [(1, 65536), (2, 32768), (11, 16384), (21, 16384), (30, 16384), (31, 8192)]
 
 
 def test_diary_of_a_run_without_a_scaler():
-    lines = inspector.diary_lines([{"epoch": 1, "loss_scale": 1.0, "skipped_updates": 0, "skips": []}])
+    lines = diary_lines([{"epoch": 1, "loss_scale": 1.0, "skipped_updates": 0, "skips": []}])
     assert "no scaler" in lines[-1]
 
 
@@ -299,9 +364,9 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
     assert all(len(line) <= 80 for line in text.splitlines()), max(text.splitlines(), key=len)
     for title in ("1. What ran", "2. Memory", "3. Underflow", "4. Scaler"):
         assert title in text
-    pictures = {"underflow.png", "memory.png", "scaler.png"}
-    assert {path.name for path in out.iterdir()} == {"inspect.json", *pictures}
-    assert all((out / name).stat().st_size > 20_000 for name in pictures)
+    drawn = {"underflow.png", "memory.png", "scaler.png", "activations.png"}
+    assert {path.name for path in out.iterdir()} == {"inspect.json", "inspect.html", *drawn}
+    assert all((out / name).stat().st_size > 20_000 for name in drawn)
     content = json.loads((out / "inspect.json").read_text())
     assert set(content["dtypes"]) == {"fp32", "amp-bf16"}
     assert content["underflow"]["scaler_scale"] == 0.5
@@ -320,7 +385,7 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
     ],
 )
 def test_tables_are_set_by_their_longest_cells(align, rows, lines):
-    assert inspector.table(align, rows) == lines
+    assert table(align, rows) == lines
 
 
 def test_inspect_says_where_it_cannot_write(known, tmp_path):
