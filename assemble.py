@@ -21,13 +21,14 @@ from torch import nn
 
 import option
 from dataset import Batches, DataSet, Pixels, Subset, open_data_set
+from distributed import Ranks
 from model import avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision, choose_precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer
-from utils import Ranks, UserError, choose_device, device_name, printable, seed_everything
+from utils import UserError, choose_device, device_name, printable, seed_everything
 
 Log = Callable[[str], None]
 

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from distributed import Ranks
 from images.folders import Listing, find_image_set
 from images.stores import ImageStore, open_store
-from utils import Ranks, UserError, fold, printable
+from utils import UserError, fold, log, printable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -91,7 +92,6 @@ def open_data_set(
     keep_larger: bool = False,
     pin: bool = False,
     test_only: bool = False,
-    log: Callable[[str], None] = print,
 ) -> DataSet:
     """Finds, splits and decodes the images below `data_dir`.
 
@@ -107,13 +107,13 @@ def open_data_set(
         listing = getattr(image_set, name)
         paths = [path for path, _ in listing]
         limit = image_size * 3 // 2 if keep_larger and name == "train" else image_size
-        store = open_store(paths, image_set.root, limit=limit, cache=cache, workers=workers, pin=pin, log=log)
+        store = open_store(paths, image_set.root, limit=limit, cache=cache, workers=workers, pin=pin)
         bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         readable = np.setdiff1d(np.arange(len(listing)), list(store.unreadable))
         subsets[name] = Subset(store, listing, readable)
         digest.update(json.dumps([name, [os.path.relpath(path, image_set.root) for path, _ in listing]]).encode())
         digest.update(store.crc32.tobytes())
-    _report_unreadable(bad, skip_unreadable, log)
+    _report_unreadable(bad, skip_unreadable)
     for name, subset in subsets.items():
         empty = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if empty:
@@ -130,7 +130,7 @@ def open_data_set(
     )
 
 
-def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:
+def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
     if not bad:
         return
     lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
@@ -140,7 +140,7 @@ def _report_unreadable(bad: dict[Path, str], skip: bool, log) -> None:
     if not skip:
         lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
         raise UserError("\n".join([f"{head}:", *lines]))
-    log("\n".join([f"warning: {head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+    log.warning("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
 
 
 @dataclass

@@ -18,17 +18,68 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from machine import computing_cores
-from utils import Ranks, RunError, UserError, printable, wrapped
+from utils import RunError, UserError, printable, wrapped
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import Store
 
 PATIENCE = timedelta(minutes=5)  # with processes that start later
 GRACE = 20.0  # seconds; torchrun kills 30 seconds after its signal
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the processes of a torchrun job; `Ranks()` is a job of one."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE."""
+        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one process that writes, prints and draws."""
+        return self.rank == 0
+
+    def sum(self, *tensors: torch.Tensor) -> None:
+        """Adds each tensor up over all ranks, in place."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; every rank must ask."""
+        if self.size == 1:
+            return flag
+        import torch
+
+        count = torch.tensor(int(flag))
+        self.sum(count)
+        return count.item() > 0
+
+    def share(self, make: Callable[[], Any]) -> Any:
+        """What `make` returns on the first rank, on every rank: for files that other machines may not see."""
+        if self.size == 1:
+            return make()
+        import torch.distributed as dist
+
+        shared = [make() if self.is_first else None]
+        dist.broadcast_object_list(shared)
+        return shared[0]
+
+
 _meeting = ""  # names the attempt that this process has joined
 
 

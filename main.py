@@ -21,7 +21,8 @@ from typing import Any
 import distributed
 import option
 import utils
-from utils import Ranks, RunError, Stopped, UserError, printable
+from distributed import Ranks
+from utils import RunError, Stopped, UserError, printable
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,7 +1,7 @@
-"""Every option of every command: declared once, grouped, validated; imports no torch, so --help is instant.
+"""Every option of every command: declared once, with its traits; imports no torch, so --help is instant.
 
-`parse(argv)` gives the Namespace that only main.py and assemble.py touch. What comes later wins: the defaults,
---demo's, those of --config or of the named run, the command line. Knows nothing of what options do.
+`parse(argv)` gives the Namespace that only main.py and assemble.py read. It is a merge of dictionaries, of which
+the later wins: the defaults, --demo's, those of --config or of the named run, the command line.
 """
 
 from __future__ import annotations
@@ -9,27 +9,50 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import shutil
-from collections.abc import Callable, Container, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from option_kinds import (
+    ALPHA,
+    CALL,
+    COUNT,
+    DIR,
+    EVERY,
+    FILE,
+    FLAG,
+    HANDLING,
+    LIST,
+    NAME,
+    PIXELS,
+    PLACE,
+    POSITIVE,
+    PRECISION,
+    RATE,
+    REPEAT,
+    SEED,
+    SHARE,
+    START,
+    SWITCH,
+    Option,
+    Parser,
+    one_of,
+    whole,
+)
+from precision_table import PRECISIONS
 from utils import UserError, read_json, reading
 
 VERSION = "0.1.0"
 COMMANDS = {
-    "train": "train a classifier, test its best epoch (the default command)",
-    "evaluate": "test the best checkpoint of a named run, with the options it was trained with",
+    "train": "train a classifier and test its best epoch (the default command)",
+    "evaluate": "test the best checkpoint of a named run, with the options that it was trained with",
     "predict": "classify image files and folders with a trained run",
     "compare": "train once per precision and tabulate accuracy, memory and time",
     "doctor": "say what this machine can do, and what to expect of AMP on it",
     "inspect": "show what AMP did: dtypes, memory, gradient underflow, loss scale",
-    "prepare": "put a data set on disk: download, archive or demo scenes; --check reports on one",
+    "prepare": "put a data set on disk (download, archive or demo scenes), or report on one",
     "export": "write a trained run as ONNX",
 }
-PRECISIONS = {"fp32": "FP32", "tf32": "TF32", "amp-fp16": "AMP float16", "amp-bf16": "AMP bfloat16"}  # as tables say it
-
 # What --demo changes: a problem that two CPU cores learn from scratch in well under a minute.
 DEMO = {
     "data_dir": "data/demo",
@@ -40,235 +63,159 @@ DEMO = {
     "learning_rate": 2e-3,
     "log_interval": 5,
 }
-_FROM_RUN = ("evaluate", "predict", "export", "inspect")  # take their defaults from the named run's config.json
-_NEVER_HANDED_ON = {  # to another run
-    "checkpoint_dir",
-    "checkpoint_name",
-    "config",
-    "resume",
-    "overwrite",
-    "verify_resume",
-    "quiet",
-    "evaluate",
-    "precisions",
-    "report_only",
-    "runs",
-    "demo",
-    "inputs",
-}
-_EACH_RUN_SETS = {"amp", "amp_dtype", "tf32"}  # of a comparison
 
-
-class Parser(argparse.ArgumentParser):
-    """Suggests the option that was meant and raises UserError, where argparse would print and exit."""
-
-    def __init__(self, **options: Any):
-        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
-        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width)
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
-
-    def error(self, message: str) -> None:
-        if message.startswith("unrecognized arguments: "):
-            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
-            close = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, 1, 0.6)
-            if close:
-                message += f" (did you mean {close[0]}?)"
-        raise UserError(f"{message}\nSee: python main.py --help")
-
-
-def _number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
-    """A number that `fits`; `bounds` says in words what does."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
-        return value
-
-    return {"metavar": metavar, "type": convert}
-
-
-def _whole(low: int, high: int = 2**31, metavar: str = "N") -> dict[str, Any]:
-    return _number(metavar, int, lambda value: low <= value <= high, f"at least {low} and at most {high}")
-
-
-def _precision_list(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names or not set(names) <= set(PRECISIONS):
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(PRECISIONS)}, separated by commas")
-    return list(dict.fromkeys(names))
-
-
-def _checkpoint_every(text: str) -> str:
-    """`30m` (minutes) or `500u` (updates)."""
-    try:
-        amount = {"m": float, "u": int}[text[-1:]](text[:-1])
-    except (KeyError, ValueError):
-        amount = 0
-    if not amount > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be minutes such as 10m or updates such as 500u")
-    return text
-
-
-def _one_of(*choices: Any, **more: Any) -> dict[str, Any]:
-    return {"choices": choices, **more}
-
-
-FLAG = {"action": "store_true"}
-SWITCH = {"action": argparse.BooleanOptionalAction}
-DIR = {"metavar": "DIR"}
-FILE = {"metavar": "FILE"}
-NAME = {"metavar": "NAME"}
-COUNT = _whole(1)
-SEED = _whole(0, 2**63)
-PIXELS = _whole(16, 4096, "PIXELS")
-RATE = _number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
-POSITIVE = _number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
-SHARE = _number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
-ALPHA = _number(
-    "ALPHA",
-    float,
-    lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
-    "0 (off) or between 0.001 and 1000",
-)
-EVERY = {"metavar": "10m|500u", "type": _checkpoint_every}
-LIST = {"metavar": "LIST", "type": _precision_list}
-
-# Groups of options, each as: its kind, its default, what it does.
+DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
+MODEL = Option(NAME, "ResNet18", "name of a torchvision classification model")
 OPTIONS = {
     "run": {
-        "checkpoint_dir": (DIR, "checkpoint", "folder of all runs"),
-        "checkpoint_name": (NAME, "", "this run's folder below it (default: model and precision)"),
-        "seed": (SEED, 42, "of split, order, weights"),
-        "config": (FILE, None, "take options from a run's config.json; the command line wins"),
-        "quiet": (FLAG, False, "print results and warnings only, and no bars"),
+        "checkpoint_dir": Option(DIR, "checkpoint", "folder that holds all runs", CALL),
+        "checkpoint_name": Option(NAME, "", "this run's folder in it (default: model and precision)", CALL),
+        "seed": Option(SEED, 42, "seed of the split, the order of images, augmentation and initial weights", REPEAT),
+        "config": Option(FILE, None, "take options from a run's config.json; the command line wins", CALL),
+        "quiet": Option(FLAG, False, "print results and warnings only, without progress bars", CALL),
     },
     "data": {
-        "data_dir": (DIR, "data", "folder that holds the images"),
-        "demo": (FLAG, False, "use drawn scenes and demo-sized defaults"),
-        "image_size": (PIXELS, 256, "side of the square images"),
-        "normalize": (_one_of("imagenet", "none"), "imagenet", "by ImageNet's mean and deviation; none: values 0 to 1"),
-        "cache": (
-            _one_of("auto", "memory", "none"),
-            "auto",
-            "memory: keep images decoded; none: stream them; auto: what fits",
+        "data_dir": Option(DIR, "data", "folder that holds the images", PLACE),
+        "demo": Option(FLAG, False, "use drawn scenes, and defaults that fit them", CALL),
+        "image_size": Option(PIXELS, 256, "side of the square images that the model sees"),
+        "normalize": Option(
+            one_of("imagenet", "none"),
+            "imagenet",
+            "imagenet: subtract ImageNet's mean, divide by its deviation; none: values from 0 to 1",
         ),
-        "num_workers": (_whole(0, 1024), None, "decoding threads or processes (default: cores, at most 8)"),
-        "skip_unreadable": (FLAG, False, "leave out images that cannot be read"),
+        "cache": Option(
+            one_of("auto", "memory", "none"),
+            "auto",
+            "memory: keep images decoded; none: decode them in every epoch; auto: keep them if they fit",
+            HANDLING,
+        ),
+        "num_workers": Option(
+            whole(0, 1024), None, "decoding threads or processes (default: one per core, at most 8)", HANDLING
+        ),
+        "skip_unreadable": Option(FLAG, False, "leave out images that cannot be read", START),
     },
     "model": {
-        "model": (NAME, "ResNet18", "any torchvision classification model"),
-        "num_classes": (_whole(2), None, "default: counted from the folders"),
-        "pretrained": (_one_of(1, 0, type=int), 1, "start from ImageNet weights"),
-        "pretrained_path": (FILE, None, "start from this state dict instead"),
+        "model": MODEL,
+        "num_classes": Option(whole(2), None, "number of classes (default: counted from the folders)"),
+        "pretrained": Option(one_of(1, 0, type=int), 1, "1: start from ImageNet weights; 0: from random ones", START),
+        "pretrained_path": Option(FILE, None, "start from the weights in this file", START),
     },
     "device and precision": {
-        "device": (NAME, "auto", "auto, cpu, cuda, cuda:1, mps"),
-        "amp": (SWITCH, False, "automatic mixed precision"),
-        "amp_dtype": (_one_of("auto", "float16", "bfloat16"), "auto", "auto: float16 on CUDA, bfloat16 elsewhere"),
-        "tf32": (SWITCH, False, "without --amp, let CUDA round the factors of products to TF32"),
-        "channels_last": (SWITCH, True, "memory format of convolutions"),
-        "compile": (SWITCH, False, "use torch.compile"),
+        "device": DEVICE,
+        "amp": Option(SWITCH, False, "train with automatic mixed precision", PRECISION),
+        "amp_dtype": Option(
+            one_of("auto", "float16", "bfloat16"),
+            "auto",
+            "16-bit type of --amp; auto: float16 on CUDA, bfloat16 elsewhere",
+            PRECISION,
+        ),
+        "tf32": Option(SWITCH, False, "without --amp, let CUDA round the factors of products to TF32", PRECISION),
+        "channels_last": Option(SWITCH, True, "store images and convolutions with channels last, which is faster"),
+        "compile": Option(SWITCH, False, "compile the model with torch.compile"),
     },
     "training": {
-        "batch_size": (COUNT, 256, "images in one update"),
-        "accumulate": (COUNT, 1, "pieces that a batch is computed in, to save memory (BatchNorm sees each by itself)"),
-        "epochs": (COUNT, 120, "passes over the images"),
-        "optimizer": (_one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "the optimizer"),
-        "learning_rate": (POSITIVE, 1e-4, "at its peak"),
-        "weight_decay": (RATE, 1e-4, "L2 penalty; with ADAMW decoupled from the gradient"),
-        "decay_type": (
-            _one_of("cosine_warmup", "step", "step_warmup"),
+        "batch_size": Option(COUNT, 256, "number of images in one update"),
+        "accumulate": Option(
+            COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
+        ),
+        "epochs": Option(COUNT, 120, "number of passes over the training images"),
+        "optimizer": Option(one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "optimizer that updates weights"),
+        "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
+        "weight_decay": Option(RATE, 1e-4, "weight of the L2 penalty; with ADAMW it is decoupled from the gradient"),
+        "decay_type": Option(
+            one_of("cosine_warmup", "step", "step_warmup"),
             "cosine_warmup",
-            "learning rate schedule; step: a tenth at epochs 30, 60 and 90",
+            "learning rate schedule; step: divide by 10 at epochs 30, 60 and 90",
         ),
-        "warmup_epochs": ({**RATE, "metavar": "N"}, None, "default: epochs/10 for cosine_warmup, 5 for step_warmup"),
-        "clip_grad_norm": (POSITIVE, None, "largest gradient norm"),
-        "label_smoothing": (SHARE, 0.0, "spread over all classes"),
-        "augment": (
-            _one_of("flip", "crop", "trivial", "none"),
+        "warmup_epochs": Option(
+            {**RATE, "metavar": "N"}, None, "epochs of warmup (default: epochs/10 for cosine_warmup, 5 for step_warmup)"
+        ),
+        "clip_grad_norm": Option(POSITIVE, None, "clip the gradients' global L2 norm to this value"),
+        "label_smoothing": Option(SHARE, 0.0, "share of each label that is spread over all classes"),
+        "augment": Option(
+            one_of("flip", "crop", "trivial", "none"),
             "flip",
-            "flip; flip and random resized crop; flip and TrivialAugment; nothing",
+            "flip: mirror half of the images; crop: and crop at random; trivial: flip and TrivialAugment; none",
         ),
-        "mixup": (ALPHA, 0.0, "mix pairs of images; 0: off"),
-        "cutmix": (ALPHA, 0.0, "paste patches; 0: off"),
-        "ema": (SHARE, 0.0, "evaluate a moving average of the weights with this decay; 0: off"),
-        "freeze_epochs": (_whole(0), 0, "train the head alone at first"),
-        "patience": (COUNT, None, "stop after N epochs without a better one"),
-        "sync_batchnorm": (FLAG, False, "share batch statistics among processes"),
+        "mixup": Option(ALPHA, 0.0, "blend pairs of images with a weight from Beta(ALPHA, ALPHA); 0: off"),
+        "cutmix": Option(ALPHA, 0.0, "paste patches between images, of a share from Beta(ALPHA, ALPHA); 0: off"),
+        "ema": Option(SHARE, 0.0, "test an exponential moving average of the weights with this decay; 0: off"),
+        "freeze_epochs": Option(whole(0), 0, "train only the new head for the first N epochs"),
+        "patience": Option(COUNT, None, "stop when N epochs in a row were not better than the best"),
+        "sync_batchnorm": Option(FLAG, False, "compute batch statistics over all processes"),
     },
     "recording and resuming": {
-        "log_interval": (COUNT, 20, "updates between readings"),
-        "resume": (
-            _one_of("yes", "auto", nargs="?", const="yes", metavar="auto"),
+        "log_interval": Option(COUNT, 20, "number of updates between two readings of loss and accuracy", HANDLING),
+        "resume": Option(
+            one_of("yes", "auto", nargs="?", const="yes", metavar="auto"),
             None,
-            "go on from last.pt; auto: start anew where there is none",
+            "go on from last.pt; auto: begin a new run if there is none",
+            CALL,
         ),
-        "overwrite": (FLAG, False, "replace a finished run of the same name"),
-        "checkpoint_every": (EVERY, None, "save within epochs, too, by minutes or updates"),
-        "verify_resume": (FLAG, False, "prove on a short run that resuming is exact"),
-        "tensorboard": (FLAG, False, "write TensorBoard events into the run's folder"),
+        "overwrite": Option(FLAG, False, "replace a finished run of the same name", CALL),
+        "checkpoint_every": Option(EVERY, None, "also save within epochs, every N minutes or updates", HANDLING),
+        "verify_resume": Option(FLAG, False, "prove on a short run that resuming is exact", CALL),
+        "tensorboard": Option(FLAG, False, "write TensorBoard events into the run's folder", HANDLING),
     },
-    "testing": {"evaluate": (FLAG, False, "same as the command evaluate")},
+    "testing": {"evaluate": Option(FLAG, False, "do what the command evaluate does", CALL)},
     "a finished run": {
-        "batch_size": (COUNT, 256, "images at a time"),
-        "checkpoint": (FILE, None, "default: best_model.pt of the run"),
+        "batch_size": Option(COUNT, 256, "number of images computed at a time"),
+        "checkpoint": Option(FILE, None, "checkpoint to use (default: best_model.pt of the run)", CALL),
     },
     "evaluation": {
-        "evaluate": (FLAG, False, argparse.SUPPRESS),
-        "precisions": (LIST, None, "run the checkpoint in each, e.g. fp32,amp-bf16, and report what changes"),
+        "evaluate": Option(FLAG, False, argparse.SUPPRESS, CALL),
+        "precisions": Option(LIST, None, "test in each of these, e.g. fp32,amp-bf16, and report what changes", CALL),
     },
     "prediction": {
-        "top_k": (COUNT, 3, "classes shown for each image"),
-        "csv": (FILE, None, "write every prediction as CSV"),
-        "json": (FILE, None, "write every prediction as JSON"),
-        "contact_sheet": (FILE, None, "write a PNG of images with their labels"),
+        "inputs": Option({"metavar": "PATH", "nargs": "+"}, None, "image files and folders", CALL),
+        "top_k": Option(COUNT, 3, "number of classes shown for each image"),
+        "csv": Option(FILE, None, "write every prediction as CSV", CALL),
+        "json": Option(FILE, None, "write every prediction as JSON", CALL),
+        "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
     },
     "comparison": {
-        "precisions": (
+        "precisions": Option(
             LIST,
             None,
-            f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and "
-            "amp-fp16 on older ones, fp32 and amp-bf16 elsewhere)",
+            f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and amp-fp16 on older ones, "
+            "fp32 and amp-bf16 elsewhere)",
+            CALL,
         ),
-        "seeds": (COUNT, 1, "runs per precision"),
-        "report_only": (FLAG, False, "redraw table and picture from finished runs"),
-        "runs": ({"metavar": "DIR", "nargs": "+"}, None, "report on these run folders instead"),
+        "seeds": Option(COUNT, 1, "number of runs per precision, each with another seed", CALL),
+        "report_only": Option(FLAG, False, "draw table and picture again from finished runs", CALL),
+        "runs": Option({"metavar": "DIR", "nargs": "+"}, None, "report on these run folders instead", CALL),
     },
     "examination": {
-        "device": (NAME, "auto", "auto, cpu, cuda, cuda:1, mps"),
-        "model": (NAME, "ResNet18", "any torchvision classification model"),
-        "image_size": (PIXELS, None, "side of the square images (default: 256 on a GPU, 128 on a CPU)"),
-        "batch_size": (COUNT, None, "images in one update (default: what fits on a GPU, 32 on a CPU)"),
-        "data_dir": (DIR, None, "measure this data set's loader too"),
-        "json": (FILE, None, "write all findings as JSON"),
+        "device": DEVICE,
+        "model": MODEL,
+        "image_size": Option(PIXELS, None, "side of the square images (default: 256 on a GPU, 128 on a CPU)"),
+        "batch_size": Option(COUNT, None, "number of images in one update (default: what fits on a GPU, 32 on a CPU)"),
+        "data_dir": Option(DIR, None, "also measure how fast this data set can be loaded", PLACE),
+        "json": Option(FILE, None, "write all findings as JSON", CALL),
     },
     "inspection": {
-        "device": (NAME, "auto", "auto, cpu, cuda, cuda:1, mps"),
-        "batch_size": (COUNT, 32, "images in the batch"),
-        "precisions": (LIST, None, "default: those that make sense"),
-        "full": (FLAG, False, "list every operator"),
-        "checkpoint": (FILE, None, "inspect this checkpoint's weights"),
-        "out": (DIR, "inspect", "folder for JSON and pictures"),
+        "device": DEVICE,
+        "batch_size": Option(COUNT, 32, "number of images in the batch"),
+        "precisions": Option(LIST, None, "precisions to inspect (default: those that suit the device)", CALL),
+        "full": Option(FLAG, False, "list every operator", CALL),
+        "checkpoint": Option(FILE, None, "inspect the weights of this checkpoint", CALL),
+        "out": Option(DIR, "inspect", "folder for JSON and pictures", CALL),
     },
     "one of these": {
-        "download": (FLAG, False, "Intel Image Classification from Kaggle"),
-        "archive": (FILE, None, "unpack this .zip"),
-        "demo": (FLAG, False, "draw six classes of scenes"),
-        "check": (FLAG, False, "report on the data set that is there"),
+        "download": Option(FLAG, False, "download Intel Image Classification from Kaggle", CALL),
+        "archive": Option(FILE, None, "unpack this .zip", CALL),
+        "demo": Option(FLAG, False, "draw scenes of six classes", CALL),
+        "check": Option(FLAG, False, "report on the data set that is there", CALL),
     },
     "preparation": {
-        "data_dir": (DIR, "data", "where to put the data set"),
-        "train_images": (_whole(60, 10**6), 1200, "demo scenes for training"),
-        "test_images": (_whole(12, 10**6), 300, "demo scenes for testing"),
-        "seed": (SEED, 0, "of the drawing"),
+        "data_dir": Option(DIR, "data", "folder to put the data set into", PLACE),
+        "train_images": Option(whole(60, 10**6), 1200, "number of demo scenes for training"),
+        "test_images": Option(whole(12, 10**6), 300, "number of demo scenes for testing"),
+        "seed": Option(SEED, 0, "seed of the drawing", REPEAT),
     },
     "export": {
-        "checkpoint": (FILE, None, "default: best_model.pt of the run"),
-        "out": (FILE, None, "default: model.onnx in the run's folder"),
+        "checkpoint": Option(FILE, None, "checkpoint to export (default: best_model.pt of the run)", CALL),
+        "out": Option(FILE, None, "file to write (default: model.onnx in the run's folder)", CALL),
     },
 }
 _TRAINING = ("run", "data", "model", "device and precision", "training", "recording and resuming")
@@ -283,9 +230,10 @@ GROUPS = {
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
 }
-# Defaults of a command's own, and what it does not ask but its data or model want to know.
-_AS_TRAINED = {"image_size": None, "normalize": None, "augment": "flip", "num_classes": None}  # as the checkpoint says
-_DEFAULTS = {
+# A command's own defaults, and what it does not ask but its data or model want to know. Those that take a finished
+# run also take its recorded options; None: as its checkpoint says.
+_AS_TRAINED = {"image_size": None, "normalize": None, "augment": "flip", "num_classes": None}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": _AS_TRAINED,
     "predict": _AS_TRAINED,
     "inspect": {
@@ -301,10 +249,27 @@ _DEFAULTS = {
 }
 
 
-def build_parser(command: str) -> Parser:
-    """The parser of one command; `train`'s help also lists the commands."""
+def options_of(command: str) -> dict[str, Option]:
+    """A command's options by name."""
+    return {name: option for group in GROUPS[command] for name, option in OPTIONS[group].items()}
+
+
+def named(*roles: str) -> frozenset[str]:
+    """The names of all options that have one of these roles wherever they occur."""
+    table = [(name, option.role) for group in OPTIONS.values() for name, option in group.items()]
+    return frozenset(name for name, role in table if role in roles) - {n for n, role in table if role not in roles}
+
+
+MAY_DIFFER_ON_RESUME = named(CALL, HANDLING, PLACE, START)
+MAY_DIFFER_IN_COMPARISON = named(CALL, HANDLING, PLACE, PRECISION, REPEAT)
+SAME_TRAINING = named(CALL, HANDLING)  # with these a finished run is still the one that is asked for
+
+
+def build_parser(command: str, *, also: str | None = None) -> Parser:
+    """The parser of one command, which also accepts the options of the command `also`, without a word in the help."""
     about = COMMANDS[command]
     parser = Parser(
+        [*options_of(command), *(options_of(also) if also else [])],
         prog=f"main.py {command}",
         description=f"{about[0].upper()}{about[1:]}.",
         usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]",
@@ -315,19 +280,19 @@ def build_parser(command: str) -> Parser:
             "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
             f"commands (python main.py COMMAND --help shows its options):\n{listing}"
         )
-    parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
     if command == "predict":
         parser.usage += " PATH ..."
-        parser.add_argument("inputs", nargs="+", metavar="PATH", help="image files and folders")
-    own_defaults = _DEFAULTS.get(command, {})
-    parser.set_defaults(**own_defaults)
+    parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
     for title in GROUPS[command]:
         group = parser.add_argument_group(title)
-        for name, (kind, default, text) in OPTIONS[title].items():
-            default = own_defaults.get(name, default)
-            if default is not None and default is not False and default != "":
-                text += f" (default: {'on' if default is True else default})"
-            group.add_argument(f"--{name}", default=default, help=text, **kind)
+        for name, option in OPTIONS[title].items():
+            shown = OWN_DEFAULTS.get(command, {}).get(name, option.default)
+            text = option.help
+            if shown is not None and shown is not False and shown != "":
+                text += f" (default: {'on' if shown is True else shown})"
+            group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
+    for name in [name for name in options_of(also) if name not in options_of(command)] if also else []:
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options_of(also)[name].kind)
     return parser
 
 
@@ -349,64 +314,49 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {command!r}: {hint}")
-    trained_like = command == "train" and "--evaluate" in words
-    command = "evaluate" if trained_like else command
-    parser = build_parser(command)
-    if trained_like:  # the training's own command line with --evaluate behind it is welcome, too
-        _accept_training_options(parser)
-    given = parser.parse_args(words)
-    demo = {name: value for name, value in DEMO.items() if parser.get_default(name) is not None}
-    earlier = as_words(parser, demo) if getattr(given, "demo", False) and command != "prepare" else []
-    stored = _stored_options(command, given)
-    try:  # the command line alone was right: what fails now comes from the file
-        earlier += as_words(parser, stored, _NEVER_HANDED_ON | (_EACH_RUN_SETS if command == "compare" else set()))
-        options = parser.parse_args([*earlier, *words])
-    except UserError as error:
-        raise UserError(f"config.json: {error}") from None
-    options.command = command
+    also = None
+    if command == "train" and "--evaluate" in words:  # the training's own command line with --evaluate behind it
+        command = "evaluate"
+        also = "train"
+    known = options_of(command)
+    typed = vars(build_parser(command, also=also).parse_args(words))
+    defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
+    demo = {}
+    if typed.get("demo") and command != "prepare":
+        demo = {name: value for name, value in DEMO.items() if name in known and defaults[name] is not None}
+    stored = _stored_options(command, defaults | typed)
+    merged = defaults | demo | stored | {name: value for name, value in typed.items() if name in known}
+    options = argparse.Namespace(**merged, command=command)
     _check_together(options)
     return options
 
 
-def _accept_training_options(parser: Parser) -> None:
-    """Lets `--evaluate` stand behind a training's options; those that do not concern a test are passed over."""
-    for action in build_parser("train")._actions:
-        if not set(action.option_strings) & parser._option_string_actions.keys():
-            parser._add_action(action)
-
-
-def _stored_options(command: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Options recorded in --config FILE, or by the named run for the commands that use one."""
-    if getattr(given, "config", None):
-        return read_config(Path(given.config))["options"]
-    if command in _FROM_RUN:
-        file = Path(given.checkpoint_dir) / given.checkpoint_name / "config.json"
-        if file.exists():
-            return read_config(file)["options"]
-    return {}
-
-
-def as_words(parser: Parser, values: dict[str, Any], left_out: Container[str] = ()) -> list[str]:
-    """Values of options as words of a command line, so that they are checked as strictly as what a user types."""
-    words = []
-    for action in parser._actions:
-        if action.dest not in values or action.dest in left_out or action.default is argparse.SUPPRESS:
-            continue
-        value = values[action.dest]
-        name = action.option_strings[0]
-        if action.nargs == 0 and isinstance(value, bool):
-            name = name if value else action.option_strings[-1]  # --amp, --no-amp
-            words += [name] if value or len(action.option_strings) > 1 else []
-        elif value is not None or action.default is not None:
-            if action.type is None and not isinstance(value, str):
-                raise UserError(f"argument {name}: invalid value: {value!r}")
-            words.append(f"{name}={value}")
-    return words
+def _stored_options(command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """Options recorded in --config FILE, or by the named run for the commands that use one, each checked."""
+    file = Path(given.get("checkpoint_dir") or "", given.get("checkpoint_name") or "", "config.json")
+    if given.get("config"):
+        stored = read_config(Path(given["config"]))["options"]
+    elif command in OWN_DEFAULTS and file.exists():
+        stored = read_config(file)["options"]
+    else:
+        return {}
+    roles = (CALL, PRECISION) if command == "compare" else (CALL,)
+    wanted = {name: option for name, option in options_of(command).items() if option.role not in roles}
+    try:
+        return {name: option.checked(name, stored[name]) for name, option in wanted.items() if name in stored}
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
 
 
 def training_words(options: argparse.Namespace) -> list[str]:
     """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
-    return as_words(build_parser("train"), vars(options), _NEVER_HANDED_ON - {"quiet"} | _EACH_RUN_SETS | {"seed"})
+    values = vars(options)
+    shared = {
+        name: option
+        for name, option in options_of("train").items()
+        if option.role not in (CALL, PRECISION, REPEAT) or name == "quiet"
+    }
+    return [word for name, option in shared.items() for word in option.words(name, values[name])]
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -422,23 +372,24 @@ def read_config(file: Path) -> dict[str, Any]:
 def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
     get = vars(options).get
-    epochs = vars(options).get("epochs", math.inf)
+    comparing = options.command == "compare"
+    epochs = get("epochs", math.inf)
     name = Path(get("checkpoint_name") or ".")
     sources = OPTIONS["one of these"]
     for wrong, message in (
         (
             get("accumulate", 1) > (get("batch_size") or 1),
-            "--accumulate cannot be larger than --batch_size: a piece needs at least one image.",
+            "--accumulate cannot be larger than --batch_size: a micro-batch needs at least one image.",
         ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
         (
-            options.command == "compare" and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
+            comparing and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
             "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
         ),
-        (options.command == "compare" and get("verify_resume"), "--verify_resume is for train."),
+        (comparing and get("verify_resume"), "--verify_resume is for train."),
         (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
         (
-            get("amp_dtype", "auto") != "auto" and not get("amp") and options.command != "compare",
+            get("amp_dtype", "auto") != "auto" and not get("amp") and not comparing,
             f"--amp_dtype {get('amp_dtype')} has no effect without --amp.",
         ),
         (

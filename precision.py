@@ -10,30 +10,34 @@ from dataclasses import dataclass
 
 import torch
 
-from option import PRECISIONS
+from precision_table import PRECISIONS, Regime, name_of
 from utils import UserError
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One numeric regime: `name` is one of PRECISIONS, `reason` says in words why it was chosen."""
+    """One numeric regime on one device: `name` is one of PRECISIONS, `reason` says in words why it was chosen."""
 
     name: str
     device: torch.device
     reason: str
 
     @property
+    def regime(self) -> Regime:
+        return PRECISIONS[self.name]
+
+    @property
+    def label(self) -> str:
+        return self.regime.label
+
+    @property
     def amp(self) -> bool:
-        return self.name.startswith("amp")
+        return self.regime.amp_dtype is not None
 
     @property
     def dtype(self) -> torch.dtype:
         """What autocast casts matrix products and convolutions to; float32 where it is disabled."""
-        return {"amp-fp16": torch.float16, "amp-bf16": torch.bfloat16}.get(self.name, torch.float32)
-
-    @property
-    def label(self) -> str:
-        return PRECISIONS[self.name]
+        return getattr(torch, self.regime.amp_dtype or "float32")
 
     def autocast(self) -> torch.autocast:
         """Wraps forward and loss only; the weights stay float32."""
@@ -41,7 +45,7 @@ class Precision:
 
     def grad_scaler(self) -> torch.amp.GradScaler:
         """Enabled for float16 alone: bfloat16 has float32's range, so nothing underflows there."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.name == "amp-fp16")
+        return torch.amp.GradScaler(self.device.type, enabled=self.regime.scaled)
 
 
 def choose_precision(
@@ -69,21 +73,18 @@ def choose_precision(
             raise UserError(f"{card} has no bfloat16 arithmetic. Use --amp_dtype float16.")
         _set_float32_mode(tf32)
     if tf32:
-        name = "tf32"
         reason = "--tf32: float32 storage, factors of products rounded to 10 bits of fraction"
     elif not amp:
-        name = "fp32"
         reason = "no --amp: true FP32, TF32 off" if cuda else "no --amp"
     elif amp_dtype != "auto":
-        name = "amp-fp16" if amp_dtype == "float16" else "amp-bf16"
         reason = f"--amp_dtype {amp_dtype}"
     elif cuda:
-        name = "amp-fp16"
+        amp_dtype = "float16"
         reason = "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
     else:
-        name = "amp-bf16"
+        amp_dtype = "bfloat16"
         reason = f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
-    return Precision(name, device, reason)
+    return Precision(name_of(amp_dtype if amp else None, tf32=tf32), device, reason)
 
 
 def _set_float32_mode(tf32: bool) -> None:
@@ -96,8 +97,9 @@ def _set_float32_mode(tf32: bool) -> None:
 
 def named_precision(name: str, device: torch.device) -> Precision:
     """The precision called `name` (one of PRECISIONS) on `device`, set up as by `choose_precision`."""
-    amp_dtype = {"amp-fp16": "float16", "amp-bf16": "bfloat16"}.get(name, "auto")
-    return choose_precision(device, amp=name.startswith("amp"), amp_dtype=amp_dtype, tf32=name == "tf32")
+    regime = PRECISIONS[name]
+    amp_dtype = regime.amp_dtype or "auto"
+    return choose_precision(device, amp=regime.amp_dtype is not None, amp_dtype=amp_dtype, tf32=regime.tf32)
 
 
 def sensible_precisions(device: torch.device) -> list[str]:

@@ -11,14 +11,14 @@ import csv
 import ctypes
 import errno
 import json
+import logging
 import os
 import platform
 import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -43,53 +43,6 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, message: str):
         super().__init__(message)
         self.exit_status = 128 + signal_number
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among the processes of a torchrun job; `Ranks()` is a job of one."""
-
-    rank: int = 0
-    local_rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def from_environment(cls) -> Ranks:
-        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE."""
-        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the one process that writes, prints and draws."""
-        return self.rank == 0
-
-    def sum(self, *tensors: torch.Tensor) -> None:
-        """Adds each tensor up over all ranks, in place."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            for tensor in tensors:
-                dist.all_reduce(tensor)
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; every rank must ask."""
-        if self.size == 1:
-            return flag
-        import torch
-
-        count = torch.tensor(int(flag))
-        self.sum(count)
-        return count.item() > 0
-
-    def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first rank, on every rank: for files that other machines may not see."""
-        if self.size == 1:
-            return make()
-        import torch.distributed as dist
-
-        shared = [make() if self.is_first else None]
-        dist.broadcast_object_list(shared)
-        return shared[0]
 
 
 def keep_freed_memory() -> None:
@@ -235,7 +188,7 @@ class StopSignal:
             os._exit(128 + number)
         self.number = number
         name = signal.Signals(number).name
-        if Ranks.from_environment().is_first:
+        if is_first_rank():
             with contextlib.suppress(OSError):  # the terminal may be gone
                 os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
 
@@ -343,12 +296,35 @@ def wrapped(text: str, stream: IO) -> str:
     )
 
 
-quiet = False  # with --quiet there are no bars
+log = logging.getLogger("amp-train")
+
+
+class _AboveBars(logging.Handler):
+    """Prints to stdout, above any bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        mark = "warning: " if record.levelno >= logging.WARNING else ""
+        tqdm.write(wrapped(mark + record.getMessage(), sys.stdout), file=sys.stdout)
+
+
+def start_logging(*, quiet: bool) -> None:
+    """The program's one handler: with `quiet` it shows warnings alone, on every rank but the first nothing."""
+    if not any(isinstance(handler, _AboveBars) for handler in log.handlers):
+        log.addHandler(_AboveBars())
+    log.setLevel(logging.WARNING if quiet else logging.INFO)
+    log.disabled = not is_first_rank()
+
+
+def is_first_rank() -> bool:
+    """Whether this is the one process of a job that prints and writes."""
+    return int(os.environ.get("RANK") or 0) == 0
 
 
 def shows_bars() -> bool:
     """Whether this process draws bars: not with --quiet, off a terminal, or on a rank but the first."""
-    return sys.stderr.isatty() and Ranks.from_environment().is_first and not quiet
+    return sys.stderr.isatty() and is_first_rank() and log.getEffectiveLevel() < logging.WARNING
 
 
 def progress(iterable: Any = None, **options: Any) -> tqdm:

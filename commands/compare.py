@@ -25,7 +25,7 @@ from option import read_config
 from precision import named_precision
 from reports import page, pictures, results, tables, text
 from runs.resume import HARMLESS
-from utils import RunError, Stopped, UserError, choose_device, printable, remove, write_text
+from utils import RunError, Stopped, UserError, choose_device, log, printable, remove, write_text
 
 FLAGS = {
     "fp32": ["--no-amp", "--no-tf32"],
@@ -55,7 +55,6 @@ def run_all(
     precisions: list[str],
     seeds: list[int],
     words: list[str],
-    log: Callable[[str], None],
     *,
     parse: Callable[[list[str]], dict[str, Any]],
     overwrite: bool = False,
@@ -79,11 +78,12 @@ def run_all(
     if any(run.state != "finished" for run in planned):
         find_image_set(options["data_dir"])  # what is wrong with the folder need not be found out by each run
     for number, run in enumerate(planned, 1):
-        log(f"\nrun {number} of {len(planned)}: {run.folder.name}" + ", already finished" * (run.state == "finished"))
+        remark = ", already finished" if run.state == "finished" else ""
+        log.info(f"\nrun {number} of {len(planned)}: {run.folder.name}{remark}")
         if run.state != "finished":
             remove(run.folder / "failure.json")  # an earlier attempt's
             earlier = _written(run.folder / "result.json")
-            reason = _train(run, sum(later.epochs for later in planned[number:]), log)
+            reason = _train(run, sum(later.epochs for later in planned[number:]))
             if reason and earlier and _written(run.folder / "result.json") == earlier:  # nothing was replaced
                 kept.append(f"{run.folder.name} ({reason})")
             elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
@@ -94,12 +94,12 @@ def run_all(
         raise RunError(f"not replaced, so that an earlier comparison's runs stand there: {', '.join(kept)}.")
 
 
-def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str | None:
+def _train(run: Planned, epochs_later: int) -> str | None:
     """Runs one training in a process and says now and then how long all will take; the reason where it failed."""
     try:
         named_precision(run.precision, choose_device(run.device, use=False))
     except UserError as error:
-        log(str(error))
+        log.info(str(error))
         return str(error).splitlines()[0]
     before, since = (_epochs(run.folder), 0) if run.state == "begun" else (0, time.time())
     started = time.monotonic()
@@ -111,7 +111,7 @@ def _train(run: Planned, epochs_later: int, log: Callable[[str], None]) -> str |
         if left and done > said and (not said or done - said >= run.epochs / 4):
             seconds = (time.monotonic() - started) / done * left
             print(clear, end="")  # the run's bar, which comes again
-            log(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
+            log.info(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
             said = done
     if status in (130, 143):
         raise Stopped(

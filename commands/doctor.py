@@ -23,8 +23,8 @@ from dataset import Batches, Pixels, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
-from option import PRECISIONS
 from precision import gives_nan_in_float16, sensible_precisions
+from precision_table import label_of
 from utils import RunError, device_name, linux_memory
 
 ROUNDS = 5
@@ -90,7 +90,7 @@ def loader_rate(
     The images are decoded first (once; later runs find them decoded), which is not counted.
     Raises UserError for anything wrong with the data.
     """
-    data = open_data_set(data_dir, image_size=image_size, seed=0, pin=device.type == "cuda", log=lambda line: None)
+    data = open_data_set(data_dir, image_size=image_size, seed=0, pin=device.type == "cuda")
     batches = Batches(data.train, Pixels(device, image_size), min(batch_size, len(data.train)), len(data.classes))
     updates = endless(batches)
     count = 0
@@ -260,7 +260,7 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
             recommended = best
         effect = "pays" if speedup >= 1.05 else "brings no speed" if speedup > 0.95 else "is slower"
         verdict = (
-            f"AMP {effect} here: {PRECISIONS[best]} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
+            f"AMP {effect} here: {label_of(best)} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
             "of its memory."
         )
         reasons += _amp_reasons(findings, best, saving)
@@ -369,7 +369,7 @@ def report(findings: dict[str, Any]) -> str:
         [["", "images/s", "speed-up", "memory", *PHASES]]
         + [
             [
-                PRECISIONS[name],
+                label_of(name),
                 f"{row['images_per_second']:,.1f}",
                 f"{row['speedup']:.2f}",
                 f"{row['training_mb']:,.0f}",
@@ -389,14 +389,14 @@ def report(findings: dict[str, Any]) -> str:
         [["", *OPERATORS, "other", "s", "ceiling"]]
         + [
             [
-                PRECISIONS[name],
+                label_of(name),
                 *(f"{share:.0%}" for share in row["shares"].values()),
                 *(f"{findings['ceiling'][name][key]:.2f}" if name != "fp32" else "" for key in ("s", "ceiling")),
             ]
             for name, row in measured.items()
         ],
     )
-    rates = ", ".join(f"{row['tflops']:.3g} in {PRECISIONS[name]}" for name, row in measured.items())
+    rates = ", ".join(f"{row['tflops']:.3g} in {label_of(name)}" for name, row in measured.items())
     lines += paragraph(
         "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
         f"a large matrix product runs ({rates} TFLOP/s).",

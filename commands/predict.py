@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from evaluate import probabilities
 from images.decode import ahead, try_decode
 from images.folders import find_images
 from precision import Precision
-from utils import UserError, printable, progress, write_text
+from utils import UserError, log, printable, progress, write_text
 
 SHOWN = 50  # lines on the terminal; files hold all
 
@@ -43,7 +43,6 @@ def predict_files(
     csv_file: str | None,
     json_file: str | None,
     sheet: str | None,
-    log: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     """Classifies every image named or found in `inputs`; returns and writes a row for each readable one.
 
@@ -68,9 +67,9 @@ def predict_files(
                 rows += [_row(path, share, classes, top_k) for (path, _), share in zip(good, shares, strict=True)]
             bar.update(len(batch))
     for path, reason in unreadable[:10]:
-        log(f"warning: cannot be read, skipped: {printable(path)}: {printable(reason)}")
+        log.warning(f"cannot be read, skipped: {printable(path)}: {printable(reason)}")
     if len(unreadable) > 10:
-        log(f"warning: and {len(unreadable) - 10} more cannot be read")
+        log.warning(f"and {len(unreadable) - 10} more cannot be read")
     if not rows:
         raise UserError("none of the images can be read.")
     _write(rows, classes, csv_file, json_file, sheet)

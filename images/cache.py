@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from images.decode import ahead, try_decode
-from utils import atomic_write, lock, progress, remove
+from utils import atomic_write, lock, log, progress, remove
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
@@ -48,7 +48,7 @@ def cache_folder(root: Path) -> Path:
 
 
 @contextmanager
-def only_builder(file: Path, log) -> Iterator[None]:
+def only_builder(file: Path) -> Iterator[None]:
     """One builder of a cache at a time, on this machine; the others wait and then find it built."""
     try:
         handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
@@ -57,12 +57,12 @@ def only_builder(file: Path, log) -> Iterator[None]:
         return
     with handle:
         if not lock(handle):
-            log("another process is decoding the images; waiting for it")
+            log.info("another process is decoding the images; waiting for it")
             lock(handle, wait=True)
         yield
 
 
-def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int, log) -> Kept | None:
+def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int) -> Kept | None:
     """What an earlier run kept, if it is there and whole."""
     try:
         notes = json.loads(file.with_suffix(".json").read_text())
@@ -80,7 +80,7 @@ def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int,
         found[list(unreadable)] = 0
         if not np.array_equal(found, crc32):
             raise ValueError("checksums differ")
-        log(f"images: {_described(shape)}, mapped from {file}")
+        log.info(f"images: {_described(shape)}, mapped from {file}")
         return array, crc32, unreadable
     except FileNotFoundError:
         return None
@@ -95,20 +95,20 @@ def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int,
         EOFError,
         RecursionError,
     ) as error:
-        log(f"the cache {file} is damaged ({error}); decoding again")
+        log.info(f"the cache {file} is damaged ({error}); decoding again")
         return None
 
 
-def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed: bool, workers: int, log) -> Kept:
+def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed: bool, workers: int) -> Kept:
     """Decodes every image into a cache file, or into memory where there is no room; streamed ones are only checked."""
     remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
     started = time.perf_counter()
     try:
-        array = None if streamed else _allocate(temporary, shape, log)
+        array = None if streamed else _allocate(temporary, shape)
         crc32, unreadable = _decode_into(array, paths, shape[1:3], workers)
         done = "checked" if streamed else f"decoded into {file if isinstance(array, np.memmap) else 'memory'}"
-        log(f"images: {_described(shape)}, {done} in {time.perf_counter() - started:.1f} s")
+        log.info(f"images: {_described(shape)}, {done} in {time.perf_counter() - started:.1f} s")
         if streamed or isinstance(array, np.memmap):
             with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
                 notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
@@ -124,7 +124,7 @@ def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed:
     return array, crc32, unreadable
 
 
-def _allocate(file: Path, shape: tuple[int, ...], log) -> np.ndarray:
+def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     """An array in a new .npy file, its blocks reserved (a full disk shows here, not as SIGBUS); else in memory."""
     try:
         if shutil.disk_usage(file.parent).free < math.prod(shape) + 2**28:
@@ -135,7 +135,7 @@ def _allocate(file: Path, shape: tuple[int, ...], log) -> np.ndarray:
                 os.posix_fallocate(handle.fileno(), 0, os.path.getsize(file))
         return array
     except OSError as error:
-        log(f"no cache of decoded images ({error.strerror}: {file.parent}); keeping them in memory")
+        log.info(f"no cache of decoded images ({error.strerror}: {file.parent}); keeping them in memory")
         remove(file)
         return np.empty(shape, np.uint8)
 

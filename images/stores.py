@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from images.cache import build_cache, cache_folder, file_state, only_builder, read_cache
 from images.decode import DECODER, ahead, stored_size, try_decode
-from utils import RunError, cores, linux_memory, printable
+from utils import RunError, cores, linux_memory, log, printable
 
 
 @dataclass
@@ -105,14 +105,7 @@ def _quiet_worker(_worker: int) -> None:
 
 
 def open_store(
-    paths: list[Path],
-    root: Path,
-    *,
-    limit: int,
-    cache: str = "auto",
-    workers: int | None = None,
-    pin: bool = False,
-    log: Callable[[str], None] = print,
+    paths: list[Path], root: Path, *, limit: int, cache: str = "auto", workers: int | None = None, pin: bool = False
 ) -> ImageStore:
     """Decodes a listing, or finds it decoded by an earlier run, as `cache` says (auto, memory, none).
 
@@ -127,10 +120,10 @@ def open_store(
     memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
     streamed = cache == "none" or (cache == "auto" and math.prod(shape) > 0.6 * memory)
     file = cache_folder(root) / f"{key}.npy"
-    with only_builder(file.with_suffix(".lock"), log):
-        kept = read_cache(file, shape, streamed, workers, log)
-        array, crc32, unreadable = kept or build_cache(file, paths, shape, streamed, workers, log)
+    with only_builder(file.with_suffix(".lock")):
+        kept = read_cache(file, shape, streamed, workers)
+        array, crc32, unreadable = kept or build_cache(file, paths, shape, streamed, workers)
     if not streamed:
         return DecodedImages(array, crc32, unreadable, pin)
-    log(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
+    log.info(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
     return StreamedImages(paths, size, crc32, unreadable, workers=workers, pin=pin)

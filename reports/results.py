@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from option import PRECISIONS
+from precision_table import PRECISIONS, label_of
 from utils import UserError, printable, read_json, reading
 
 SHARES = ("precision", "recall", "f1")
@@ -184,7 +184,7 @@ def tell_apart(runs: list[dict[str, Any]]) -> None:
             run[name] = run[name] or known
     several = len({run["device_name"] for run in runs}) > 1
     for run in runs:
-        name = f"{run['model']} {PRECISIONS[run['precision']]}".strip()
+        name = f"{run['model']} {label_of(run['precision'])}".strip()
         run["label"] = f"{name}, {run['device_name']}" if several else name
     count = Counter((run["label"], run["seed"]) for run in runs)
     for label in {label for (label, _), number in count.items() if number > 1}:

@@ -25,8 +25,8 @@ import assemble
 import distributed
 import main as program
 import train
+from distributed import Ranks
 from reports import page, pictures
-from utils import Ranks
 
 
 def steady(build):

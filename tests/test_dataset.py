@@ -15,10 +15,11 @@ from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
 from dataset import IMAGENET_MEAN, IMAGENET_STD, Batches, Pixels, open_data_set, split_train
+from distributed import Ranks
 from images import cache
 from images.decode import decode, try_decode
 from images.folders import find_image_set
-from utils import Ranks, UserError
+from utils import UserError
 
 CPU = torch.device("cpu")
 NAMES = ("zebra", "apple", "Mango")

@@ -23,7 +23,7 @@ from ranks import leave_out_pictures, steady
 import assemble
 import distributed
 import model
-from utils import Ranks
+from distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}

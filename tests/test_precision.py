@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import precision
-from option import PRECISIONS
 from precision import choose_precision, gives_nan_in_float16, named_precision, sensible_precisions
+from precision_table import PRECISIONS
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_a_precision_is_its_dtype_its_autocast_and_its_scaler(name, card):
     card("NVIDIA H100", (9, 0))
     found = named_precision(name, CUDA if name == "tf32" else CPU)
     expected = {"amp-fp16": torch.float16, "amp-bf16": torch.bfloat16}.get(name, torch.float32)
-    assert (found.name, found.dtype, found.label) == (name, expected, PRECISIONS[name]) and found.reason
+    assert (found.name, found.dtype, found.label) == (name, expected, PRECISIONS[name].label) and found.reason
     if found.device == CPU:
         with found.autocast():
             assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(2, 2)).dtype is expected

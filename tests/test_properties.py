@@ -188,7 +188,7 @@ def test_every_wrong_value_is_refused(data, tmp_path_factory, words, wrong):
 
 
 hostile_words = st.one_of(
-    st.sampled_from([word for action in option.build_parser("train")._actions for word in action.option_strings]),
+    st.sampled_from([f"--{name}" for name in option.options_of("train")]),
     st.sampled_from(sorted(option.COMMANDS)),
     st.text(max_size=12),
     st.integers().map(str),
@@ -217,7 +217,7 @@ values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=5,
 )
-names = st.sampled_from([action.dest for action in option.build_parser("train")._actions] + ["unknown", "inputs"])
+names = st.sampled_from([*option.options_of("train")] + ["unknown", "inputs"])
 
 
 @settings(QUICK, max_examples=10 * EXAMPLES)

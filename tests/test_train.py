@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as training
 from dataset import Batches, Pixels, Subset
+from distributed import Ranks
 from evaluate import evaluate
 from images.stores import DecodedImages
 from model import update_average
@@ -26,7 +27,7 @@ from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Forward, Trainer, update_weights
-from utils import Ranks, RunError, Stopped
+from utils import RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")
 CPU = torch.device("cpu")

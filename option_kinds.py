@@ -1,0 +1,155 @@
+"""What an option is: its kind (how its text is read), its default, its help and its role; and the parser that reads it.
+
+The options themselves stand in option.py. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from precision_table import PRECISIONS
+from utils import UserError
+
+# The role of an option: what it says about a run, from which follows where it may differ.
+CALL = "call"  # about this call alone: no other run takes it from a config
+HANDLING = "handling"  # how the work is done, not what is computed: may differ anywhere
+PLACE = "place"  # where: may differ when a run is resumed, and within a comparison
+START = "start"  # what counts at the start of a run alone: may differ when it is resumed
+PRECISION = "precision"  # what a comparison varies
+REPEAT = "repeat"  # what repeats of one training vary
+RESULT = "result"  # changes what is computed
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option: keywords of argparse's `add_argument`, its default, its help text and its role."""
+
+    kind: dict[str, Any]
+    default: Any
+    help: str
+    role: str = RESULT
+
+    @property
+    def is_flag(self) -> bool:
+        return "action" in self.kind
+
+    @property
+    def has_negation(self) -> bool:
+        """Whether there is --no-NAME beside --NAME."""
+        return self.kind.get("action") is argparse.BooleanOptionalAction
+
+    def checked(self, name: str, value: Any) -> Any:
+        """A value from a file, as strictly as if it had been typed. Raises UserError where it does not fit."""
+        if value is None and self.default is None:
+            return None
+        if self.is_flag:
+            if isinstance(value, bool):
+                return value
+            raise UserError(f"argument --{name}: invalid value: {value!r}")
+        convert = self.kind.get("type", str)
+        if convert is str and not isinstance(value, str):
+            raise UserError(f"argument --{name}: invalid value: {value!r}")
+        try:
+            found = convert(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
+            raise UserError(f"argument --{name}: {error}") from None
+        if found not in self.kind.get("choices", [found]):
+            raise UserError(f"argument --{name}: invalid choice: {value!r}")
+        return found
+
+    def words(self, name: str, value: Any) -> list[str]:
+        """The words of a command line that give the option this value."""
+        if value is None:
+            return []
+        if not self.is_flag:
+            return [f"--{name}={','.join(value) if isinstance(value, list) else value}"]
+        if value:
+            return [f"--{name}"]
+        return [f"--no-{name}"] if self.has_negation else []
+
+
+class Parser(argparse.ArgumentParser):
+    """Suggests the option that was meant and raises UserError, where argparse would print and exit."""
+
+    def __init__(self, known: Sequence[str], **options: Any):
+        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
+        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width)
+        super().__init__(allow_abbrev=False, formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
+        self.known = known
+
+    def error(self, message: str) -> None:
+        if message.startswith("unrecognized arguments: "):
+            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
+            close = difflib.get_close_matches(unknown.split("=")[0], [f"--{name}" for name in self.known], 1, 0.6)
+            if close:
+                message += f" (did you mean {close[0]}?)"
+        raise UserError(f"{message}\nSee: python main.py --help")
+
+
+def number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
+    """A number that `fits`; `bounds` says in words what does."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
+        return value
+
+    return {"metavar": metavar, "type": convert}
+
+
+def whole(low: int, high: int = 2**31, metavar: str = "N") -> dict[str, Any]:
+    return number(metavar, int, lambda value: low <= value <= high, f"at least {low} and at most {high}")
+
+
+def precision_list(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not set(names) <= set(PRECISIONS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(PRECISIONS)}, separated by commas")
+    return list(dict.fromkeys(names))
+
+
+def checkpoint_every(text: str) -> str:
+    """`30m` (minutes) or `500u` (updates)."""
+    try:
+        amount = {"m": float, "u": int}[text[-1:]](text[:-1])
+    except (KeyError, ValueError):
+        amount = 0
+    if not amount > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} must be minutes such as 10m or updates such as 500u")
+    return text
+
+
+def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
+    return {"choices": choices, **more}
+
+
+FLAG = {"action": "store_true"}
+SWITCH = {"action": argparse.BooleanOptionalAction}
+DIR = {"metavar": "DIR"}
+FILE = {"metavar": "FILE"}
+NAME = {"metavar": "NAME"}
+COUNT = whole(1)
+SEED = whole(0, 2**63)
+PIXELS = whole(16, 4096, "PIXELS")
+RATE = number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
+POSITIVE = number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
+SHARE = number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+ALPHA = number(
+    "ALPHA",
+    float,
+    lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
+    "0 (off) or between 0.001 and 1000",
+)
+EVERY = {"metavar": "10m|500u", "type": checkpoint_every}
+LIST = {"metavar": "LIST", "type": precision_list}
