@@ -20,7 +20,7 @@ import torchvision
 from torch import nn
 
 import option
-from dataset import Batches, DataSet, Pixels, Subset, open_data_set
+from dataset import Batches, DataSet, Subset, open_data_set
 from distributed import Ranks
 from model import avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
 from optimizer import make_optimizer, make_scheduler
@@ -28,6 +28,7 @@ from precision import Precision, choose_precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer
+from transforms import Preprocess
 from utils import UserError, choose_device, device_name, printable, seed_everything
 
 Log = Callable[[str], None]
@@ -96,15 +97,15 @@ class Setup:
         return data
 
     @property
-    def pixels(self) -> Pixels:
+    def preprocess(self) -> Preprocess:
         options = self.options
-        return Pixels(self.device, options.image_size, options.normalize, options.channels_last)
+        return Preprocess(self.device, options.image_size, options.normalize, options.channels_last)
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False) -> Batches:
         own = ("seed", "accumulate", "augment", "mixup", "cutmix") if train else ()
         return Batches(
             subset,
-            self.pixels,
+            self.preprocess,
             self.options.batch_size,
             len(data.classes),
             ranks=self.ranks,

@@ -22,12 +22,10 @@ from torch.nn import functional as F
 from distributed import Ranks
 from images.folders import Listing, find_image_set
 from images.stores import ImageStore, open_store
+from transforms import Preprocess, mix, random_flip, random_resized_crop, trivial_augment
 from utils import UserError, fold, log, printable
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-Piece = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
+MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
 
 
 def split_train(labels: np.ndarray, *, fraction: float = 0.2, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -144,51 +142,11 @@ def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
 
 
 @dataclass
-class Pixels:
-    """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
-
-    `normalize` is "imagenet" (mean and deviation of ImageNet) or "none" (values 0 to 1).
-    """
-
-    device: torch.device
-    image_size: int
-    normalize: str = "imagenet"
-    channels_last: bool = True
-
-    def __post_init__(self) -> None:
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
-        mean = torch.tensor(mean)
-        std = torch.tensor(std)
-        self._factor, self._offset = (  # of a whole row of pixels: a last dimension of three would not be vectorised
-            row.repeat(self.image_size).to(self.device) for row in (1 / (255 * std), -mean / std)
-        )
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
-        return self.normalized(self.resized(images.permute(0, 3, 1, 2)))
-
-    def resized(self, images: torch.Tensor) -> torch.Tensor:
-        """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
-        if images.shape[-2:] == (self.image_size, self.image_size):
-            return images
-        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
-            images = images.float()
-        return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
-
-    def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
-        rows = images.permute(0, 2, 3, 1).flatten(2)
-        rows = torch.addcmul(self._offset, rows.float(), self._factor)
-        pixels = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
-        return pixels if self.channels_last else pixels.contiguous()
-
-
-@dataclass
 class Batches:
-    """Feeds one subset to a device: float32 images (count, 3, size, size) from `pixels`, and labels."""
+    """Feeds one subset to a device: float32 images (count, 3, size, size) from `preprocess`, and labels."""
 
     subset: Subset
-    pixels: Pixels
+    preprocess: Preprocess
     batch_size: int
     class_count: int
     seed: int = 0
@@ -199,7 +157,7 @@ class Batches:
     ranks: Ranks = Ranks()
 
     def __post_init__(self) -> None:
-        self.device = self.pixels.device
+        self.device = self.preprocess.device
         self.seconds_waited = 0.0  # in which the step had to wait for its batch
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -209,12 +167,12 @@ class Batches:
 
     @property
     def full_sizes(self) -> set[int]:
-        """How many images this rank's pieces of a full batch hold; those of a ragged last batch hold fewer."""
+        """How many images this rank's micro-batches of a full batch hold; those of a ragged last batch hold fewer."""
         mine = np.array_split(np.arange(self.batch_size), self.ranks.size)[self.ranks.rank]
         return {len(part) for part in np.array_split(mine, self.accumulate)}
 
-    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[Piece]]:
-        """The updates of one epoch from `first_update` on, each an iterator of pieces.
+    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[MicroBatch]]:
+        """The updates of one epoch from `first_update` on, each an iterator of micro-batches.
 
         Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last
         batch is empty gets one image with weight 0, because every rank must take part in every update.
@@ -222,7 +180,7 @@ class Batches:
         generator = torch.Generator().manual_seed(fold(self.seed, epoch))
         order = torch.randperm(len(self.subset), generator=generator).numpy()
         draws = torch.rand(len(self.subset), 5, generator=generator)  # by position in the epoch
-        pieces = []
+        updates = []
         for update in range(first_update, self.updates_per_epoch):
             whole = np.arange(update * self.batch_size, min((update + 1) * self.batch_size, len(order)))
             mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
@@ -230,18 +188,17 @@ class Batches:
             weight = int(len(mine) > 0)
             if self._mixes:  # each image is mixed with the one before it in the update, whoever else holds that
                 parts = [np.append(whole[part[0] - whole[0] - 1], part) for part in parts]
-            pieces.append([(part, update, weight, part is parts[-1]) for part in parts])
-        flat = [piece for update in pieces for piece in update]
-        loaded = self._on_device([order[places] for places, *_ in flat])
-        for update in pieces:
-            yield (self._timed_piece(loaded, draws, epoch, *piece) for piece in update)
+            updates.append([(part, update, weight, part is parts[-1]) for part in parts])
+        loaded = self._on_device([order[places] for update in updates for places, *_ in update])
+        for update in updates:
+            yield (self._timed(loaded, draws, epoch, *micro_batch) for micro_batch in update)
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
         batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
         for (images, labels), batch in zip(self._on_device(batches), batches, strict=True):
-            yield self.pixels(images), labels, batch
+            yield self.preprocess(images), labels, batch
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 images and labels of each batch, copied one batch ahead on a stream of their own on CUDA."""
@@ -270,78 +227,30 @@ class Batches:
             tensor.record_stream(stream)
         return pair
 
-    def _timed_piece(self, loaded, draws, epoch, places, update, weight, last):
+    def _timed(self, loaded, draws, epoch, places, update, weight, last) -> MicroBatch:
         started = time.perf_counter()
         images, labels = next(loaded)
-        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], (epoch, update), places)
-        images = self.pixels.normalized(images)
-        if self._mixes:
-            images, labels = self._mixed(images, labels, (epoch, update))
+        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], epoch, places)
+        images = self.preprocess.normalized(images)
+        if self._mixes:  # drawn once for all micro-batches of an update
+            random = np.random.default_rng(fold(self.seed, epoch, update))
+            labels = F.one_hot(labels, self.class_count).float()
+            images, labels = mix(images, labels, random, mixup=self.mixup, cutmix=self.cutmix)
         self.seconds_waited += time.perf_counter() - started
         return images, labels, weight, last
 
-    def _augmented(self, images, draws, moment, places) -> torch.Tensor:
+    def _augmented(self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray) -> torch.Tensor:
         """Flips, and crops or distorts, each image by its own row of `draws`; resizes; values 0 to 255."""
         cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
         draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
-        if self.augment == "trivial":
-            images = self._trivial(images, moment, places)
         if self.augment == "crop":
-            return self._cropped(images, draws)
+            return random_resized_crop(images, draws, self.preprocess.image_size)
+        if self.augment == "trivial":
+            images = trivial_augment(images, [fold(self.seed, epoch, place) for place in places.tolist()])
         if self.augment != "none":
-            images = torch.where(draws[:, :1, None, None] < 0.5, images.flip(3), images)
-        return self.pixels.resized(images)
-
-    def _cropped(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Random resized crop: 25 to 100 % of the area, aspect ratio 3/4 to 4/3, flipped half the time."""
-        area = 0.25 + 0.75 * draws[:, 1]
-        aspect = torch.exp((draws[:, 2] * 2 - 1) * np.log(4 / 3))
-        width = (area * aspect).sqrt().clamp(max=1)
-        height = (area / aspect).sqrt().clamp(max=1)
-        left = (draws[:, 3] * 2 - 1) * (1 - width)
-        top = (draws[:, 4] * 2 - 1) * (1 - height)
-        zero = torch.zeros_like(left)
-        sign = torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
-        theta = torch.stack([sign * width, zero, left, zero, height, top], 1).view(-1, 2, 3)
-        side = self.pixels.image_size
-        grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
-        pixels = images.float().contiguous(memory_format=torch.channels_last)
-        return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
-
-    def _trivial(self, images: torch.Tensor, moment: tuple[int, int], places: np.ndarray) -> torch.Tensor:
-        """TrivialAugmentWide (Müller and Hutter 2021), seeded image by image by its place in the epoch."""
-        from torchvision.transforms.v2 import TrivialAugmentWide
-
-        transform = TrivialAugmentWide()
-        distorted = []
-        for image, place in zip(images, places.tolist(), strict=True):
-            torch.default_generator.manual_seed(fold(self.seed, moment[0], place))
-            distorted.append(transform(image))
-        return torch.stack(distorted)
+            images = random_flip(images, draws[:, 0])
+        return self.preprocess.resized(images)
 
     @property
     def _mixes(self) -> bool:
         return bool(self.mixup or self.cutmix)
-
-    def _mixed(self, images, labels, moment) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each image but the first mixed with the one before it; labels become probabilities (count, classes).
-
-        MixUp (Zhang et al. 2018) or CutMix (Yun et al. 2019), drawn once for all pieces of an update.
-        """
-        random = np.random.default_rng(fold(self.seed, *moment))
-        kinds = {"mixup": self.mixup, "cutmix": self.cutmix}
-        kind = random.choice([name for name, alpha in kinds.items() if alpha])
-        share = random.beta(kinds[kind], kinds[kind])
-        labels = F.one_hot(labels, self.class_count).float()
-        mixed = images[1:].clone(memory_format=torch.preserve_format)
-        if kind == "mixup":
-            mixed.lerp_(images[:-1], 1 - share)
-        else:
-            side = images.shape[-1]
-            middle = random.integers(0, side, 2)
-            half = int((1 - share) ** 0.5 * side / 2)
-            (top, left) = (middle - half).clip(0)
-            (low, right) = (middle + half).clip(max=side)
-            mixed[..., top:low, left:right] = images[:-1, :, top:low, left:right]
-            share = 1 - (low - top) * (right - left) / side**2
-        return mixed, labels[1:].lerp(labels[:-1], 1 - share)

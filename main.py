@@ -387,7 +387,7 @@ def predict(options: Namespace, ranks: Ranks) -> None:
         setup.trained(checkpoint),
         checkpoint["classes"],
         options.inputs,
-        pixels=setup.pixels,
+        pixels=setup.preprocess,
         precision=setup.precision,
         batch_size=options.batch_size,
         top_k=options.top_k,

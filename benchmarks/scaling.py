@@ -55,12 +55,13 @@ def measure(data_dir: str, cache: str, image_size: int) -> dict[str, float]:
     import torch
 
     import utils
-    from dataset import Batches, Pixels, open_data_set
+    from dataset import Batches, open_data_set
+    from transforms import Preprocess
 
     started = time.perf_counter()
     data = open_data_set(data_dir, image_size=image_size, seed=0, cache=cache, log=lambda text: None)
     opened = time.perf_counter() - started
-    batches = Batches(data.train, Pixels(torch.device("cpu"), image_size), 64, len(data.classes))
+    batches = Batches(data.train, Preprocess(torch.device("cpu"), image_size), 64, len(data.classes))
     started = time.perf_counter()
     for pieces in batches.epoch(0):
         for _ in pieces:

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 import torchvision
 
-from dataset import Batches, Pixels, open_data_set
+from dataset import Batches, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
 from precision import gives_nan_in_float16, sensible_precisions
 from precision_table import label_of
+from transforms import Preprocess
 from utils import RunError, device_name, linux_memory
 
 ROUNDS = 5
@@ -91,7 +92,7 @@ def loader_rate(
     Raises UserError for anything wrong with the data.
     """
     data = open_data_set(data_dir, image_size=image_size, seed=0, pin=device.type == "cuda")
-    batches = Batches(data.train, Pixels(device, image_size), min(batch_size, len(data.train)), len(data.classes))
+    batches = Batches(data.train, Preprocess(device, image_size), min(batch_size, len(data.train)), len(data.classes))
     updates = endless(batches)
     count = 0
     list(next(updates))  # starts workers and fills caches

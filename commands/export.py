@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD
+from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import RunError, UserError, atomic_write, printable
 
 TOLERANCE = 1e-3  # largest difference of probabilities between PyTorch and ONNX Runtime

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import Pixels
 from evaluate import probabilities
 from images.decode import ahead, try_decode
 from images.folders import find_images
 from precision import Precision
+from transforms import Preprocess
 from utils import UserError, log, printable, progress, write_text
 
 SHOWN = 50  # lines on the terminal; files hold all
@@ -35,7 +35,7 @@ def predict_files(
     classes: list[str],
     inputs: list[str],
     *,
-    pixels: Pixels,
+    pixels: Preprocess,
     precision: Precision,
     batch_size: int,
     top_k: int,

@@ -23,7 +23,8 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dataset import Batches, Pixels, Subset
+from dataset import Batches, Subset
+from transforms import Preprocess
 from images.stores import DecodedImages
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
@@ -196,7 +197,7 @@ def _random_batches(device: torch.device, image_size: int, batch_size: int) -> B
     pixels = np.random.default_rng(0).integers(0, 256, (count, image_size, image_size, 3), np.uint8)
     store = DecodedImages(pixels, np.zeros(count, np.uint32), {}, pin=device.type == "cuda")
     listing = [(Path(str(position)), position % 6) for position in range(count)]
-    return Batches(Subset(store, listing, np.arange(count)), Pixels(device, image_size), batch_size, 6)
+    return Batches(Subset(store, listing, np.arange(count)), Preprocess(device, image_size), batch_size, 6)
 
 
 def _convolution_seconds(dtype: torch.dtype) -> float:

@@ -13,10 +13,11 @@ from test_train import network, subset
 from torch import nn
 
 import train
-from dataset import Batches, Pixels
+from dataset import Batches
 from optimizer import make_optimizer
 from precision import named_precision, sensible_precisions
 from train import update_weights
+from transforms import Preprocess
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 PRECISIONS = sensible_precisions(torch.device("cuda")) if torch.cuda.is_available() else ["fp32"]
@@ -44,7 +45,7 @@ def test_nothing_in_the_step_waits_for_the_device(name, clip):
     criterion = nn.CrossEntropyLoss(reduction="sum")
     images = subset()
     images.store.pin = True
-    updates = Batches(images, Pixels(device, 9), 8, 3).epoch(0)
+    updates = Batches(images, Preprocess(device, 9), 8, 3).epoch(0)
 
     def update(pieces):
         return update_weights(
@@ -81,8 +82,8 @@ def test_batches_equal_those_of_the_cpu():
     pinned = subset()
     pinned.store.pin = True
     for ours, theirs in zip(
-        Batches(pinned, Pixels(torch.device("cuda"), 9), 8, 3).epoch(1),
-        Batches(images, Pixels(torch.device("cpu"), 9), 8, 3).epoch(1),
+        Batches(pinned, Preprocess(torch.device("cuda"), 9), 8, 3).epoch(1),
+        Batches(images, Preprocess(torch.device("cpu"), 9), 8, 3).epoch(1),
         strict=True,
     ):
         for (one, labels, *_), (other, expected, *_) in zip(ours, theirs, strict=True):

@@ -14,11 +14,12 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
-from dataset import IMAGENET_MEAN, IMAGENET_STD, Batches, Pixels, open_data_set, split_train
+from dataset import Batches, open_data_set, split_train
 from distributed import Ranks
 from images import cache
 from images.decode import decode, try_decode
 from images.folders import find_image_set
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
     mixed = {"mixup": {"mixup": 0.4}, "cutmix": {"cutmix": 1.0}}
     return Batches(
         subset or data.train,
-        Pixels(CPU, size),
+        Preprocess(CPU, size),
         batch_size,
         len(data.classes),
         seed=7,
@@ -250,7 +251,7 @@ def test_pixels_are_torchvisions(request, source, side):
 @pytest.mark.parametrize("side", [7, 50])
 def test_resizing_on_the_device_is_torchvisions(side):
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (20, 24, 21, 3), dtype=np.uint8))
-    ours = Pixels(CPU, side)(images)
+    ours = Preprocess(CPU, side)(images)
     tail = v2.Compose(
         [v2.Resize((side, side)), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     )
@@ -259,7 +260,7 @@ def test_resizing_on_the_device_is_torchvisions(side):
 
 def test_normalize_none_leaves_values_between_zero_and_one(scenes_folder):
     data = opened(scenes_folder, 33)
-    batches = Batches(data.test, Pixels(CPU, 33, "none"), 8, 6)
+    batches = Batches(data.test, Preprocess(CPU, 33, "none"), 8, 6)
     images = torch.cat([images for images, *_ in batches.evaluation()])
     assert 0 <= images.min() < 0.2 and 0.8 < images.max() <= 1.000001
     assert_within_two_levels(images, torchvisions(data.test.paths, 33, normalize=False), (1, 1, 1))
@@ -296,7 +297,7 @@ def test_each_epoch_holds_each_image_once(scenes_folder, kind):
 
 def test_mixup_and_cutmix_give_probabilities(scenes_folder):
     data = opened(scenes_folder, 33)
-    batches = Batches(data.train, Pixels(CPU, 33), 16, 6, seed=7, mixup=0.4, cutmix=1.0)
+    batches = Batches(data.train, Preprocess(CPU, 33), 16, 6, seed=7, mixup=0.4, cutmix=1.0)
     labels = torch.cat([labels for _, labels in updates(batches)])
     assert labels.shape == (48, 6) and torch.allclose(labels.sum(1), torch.ones(48)) and (labels.amax(1) < 1).any()
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train as training
-from dataset import Batches, Pixels, Subset
+from dataset import Batches, Subset
 from distributed import Ranks
 from evaluate import evaluate
 from images.stores import DecodedImages
@@ -27,6 +27,7 @@ from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Forward, Trainer, update_weights
+from transforms import Preprocess
 from utils import RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -69,7 +70,7 @@ def subset(count=22, classes=3, seed=0, side=9):
 
 
 def batches(images=None, batch_size=8, classes=3, **options):
-    return Batches(images or subset(), Pixels(CPU, 9), batch_size, classes, **options)
+    return Batches(images or subset(), Preprocess(CPU, 9), batch_size, classes, **options)
 
 
 def trainer(
@@ -420,7 +421,7 @@ def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
     model = network().eval()
     images = subset(11)
     whole, *parts = (
-        evaluate(model, Batches(images, Pixels(CPU, 9), 4, 3, ranks=ranks), FP32, keep_logits=True).logits
+        evaluate(model, Batches(images, Preprocess(CPU, 9), 4, 3, ranks=ranks), FP32, keep_logits=True).logits
         for ranks in (Ranks(), Ranks(0, 0, 2), Ranks(1, 1, 2))
     )
     assert np.allclose(whole, sum(parts), atol=1e-6) and not parts[0][1::2].any() and not parts[1][::2].any()

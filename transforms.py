@@ -1,0 +1,118 @@
+"""Resize, normalise and augment on the device: functions of images and of random numbers that somebody else drew.
+
+Knows nothing of files, order, seeds or models.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass
+class Preprocess:
+    """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
+
+    `normalize` is "imagenet" (mean and deviation of ImageNet) or "none" (values 0 to 1).
+    """
+
+    device: torch.device
+    image_size: int
+    normalize: str = "imagenet"
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
+        deviation = torch.tensor(std)
+        # A whole row of pixels: a last dimension of three would not be vectorised.
+        self._factor = (1 / (255 * deviation)).repeat(self.image_size).to(self.device)
+        self._offset = (-torch.tensor(mean) / deviation).repeat(self.image_size).to(self.device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
+        return self.normalized(self.resized(images.permute(0, 3, 1, 2)))
+
+    def resized(self, images: torch.Tensor) -> torch.Tensor:
+        """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
+        if images.shape[-2:] == (self.image_size, self.image_size):
+            return images
+        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
+            images = images.float()
+        return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+
+    def normalized(self, images: torch.Tensor) -> torch.Tensor:
+        """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
+        rows = images.permute(0, 2, 3, 1).flatten(2)
+        rows = torch.addcmul(self._offset, rows.float(), self._factor)
+        pixels = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+        return pixels if self.channels_last else pixels.contiguous()
+
+
+def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    """Mirrors the images (count, 3, height, width) whose draw (count,), uniform in [0, 1), is below one half."""
+    return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
+
+
+def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int) -> torch.Tensor:
+    """25 to 100 % of each image's area at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
+
+    `draws` (count, 5) are uniform in [0, 1): flip, area, aspect ratio, horizontal and vertical place. Values stay 0
+    to 255, float32. After Szegedy et al. 2015, with a larger smallest area.
+    """
+    area = 0.25 + 0.75 * draws[:, 1]
+    aspect = torch.exp((draws[:, 2] * 2 - 1) * math.log(4 / 3))
+    width = (area * aspect).sqrt().clamp(max=1)
+    height = (area / aspect).sqrt().clamp(max=1)
+    left = (draws[:, 3] * 2 - 1) * (1 - width)
+    top = (draws[:, 4] * 2 - 1) * (1 - height)
+    zero = torch.zeros_like(left)
+    sign = torch.where(draws[:, 0] < 0.5, -1.0, 1.0)
+    theta = torch.stack([sign * width, zero, left, zero, height, top], 1).view(-1, 2, 3)
+    grid = F.affine_grid(theta, [len(images), 3, side, side], align_corners=False)
+    pixels = images.float().contiguous(memory_format=torch.channels_last)
+    return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+def trivial_augment(images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """TrivialAugmentWide (Müller and Hutter 2021) of uint8 images (count, 3, height, width), each by its own seed."""
+    from torchvision.transforms.v2 import TrivialAugmentWide
+
+    transform = TrivialAugmentWide()
+    distorted = []
+    for image, seed in zip(images, seeds, strict=True):
+        torch.default_generator.manual_seed(seed)
+        distorted.append(transform(image))
+    return torch.stack(distorted)
+
+
+def mix(
+    images: torch.Tensor, labels: torch.Tensor, random: np.random.Generator, *, mixup: float, cutmix: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image but the first mixed with the one before it, and their labels alike.
+
+    images (count, 3, side, side), labels (count, classes) as probabilities; returns count - 1 of each. MixUp (Zhang
+    et al. 2018) or CutMix (Yun et al. 2019), with a share from Beta(a, a); 0 turns one of the two off.
+    """
+    alphas = {"mixup": mixup, "cutmix": cutmix}
+    kind = random.choice([name for name, alpha in alphas.items() if alpha])
+    share = random.beta(alphas[kind], alphas[kind])
+    mixed = images[1:].clone(memory_format=torch.preserve_format)
+    if kind == "mixup":
+        mixed.lerp_(images[:-1], 1 - share)
+    else:
+        side = images.shape[-1]
+        middle = random.integers(0, side, 2)
+        half = int((1 - share) ** 0.5 * side / 2)
+        top, left = (middle - half).clip(0)
+        low, right = (middle + half).clip(max=side)
+        mixed[..., top:low, left:right] = images[:-1, :, top:low, left:right]
+        share = 1 - (low - top) * (right - left) / side**2
+    return mixed, labels[1:].lerp(labels[:-1], 1 - share)
