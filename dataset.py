@@ -71,12 +71,27 @@ class Subset:
 class DataSet:
     """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
 
+    root: Path
     classes: list[str]
-    train: Subset | None
-    validation: Subset | None
-    test: Subset
+    subsets: dict[str, Subset]  # train, validation and test, or test alone
     fingerprint: str
     unreadable: list[str]
+
+    @property
+    def train(self) -> Subset:
+        return self.subsets["train"]
+
+    @property
+    def validation(self) -> Subset:
+        return self.subsets["validation"]
+
+    @property
+    def test(self) -> Subset:
+        return self.subsets["test"]
+
+    def names(self, subset: Subset) -> list[str]:
+        """The files of a subset, relative to the data folder, with slashes on every system."""
+        return [Path(os.path.relpath(path, self.root)).as_posix() for path in subset.paths]
 
 
 def open_data_set(
@@ -116,16 +131,12 @@ def open_data_set(
         empty = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if empty:
             raise UserError(f"no readable {name} image is left in {printable(image_set.classes[empty[0]])}.")
-    train = subsets.get("train")
-    validation = subsets.get("validation")
-    if train and not validation:
-        kept, held_out = split_train(train.labels, seed=seed)
-        everything = train.positions
-        train = Subset(train.store, train.listing, everything[kept])
-        validation = Subset(train.store, train.listing, everything[held_out])
-    return DataSet(
-        image_set.classes, train, validation, subsets["test"], digest.hexdigest()[:16], [str(path) for path in bad]
-    )
+    if "train" in subsets and "validation" not in subsets:
+        everything = subsets["train"]
+        kept, held_out = split_train(everything.labels, seed=seed)
+        for name, places in (("train", kept), ("validation", held_out)):
+            subsets[name] = Subset(everything.store, everything.listing, everything.positions[places])
+    return DataSet(image_set.root, image_set.classes, subsets, digest.hexdigest()[:16], [str(path) for path in bad])
 
 
 def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
@@ -164,6 +175,10 @@ class Batches:
     @property
     def updates_per_epoch(self) -> int:
         return -(-len(self.subset) // self.batch_size)
+
+    def images_in(self, update: int) -> int:
+        """How many images the update at this position of an epoch holds, on all ranks together."""
+        return min(self.batch_size, len(self.subset) - update * self.batch_size)
 
     @property
     def full_sizes(self) -> set[int]:

@@ -6,6 +6,7 @@ precision of the training. Knows nothing of optimisers or of where results are w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from dataset import Batches
 from precision import Precision, named_precision
-from utils import progress
+from utils import Interrupted, progress
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Evaluation:
     def loss(self) -> float:
         """Mean cross entropy in nats."""
         return self.loss_sum / int(self.confusion.sum())
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss_sum)
 
     def per_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
         """Precision, recall and F1 (0 where undefined) and support of each class, by scikit-learn."""
@@ -61,10 +66,11 @@ def evaluate(
     keep_logits: bool = False,
     stop: Callable[[], bool] | None = None,
     description: str = "evaluating",
-) -> Evaluation | None:
-    """Runs `model` (in evaluation mode) over all images of `batches`; None where `stop` said so on the way.
+) -> Evaluation:
+    """Runs `model` (in evaluation mode) over all images of `batches`.
 
-    Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often.
+    Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often. Raises
+    Interrupted where it said so.
     """
     count = batches.class_count
     device = batches.device
@@ -76,7 +82,7 @@ def evaluate(
     with torch.inference_mode(), bar:
         for number, (images, labels, positions) in enumerate(batches.evaluation()):
             if number < questions and stop():
-                return None
+                raise Interrupted
             with precision.autocast():
                 logits = model(images)
             logits = logits.float()

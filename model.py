@@ -6,11 +6,14 @@ do not fit. Knows nothing of data, precision or training.
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import pickle
 import re
 import urllib.error
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 from torch import nn
 from torchvision import models
 
+from distributed import Ranks
 from utils import UserError, printable, shows_bars
 
 # These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
@@ -98,8 +102,6 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
 
     Tried on the meta device, which computes shapes only.
     """
-    import copy
-
     twin = copy.deepcopy(model).to("meta").train()
     try:
         twin(torch.empty(smallest_piece, 3, image_size, image_size, device="meta"))
@@ -212,3 +214,105 @@ def load_weights(
         )
     own.update({name: tensor for name, tensor in state.items() if name not in replaced})
     model.load_state_dict(own)  # `own` knows the versions of its layers, which MNASNet's loader asks for
+
+
+class Network:
+    """A model as a training uses it: frozen in part at first, wrapped for ranks, compiled, and averaged.
+
+    `head` is the name of the layer that alone is trained for the first `freeze_epochs`; `ema` the decay of the moving
+    average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers of
+    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sizes: set[int],
+        evaluation_size: int,
+        ranks: Ranks,
+        head: str = "",
+        freeze_epochs: int = 0,
+        ema: float = 0.0,
+        compile: bool = False,
+    ):
+        self.model = model
+        self.sizes = sizes
+        self.ranks = ranks
+        self.head = head
+        self.freeze_epochs = freeze_epochs
+        self.ema = ema
+        self.compile = compile
+        self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
+        self.forward = Forward(model, sizes, compile)
+        self.evaluate = Forward(self.evaluated, {evaluation_size}, compile)
+        self._frozen: bool | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model whose weights are validated and kept: the moving average if there is one."""
+        return self.model if self.average is None else self.average
+
+    def begin_epoch(self, epoch: int) -> bool:
+        """Puts the model into training mode with the right layers frozen; returns whether other layers train now."""
+        frozen = epoch < self.freeze_epochs
+        changed = frozen != self._frozen
+        if changed:
+            self._frozen = frozen
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(not frozen or name.startswith(self.head))
+            wrapped = nn.parallel.DistributedDataParallel(self.model) if self.ranks.size > 1 else self.model
+            self.forward = Forward(wrapped, self.sizes, self.compile)
+        self.model.train()
+        if frozen:  # a frozen layer's batch statistics stay as they were trained, too
+            for name, module in self.model.named_modules():
+                if name and not name.startswith(self.head):
+                    module.eval()
+        return changed
+
+    def after_update(self, updates: int) -> None:
+        """Moves the average, `updates` being those done before this one."""
+        if self.average is not None:
+            update_average(self.average, self.model, self.ema, updates)
+
+    def ready_to_evaluate(self) -> Forward:
+        """The evaluated model in evaluation mode, its buffers those of the first rank."""
+        model = self.evaluated.eval()
+        if self.ranks.size > 1:  # batch statistics were each rank's own since the last update
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
+        return self.evaluate
+
+    def trained_names(self) -> list[str]:
+        """Names of the parameters that are trained now, in the order of `parameters()`."""
+        return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+
+    def state(self) -> dict[str, Any]:
+        """The weights, and those of the average, for a checkpoint."""
+        return {"model": self.model.state_dict(), "ema": None if self.average is None else self.average.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state()` gave."""
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.load_state_dict(state["ema"])
+
+
+class Forward:
+    """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling."""
+
+    def __init__(self, model: nn.Module, sizes: set[int], compiled: bool):
+        self.model = model
+        self.sizes = sizes
+        self.compiled = torch.compile(model, dynamic=False) if compiled else model
+        if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
+            torch._functorch.config.backward_pass_autocast = "off"
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return (self.compiled if len(images) in self.sizes else self.model)(images)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.model.parameters()
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        return self.model.no_sync()

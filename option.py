@@ -359,6 +359,12 @@ def training_words(options: argparse.Namespace) -> list[str]:
     return [word for name, option in shared.items() for word in option.words(name, values[name])]
 
 
+def precision_words(name: str) -> list[str]:
+    """The words of `train`'s command line that choose the precision `name`."""
+    known = options_of("train")
+    return [word for key, value in PRECISIONS[name].options.items() for word in known[key].words(key, value)]
+
+
 def read_config(file: Path) -> dict[str, Any]:
     """A run's config.json. Raises UserError where it is missing or damaged."""
     config = read_json(file)

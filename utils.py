@@ -37,6 +37,10 @@ class RunError(Exception):
     """The run itself failed (non-finite loss, full disk, out of memory): exit status 1."""
 
 
+class Interrupted(Exception):
+    """Work was left half done because a signal asked to stop; what it made so far is of no use."""
+
+
 class Stopped(Exception):
     """The run was stopped by a signal after saving: exit status 128 + `signal_number`."""
 
@@ -167,6 +171,12 @@ def linux_memory(file: str, name: str) -> int | None:
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the CPU's, CUDA's, cuBLAS's or cuDNN's memory ran out."""
+    signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 class StopSignal:

@@ -129,13 +129,14 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     import torch
 
     from assemble import Setup
-    from commands.compare import FLAGS
+    from distributed import Ranks
     from evaluate import evaluate
+    from option import precision_words
     from runs.folder import RunDirectory
     from train import update_weights
 
     words = [
-        *FLAGS[side],
+        *precision_words(side),
         "--pretrained=0",
         f"--device={arguments.device}",
         f"--data_dir={arguments.data_dir}",
@@ -145,12 +146,11 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         *(["--compile"] if compiled else []),
     ]
     started = time.perf_counter()
-    setup = Setup(option.parse(words), utils.Ranks(), lambda text: print(text, file=sys.stderr))
+    setup = Setup(option.parse(words), Ranks())
     data = setup.data()
     open_seconds = time.perf_counter() - started
     trainer = setup.trainer(data, RunDirectory(folder))
-    trainer.scheduler = trainer.make_scheduler(done=0)
-    trainer._prepare_model()
+    trainer.network.begin_epoch(0)
 
     def updates(source: Iterator, count: int) -> float:
         """Images per second over `count` full updates, read back at the end as the trainer does."""
@@ -159,7 +159,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         for _ in range(count):
             records.append(
                 update_weights(
-                    trainer._forward,
+                    trainer.network.forward,
                     next(source),
                     arguments.batch_size,
                     optimizer=trainer.optimizer,
@@ -197,10 +197,10 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
             **utils.peak_memory(setup.device),
             "matmul_flops": matrix_product_rate(setup.device, trainer.precision),
         }
-        trainer.model.eval()
+        trainer.network.model.eval()
         data.test.keep(8 * arguments.batch_size)
         started = time.perf_counter()
-        evaluate(trainer.model, setup.batches(data, data.test), trainer.precision)
+        evaluate(trainer.network.model, setup.batches(data, data.test), trainer.precision)
         return {**facts, "evaluation": len(data.test) / (time.perf_counter() - started)}
 
     return answer_to, {"open_seconds": open_seconds}

@@ -14,28 +14,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from commands.processes import own_command
+from images.demo import draw_demo
 from images.folders import find_image_set
-from option import read_config
-from precision import named_precision
+from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
+from precision import named_precision, sensible_precisions
 from reports import page, pictures, results, tables, text
-from runs.resume import HARMLESS
 from utils import RunError, Stopped, UserError, choose_device, log, printable, remove, write_text
 
-FLAGS = {
-    "fp32": ["--no-amp", "--no-tf32"],
-    "tf32": ["--no-amp", "--tf32"],
-    "amp-fp16": ["--amp", "--amp_dtype=float16"],
-    "amp-bf16": ["--amp", "--amp_dtype=bfloat16"],
-}
-# Options with which a finished run is still the run that is asked for, and those in which compared runs may differ.
-SAME_RUN = HARMLESS - {"data_dir", "device", "skip_unreadable", "pretrained", "pretrained_path"}
-MAY_DIFFER = SAME_RUN | {"data_dir", "device", "amp", "amp_dtype", "tf32", "seed"}
+if TYPE_CHECKING:
+    from assemble import Setup
 
 
 @dataclass(frozen=True)
@@ -50,28 +43,60 @@ class Planned:
     epochs: int
 
 
-def run_all(
-    folder: Path,
-    precisions: list[str],
-    seeds: list[int],
-    words: list[str],
+def compare(
+    setup: Setup,
     *,
-    parse: Callable[[list[str]], dict[str, Any]],
-    overwrite: bool = False,
+    checkpoint_dir: str,
+    checkpoint_name: str,
+    data_dir: str,
+    demo: bool,
+    device: str,
+    precisions: list[str] | None,
+    seed: int,
+    seeds: int,
+    overwrite: bool,
+    report_only: bool,
+    runs: list[str] | None,
+) -> None:
+    """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
+    folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
+    if runs:
+        report_runs([Path(run) for run in runs], folder)
+        return
+    if not report_only:
+        if demo:
+            draw_demo(Path(data_dir))
+        run_all(
+            folder,
+            precisions or sensible_precisions(choose_device(device, use=False)),
+            [seed + extra for extra in range(seeds)],
+            setup.training_words(),
+            overwrite=overwrite,
+        )
+    report_runs(run_folders(folder), folder)
+
+
+def run_all(
+    folder: Path, precisions: list[str], seeds: list[int], words: list[str], *, overwrite: bool = False
 ) -> None:
     """Trains every precision with every seed below `folder`; what is finished with these options is kept.
 
-    `words` are the training options that all runs share, `parse` turns a command line into its options. A run
-    that fails is recorded and leaves the others standing. Raises UserError, before anything is trained, where a
-    folder holds a run with other options or there are no images, Stopped when a signal ended a run, and at the end
-    RunError where one that was to be replaced still stands.
+    `words` are the training options that all runs share. A run that fails is recorded and leaves the others standing.
+    Raises UserError, before anything is trained, where a folder holds a run with other options or there are no
+    images, Stopped when a signal ended a run, and at the end RunError where one that was to be replaced still stands.
     """
     planned = []
     kept = []
     for seed, name in itertools.product(seeds, precisions):
         run = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
-        own = [*words, *FLAGS[name], f"--seed={seed}", f"--checkpoint_dir={folder}", f"--checkpoint_name={run.name}"]
-        options = parse(own)
+        own = [
+            *words,
+            *precision_words(name),
+            f"--seed={seed}",
+            f"--checkpoint_dir={folder}",
+            f"--checkpoint_name={run.name}",
+        ]
+        options = vars(parse(own))
         state = "new" if overwrite else _state(run, options)
         done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
         planned.append(Planned(run, name, own, options["device"], state, options["epochs"] - done))
@@ -128,7 +153,7 @@ def _state(run: Path, options: dict[str, Any]) -> str:
     stored = read_config(run / "config.json")["options"]
     changed = [
         f"  --{name}: {printable(stored[name])}, now {printable(options[name])}"
-        for name in sorted(stored.keys() & options.keys() - SAME_RUN)
+        for name in sorted(stored.keys() & options.keys() - SAME_TRAINING)
         if stored[name] != options[name]
     ]
     if changed:
@@ -196,7 +221,7 @@ def report_runs(directories: list[Path], folder: Path) -> None:
     if not runs:
         raise UserError(f"{printable(folder)} holds no run. Run compare first, or name folders with --runs.")
     folder.mkdir(parents=True, exist_ok=True)
-    comparison = results.compare_runs(runs, MAY_DIFFER)
+    comparison = results.compare_runs(runs, MAY_DIFFER_IN_COMPARISON)
     write_text(folder / "performance_table.md", tables.performance_table(comparison))
     write_text(folder / "comparison.json", json.dumps(comparison, indent=1))
     print("\n" + tables.terminal_table(comparison))

@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import time
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from model import build_model
 from precision import gives_nan_in_float16, sensible_precisions
 from precision_table import label_of
 from transforms import Preprocess
-from utils import RunError, device_name, linux_memory
+from utils import RunError, choose_device, device_name, linux_memory, refuse_missing_folders, write_text
 
 ROUNDS = 5
 ROUND_SECONDS = 1.0
@@ -45,6 +46,19 @@ INSTRUCTIONS = (
     "fp16_arith",
 )  # as torch.cpu.get_capabilities calls them
 AVAILABLE = {True: "native", False: "emulated"}
+
+
+def doctor(
+    *, device: str, model: str, image_size: int | None, batch_size: int | None, data_dir: str | None, json: str | None
+) -> None:
+    """The command: prints what this machine can do, and what to expect of AMP on it."""
+    refuse_missing_folders(json)
+    findings = examine(
+        choose_device(device), image_size=image_size, batch_size=batch_size, model_name=model, data_dir=data_dir
+    )
+    print(report(findings))
+    if json:
+        write_text(Path(json), dumps(findings, indent=1))
 
 
 def examine(

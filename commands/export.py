@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,9 +16,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import RunError, UserError, atomic_write, printable
+from utils import RunError, UserError, atomic_write, printable, refuse_missing_folders
+
+if TYPE_CHECKING:
+    from assemble import Setup
 
 TOLERANCE = 1e-3  # largest difference of probabilities between PyTorch and ONNX Runtime
+
+
+def export(setup: Setup, *, out: str | None) -> None:
+    """The command: writes a trained run as ONNX."""
+    refuse_missing_folders(out)
+    checkpoint = setup.checkpoint
+    file = Path(out or setup.checkpoint_file.with_name("model.onnx"))
+    print(export_onnx(setup.trained(checkpoint), checkpoint, file))
 
 
 class FromPixels(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,9 +25,41 @@ from images.decode import ahead, try_decode
 from images.folders import find_images
 from precision import Precision
 from transforms import Preprocess
-from utils import UserError, log, printable, progress, write_text
+from utils import UserError, cores, log, printable, progress, refuse_missing_folders, write_text
+
+if TYPE_CHECKING:
+    from assemble import Setup
 
 SHOWN = 50  # lines on the terminal; files hold all
+
+
+def predict(
+    setup: Setup,
+    *,
+    inputs: list[str],
+    batch_size: int,
+    num_workers: int | None,
+    top_k: int,
+    csv: str | None,
+    json: str | None,
+    contact_sheet: str | None,
+) -> None:
+    """The command: classifies files and folders with a trained run."""
+    refuse_missing_folders(csv, json, contact_sheet)
+    checkpoint = setup.checkpoint
+    predict_files(
+        setup.trained(checkpoint),
+        checkpoint["classes"],
+        inputs,
+        preprocess=setup.preprocess,
+        precision=setup.precision,
+        batch_size=batch_size,
+        top_k=top_k,
+        workers=min(8, cores()) if num_workers is None else num_workers,
+        csv_file=csv,
+        json_file=json,
+        sheet=contact_sheet,
+    )
 
 
 def predict_files(
@@ -35,7 +67,7 @@ def predict_files(
     classes: list[str],
     inputs: list[str],
     *,
-    pixels: Preprocess,
+    preprocess: Preprocess,
     precision: Precision,
     batch_size: int,
     top_k: int,
@@ -52,7 +84,7 @@ def predict_files(
     paths = list(_listed(inputs))
     rows = []
     unreadable = []
-    size = (pixels.image_size, pixels.image_size)
+    size = (preprocess.image_size, preprocess.image_size)
     bar = progress(total=len(paths), desc="predicting", unit="image", delay=2)
     with bar, ThreadPoolExecutor(max(1, workers)) as pool, torch.inference_mode():
         decoded = ahead(pool, lambda path: (path, try_decode(path, size)), paths, 2 * batch_size)
@@ -60,9 +92,9 @@ def predict_files(
             good = [(path, image) for path, image in batch if not isinstance(image, str)]
             unreadable += [(path, image) for path, image in batch if isinstance(image, str)]
             if good:
-                images = torch.from_numpy(np.stack([image for _, image in good])).to(pixels.device)
+                images = torch.from_numpy(np.stack([image for _, image in good])).to(preprocess.device)
                 with precision.autocast():
-                    logits = model(pixels(images))
+                    logits = model(preprocess(images))
                 shares = probabilities(logits.float().cpu().numpy())
                 rows += [_row(path, share, classes, top_k) for (path, _), share in zip(good, shares, strict=True)]
             bar.update(len(batch))

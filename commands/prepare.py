@@ -27,6 +27,7 @@ from images.archive import (
     unpack_inner,
     zip_members,
 )
+from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from utils import FULL, RunError, UserError, cores, printable, progress
 
@@ -37,6 +38,24 @@ BY_HAND = (
     f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
     "and run: python main.py prepare --archive FILE.zip"
 )
+
+
+def prepare(
+    *, data_dir: str, demo: bool, archive: str | None, download: bool, train_images: int, test_images: int, seed: int
+) -> None:
+    """The command: puts a data set on disk, or reports on the one that is there."""
+    folder = Path(data_dir)
+    if demo:
+        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed)
+        print(f"{train_images + test_images:,} demo scenes are in {folder}")
+    elif archive:
+        extract_archive(Path(archive), folder)
+        print(f"{archive} is unpacked in {folder}")
+    elif download:
+        download_from_kaggle(folder)
+        print(f"Intel Image Classification is in {folder}")
+    else:
+        print(format_check(check(folder)))
 
 
 def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:
@@ -111,7 +130,7 @@ def _unpack(
                 bar.update(member.size)
 
 
-def download(data_dir: Path) -> None:
+def download_from_kaggle(data_dir: Path) -> None:
     """Fetches Intel Image Classification with kagglehub and puts it in place as `extract_archive` does.
 
     Raises UserError where kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError

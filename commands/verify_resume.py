@@ -6,15 +6,21 @@ Serves `train --verify_resume`, on the user's own model, data, precision and mac
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dataset import DataSet
 from runs.checkpoint import load_checkpoint
+from runs.folder import RunDirectory
 from train import Trainer
 from utils import RunError, UserError
+
+if TYPE_CHECKING:
+    from assemble import Setup
 
 _MEASURED = {
     "seconds",
@@ -26,6 +32,22 @@ _MEASURED = {
     "epoch_waited",
     "steady",
 }
+
+
+def verify(setup: Setup, *, checkpoint_dir: str, batch_size: int, epochs: int) -> None:
+    """`train --verify_resume`: prints the findings; leaves nothing behind."""
+    if setup.ranks.size > 1:
+        raise UserError("--verify_resume is one process's work: run it without torchrun.")
+    data = setup.data()
+    folder = Path(checkpoint_dir)
+    shortened(data, batch_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as inside:
+
+        def make_trainer(name: str) -> Trainer:
+            return setup.trainer(data, RunDirectory(Path(inside) / name), epochs=max(2, epochs))
+
+        print("\n".join(verify_resume(make_trainer)))
 
 
 def shortened(data: DataSet, batch_size: int) -> None:
@@ -53,7 +75,7 @@ def verify_resume(make_trainer: Callable[[str], Trainer]) -> list[str]:
         torch.backends.cudnn.benchmark = False
         torch.use_deterministic_algorithms(True, warn_only=True)
     straight = _train(make_trainer("straight"), 5)
-    if straight.device.type == "cuda" and _differences(straight, _train(make_trainer("again"), 5)):
+    if straight.batches.device.type == "cuda" and _differences(straight, _train(make_trainer("again"), 5)):
         raise RunError("two trainings that were not stopped differ on this device, so a resumed one cannot be judged.")
     if not _train(make_trainer("stopped"), 4).progress.update:
         raise RunError("the training was not stopped within an epoch, so nothing is proved.")

@@ -24,12 +24,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches, Subset
-from transforms import Preprocess
 from images.stores import DecodedImages
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
 from train import update_weights
+from transforms import Preprocess
 from utils import RunError, choose_device, keep_freed_memory, peak_memory, reset_peak_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own

@@ -15,8 +15,9 @@ from typing import Any
 from PIL import Image
 
 from reports import pictures
-from reports.results import SHARES, read_run
+from reports.results import read_run
 from reports.tables import conditions, facts, table_cells, verdict
+from runs.result import SHARES
 from utils import printable, write_text
 
 STYLE = """

@@ -18,9 +18,8 @@ import numpy as np
 from scipy import stats
 
 from precision_table import PRECISIONS, label_of
+from runs.result import read_result
 from utils import UserError, printable, read_json, reading
-
-SHARES = ("precision", "recall", "f1")
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -44,7 +43,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     config_file, metrics_file, result_file, failure_file = (
         directory / name for name in ("config.json", "metrics.jsonl", "result.json", "failure.json")
     )
-    result = read_json(result_file) if result_file.exists() else None
+    result = read_result(result_file) if result_file.exists() else None
     failure = read_json(failure_file) if failure_file.exists() and result is None else {}
     # A run that failed at once may have written neither options nor epochs.
     config = read_json(config_file) if config_file.exists() or not failure else {}
@@ -55,9 +54,6 @@ def read_run(directory: str | Path) -> dict[str, Any]:
         precision = config.get("precision") or failure.get("precision")
         if precision not in PRECISIONS or not isinstance(options.get("seed", 0), int):
             raise ValueError(f"unknown precision {precision}, or no seed")
-    if result is not None:
-        with reading(result_file):
-            _check(result)
     run = {
         "directory": directory,
         "config": config,
@@ -72,27 +68,6 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     }
     tell_apart([run])
     return run
-
-
-def _check(result: dict[str, Any]) -> None:
-    """Raises where result.json lacks what tables and pictures need, or holds something else in its place."""
-    numbers = [
-        result[name]
-        for name in (
-            "test_acc",
-            "best_val_acc",
-            "best_epoch",
-            "total_seconds",
-            "train_seconds",
-            "images_per_second",
-            "peak_memory_mb",
-        )
-    ]
-    rows = [result["per_class"][name] for name in result["classes"]]
-    numbers += [row[name] for row in rows for name in (*SHARES, "support")]
-    confusion = np.array(result["confusion"], dtype=int)
-    if not all(map(math.isfinite, numbers)) or confusion.shape != (len(rows),) * 2 or confusion.sum() < 1:
-        raise ValueError("its numbers or its confusion matrix make no sense")
 
 
 def read_predictions(file: Path) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 
-from reports.results import SHARES, wilson
+from reports.results import wilson
 from reports.text import WIDTH, align, duration, fit, markdown, time_unit
+from runs.result import SHARES
 from utils import printable
 
 

@@ -1,8 +1,13 @@
-"""What a checkpoint holds: its fields, its writer, its reader and its check."""
+"""What a checkpoint holds: its fields, its writer, its reader and its check.
+
+best_model.pt: what `identity` gives, and `model`, `epoch`, `val_acc`. last.pt: what `identity` gives, and `model`,
+`ema` (or None), `optimizer`, `scaler` and `progress`, the fields of `Progress`. Tensors and plain types only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +19,73 @@ from model import load_file
 from runs.writing import replace_file
 from utils import UserError, printable
 
+# Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
+NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
+
+
+@dataclass
+class Progress:
+    """Where a run stands: all that is needed, beside the tensors, to go on as if nothing had happened."""
+
+    epoch: int = 0  # epochs finished
+    update: int = 0  # updates finished in the next one
+    sums: dict[str, float] = field(default_factory=lambda: dict(NO_SUMS))
+    skips: list[dict[str, Any]] = field(default_factory=list)
+    epoch_seconds: float = 0.0
+    epoch_waited: float = 0.0
+    best_epoch: int = 0
+    best_val_acc: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    learning_rate: float = 0.0  # of the last update
+    elapsed: float = 0.0
+    peak_memory_mb: float = 0.0
+    steady: bool = False  # whether that is of an epoch after warm-up
+
+    @classmethod
+    def restored(cls, stored: dict[str, Any]) -> Progress:
+        """What a checkpoint says. Raises TypeError and ValueError where fields are unknown or missing."""
+        found = cls(**stored)
+        if len(stored) < len(vars(found)):
+            raise ValueError("the progress is incomplete")
+        return found
+
+    def close_epoch(self, line: dict[str, Any]) -> None:
+        """Adds an epoch's line to the history and begins the next epoch's sums."""
+        self.history.append(line)
+        self.epoch += 1
+        self.update = 0
+        self.sums = dict(NO_SUMS)
+        self.skips = []
+        self.epoch_seconds = 0.0
+        self.epoch_waited = 0.0
+
+
+def identity(
+    *, classes: list[str], model_name: str, image_size: int, normalize: str, precision: str, fingerprint: str
+) -> dict[str, Any]:
+    """What every checkpoint says of itself, enough to use it without its run's folder."""
+    return {
+        "format": 1,
+        "classes": classes,
+        "model_name": model_name,
+        "image_size": image_size,
+        "normalize": normalize,
+        "precision": precision,
+        "fingerprint": fingerprint,
+    }
+
+
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Loads an optimizer's state; fused kernels walk memory, so moments must lie as their weights do."""
+    optimizer.load_state_dict(state)
+    for parameter, moments in optimizer.state.items():
+        for name, value in moments.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                moments[name] = torch.empty_like(parameter).copy_(value)
+
 
 def write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
+    """Replaces checkpoints (path to content) whole, in this order."""
     for path, content in files.items():
         size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
         replace_file(path, size, partial(torch.save, content))

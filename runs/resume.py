@@ -1,15 +1,70 @@
-"""Whether a run may go on: what is there, and which options may differ."""
+"""Whether a run may go on: what is there, which options may differ, and the way back to where it stood."""
 
 from __future__ import annotations
 
 import shutil
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from option import MAY_DIFFER_ON_RESUME, read_config
+from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
-from utils import UserError, printable
+from utils import UserError, is_out_of_memory, log, printable
+
+if TYPE_CHECKING:
+    from dataset import DataSet
+    from train import Trainer
+
+WRITTEN = (  # by a run, the files first that make it look finished
+    "result.json",
+    "failure.json",
+    "last.pt",
+    "best_model.pt",
+    "metrics.jsonl",
+    "metrics.csv",
+    "predictions.csv",
+    "learning_curve.png",
+    "confusion_matrix.png",
+    "mistakes.png",
+    "reliability.png",
+    "report.html",
+    "parity.json",
+)
 
 
-def refuse_finished(run: RunDirectory) -> None:
+@dataclass(frozen=True)
+class Earlier:
+    """What a run begins from: whether it goes on from last.pt, and the config.json it was begun with.
+
+    For a new run `config` is that of --config; empty where there is none.
+    """
+
+    resuming: bool
+    config: dict[str, Any]
+
+
+def find_earlier(
+    run: RunDirectory, options: dict[str, Any], *, resume: str | None, overwrite: bool, config: str | None
+) -> Earlier:
+    """What is there to begin from.
+
+    Raises UserError where there is nothing to resume, where the options would make it another run, and where a new
+    run would replace one.
+    """
+    last = run.file("last.pt")
+    if resume == "yes" and not last.exists():
+        raise UserError(f"{printable(last)} does not exist: nothing to resume. Start without --resume.")
+    if resume and last.exists():
+        stored = read_config(run.file("config.json"))
+        _refuse_changed(stored["options"], options)
+        return Earlier(True, stored)
+    if not overwrite and not (resume and not run.file("result.json").exists()):
+        _refuse_existing(run)  # --resume auto may meet a run that ended before its first last.pt: it begins anew
+    return Earlier(False, read_config(Path(config)) if config else {})
+
+
+def _refuse_existing(run: RunDirectory) -> None:
     """Raises UserError where the folder holds a run already."""
     present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
     if present:
@@ -21,74 +76,64 @@ def refuse_finished(run: RunDirectory) -> None:
         )
 
 
+def _refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError naming every difference in options that would make another run of a resumed one."""
+    changed = [
+        f"  --{name}: begun with {stored[name]}, now {current[name]}"
+        for name in sorted(stored.keys() & current.keys() - MAY_DIFFER_ON_RESUME)
+        if stored[name] != current[name]
+    ]
+    if changed:
+        advice = "Give the options it was begun with (--config its config.json), or start another --checkpoint_name."
+        raise UserError("\n".join(["--resume would change the run:", *changed, advice]))
+
+
 def remove_results(run: RunDirectory) -> None:
-    """Removes what an earlier run of this name wrote, the files first that make it look finished."""
+    """Removes what an earlier run of this name wrote."""
     if run.writes:
-        for name in (
-            "result.json",
-            "failure.json",
-            "last.pt",
-            "best_model.pt",
-            "metrics.jsonl",
-            "metrics.csv",
-            "predictions.csv",
-            "learning_curve.png",
-            "confusion_matrix.png",
-            "mistakes.png",
-            "reliability.png",
-            "report.html",
-            "parity.json",
-        ):
+        for name in WRITTEN:
             run.file(name).unlink(missing_ok=True)
         shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
 
 
-# Options that may differ between a run and its continuation: they do not change what is computed.
-HARMLESS = frozenset(
-    {
-        "checkpoint_dir",
-        "checkpoint_name",
-        "config",
-        "quiet",
-        "demo",
-        "num_workers",
-        "cache",
-        "log_interval",
-        "resume",
-        "overwrite",
-        "checkpoint_every",
-        "verify_resume",
-        "tensorboard",
-        "evaluate",
-        "command",
-        "data_dir",
-        "device",
-        "skip_unreadable",
-        "precisions",
-        "seeds",
-        "report_only",
-        "runs",
-        "pretrained",
-        "pretrained_path",
-    }
-)
-
-
-def refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError naming every difference in options that would make another run of a resumed one."""
-    changed = [
-        f"  --{name}: begun with {stored[name]}, now {current[name]}"
-        for name in sorted(stored.keys() & current.keys() - HARMLESS)
-        if stored[name] != current[name]
-    ]
-    if changed:
+def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, Any]) -> None:
+    """Loads last.pt into a trainer; refuses images other than those that config.json says they `was`."""
+    run = trainer.run
+    file = run.file("last.pt")
+    state = trainer.batches.ranks.share(lambda: load_checkpoint(file))
+    if state.get("fingerprint") != data.fingerprint:
         raise UserError(
-            "\n".join(
-                [
-                    "--resume would change the run:",
-                    *changed,
-                    "Give the options it was begun with (--config its config.json), "
-                    "or start another --checkpoint_name.",
-                ]
-            )
+            f"the images in {data.root} are not those this run began with: names or content differ "
+            f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
+            f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
+    if state.get("precision") != trainer.precision.name:  # "auto" is another one on another device
+        raise UserError(
+            f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
+            f"{trainer.precision.name}. Choose with --amp_dtype and --device, or start another run."
+        )
+    try:
+        if (state["classes"], state["model_name"]) != (data.classes, model_name):
+            raise ValueError("other classes, or another model")
+        trainer.load_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
+    if run.writes:
+        run.file("failure.json").unlink(missing_ok=True)
+    log.info(f"resuming after {trainer.progress.epoch} epochs and {trainer.progress.update} updates")
+
+
+def say_differences(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Notes what is not as it was when the config.json `then` was written."""
+
+    def environment(config: dict[str, Any]) -> dict[str, Any]:
+        machine = {name: config.get(name) for name in ("device", "device_name", "threads", "ranks")}
+        return {**config["versions"], **machine, "fingerprint of the images": config["dataset"].get("fingerprint")}
+
+    was = environment(then)
+    for name, value in environment(now).items():
+        if was.get(name) not in (value, None):
+            log.info(f"note: {name} is {value} now and was {printable(was[name])} when that run began")

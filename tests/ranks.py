@@ -114,7 +114,7 @@ def play(scenario, ranks, attempt):
     if trainers:
         seen["skips"] = [skip for line in trainers[0].progress.history for skip in line["skips"]]
         seen["scale"] = trainers[0].scaler.get_scale()
-        seen["weights"] = [float(tensor.double().sum()) for tensor in trainers[0].model.state_dict().values()]
+        seen["weights"] = [float(tensor.double().sum()) for tensor in trainers[0].network.model.state_dict().values()]
     return seen
 
 

@@ -16,7 +16,6 @@ from torchvision.transforms import v2
 
 from dataset import Batches, open_data_set, split_train
 from distributed import Ranks
-from images import cache
 from images.decode import decode, try_decode
 from images.folders import find_image_set
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
@@ -24,10 +23,6 @@ from utils import UserError
 
 CPU = torch.device("cpu")
 NAMES = ("zebra", "apple", "Mango")
-
-
-def quiet(text):
-    pass
 
 
 def picture(seed=0, size=(12, 10)):
@@ -45,7 +40,7 @@ def folders(root, *splits, count=5):
 
 
 def opened(root, size=10, **options):
-    return open_data_set(root, **{"image_size": size, "seed": 42, "workers": 1, "log": quiet} | options)
+    return open_data_set(root, **{"image_size": size, "seed": 42, "workers": 1} | options)
 
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
@@ -393,7 +388,8 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
     root = folders(tmp_path, "train", "test")
     decoded = []
     real = try_decode
-    monkeypatch.setattr(cache, "try_decode", lambda path, size: decoded.append(path) or real(path, size))
+    for module in ("images.cache", "images.decode"):
+        monkeypatch.setattr(f"{module}.try_decode", lambda path, size: decoded.append(path) or real(path, size))
     first = opened(root)
     assert len({*decoded}) == 30
     decoded.clear()
@@ -403,21 +399,20 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
     assert opened(root).fingerprint != first.fingerprint
 
 
-def test_a_damaged_cache_is_decoded_again(tmp_path):
+def test_a_damaged_cache_is_decoded_again(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
     root = folders(tmp_path, "train", "test")
-    said = []
     expected = updates(fed(opened(root)))
     for file in (root / ".cache").glob("*.npy"):
         content = bytearray(file.read_bytes())
         content[-1] ^= 255
         file.write_bytes(content)
-    assert same(updates(fed(opened(root, log=said.append))), expected)
-    assert sum("is damaged" in text for text in said) == 2
+    assert same(updates(fed(opened(root))), expected)
+    assert sum("is damaged" in text for text in caplog.messages) == 2
 
 
-def test_unreadable_images_are_all_listed_or_left_out(tmp_path):
+def test_unreadable_images_are_all_listed_or_left_out(tmp_path, caplog):
     root = folders(tmp_path, "train", "test", count=20)
-    said = []
     broken = sorted((root / "train" / "apple").iterdir())[:12]
     for path in broken:
         path.write_bytes(b"nothing")
@@ -426,9 +421,9 @@ def test_unreadable_images_are_all_listed_or_left_out(tmp_path):
     message = str(refused.value)
     assert sum(line.startswith("  /") for line in message.splitlines()) == 10
     assert "and 2 more" in message and "--skip_unreadable" in message
-    data = opened(root, skip_unreadable=True, log=said.append)
+    data = opened(root, skip_unreadable=True)
     assert len(data.train) + len(data.validation) == 48 and sorted(data.unreadable) == sorted(map(str, broken))
-    assert any("left out" in text for text in said)
+    assert any("left out" in text for text in caplog.messages)
     for path in (root / "test" / "zebra").iterdir():
         path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="no readable test image is left in zebra"):

@@ -421,12 +421,12 @@ def test_download_is_put_in_place(tmp_path, monkeypatch):
         (tmp_path / "cache" / name).write_bytes(content)
     (tmp_path / "cache" / "link.jpg").symlink_to("/etc/hostname")
     kaggle(monkeypatch, tmp_path / "cache")
-    prepare.download(tmp_path / "one")
+    prepare.download_from_kaggle(tmp_path / "one")
     assert contents(tmp_path / "one") == files()
     assert (tmp_path / "cache" / LAYOUT[0]).exists(), "kagglehub's cache stays as it is"
     kaggle(monkeypatch, AssertionError("must not be asked"))
     with pytest.raises(UserError, match="already holds"):
-        prepare.download(tmp_path / "one")
+        prepare.download_from_kaggle(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -446,14 +446,14 @@ def test_download_is_put_in_place(tmp_path, monkeypatch):
 def test_failed_download_says_what_to_do(tmp_path, monkeypatch, error, kind, message):
     kaggle(monkeypatch, error)
     with pytest.raises(kind, match=message):
-        prepare.download(tmp_path / "data")
+        prepare.download_from_kaggle(tmp_path / "data")
     assert not (tmp_path / "data").exists()
 
 
 def test_download_without_kagglehub(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     with pytest.raises(UserError, match="pip install kagglehub") as caught:
-        prepare.download(tmp_path / "data")
+        prepare.download_from_kaggle(tmp_path / "data")
     assert "prepare --archive" in str(caught.value)
 
 

@@ -16,17 +16,17 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import train as training
 from dataset import Batches, Subset
 from distributed import Ranks
 from evaluate import evaluate
 from images.stores import DecodedImages
-from model import update_average
+from model import Forward, update_average
+from model import Network as Watched
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
-from train import Forward, Trainer, update_weights
+from train import Trainer, update_weights
 from transforms import Preprocess
 from utils import RunError, Stopped
 
@@ -95,10 +95,11 @@ def trainer(
         return make_scheduler(rule, decay_type, epochs=epochs, updates_per_epoch=fed.updates_per_epoch, done=done)
 
     record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 9, "normalize": "imagenet"}
-    options = {"log_interval": 2, "record": record, "log": lambda text: None} | options
-    made = Trainer(
-        model, rule, schedule, precision, fed, batches(subset(9, seed=1)), RunDirectory(folder), epochs, 3, **options
-    )
+    own = {name: options.pop(name) for name in ("head", "freeze_epochs", "ema", "compile") if name in options}
+    watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
+    options = {"log_interval": 2, "record": record} | options
+    validation = batches(subset(9, seed=1))
+    made = Trainer(watched, rule, schedule, precision, fed, validation, RunDirectory(folder), epochs, 3, **options)
     made.run.open()
     return made
 
@@ -327,7 +328,7 @@ def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
     made.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     made.train()
     made.run.close()
-    assert used[1:] == pytest.approx(closed_form(12, 1), rel=1e-12)  # after the schedule's own empty step
+    assert used == pytest.approx(closed_form(12, 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -353,11 +354,10 @@ def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
     assert len(lines(tmp_path)) == 1
 
 
-def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path):
-    said = []
+def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path, caplog):
     with pytest.raises(RunError, match="every update overflows"):
-        trained(tmp_path, network(spoil=range(1, 1000)), FP16, epochs=20, log=said.append)
-    warned = [text for text in said if "loss scale fell" in text]
+        trained(tmp_path, network(spoil=range(1, 1000)), FP16, epochs=20)
+    warned = [text for text in caplog.messages if "loss scale fell" in text]
     assert len(warned) == 1 and "head.weight" in warned[0]
 
 
@@ -380,7 +380,7 @@ def test_every_precision_sees_the_same_batches(tmp_path):
 @pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda p: p.name)
 def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     one, other = (trained(tmp_path / name, precision=precision, epochs=12, rate=0.05) for name in "ab")
-    assert difference(one.model, other.model) == 0
+    assert difference(one.network.model, other.network.model) == 0
     measured = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
     kept = [[{k: v for k, v in line.items() if k not in measured} for line in lines(tmp_path / name)] for name in "ab"]
     assert kept[0] == kept[1]
@@ -398,7 +398,7 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
 )
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
     readings = iter(peaks)
-    monkeypatch.setattr(training, "peak_memory", lambda device: {"peak_memory_mb": next(readings)})
+    monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": next(readings)})
     run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, head="head")
     assert run.progress.peak_memory_mb == kept
 
@@ -430,7 +430,7 @@ def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
 def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
     whole = trained(tmp_path / "whole", optimizer="SGD", batch_options={"batch_size": 7})
     cut = trained(tmp_path / "cut", optimizer="SGD", batch_options={"batch_size": 7, "accumulate": 3})
-    assert difference(whole.model, cut.model) < 1e-6 < difference(whole.model, network())
+    assert difference(whole.network.model, cut.network.model) < 1e-6 < difference(whole.network.model, network())
     one = lines(tmp_path / "whole")[-1]
     other = lines(tmp_path / "cut")[-1]
     for name in ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate"):
@@ -471,9 +471,9 @@ def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     best = load_checkpoint(tmp_path / "best_model.pt")
     last = load_checkpoint(tmp_path / "last.pt")
     assert best["model"].keys() == last["model"].keys()
-    torch.testing.assert_close(made.average.head.weight, expected)
-    assert torch.equal(best["model"]["head.weight"], made.average.head.weight)
-    assert torch.equal(last["model"]["head.weight"], model.head.weight) and difference(made.average, model) > 0
+    torch.testing.assert_close(made.network.average.head.weight, expected)
+    assert torch.equal(best["model"]["head.weight"], made.network.average.head.weight)
+    assert torch.equal(last["model"]["head.weight"], model.head.weight) and difference(made.network.average, model) > 0
 
 
 def test_ema_follows_buffers_and_counts():

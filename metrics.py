@@ -1,0 +1,176 @@
+"""An epoch's numbers: left on the device by each update, read back now and then, summed, and turned into a line.
+
+Also the alarms: a loss or gradient that is not finite, a loss scale that falls. Knows nothing of files or options.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from distributed import Ranks
+from evaluate import Evaluation
+from precision import Precision
+from runs.checkpoint import Progress
+from utils import RunError, log, peak_memory, reset_peak_memory
+
+
+class UpdateRecord:
+    """What one update leaves on the device: nothing here waits for it."""
+
+    def __init__(self) -> None:
+        self.loss_sum = torch.zeros(())
+        self.correct = torch.zeros(())
+        self.gradients: list[torch.Tensor] = []
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weight: int) -> None:
+        """Adds a micro-batch: its loss (a sum), logits (count, classes), and labels or their probabilities."""
+        self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
+        self.correct = self.correct.to(loss.device) + weight * (logits.argmax(1) == class_indices(labels)).sum()
+
+    def gradient_norm(self, model: nn.Module, scaler: torch.amp.GradScaler) -> torch.Tensor:
+        """The L2 norm of all gradients; notes which parameter's is bad, and the loss scale before it changes."""
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        last_bad = len(norms) - 1 - norms.isfinite().logical_not().flip(0).float().argmax()
+        loss_scale = scaler.scale(torch.ones_like(self.loss_sum))  # on the device: get_scale() would wait for it
+        self.gradients = [norm, last_bad.float(), loss_scale.float()]
+        return norm
+
+    def row(self) -> torch.Tensor:
+        """(5,): loss sum, correct predictions, gradient norm, index of the last parameter whose gradient is not
+        finite (the first that the backward pass reached), loss scale."""
+        return torch.stack([self.loss_sum.float(), self.correct.float(), *self.gradients])
+
+
+def class_indices(labels: torch.Tensor) -> torch.Tensor:
+    """Class indices of labels that may be probabilities (count, classes) after MixUp or CutMix."""
+    return labels.argmax(1) if labels.ndim > 1 else labels
+
+
+class Meter:
+    """Sums up what updates recorded, in the `Progress` of the run in `folder`."""
+
+    def __init__(
+        self, folder: Path, precision: Precision, scaler: torch.amp.GradScaler, ranks: Ranks, updates_per_epoch: int
+    ):
+        self.folder = folder
+        self.precision = precision
+        self.scaler = scaler
+        self.ranks = ranks
+        self.updates_per_epoch = updates_per_epoch
+        self.warming = True  # this epoch's peak memory holds what comes once, such as cuDNN's searches
+        self._unread: list[torch.Tensor] = []
+        self._scale_warned = False
+
+    def add(self, row: torch.Tensor) -> None:
+        """Keeps the row (5,) of an update, on the device, until `read`."""
+        self._unread.append(row)
+
+    def read(self, at: Progress, parameters: list[str], batch_sizes: list[int]) -> None:
+        """Reads what the updates since the last reading left on the device: the only wait for it.
+
+        `parameters` names those that are trained, `batch_sizes` are the images of each update that was not read.
+        Raises RunError where the run cannot go on.
+        """
+        begun = at.update - len(self._unread)
+        records = torch.stack(self._unread)
+        totals = records[:, :2].contiguous()
+        self.ranks.sum(totals)  # loss and correct predictions are per rank, the rest is the same on all
+        rows = torch.cat([totals, records[:, 2:]], 1).tolist()
+        self._unread.clear()
+        for update, (row, count) in enumerate(zip(rows, batch_sizes, strict=True), begun + 1):
+            loss, correct, norm, bad, scale = row
+            finite = math.isfinite(norm)
+            if not finite and not self.scaler.is_enabled():
+                raise self.not_finite("gradient" if math.isfinite(loss) else "loss", at, update)
+            at.sums["images"] += count
+            at.sums["correct"] += correct
+            if finite:
+                at.sums["loss"] += loss
+                at.sums["norm"] += norm
+                at.sums["updates"] += 1
+                at.sums["counted"] += count
+            else:
+                number = at.epoch * self.updates_per_epoch + update
+                at.skips.append({"update": number, "parameter": parameters[int(bad)], "scale": scale})
+        self._watch_scale(at)
+
+    @property
+    def unread(self) -> int:
+        """How many updates were not read yet."""
+        return len(self._unread)
+
+    def readings(self, at: Progress) -> dict[str, str]:
+        """What a bar shows."""
+        shown = {
+            "loss": f"{at.sums['loss'] / max(1, at.sums['counted']):.3f}",
+            "acc": f"{100 * at.sums['correct'] / max(1, at.sums['images']):.1f}%",
+            "lr": f"{at.learning_rate:.1e}",
+        }
+        if self.scaler.is_enabled():
+            shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
+        return shown
+
+    def not_finite(self, what: str, at: Progress, update: int) -> RunError:
+        """The end of a run whose `what` is not finite, in words."""
+        kept = f"best_model.pt of epoch {at.best_epoch}" if at.epoch else "none is of a finished epoch"
+        return RunError(
+            f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self.updates_per_epoch} "
+            f"({self.precision.label}). Last good checkpoint: {kept} ({self.folder}).\nUsual causes: a learning rate "
+            "too high (--learning_rate, --warmup_epochs, --clip_grad_norm), or NaN in pretrained weights."
+        )
+
+    def _watch_scale(self, at: Progress) -> None:
+        if not self.scaler.is_enabled():
+            return
+        scale = self.scaler.get_scale()
+        if scale < 1 and not self._scale_warned:
+            self._scale_warned = True
+            where = f" The backward pass met it first at {at.skips[0]['parameter']}." if at.skips else ""
+            log.warning(
+                f"the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
+                f"the run has probably diverged.{where} Lower the learning rate, or use --amp_dtype bfloat16."
+            )
+        if scale < 2.0**-20:
+            raise RunError(
+                f"every update overflows in float16 (loss scale {scale:g}, epoch {at.epoch + 1}): the run "
+                f"has diverged. What was saved before is intact in {self.folder}."
+            )
+
+    def line(self, at: Progress, found: Evaluation, device: torch.device) -> dict[str, Any]:
+        """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds, memory MB."""
+        memory = peak_memory(device)
+        if not (self.warming and at.steady):  # such an epoch counts only where there is no other
+            at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
+            at.steady = not self.warming
+        sums = at.sums
+        return {
+            "epoch": at.epoch + 1,
+            "updates": (at.epoch + 1) * self.updates_per_epoch,
+            "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
+            "train_acc": 100 * sums["correct"] / sums["images"],
+            "val_loss": found.loss,
+            "val_acc": found.accuracy,
+            "learning_rate": at.learning_rate,
+            "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
+            "skipped_updates": len(at.skips),
+            "grad_norm": sums["norm"] / max(1, sums["updates"]),
+            "images_per_second": round(sums["images"] / at.epoch_seconds, 2),
+            "data_wait_share": round(at.epoch_waited / at.epoch_seconds, 4),
+            "seconds": round(at.epoch_seconds, 3),
+            "elapsed": round(at.elapsed, 3),
+            "peak_memory_mb": memory["peak_memory_mb"],
+            "skips": at.skips,
+        }
+
+    def next_epoch(self, device: torch.device) -> None:
+        """After an epoch that warmed up, peak memory is measured anew."""
+        if self.warming:
+            self.warming = False
+            reset_peak_memory(device)
