@@ -60,6 +60,8 @@ class Option:
             found = convert(",".join(map(str, value)) if isinstance(value, list) else str(value))
         except (argparse.ArgumentTypeError, ValueError, TypeError) as error:
             raise UserError(f"argument --{name}: {error}") from None
+        if isinstance(value, list) and not isinstance(found, list):
+            raise UserError(f"argument --{name}: invalid value: {value!r}")
         if found not in self.kind.get("choices", [found]):
             raise UserError(f"argument --{name}: invalid choice: {value!r}")
         return found

@@ -767,11 +767,12 @@ def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, r
 
 def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
     from assemble import Setup
+    from distributed import Ranks
 
     given = words(
         scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3", "--cutmix=0.7"
     )
-    setup = Setup(option.parse(given), utils.Ranks(), lambda text: None)
+    setup = Setup(option.parse(given), Ranks())
     data = setup.data()
     batches = setup.batches(data, data.train, train=True)
     assert (batches.seed, batches.accumulate, batches.augment) == (5, 2, "crop")
@@ -841,16 +842,16 @@ def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
     """And not for --quiet; they have no colours, whatever NO_COLOR says."""
     from utils import progress
 
-    monkeypatch.setattr(utils, "quiet", False)
+    utils.start_logging(quiet=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert progress(total=1).disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = progress(total=1)
     assert not bar.disable and bar.colour is None
     bar.close()
-    monkeypatch.setattr(utils, "quiet", True)
+    utils.start_logging(quiet=True)
     assert progress(total=1).disable
-    monkeypatch.setattr(utils, "quiet", False)
+    utils.start_logging(quiet=False)
     monkeypatch.setenv("RANK", "1")
     assert progress(total=1).disable
 
