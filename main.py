@@ -273,17 +273,17 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
         return 130, "interrupted; what was saved before can go on with --resume"
     if isinstance(error, (UserError, RunError)):
         return 2 if isinstance(error, UserError) else 1, text
+    if "DataLoader worker" in text or isinstance(error, ConnectionResetError):
+        return 1, (
+            f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
+            "use fewer --num_workers, then go on with --resume."
+        )
     if isinstance(error, OSError):
         return 1, f"{printable(error.filename)}: {error.strerror}" if error.filename else error.strerror or text
     if isinstance(error, MemoryError) or utils.is_out_of_memory(error):
         return 1, _memory_advice(options)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave it out."
-    if "DataLoader worker" in text:
-        return 1, (
-            f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
-            "use fewer --num_workers, then go on with --resume."
-        )
     if Ranks.from_environment().size > 1 and distributed.is_lost_connection(error):
         return 1, distributed.LOST_RANK
     return 1, ""

@@ -152,7 +152,7 @@ def pair(data, alone, tmp_path_factory):
         patch.setattr(
             sys.modules["train"].Trainer,
             "_must_stop",
-            lambda self: self._updates_done == 4 and not setattr(self.stop, "number", signal.SIGTERM),
+            lambda self: self.updates_done == 4 and not setattr(self.stop, "number", signal.SIGTERM),
         )
         assert run_main(words(data, runs, "resumed"))[0] == 143
     scenarios = {name: {"words": words(data, runs, name, *more), **what} for name, (more, what) in SCENARIOS.items()}

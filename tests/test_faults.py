@@ -833,9 +833,7 @@ def test_out_of_memory_while_predicting(data, finished, monkeypatch, said):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    import evaluate
-
-    monkeypatch.setattr(evaluate, "evaluate", fail)
+    monkeypatch.setattr("commands.evaluate.evaluate", fail)
     assert main.main(["evaluate", f"--checkpoint_dir={finished.parent}", "--checkpoint_name=run"]) == 1
     text = said()
     assert "--batch_size" in text and "--accumulate" not in text
