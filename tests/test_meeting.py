@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 
 import distributed
-from utils import Ranks
+from distributed import Ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 QUICK = """
