@@ -1,0 +1,77 @@
+"""The notebook is the one that its script makes, it holds no outputs, and it runs from its first cell to its last.
+
+It runs on a CPU, small (AMP_NOTEBOOK_QUICK), in a copy of the checkout, so that it leaves nothing behind.
+Skipped if jupytext, nbclient or ipykernel is missing. Run: pytest tests/test_notebook.py
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks/amp_in_ten_minutes.ipynb"
+
+
+@pytest.fixture(scope="module")
+def content():
+    return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+
+
+def test_the_script_makes_this_notebook():
+    pytest.importorskip("jupytext")
+    specification = importlib.util.spec_from_file_location("make", ROOT / "notebooks/make.py")
+    make = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(make)
+    assert NOTEBOOK.read_text(encoding="utf-8") == make.text(), "run python notebooks/make.py"
+
+
+def test_outputs_are_stripped(content):
+    code = [cell for cell in content["cells"] if cell["cell_type"] == "code"]
+    assert len(code) > 10
+    assert not [cell for cell in code if cell["outputs"] or cell["execution_count"]]
+
+
+def test_badges_and_machines_are_named(content):
+    first = "".join(content["cells"][0]["source"])
+    assert "colab.research.google.com/github/" in first and "kaggle.com/kernels/welcome" in first
+    assert "T4" in first and "bfloat16" in first and "TF32" in first and "@REPOSITORY@" not in str(content)
+
+
+def said(cell):
+    """Everything that a cell printed, and the kinds of pictures that it showed."""
+    texts = ["".join(output.get("text", "")) for output in cell["outputs"]]
+    return "".join(texts) + " ".join(kind for output in cell["outputs"] for kind in output.get("data", {}))
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    ignored = shutil.ignore_patterns(".*", "data", "checkpoint", "inspect*.json", "build", "__pycache__", "*.egg-info")
+    checkout = tmp_path / "amp-train"
+    shutil.copytree(ROOT, checkout, ignore=ignored)
+    monkeypatch.setenv("AMP_NOTEBOOK_QUICK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    draw = [sys.executable, "main.py", "prepare", "--demo", "--data_dir=data/demo", "--train_images=60"]
+    subprocess.run([*draw, "--test_images=12"], cwd=checkout, check=True, capture_output=True)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    install = next(cell for cell in notebook.cells if "%pip install" in cell.source)
+    install.source = ""  # what is installed here is what is tested
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(checkout / "notebooks")}}
+    )
+    client.execute()
+    cells = {index: said(cell) for index, cell in enumerate(notebook.cells) if cell.cell_type == "code"}
+    everything = "\n".join(cells.values())
+    assert everything.count("Traceback") == 2
+    assert len(re.findall(r"^AssertionError", everything, re.MULTILINE)) == 2, "both broken recipes stop"
+    assert "FutureWarning: `torch.cuda.amp.GradScaler(args...)` is deprecated" in everything
+    assert re.search(r"today, FP32 +loss", everything) and "scaler.unscale_(optimizer)" in everything
+    assert "image/png" in everything and "Findings" in everything
+    assert "AMP bfloat16" in everything and "Test Accuracy" in everything
