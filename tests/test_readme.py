@@ -3,6 +3,7 @@
 A reader learns AMP from the quotation, so it has to be the code that runs.
 """
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -26,6 +27,26 @@ def test_quoted_update_is_the_code():
     quoted = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     body = inspect.getsource(train.update_weights).partition('"""')[2].partition('"""\n')[2]
     assert inspect.cleandoc("\n" + body) == quoted.rstrip("\n")
+
+
+def load_tree():
+    specification = importlib.util.spec_from_file_location("tree", ROOT / "docs/tree.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_tree_names_what_is_there():
+    tree = load_tree()
+    assert tree.named(README).keys() == tree.there(), "mend the tree in README.md, then run python docs/tree.py"
+
+
+def test_the_trees_line_counts_are_about_right():
+    """Within a quarter (a folder: a half), so that not every change of a file is one of the README."""
+    tree = load_tree()
+    for name, count in tree.named(README).items():
+        slack = max(40, count // (2 if name.endswith("/") else 4))
+        assert abs(tree.lines(name) - count) <= slack, f"{name}: run python docs/tree.py"
 
 
 def slugs(page):
