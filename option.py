@@ -49,7 +49,7 @@ COMMANDS = {
     "predict": "classify image files and folders with a trained run",
     "compare": "train once per precision and tabulate accuracy, memory and time",
     "doctor": "say what this machine can do, and what to expect of AMP on it",
-    "inspect": "show what AMP did: dtypes, memory, gradient underflow, loss scale",
+    "inspect": "show what AMP does to a model, also to yours: types, memory, ranges, faults, gain",
     "prepare": "put a data set on disk (download, archive or demo scenes), or report on one",
     "export": "write a trained run as ONNX",
 }
@@ -199,7 +199,10 @@ OPTIONS = {
         "precisions": Option(LIST, None, "precisions to inspect (default: those that suit the device)", CALL),
         "full": Option(FLAG, False, "list every operator", CALL),
         "checkpoint": Option(FILE, None, "inspect the weights of this checkpoint", CALL),
-        "out": Option(DIR, "inspect", "folder for JSON and pictures", CALL),
+        "module": Option(NAME, None, "inspect your own model: FILE.py:make returns (model, batch, loss)", CALL),
+        "diary": Option(FILE, None, "draw the loss scale from this diary, which inspection.watch wrote", CALL),
+        "out": Option(DIR, "inspect", "folder for JSON, pictures and the page", CALL),
+        "strict": Option(FLAG, False, "end with status 1 if a rule is broken", CALL),
     },
     "one of these": {
         "download": Option(FLAG, False, "download Intel Image Classification from Kaggle", CALL),

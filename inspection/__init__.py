@@ -1,9 +1,7 @@
-"""What AMP does to any PyTorch model: `inspect_step` for one step, `watch` for a real training.
-
-`probe` and `roofline` measure this machine for `doctor`.
-"""
+"""What AMP does to any PyTorch model: `inspect_step` for one step, `watch` for a real training."""
 
 from inspection.inspecting import inspect_step
 from inspection.report import Report
+from inspection.watch import Watcher, watch
 
-__all__ = ["Report", "inspect_step"]
+__all__ = ["Report", "Watcher", "inspect_step", "watch"]

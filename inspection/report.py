@@ -91,8 +91,11 @@ class Report:
         )
         if not rows:
             return [*lines, "  None."]
-        cells = [["line", "what", "times"], *([row["where"], row["what"], str(row["count"])] for row in rows[:15])]
-        return [*lines, *table("<<>", cells)]
+        cells = [["what", "times", "line"]]
+        for row in rows[:15]:
+            where = row["where"] if len(row["where"]) <= 56 else f"…{row['where'][-55:]}"
+            cells.append([row["what"], str(row["count"]), where])
+        return [*lines, *table("<><", cells)]
 
     def _payoff_lines(self) -> list[str]:
         payoff = self.content["payoff"]
@@ -116,7 +119,7 @@ class Report:
         for number, finding in enumerate(self.everything, 1):
             lines += ["", *paragraph(f"{finding.rule} ({finding.level}): {finding.record()['title']}.", f"{number}. ")]
             if finding.place:
-                lines += _cut(f"   {finding.place}  {finding.place.code}")
+                lines += [f"   {finding.place}", *_cut(f"   {finding.place.code}")]
             lines += paragraph(finding.message, "   ")
             for cure in finding.cures:
                 lines += paragraph(f"{cure}.", "   - ")

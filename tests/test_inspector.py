@@ -1,4 +1,4 @@
-"""The inspector's numbers against ones known by other means: counted by hand, or given by torch.finfo.
+"""The numbers of an inspection against ones known by other means: counted by hand, or given by torch.finfo.
 
 Models here are a few layers whose saved tensors, gradients and dtypes can be written down.
 Run: pytest tests/test_inspector.py
@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import utils
-from inspection import inspector, memory, payoff, pictures, ranges
+from inspection import inspect_step, memory, payoff, pictures, ranges
 from inspection.subject import Subject
 from inspection.tracing import trace_step
 from inspection.words import diary_lines, underflow_lines
@@ -357,12 +357,23 @@ def test_diary_of_a_run_without_a_scaler():
     assert "no scaler" in lines[-1]
 
 
-def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
-    model, images, labels = known
+def report_on(model, images, labels, precisions, **options):
+    return inspect_step(
+        model,
+        (images, labels),
+        lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
+        precisions=precisions,
+        **options,
+    )
+
+
+def test_a_report_writes_everything_and_fits_the_terminal(known, tmp_path):
     out = tmp_path / "deep" / "out"
-    text = inspector.inspect(lambda: model, images, labels, [FP32, BF16], out=out, metrics=METRICS)
+    report = report_on(*known, ["fp32", "amp-bf16"], metrics=METRICS, scaler_scale=0.5)
+    report.write(out)
+    text = report.text()
     assert all(len(line) <= 80 for line in text.splitlines()), max(text.splitlines(), key=len)
-    for title in ("1. What ran", "2. Memory", "3. Underflow", "4. Scaler"):
+    for title in ("1. What ran", "2. Memory", "3. Underflow", "4. Scaler", "5. Activation", "8. Will it pay?"):
         assert title in text
     drawn = {"underflow.png", "memory.png", "scaler.png", "activations.png"}
     assert {path.name for path in out.iterdir()} == {"inspect.json", "inspect.html", *drawn}
@@ -371,7 +382,7 @@ def test_inspect_writes_everything_and_fits_the_terminal(known, tmp_path):
     assert set(content["dtypes"]) == {"fp32", "amp-bf16"}
     assert content["underflow"]["scaler_scale"] == 0.5
     assert [row["precision"] for row in content["memory"]] == ["fp32", "amp-bf16"]
-    full = inspector.inspect(lambda: model, images, labels, [BF16], out=tmp_path / "full", full=True)
+    full = report_on(*known, ["amp-bf16"], speed=False).text(full=True)
     assert "detach" in full and "detach" not in text and "No run was named" in full
     assert all(len(line) <= 80 for line in full.splitlines())
 
@@ -388,8 +399,7 @@ def test_tables_are_set_by_their_longest_cells(align, rows, lines):
     assert table(align, rows) == lines
 
 
-def test_inspect_says_where_it_cannot_write(known, tmp_path):
+def test_a_report_says_where_it_cannot_write(known, tmp_path):
     (tmp_path / "file").write_text("")
-    model, images, labels = known
     with pytest.raises(utils.UserError, match="--out"):
-        inspector.inspect(lambda: model, images, labels, [FP32], out=tmp_path / "file")
+        report_on(*known, ["fp32"], speed=False).write(tmp_path / "file")

@@ -32,7 +32,8 @@ OPTIONS = {
     "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
     "compare": f"{ALL} --precisions --seeds --report_only --runs",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
-    "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out",
+    "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
+    "--strict",
     "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed",
     "export": f"{RUN} --checkpoint --out",
 }
