@@ -66,8 +66,10 @@ size = "--image_size 32 --batch_size 4" if quick else ""
 # ends with the table.
 
 # %%
-size = "--epochs 1 --image_size 16 --batch_size 240 --model shufflenet_v2_x0_5" if quick else ""
-# !{sys.executable} main.py compare --demo --checkpoint_name notebook --quiet {size}
+data = "--demo"
+if quick:
+    data = "--data_dir data/quick --pretrained 0 --epochs 1 --image_size 16 --model shufflenet_v2_x0_5"
+# !{sys.executable} main.py compare {data} --checkpoint_name notebook --quiet
 
 # %%
 from IPython.display import Image, display
