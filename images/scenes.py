@@ -173,7 +173,7 @@ class Scene:
         glass = self.choose(GLASS)
         panes = [LAMP, *(self.colour(glass, depth, light) for light in (0.8, 1.0, 1.15))]
         half = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * self.uniform(0.2, 0.4, 2)
-        u, v = np.split((np.stack(np.indices(size), -1).reshape(-1, 1, 2) + 0.5 + half) / size, 2, -1)
+        u, v = np.split((np.moveaxis(np.indices(size), 0, -1).reshape(-1, 1, 2) + 0.5 + half) / size, 2, -1)
         dark = (self.random(len(u)) > (0.45 if self.lamps else 0.02)).tolist()
         windows = SIZE * (a + u * (b - a) + v * (d - a) + u * v * (a - b + c - d))
         for place, points in enumerate(windows.reshape(-1, 8).tolist()):
