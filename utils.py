@@ -62,6 +62,16 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def own_command() -> list[str]:
+    """The words that start this program in a fresh process, without its options.
+
+    With `-P` the process of an installed program finds the package, and no file of the user's current folder.
+    """
+    if __package__:
+        return [sys.executable, "-P", "-m", __package__]
+    return [sys.executable, str(Path(__file__).resolve().parent / "main.py")]
+
+
 def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.device:
     """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...).
 

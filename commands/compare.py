@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands.processes import own_command
 from images.demo import draw_demo
 from images.folders import find_image_set
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
 from precision import named_precision, sensible_precisions
 from reports import page, pictures, results, tables, text
-from utils import RunError, Stopped, UserError, choose_device, log, printable, remove, write_text
+from utils import RunError, Stopped, UserError, choose_device, log, own_command, printable, remove, write_text
 
 if TYPE_CHECKING:
     from assemble import Setup

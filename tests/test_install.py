@@ -153,7 +153,7 @@ def test_compare_starts_its_trainings_beside_files_of_the_same_names(environment
 def test_a_training_does_not_see_the_current_folder(environment, tmp_path):
     """Which the command itself does not see either: there a file may have the name of one of Python's."""
     (tmp_path / "inspect.py").write_text(IMPORTED)
-    code = "import subprocess; from amp_train.commands.processes import own_command as own; "
+    code = "import subprocess; from amp_train.utils import own_command as own; "
     done = call(environment / "python", "-P", "-c", code + "subprocess.run([*own(), '--version'])", cwd=tmp_path)
     assert done.stdout == f"amp-train {option.VERSION}\n"
 
