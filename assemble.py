@@ -146,7 +146,7 @@ class Setup:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         if self.device.type == "cpu" and self.options.amp:
             avoid_in_place(model)
-        return model.to(self.device, memory_format=layout)
+        return model.to(self.device).to(memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:
         """The model of a checkpoint, on the device, in evaluation mode."""

@@ -113,8 +113,8 @@ def open_data_set(
     """
     image_set = find_image_set(data_dir)
     names = ["test"] if test_only else [n for n in ("train", "test", "validation") if getattr(image_set, n)]
-    subsets = {}
-    bad = {}
+    subsets: dict[str, Subset] = {}
+    bad: dict[Path, str] = {}
     digest = hashlib.sha256(json.dumps(image_set.classes).encode())
     for name in names:
         listing = getattr(image_set, name)
@@ -204,9 +204,9 @@ class Batches:
             if self._mixes:  # each image is mixed with the one before it in the update, whoever else holds that
                 parts = [np.append(whole[part[0] - whole[0] - 1], part) for part in parts]
             updates.append([(part, update, weight, part is parts[-1]) for part in parts])
-        loaded = self._on_device([order[places] for update in updates for places, *_ in update])
-        for update in updates:
-            yield (self._timed(loaded, draws, epoch, *micro_batch) for micro_batch in update)
+        loaded = self._on_device([order[places] for micro_batches in updates for places, *_ in micro_batches])
+        for micro_batches in updates:
+            yield (self._timed(loaded, draws, epoch, *micro_batch) for micro_batch in micro_batches)
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
@@ -235,14 +235,25 @@ class Batches:
             yield self._arrived(*ahead.popleft())
 
     @staticmethod
-    def _arrived(pair: tuple[torch.Tensor, torch.Tensor], copied: torch.cuda.Event):
+    def _arrived(
+        pair: tuple[torch.Tensor, torch.Tensor], copied: torch.cuda.Event
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         stream = torch.cuda.current_stream()
         stream.wait_event(copied)
         for tensor in pair:
             tensor.record_stream(stream)
         return pair
 
-    def _timed(self, loaded, draws, epoch, places, update, weight, last) -> MicroBatch:
+    def _timed(
+        self,
+        loaded: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        draws: torch.Tensor,
+        epoch: int,
+        places: np.ndarray,
+        update: int,
+        weight: int,
+        last: bool,
+    ) -> MicroBatch:
         started = time.perf_counter()
         images, labels = next(loaded)
         images = self._augmented(images.permute(0, 3, 1, 2), draws[places], epoch, places)

@@ -343,7 +343,7 @@ def _shortened(text: str) -> str:
     return printable(line.partition(". This is")[0].rstrip(". ")[:200])
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether `error` says that another process of the job is gone, rather than that the program is wrong."""
     return in_words(error) is not None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,11 @@ from utils import Interrupted, progress
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts (true class, predicted class) and the summed cross entropy in nats; `logits` in subset order."""
+    """Counts (true class, predicted class) and the summed cross entropy in nats; `logits` in subset order, or none."""
 
     confusion: np.ndarray
     loss_sum: float
-    logits: np.ndarray | None = None
+    logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @property
     def accuracy(self) -> float:
@@ -76,12 +76,12 @@ def evaluate(
     device = batches.device
     confusion = torch.zeros(count * count, dtype=torch.int64, device=device)
     loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    kept = torch.zeros(len(batches.subset), count, device=device) if keep_logits else None
+    kept = torch.zeros(len(batches.subset) if keep_logits else 0, count, device=device)
     bar = progress(total=len(batches.subset), desc=description, unit="image", delay=2)
-    questions = -(-(len(batches.subset) // batches.ranks.size) // batches.batch_size) if stop else 0
+    questions = -(-(len(batches.subset) // batches.ranks.size) // batches.batch_size)
     with torch.inference_mode(), bar:
         for number, (images, labels, positions) in enumerate(batches.evaluation()):
-            if number < questions and stop():
+            if stop is not None and number < questions and stop():
                 raise Interrupted
             with precision.autocast():
                 logits = model(images)
@@ -89,13 +89,11 @@ def evaluate(
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
             cells = labels * count + logits.argmax(1)
             confusion.index_add_(0, cells, torch.ones_like(cells))
-            if kept is not None:
+            if keep_logits:
                 kept[positions[0] : positions[-1] + 1 : batches.ranks.size] = logits
             bar.update(len(positions) * batches.ranks.size)
     batches.ranks.sum(confusion, loss_sum, *([kept] if keep_logits else []))
-    return Evaluation(
-        confusion.view(count, count).cpu().numpy(), float(loss_sum), kept.cpu().numpy() if keep_logits else None
-    )
+    return Evaluation(confusion.view(count, count).cpu().numpy(), float(loss_sum), kept.cpu().numpy())
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -109,7 +107,7 @@ def parity(
 ) -> dict[str, Any]:
     """One checkpoint in each precision: accuracy, predictions that differ from the first one's, logit difference."""
     rows = {}
-    reference = None
+    reference: Evaluation | None = None
     for name in precisions:
         precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
         found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)

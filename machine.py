@@ -207,7 +207,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
     /proc/self/cgroup says where the process is in each hierarchy, /proc/self/mountinfo which part of it is seen where:
     a container often sees its own group as the top. Both versions may be mounted at once. See cgroups(7).
     """
-    places = {}
+    places: dict[str, str] = {}
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         places |= dict.fromkeys(controllers.split(","), path)  # version 2 names none

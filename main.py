@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console command `amp-train`."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
     status = main(sys.argv[1:])
     try:
         sys.stdout.flush()

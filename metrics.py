@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from distributed import Ranks
 from evaluate import Evaluation
+from model import Forward
 from precision import Precision
 from runs.checkpoint import Progress
 from utils import RunError, log, peak_memory, reset_peak_memory
@@ -32,7 +32,7 @@ class UpdateRecord:
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
         self.correct = self.correct.to(loss.device) + weight * (logits.argmax(1) == class_indices(labels)).sum()
 
-    def gradient_norm(self, model: nn.Module, scaler: torch.amp.GradScaler) -> torch.Tensor:
+    def gradient_norm(self, model: Forward, scaler: torch.amp.GradScaler) -> torch.Tensor:
         """The L2 norm of all gradients; notes which parameter's is bad, and the loss scale before it changes."""
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         norms = torch.stack(torch._foreach_norm(gradients))

@@ -77,7 +77,7 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
     """
     for module in model.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False
+            module.inplace = False  # type: ignore[assignment]
     return model
 
 
@@ -315,4 +315,7 @@ class Forward:
         return self.model.parameters()
 
     def no_sync(self) -> contextlib.AbstractContextManager:
-        return self.model.no_sync()
+        """Within it DDP exchanges no gradients."""
+        if isinstance(self.model, nn.parallel.DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()

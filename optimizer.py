@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def make_optimizer(
 
     A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it.
     """
-    common = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
+    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
     if name == "SGD":
         optimizer = torch.optim.SGD(parameters, momentum=0.9, **common)
         for parameter in optimizer.param_groups[0]["params"]:  # the fused kernel cannot begin some later than others
@@ -71,5 +72,5 @@ def make_scheduler(
 class _Curve(LambdaLR):
     """A LambdaLR that may be asked out of turn, as GradualWarmupScheduler does when warmup ends."""
 
-    def get_lr(self) -> list[float]:
+    def get_lr(self) -> list[float | torch.Tensor]:
         return [base * curve(self.last_epoch) for base, curve in zip(self.base_lrs, self.lr_lambdas, strict=True)]

@@ -271,11 +271,13 @@ SAME_TRAINING = named(CALL, HANDLING)  # with these a finished run is still the 
 def build_parser(command: str, *, also: str | None = None) -> Parser:
     """The parser of one command, which also accepts the options of the command `also`, without a word in the help."""
     about = COMMANDS[command]
+    hidden = {name: each for name, each in options_of(also).items() if name not in options_of(command)} if also else {}
+    inputs = " PATH ..." if command == "predict" else ""
     parser = Parser(
-        [*options_of(command), *(options_of(also) if also else [])],
+        [*options_of(command), *hidden],
         prog=f"main.py {command}",
         description=f"{about[0].upper()}{about[1:]}.",
-        usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]",
+        usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]{inputs}",
     )
     if command == "train":
         listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
@@ -283,8 +285,6 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
             "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
             f"commands (python main.py COMMAND --help shows its options):\n{listing}"
         )
-    if command == "predict":
-        parser.usage += " PATH ..."
     parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
     for title in GROUPS[command]:
         group = parser.add_argument_group(title)
@@ -294,8 +294,8 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
             if shown is not None and shown is not False and shown != "":
                 text += f" (default: {'on' if shown is True else shown})"
             group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
-    for name in [name for name in options_of(also) if name not in options_of(command)] if also else []:
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **options_of(also)[name].kind)
+    for name, option in hidden.items():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **option.kind)
     return parser
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 from precision_table import PRECISIONS
 from utils import UserError
@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
         self.known = known
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         if message.startswith("unrecognized arguments: "):
             unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
             close = difflib.get_close_matches(unknown.split("=")[0], [f"--{name}" for name in self.known], 1, 0.6)

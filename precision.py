@@ -7,6 +7,7 @@ scaler, so that the training step reads the same in every precision. Knows nothi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -91,7 +92,8 @@ def _set_float32_mode(tf32: bool) -> None:
     """Old switches first, then the new: torch.compile reads the old ones, which raise where the two disagree."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    for part in (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn):
+    backends: Any = torch.backends  # whose types know only some of these switches
+    for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         part.fp32_precision = "tf32" if tf32 else "ieee"
 
 

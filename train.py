@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
 from metrics import Meter, UpdateRecord
-from model import Network
+from model import Forward, Network
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
@@ -27,7 +27,7 @@ from utils import Interrupted, Stopped, StopSignal, progress, seed_everything
 
 
 def update_weights(
-    model: nn.Module,
+    model: Forward,
     micro_batches: Iterable[MicroBatch],
     image_count: int,
     *,

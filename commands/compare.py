@@ -87,18 +87,18 @@ def run_all(
     planned = []
     kept = []
     for seed, name in itertools.product(seeds, precisions):
-        run = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
+        place = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
         own = [
             *words,
             *precision_words(name),
             f"--seed={seed}",
             f"--checkpoint_dir={folder}",
-            f"--checkpoint_name={run.name}",
+            f"--checkpoint_name={place.name}",
         ]
         options = vars(parse(own))
-        state = "new" if overwrite else _state(run, options)
-        done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
-        planned.append(Planned(run, name, own, options["device"], state, options["epochs"] - done))
+        state = "new" if overwrite else _state(place, options)
+        done = {"new": 0, "begun": _epochs(place), "finished": options["epochs"]}[state]
+        planned.append(Planned(place, name, own, options["device"], state, options["epochs"] - done))
     if any(run.state != "finished" for run in planned):
         find_image_set(options["data_dir"])  # what is wrong with the folder need not be found out by each run
     for number, run in enumerate(planned, 1):
@@ -142,7 +142,9 @@ def _train(run: Planned, epochs_later: int) -> str | None:
             status - 128,
             f"comparison stopped in {run.folder.name}; the same command, without --overwrite, goes on from there.",
         )
-    return f"ended by signal {status - 128}" if status > 128 else status and f"exit status {status}"
+    if status > 128:
+        return f"ended by signal {status - 128}"
+    return f"exit status {status}" if status else None
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:

@@ -81,7 +81,7 @@ def examine(
     if batch_size is None and device.type == "cuda":  # an FP32 update of ResNet-18 takes 42 MB an image of 256 pixels
         free = 0.6 * torch.cuda.mem_get_info(device)[0]
         batch_size = min(256, 2 ** int(math.log2(max(8, free / (42 * 2**20)))))
-    setting = {
+    setting: dict[str, Any] = {
         "model_name": model_name,
         "image_size": image_size or (128 if device.type == "cpu" else 256),
         "batch_size": batch_size or 32,
@@ -173,8 +173,8 @@ def _cuda(device: torch.device) -> dict[str, Any]:
 
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
     """The update in each usable precision, each in a process of its own."""
-    answers = {}
-    failed = {}
+    answers: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     usable = [name for name in sensible_precisions(device) if name != "amp-fp16" or not gives_nan_in_float16(device)]
     # On a CPU the processes take turns, so that noise hits all alike; a GPU's memory may hold one at a time only.
     for group in [[name] for name in usable] if device.type == "cuda" else [usable]:
@@ -190,7 +190,7 @@ def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
 def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
     """All answers of one process per precision; a process that fails is left out and its reason kept."""
     probes = {name: Probe(precision=name, **request) for name in names}
-    answers = {name: {"rounds": []} for name in names}
+    answers: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in names}
 
     def ask_all(question: str, **arguments: Any) -> dict[str, dict[str, Any]]:
         found = {}
@@ -264,7 +264,7 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
     """
     measured = findings["measured"]
     speedups = {name: row["speedup"] for name, row in measured.items()}
-    best = max((name for name in measured if name.startswith("amp")), key=speedups.get, default=None)
+    best = max((name for name in measured if name.startswith("amp")), key=lambda name: speedups[name], default=None)
     recommended = "fp32"
     reasons = [_hardware_reason(findings["machine"])]
     verdict = "AMP cannot be used on this device; train in FP32."

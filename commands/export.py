@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ def export(setup: Setup, *, out: str | None) -> None:
 
 class FromPixels(nn.Module):
     """uint8 images (count, height, width, 3), RGB, any size, to probabilities (count, classes)."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, model: nn.Module, image_size: int, normalize: str):
         super().__init__()
@@ -63,7 +66,7 @@ def export_onnx(model: nn.Module, checkpoint: dict, file: Path) -> str:
     network = FromPixels(model.float().cpu().eval(), checkpoint["image_size"], checkpoint["normalize"]).eval()
     count, height, width = (torch.export.Dim(name) for name in ("count", "height", "width"))
     example = torch.randint(0, 256, (2, 150, 160, 3), dtype=torch.uint8)
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         network,
         (example,),
         dynamo=True,
@@ -96,7 +99,7 @@ def export_onnx(model: nn.Module, checkpoint: dict, file: Path) -> str:
     )
 
 
-def _difference(session, network: nn.Module, shape: tuple[int, ...]) -> float:
+def _difference(session: Any, network: nn.Module, shape: tuple[int, ...]) -> float:
     images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     with torch.inference_mode():
         expected = network(torch.from_numpy(images)).numpy()

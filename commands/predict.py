@@ -147,7 +147,9 @@ def _text(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"{len(rows):,} images: {summary}"])
 
 
-def _write(rows, classes: list[str], csv_file: str | None, json_file: str | None, sheet: str | None) -> None:
+def _write(
+    rows: list[dict[str, Any]], classes: list[str], csv_file: str | None, json_file: str | None, sheet: str | None
+) -> None:
     if csv_file:
         table = io.StringIO()
         writer = csv.writer(table)

@@ -63,9 +63,11 @@ class Member:
 def folder_members(folder: Path) -> list[Member]:
     """The regular files below a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    return [
-        Member(path.relative_to(folder).as_posix(), path.stat().st_size, partial(path.open, "rb")) for path in files
-    ]
+    return [Member(path.relative_to(folder).as_posix(), path.stat().st_size, partial(_opened, path)) for path in files]
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return path.open("rb")
 
 
 def zip_members(archive: zipfile.ZipFile, source: object, encoding: str | None = None) -> list[Member]:
@@ -100,7 +102,7 @@ def _decoded(infos: list[zipfile.ZipInfo], source: object, encoding: str | None)
         found = {place: name.decode(guess) for place, name in raw.items()}
     except (UnicodeDecodeError, LookupError):
         raise UserError(_which_code_page(list(raw.values()), source, encoding)) from None
-    return [found.get(place, name) for place, name in enumerate(names)]
+    return [found[place] if name is None else name for place, name in enumerate(names)]
 
 
 def _unicode_field(info: zipfile.ZipInfo) -> str | None:
@@ -229,7 +231,7 @@ def _without_lone_folders(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...],
     parts = defaultdict(list)
     for path in paths:
         parts[path[0]].append(path)
-    shortened = {}
+    shortened: dict[tuple[str, ...], tuple[str, ...]] = {}
     for top, own in parts.items():
         lone: tuple[str, ...] = (top,)
         images = [path for path in own if Path(path[-1]).suffix.lower() in IMAGE_SUFFIXES]

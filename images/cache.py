@@ -106,7 +106,7 @@ def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed:
     started = time.perf_counter()
     try:
         array = None if streamed else _allocate(temporary, shape)
-        crc32, unreadable = _decode_into(array, paths, shape[1:3], workers)
+        crc32, unreadable = _decode_into(array, paths, (shape[1], shape[2]), workers)
         done = "checked" if streamed else f"decoded into {file if isinstance(array, np.memmap) else 'memory'}"
         log.info(f"images: {_described(shape)}, {done} in {time.perf_counter() - started:.1f} s")
         if streamed or isinstance(array, np.memmap):
@@ -154,7 +154,7 @@ def _decode_into(
             if isinstance(image, str):
                 unreadable[position] = image
                 continue
-            crc32[position] = zlib.crc32(image)
+            crc32[position] = zlib.crc32(image.data)
             if array is not None:
                 array[position] = image
         return len(positions)

@@ -86,8 +86,9 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
                 "same command again."
             ) from None
         forbidden = isinstance(error, (PermissionError, FileExistsError, NotADirectoryError)) or number == errno.EROFS
-        verb = "read" if source and error.filename == str(source) else "write"
-        problem = f"cannot {verb} {printable(error.filename or data_dir)}: {error.strerror}."
+        name = getattr(error, "filename", None)
+        verb = "read" if source and name == str(source) else "write"
+        problem = f"cannot {verb} {printable(name or data_dir)}: {getattr(error, 'strerror', error)}."
         raise (UserError if forbidden else RunError)(f"{problem} Mend that, or choose another --data_dir.") from None
 
 

@@ -123,7 +123,7 @@ def open_store(
     with only_builder(file.with_suffix(".lock")):
         kept = read_cache(file, shape, streamed, workers)
         array, crc32, unreadable = kept or build_cache(file, paths, shape, streamed, workers)
-    if not streamed:
+    if array is not None:
         return DecodedImages(array, crc32, unreadable, pin)
     log.info(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
     return StreamedImages(paths, size, crc32, unreadable, workers=workers, pin=pin)

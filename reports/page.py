@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def text(value: object) -> str:
     return escape(printable(value))
 
 
-def table(header: list[str], rows: list[list[object]], kind: str = "") -> str:
+def table(header: list[str], rows: Sequence[Sequence[object]], kind: str = "") -> str:
     """The last cell of a row that is shorter than the header spans the rest of it."""
     head = "".join(f"<th>{text(name)}</th>" for name in header)
     lines = ""

@@ -176,7 +176,7 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
     """
     tell_apart(runs)
     order = list(PRECISIONS)
-    groups = {}
+    groups: dict[str, list[dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: (run["device_name"], run["model"], order.index(run["precision"]))):
         groups.setdefault(run["label"], []).append(run)
     rows = [_row(group) for group in groups.values()]
@@ -234,9 +234,9 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
     """{mean, std (n - 1; None for one value), values}; None without values."""
-    values = [float(value) for value in values if value is not None]
-    std = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    return {"mean": float(np.mean(values)), "std": std, "values": values} if values else None
+    known = [float(value) for value in values if value is not None]
+    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
+    return {"mean": float(np.mean(known)), "std": std, "values": known} if known else None
 
 
 def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

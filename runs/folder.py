@@ -18,6 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from runs.checkpoint import snapshot, write_checkpoints
 from runs.writing import replace_file
 from utils import FULL, RunError, UserError, lock, printable, remove
@@ -62,7 +64,7 @@ class RunDirectory:
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         if hasattr(os, "register_at_fork"):  # a loading worker that outlives this process must not hold the lock
-            os.register_at_fork(after_in_child=lambda: file.closed or os.close(file.fileno()))
+            os.register_at_fork(after_in_child=lambda: None if file.closed else os.close(file.fileno()))
         remove(*self.path.glob(".*.tmp"))
 
     def close(self) -> None:
@@ -96,7 +98,9 @@ class RunDirectory:
         header = list(history[0]) if history else ["epoch"]
         self.write_csv("metrics.csv", [header, *(line.values() for line in history)])
 
-    def write_predictions(self, paths: list[str], labels, probabilities, classes: list[str]) -> None:
+    def write_predictions(
+        self, paths: list[str], labels: np.ndarray, probabilities: np.ndarray, classes: list[str]
+    ) -> None:
         """predictions.csv: path, label, predicted, confidence and one probability per class, a row an image."""
         rows = [["path", "label", "predicted", "confidence", *classes]]
         for path, label, row in zip(paths, labels, probabilities, strict=True):

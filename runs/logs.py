@@ -13,7 +13,7 @@ import math
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +89,7 @@ class Logs:
         self._adapters.clear()
 
     @contextlib.contextmanager
-    def _guarded(self, name: str = ""):
+    def _guarded(self, name: str = "") -> Iterator[None]:
         """Gives up the log `name` if the block fails: these tools raise nearly every type."""
         try:
             yield
