@@ -2,6 +2,6 @@
 
 from inspection.inspecting import inspect_step
 from inspection.report import Report
-from inspection.watch import Watcher, watch
+from inspection.watching import Watcher, watch
 
 __all__ = ["Report", "Watcher", "inspect_step", "watch"]

@@ -6,6 +6,7 @@ rounding to the nearest, ties to even, does it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter, defaultdict
 from typing import Any
@@ -39,7 +40,8 @@ def limits(dtype: torch.dtype) -> tuple[float, float, float]:
     return smallest / 2, -(info.tiny - smallest / 2), edge if dtype is torch.float8_e4m3fn else -edge
 
 
-def _boundaries(scales: list[float]) -> tuple[torch.Tensor, list[tuple[str, float, int]]]:
+@functools.cache
+def _boundaries(scales: tuple[float, ...]) -> tuple[torch.Tensor, list[tuple[str, float, int]]]:
     """Sorted magnitudes up to which (inclusive) values share a fate, and whose they are."""
     found = []
     for name, dtype in FORMATS.items():
@@ -64,27 +66,37 @@ class Fates:
         self.largest: float | None = None
         self.smallest: float | None = None
         self.exponents: Counter = Counter()
-        self._edges, self._keys = _boundaries(scales)
+        self._edges, self._keys = _boundaries(tuple(scales))
         self._counts = torch.zeros(len(self._keys) + 1, dtype=torch.int64)
 
-    def add(self, tensor: torch.Tensor, factor: float = 1.0) -> None:
-        """Counts the values of `tensor` times `factor`."""
-        given = tensor.detach().float()
-        self.values += given.numel()
-        finite = given[torch.isfinite(given)]
-        self.nonfinite += given.numel() - finite.numel()
-        sizes = finite[finite != 0].abs() * factor
+    def add(self, tensor: torch.Tensor, factor: float = 1.0, *, exponents: bool = True) -> None:
+        """Counts the values of `tensor` times `factor`; without `exponents` the histogram is left out."""
+        sizes = tensor.detach().float().abs().mul_(factor).flatten()
+        self.values += sizes.numel()
         if not sizes.numel():
             return
-        self.nonzero += sizes.numel()
-        low, high = (value.item() for value in sizes.aminmax())
+        if not torch.isfinite(sizes.max()):  # a NaN is the maximum, too
+            finite = sizes[torch.isfinite(sizes)]
+            self.nonfinite += sizes.numel() - finite.numel()
+            sizes = finite
+        zeros = int((sizes == 0).sum())
+        nonzero = sizes.numel() - zeros
+        if not nonzero:
+            return
+        self.nonzero += nonzero
+        high = sizes.max().item()
+        low = (sizes if not zeros else sizes.masked_fill(sizes == 0, torch.inf)).min().item()
         self.smallest = low if self.smallest is None else min(low, self.smallest)
         self.largest = high if self.largest is None else max(high, self.largest)
-        places = torch.bucketize(sizes, self._edges.to(sizes.device))
-        self._counts += torch.bincount(places, minlength=len(self._counts)).cpu()
-        # frexp's mantissa is in [0.5, 1), so its exponent is one more than floor(log2).
-        exponents = torch.bincount(torch.frexp(sizes).exponent.long() - 1 - LOWEST)
-        self.exponents.update({i + LOWEST: count for i, count in enumerate(exponents.tolist()) if count})
+        places = torch.bucketize(sizes, self._edges.to(sizes.device), out_int32=True)
+        counts = torch.bincount(places, minlength=len(self._counts)).cpu()
+        counts[0] -= zeros  # zeros lie below the first edge
+        self._counts += counts
+        if exponents:
+            # frexp's mantissa is in [0.5, 1), so its exponent is one more than floor(log2); zero has exponent 0.
+            numbers = torch.bincount(torch.frexp(sizes).exponent - 1 - LOWEST, minlength=-LOWEST).tolist()
+            numbers[-1 - LOWEST] -= zeros
+            self.exponents.update({i + LOWEST: count for i, count in enumerate(numbers) if count})
 
     def formats(self) -> dict[str, dict[str, dict[str, int] | None]]:
         """By format and scale (as text) the counts of zero, subnormal and overflow; None if nothing was nonzero."""
@@ -142,7 +154,7 @@ def measure_ranges(
                 continue
             seen.add(key)
             kept.append(tensor)
-            activations[name].add(tensor)
+            activations[name].add(tensor, exponents=False)
             if tensor.requires_grad:
                 tensor.register_hook(lambda gradient: count("activation", name, gradient))
 
