@@ -21,8 +21,18 @@ from torch import nn
 import option
 from dataset import Batches, DataSet, Subset, open_data_set
 from distributed import Ranks
-from model import Network, avoid_in_place, build_model, check_input_size, head_name, known_model, load_weights
-from optimizer import make_optimizer, make_scheduler
+from model import (
+    Network,
+    WithMirrorImage,
+    avoid_in_place,
+    build_model,
+    check_input_size,
+    head_name,
+    known_model,
+    load_weights,
+)
+from optimizer import make_optimizer, make_scheduler, parameter_groups
+from option_kinds import ALL
 from precision import Precision, choose_precision
 from runs.checkpoint import identity, load_checkpoint
 from runs.folder import RunDirectory
@@ -102,7 +112,7 @@ class Setup:
             workers=options.num_workers,
             skip_unreadable=options.skip_unreadable,
             pin=self.device.type == "cuda",
-            keep_larger=options.augment == "crop",
+            keep_larger="crop" in options.augment.split(","),
             test_only=test_only,
         )
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
@@ -121,15 +131,15 @@ class Setup:
             self.device, self._as_trained("image_size"), self._as_trained("normalize"), self.options.channels_last
         )
 
-    def batches(self, data: DataSet, subset: Subset, *, train: bool = False) -> Batches:
-        own = ("seed", "accumulate", "augment", "mixup", "cutmix") if train else ()
+    def batches(self, data: DataSet, subset: Subset, *, train: bool = False, **more: Any) -> Batches:
+        own = ("seed", "accumulate", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
         return Batches(
             subset,
             self.preprocess,
             self.options.batch_size,
             len(data.classes),
             ranks=self.ranks,
-            **{name: getattr(self.options, name) for name in own},
+            **{name: getattr(self.options, name) for name in own} | more,
         )
 
     def model(self, class_count: int) -> nn.Module:
@@ -152,14 +162,15 @@ class Setup:
         """The model of a checkpoint, on the device, in evaluation mode."""
         model = build_model(checkpoint["model_name"], len(checkpoint["classes"]), pretrained=False)
         load_weights(model, checkpoint["model"], source="the checkpoint", new_head=False)
-        return self.placed(model).eval()
+        model = self.placed(model).eval()
+        return WithMirrorImage(model) if getattr(self.options, "tta", "none") == "flip" else model
 
     def trainer(self, data: DataSet, run: RunDirectory, *, epochs: int | None = None) -> Trainer:
         """Everything a training needs, wired together; for `epochs`, or as many as the options say."""
         options = self.options
         epochs = epochs or options.epochs
         model = self._trainable(data)
-        batches = self.batches(data, data.train, train=True)
+        batches = self.batches(data, data.train, train=True, epochs=epochs)
         validation = self.batches(data, data.validation)
         network = Network(
             model,
@@ -167,12 +178,22 @@ class Setup:
             evaluation_size=validation.batch_size,
             ranks=self.ranks,
             head=head_name(model),
-            freeze_epochs=options.freeze_epochs,
+            freeze_epochs=epochs if options.freeze_epochs == ALL else options.freeze_epochs,
             ema=options.ema,
             compile=options.compile,
         )
+        head = head_name(model)
+        groups = parameter_groups(
+            model,
+            head,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            decay_norms=options.decay_norms,
+            backbone_lr=options.backbone_lr,
+            layer_decay=options.layer_decay,
+        )
         optimizer = make_optimizer(
-            model.parameters(),
+            groups,
             options.optimizer,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
@@ -215,7 +236,9 @@ class Setup:
             )
         model = self.model(len(data.classes))
         left_over = len(data.train) % options.batch_size or options.batch_size
-        check_input_size(model, options.image_size, max(1, left_over // (ranks * options.accumulate)))
+        check_input_size(
+            model, options.start_size or options.image_size, max(1, left_over // (ranks * options.accumulate))
+        )
         if not options.sync_batchnorm or ranks == 1:
             return model
         if self.device.type != "cuda":

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from distributed import Ranks
 from images.folders import Listing, find_image_set
 from images.stores import ImageStore, open_store
-from transforms import Preprocess, mix, random_flip, random_resized_crop, trivial_augment
+from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop
 from utils import UserError, fold, log, printable
 
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
@@ -162,13 +163,18 @@ class Batches:
     class_count: int
     seed: int = 0
     accumulate: int = 1
-    augment: str = "flip"  # flip | crop | trivial | none
+    augment: str = "flip"  # none, or some of transforms.AUGMENTATIONS, separated by commas
     mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
     cutmix: float = 0.0
+    start_size: int | None = None  # side of the first epoch's images, which grow to full size; None: all are of that
+    epochs: int = 1
     ranks: Ranks = Ranks()
 
     def __post_init__(self) -> None:
         self.device = self.preprocess.device
+        self._steps = set(self.augment.split(","))
+        self.sizes = growing_sizes(self.start_size, self.preprocess.image_size, self.epochs)  # of each epoch
+        self._input = {size: replace(self.preprocess, image_size=size) for size in set(self.sizes)}
         self.seconds_waited = 0.0  # in which the step had to wait for its batch
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -179,6 +185,14 @@ class Batches:
     def images_in(self, update: int) -> int:
         """How many images the update at this position of an epoch holds, on all ranks together."""
         return min(self.batch_size, len(self.subset) - update * self.batch_size)
+
+    def size_in(self, epoch: int) -> int:
+        """The side of an epoch's images in pixels."""
+        return self.sizes[min(epoch, len(self.sizes) - 1)]
+
+    def grows_in(self, epoch: int) -> bool:
+        """Whether an epoch's images are larger than those of the epoch before, and no larger ones follow at once."""
+        return epoch > 0 and self.size_in(epoch - 1) < self.size_in(epoch) == self.size_in(epoch + 1)
 
     @property
     def full_sizes(self) -> set[int]:
@@ -256,8 +270,11 @@ class Batches:
     ) -> MicroBatch:
         started = time.perf_counter()
         images, labels = next(loaded)
-        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], epoch, places)
-        images = self.preprocess.normalized(images)
+        preprocess = self._input[self.size_in(epoch)]
+        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], epoch, places, preprocess)
+        images = preprocess.normalized(images)
+        if "erasing" in self._steps:
+            images = each(RANDOM["erasing"], images, self._seeds(epoch, places, "erasing"))
         if self._mixes:  # drawn once for all micro-batches of an update
             random = np.random.default_rng(fold(self.seed, epoch, update))
             labels = F.one_hot(labels, self.class_count).float()
@@ -265,17 +282,29 @@ class Batches:
         self.seconds_waited += time.perf_counter() - started
         return images, labels, weight, last
 
-    def _augmented(self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray) -> torch.Tensor:
-        """Flips, and crops or distorts, each image by its own row of `draws`; resizes; values 0 to 255."""
+    def _augmented(
+        self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray, preprocess: Preprocess
+    ) -> torch.Tensor:
+        """Distorts, flips and crops each image by its own row of `draws` or its own seed; resizes; values 0 to 255."""
         cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
         draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
-        if self.augment == "crop":
-            return random_resized_crop(images, draws, self.preprocess.image_size)
-        if self.augment == "trivial":
-            images = trivial_augment(images, [fold(self.seed, epoch, place) for place in places.tolist()])
-        if self.augment != "none":
-            images = random_flip(images, draws[:, 0])
-        return self.preprocess.resized(images)
+        for name in ("trivial", "randaugment", "augmix"):
+            if name in self._steps:
+                images = each(RANDOM[name], images, self._seeds(epoch, places, name))
+        if "upright" in self._steps:
+            draws[:, 0] = 1.0
+        if "crop" in self._steps:
+            images = random_resized_crop(preprocess.shrunk(images), draws, preprocess.image_size)
+        else:
+            images = preprocess.resized(images if self.augment == "none" else random_flip(images, draws[:, 0]))
+        if "jitter" in self._steps:
+            images = 255 * each(RANDOM["jitter"], images / 255, self._seeds(epoch, places, "jitter"))
+        return images
+
+    def _seeds(self, epoch: int, places: np.ndarray, name: str) -> list[int]:
+        """A seed for each image and kind of augmentation."""
+        more = [] if name == "trivial" else [zlib.crc32(name.encode())]
+        return [fold(self.seed, epoch, place, *more) for place in places.tolist()]
 
     @property
     def _mixes(self) -> bool:

@@ -298,6 +298,17 @@ class Network:
             self.average.load_state_dict(state["ema"])
 
 
+class WithMirrorImage(nn.Module):
+    """Test-time augmentation: the mean of the logits of images (count, 3, height, width) and their mirror images."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (self.model(images) + self.model(images.flip(3))) / 2
+
+
 class Forward:
     """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling."""
 

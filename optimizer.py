@@ -1,4 +1,4 @@
-"""The optimizer and the schedule: the learning rate as a function of attempted updates."""
+"""Parameter groups, the optimizer and the schedule: the learning rate as a function of attempted updates."""
 
 from __future__ import annotations
 
@@ -11,21 +11,75 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from warmup_scheduler import GradualWarmupScheduler
 
+from utils import UserError
+
+
+def parameter_groups(
+    model: nn.Module,
+    head: str,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    decay_norms: bool = True,
+    backbone_lr: float = 1.0,
+    layer_decay: float = 1.0,
+) -> list[dict[str, Any]]:
+    """All parameters of `model`, grouped by learning rate and weight decay; the head's rate comes first.
+
+    Without `decay_norms` parameters of one dimension (scales and shifts of norms, biases) have no weight decay.
+    `backbone_lr` is a factor of the learning rate of all but the layer named `head`; `layer_decay` one more for each
+    transformer block between a parameter and the head (Clark et al. 2020). Groups of one kind are one group.
+    """
+    depths = block_depths(model) if layer_decay < 1 else {}
+    deepest = max(depths.values(), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        in_head = name.rpartition(".")[0] == head
+        factor = 1.0 if in_head else backbone_lr * layer_decay ** (deepest - depths.get(name, deepest))
+        decay = weight_decay if decay_norms or parameter.ndim > 1 else 0.0
+        groups.setdefault((learning_rate * factor, decay), []).append(parameter)
+    order = sorted(groups, key=lambda key: (key[0] != learning_rate, -key[0], -key[1]))
+    return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in order]
+
+
+def block_depths(model: nn.Module) -> dict[str, int]:
+    """How many transformer blocks stand before each parameter, its own counted; those behind all blocks: one more.
+
+    A block is what holds an attention layer. Raises UserError if there is none.
+    """
+    attention = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+    outermost = [name for name in attention if not any(name.startswith(f"{other}.") for other in attention)]
+    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in outermost))
+    if not blocks or "" in blocks:
+        raise UserError(f"--layer_decay is for transformers: {type(model).__name__} has no attention blocks.")
+    depth = 0
+    depths = {}
+    for name, _ in model.named_parameters():
+        inside = [number for number, block in enumerate(blocks, 1) if name.startswith(f"{block}.")]
+        if not inside and depth == len(blocks):
+            depths[name] = depth + 1
+            continue
+        depth = max(depth, *inside) if inside else depth
+        depths[name] = depth
+    return depths
+
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], name: str, *, learning_rate: float, weight_decay: float, fused: bool
+    groups: Iterable[Any], name: str, *, learning_rate: float, weight_decay: float, fused: bool
 ) -> torch.optim.Optimizer:
     """Adam (betas 0.9 and 0.999, eps 1e-8), AdamW, or SGD with momentum 0.9.
 
+    `groups` are parameters, or what `parameter_groups` gave; a group's own rate and decay win.
     A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it.
     """
     common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
     if name == "SGD":
-        optimizer = torch.optim.SGD(parameters, momentum=0.9, **common)
-        for parameter in optimizer.param_groups[0]["params"]:  # the fused kernel cannot begin some later than others
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        optimizer = torch.optim.SGD(groups, momentum=0.9, **common)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:  # the fused kernel cannot begin some later than others
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](parameters, **common)
+    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](groups, **common)
 
 
 def make_scheduler(

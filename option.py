@@ -14,11 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from option_kinds import (
+    ALL,
     ALPHA,
+    AUGMENT,
     CALL,
     COUNT,
     DIR,
+    EPOCHS,
     EVERY,
+    FACTOR,
     FILE,
     FLAG,
     HANDLING,
@@ -64,7 +68,52 @@ DEMO = {
     "log_interval": 5,
 }
 
+# What --preset changes: a layer between the defaults, which are the tutorial's of 2020, and --demo's.
+PRESETS: dict[str, dict[str, Any]] = {
+    "tutorial": {},
+    "finetune": {
+        "optimizer": "ADAMW",
+        "learning_rate": 1e-3,
+        "backbone_lr": 0.3,
+        "weight_decay": 0.02,
+        "decay_norms": False,
+        "batch_size": 64,
+        "epochs": 8,
+        "augment": "crop",
+        "label_smoothing": 0.1,
+        "ema": 0.99,
+        "tta": "flip",
+    },
+    "scratch": {
+        "pretrained": 0,
+        "image_size": 128,
+        "start_size": 64,
+        "optimizer": "ADAMW",
+        "learning_rate": 2e-3,
+        "weight_decay": 0.05,
+        "decay_norms": False,
+        "batch_size": 64,
+        "epochs": 18,
+        "augment": "crop",
+        "label_smoothing": 0.1,
+        "ema": 0.995,
+        "tta": "flip",
+    },
+    "probe": {
+        "freeze_epochs": ALL,
+        "optimizer": "ADAMW",
+        "learning_rate": 3e-3,
+        "weight_decay": 0.01,
+        "batch_size": 256,
+        "epochs": 40,
+        "tta": "flip",
+    },
+}
+
 DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
+TTA = Option(
+    one_of("none", "flip"), "none", "flip: compute each test image and its mirror image, and average their logits"
+)
 MODEL = Option(NAME, "ResNet18", "name of a torchvision classification model")
 OPTIONS = {
     "run": {
@@ -78,6 +127,11 @@ OPTIONS = {
         "data_dir": Option(DIR, "data", "folder that holds the images", PLACE),
         "demo": Option(FLAG, False, "use drawn scenes, and defaults that fit them", CALL),
         "image_size": Option(PIXELS, 256, "side of the square images that the model sees"),
+        "start_size": Option(
+            PIXELS,
+            None,
+            "side of the first epochs' images, which grow to --image_size for the last third (default: none)",
+        ),
         "normalize": Option(
             one_of("imagenet", "none"),
             "imagenet",
@@ -114,6 +168,13 @@ OPTIONS = {
         "compile": Option(SWITCH, False, "compile the model with torch.compile"),
     },
     "training": {
+        "preset": Option(
+            one_of(*PRESETS),
+            "tutorial",
+            "set of options; those typed win. tutorial: the defaults; finetune: pretrained weights, in little time; "
+            "scratch: random weights, small images first; probe: only a new head, for machines without a GPU",
+            START,
+        ),
         "batch_size": Option(COUNT, 256, "number of images in one update"),
         "accumulate": Option(
             COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
@@ -122,6 +183,11 @@ OPTIONS = {
         "optimizer": Option(one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "optimizer that updates weights"),
         "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
         "weight_decay": Option(RATE, 1e-4, "weight of the L2 penalty; with ADAMW it is decoupled from the gradient"),
+        "decay_norms": Option(SWITCH, True, "apply the weight decay to norms and biases, too"),
+        "backbone_lr": Option(RATE, 1.0, "learning rate of all layers but the head, as a factor of --learning_rate"),
+        "layer_decay": Option(
+            FACTOR, 1.0, "factor of the learning rate for each transformer block between a layer and the head"
+        ),
         "decay_type": Option(
             one_of("cosine_warmup", "step", "step_warmup"),
             "cosine_warmup",
@@ -133,15 +199,19 @@ OPTIONS = {
         "clip_grad_norm": Option(POSITIVE, None, "clip the gradients' global L2 norm to this value"),
         "label_smoothing": Option(SHARE, 0.0, "share of each label that is spread over all classes"),
         "augment": Option(
-            one_of("flip", "crop", "trivial", "none"),
+            AUGMENT,
             "flip",
-            "flip: mirror half of the images; crop: and crop at random; trivial: flip and TrivialAugment; none",
+            "list of flip (mirror half of the images), crop, trivial (TrivialAugment), randaugment, augmix, jitter, "
+            "erasing, upright; every list mirrors images unless it holds upright; none: leave them as they are",
         ),
         "mixup": Option(ALPHA, 0.0, "blend pairs of images with a weight from Beta(ALPHA, ALPHA); 0: off"),
         "cutmix": Option(ALPHA, 0.0, "paste patches between images, of a share from Beta(ALPHA, ALPHA); 0: off"),
         "ema": Option(SHARE, 0.0, "test an exponential moving average of the weights with this decay; 0: off"),
-        "freeze_epochs": Option(whole(0), 0, "train only the new head for the first N epochs"),
+        "freeze_epochs": Option(
+            EPOCHS, 0, "train only the new head for the first N epochs; all: for all, on outputs computed once"
+        ),
         "patience": Option(COUNT, None, "stop when N epochs in a row were not better than the best"),
+        "tta": TTA,
         "sync_batchnorm": Option(FLAG, False, "compute batch statistics over all processes"),
     },
     "recording and resuming": {
@@ -159,6 +229,7 @@ OPTIONS = {
     },
     "testing": {"evaluate": Option(FLAG, False, "do what the command evaluate does", CALL)},
     "a finished run": {
+        "tta": TTA,
         "batch_size": Option(COUNT, 256, "number of images computed at a time"),
         "checkpoint": Option(FILE, None, "checkpoint to use (default: best_model.pt of the run)", CALL),
     },
@@ -217,6 +288,7 @@ OPTIONS = {
         "seed": Option(SEED, 0, "seed of the drawing", REPEAT),
     },
     "export": {
+        "tta": TTA,
         "checkpoint": Option(FILE, None, "checkpoint to export (default: best_model.pt of the run)", CALL),
         "out": Option(FILE, None, "file to write (default: model.onnx in the run's folder)", CALL),
     },
@@ -247,6 +319,8 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "augment": "flip",
         "mixup": 0.0,
         "cutmix": 0.0,
+        "start_size": None,
+        "epochs": 1,
     },
     "export": {**_AS_TRAINED, "device": "cpu", "amp": False, "channels_last": True},
 }
@@ -324,11 +398,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     known = options_of(command)
     typed = vars(build_parser(command, also=also).parse_args(words))
     defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
+    stored = _stored_options(command, defaults | typed)
+    preset = PRESETS[typed["preset"]] if "preset" in typed and "preset" in known else {}
+    stored = {name: value for name, value in stored.items() if name not in preset}
     demo = {}
     if typed.get("demo") and command != "prepare":
         demo = {name: value for name, value in DEMO.items() if name in known and defaults[name] is not None}
-    stored = _stored_options(command, defaults | typed)
-    merged = defaults | demo | stored | {name: value for name, value in typed.items() if name in known}
+    merged = defaults | preset | demo | stored | {name: value for name, value in typed.items() if name in known}
     options = argparse.Namespace(**merged, command=command)
     _check_together(options)
     return options
@@ -405,7 +481,18 @@ def _check_together(options: argparse.Namespace) -> None:
             (get("warmup_epochs") or 0) > epochs,
             f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}.",
         ),
-        (get("freeze_epochs", 0) > epochs, f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}."),
+        (
+            get("freeze_epochs") not in (None, ALL) and get("freeze_epochs") > epochs,
+            f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}.",
+        ),
+        (
+            get("start_size") and get("start_size") >= (get("image_size") or math.inf),
+            f"--start_size {get('start_size')} must be smaller than --image_size {get('image_size')}.",
+        ),
+        (
+            get("start_size") and epochs < 2,
+            "--start_size needs two --epochs or more: the last ones have images of full size.",
+        ),
         (get("resume") and get("overwrite"), "--resume and --overwrite exclude each other."),
         (
             name.is_absolute() or ".." in name.parts or not str(name).isprintable(),

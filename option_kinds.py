@@ -132,10 +132,30 @@ def checkpoint_every(text: str) -> str:
     return text
 
 
+def augmentations(text: str) -> str:
+    """Names of augmentations in one order and spelling: `jitter, crop` is `crop,jitter`."""
+    names = {name.strip() for name in text.split(",") if name.strip()}
+    if not names or not names <= set(AUGMENTATIONS) or ("none" in names and len(names) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(AUGMENTATIONS)}, separated by commas")
+    if names == {"upright"}:
+        return "none"
+    if "flip" in names and "upright" in names:
+        raise argparse.ArgumentTypeError(f"{text!r}: flip and upright exclude each other")
+    return ",".join(name for name in AUGMENTATIONS if name in names - {"flip"}) or "flip"
+
+
+def epochs_or_all(text: str) -> int | str:
+    return text if text == ALL else whole(0)["type"](text)
+
+
 def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
     return {"choices": choices, **more}
 
 
+ALL = "all"
+AUGMENTATIONS = ("none", "flip", "upright", "crop", "trivial", "randaugment", "augmix", "jitter", "erasing")
+AUGMENT = {"metavar": "LIST", "type": augmentations}
+EPOCHS = {"metavar": "N|all", "type": epochs_or_all}
 FLAG = {"action": "store_true"}
 SWITCH = {"action": argparse.BooleanOptionalAction}
 DIR = {"metavar": "DIR"}
@@ -147,6 +167,7 @@ PIXELS = whole(16, 4096, "PIXELS")
 RATE = number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 POSITIVE = number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
 SHARE = number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")
+FACTOR = number("FACTOR", float, lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 ALPHA = number(
     "ALPHA",
     float,

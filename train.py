@@ -135,7 +135,7 @@ class Trainer:
         """The updates that are left of this epoch; False where `stop_after` ended it early."""
         at = self.progress
         batches = self.batches
-        if self.network.begin_epoch(at.epoch):
+        if self.network.begin_epoch(at.epoch) or batches.grows_in(at.epoch):
             self.meter.warming = True
         begun = time.perf_counter() - at.epoch_seconds
         batches.seconds_waited = at.epoch_waited
@@ -186,7 +186,7 @@ class Trainer:
         if not found.is_finite:
             raise self.meter.not_finite("validation loss", at, self.batches.updates_per_epoch)
         at.elapsed = self.seconds
-        line = self.meter.line(at, found, self.batches.device)
+        line = self.meter.line(at, found, self.batches.device) | {"image_size": self.batches.size_in(at.epoch)}
         at.close_epoch(line)
         files = {}
         if found.accuracy > at.best_val_acc:
@@ -270,7 +270,7 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state()` gave. The schedule is rebuilt and replayed, not loaded."""
         self.network.load_state(state)
-        load_moments(self.optimizer, state["optimizer"])
+        load_moments(self.optimizer, state["optimizer"], self.network.model.parameters())
         if self.scaler.is_enabled():  # a disabled scaler's state is {}, which an enabled one refuses
             self.scaler.load_state_dict(state["scaler"])
         at = Progress.restored(state["progress"])

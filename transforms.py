@@ -5,9 +5,11 @@ Knows nothing of files, order, seeds or models.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +50,17 @@ class Preprocess:
             images = images.float()
         return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
 
+    def shrunk(self, images: torch.Tensor) -> torch.Tensor:
+        """(count, 3, height, width), antialiased to at most one and a half of the size: enough to crop from."""
+        height, width = images.shape[-2:]
+        most = self.image_size * 3 // 2
+        if max(height, width) <= most:
+            return images
+        if self.device.type != "cpu":
+            images = images.float()
+        size = (min(height, most), min(width, most))
+        return F.interpolate(images, size, mode="bilinear", antialias=True)
+
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
         rows = images.permute(0, 2, 3, 1).flatten(2)
@@ -81,16 +94,51 @@ def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int) ->
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def trivial_augment(images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
-    """TrivialAugmentWide (Müller and Hutter 2021) of uint8 images (count, 3, height, width), each by its own seed."""
-    from torchvision.transforms.v2 import TrivialAugmentWide
+def _torchvision(name: str, **options: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]]:
+    """Makes one of torchvision's transforms when it is first needed: its import takes a while."""
 
-    transform = TrivialAugmentWide()
-    distorted = []
-    for image, seed in zip(images, seeds, strict=True):
-        torch.default_generator.manual_seed(seed)
-        distorted.append(transform(image))
-    return torch.stack(distorted)
+    @functools.cache
+    def make() -> Callable[[torch.Tensor], torch.Tensor]:
+        from torchvision.transforms import v2
+
+        return getattr(v2, name)(**options)
+
+    return make
+
+
+# Those that draw their random numbers themselves, with torchvision's defaults where no number is given.
+RANDOM = {
+    "trivial": _torchvision("TrivialAugmentWide"),
+    "randaugment": _torchvision("RandAugment"),
+    "augmix": _torchvision("AugMix"),
+    "jitter": _torchvision("ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
+    "erasing": _torchvision("RandomErasing", p=0.25),
+}
+
+
+def each(
+    make: Callable[[], Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor, seeds: Sequence[int]
+) -> torch.Tensor:
+    """A random transform of images (count, 3, height, width), each by its own seed, in the images' layout."""
+    transform = make()
+    distorted = torch.empty_like(images)
+    for place, (image, seed) in enumerate(zip(images, seeds, strict=True)):
+        torch.manual_seed(seed)  # of every device: some draw on that of the image
+        distorted[place] = transform(image)
+    return distorted
+
+
+def growing_sizes(start: int | None, full: int, epochs: int) -> list[int]:
+    """The side of the training images in each epoch: from `start` in even steps to `full`, which the last third has.
+
+    At most four sizes, in steps of 32 pixels or more: each is compiled, or searched kernels for, once.
+    """
+    if start is None:
+        return [full] * epochs
+    steps = min(3, max(1, (full - start) // 32))
+    growing = epochs - max(1, round(epochs / 3))
+    grown = [start + (full - start) * (epoch * steps // growing) // steps for epoch in range(growing)]
+    return [max(start, size // 32 * 32) for size in grown] + [full] * (epochs - growing)
 
 
 def mix(

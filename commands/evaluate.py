@@ -52,6 +52,7 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "test_loss": found.loss,
         **peak_memory(setup.device),
         "precision": setup.precision.name,
+        "tta": setup.options.tta,
         "device": setup.device.type,
         "device_name": device_name(setup.device),
         "classes": data.classes,

@@ -20,12 +20,13 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     total = int(np.sum(result["confusion"]))
     low, high = wilson(right, total)
     training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
+    mirrored = ", each with its mirror image" if result.get("tta") == "flip" else ""
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
         (
             "Test accuracy",
             f"{result['test_acc']:.2f} %",
-            f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
+            f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %{mirrored}",
         ),
         ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),

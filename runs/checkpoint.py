@@ -6,7 +6,7 @@ best_model.pt: what `identity` gives, and `model`, `epoch`, `val_acc`. last.pt: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -75,8 +75,19 @@ def identity(
     }
 
 
-def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Loads an optimizer's state; fused kernels walk memory, so moments must lie as their weights do."""
+def load_moments(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: Iterable[torch.nn.Parameter] = ()
+) -> None:
+    """Loads an optimizer's state; fused kernels walk memory, so moments must lie as their weights do.
+
+    A state of one group, as all were once, is dealt out to the groups of today: `parameters` are in its order.
+    """
+    own = optimizer.state_dict()["param_groups"]
+    if len(state["param_groups"]) == 1 < len(own):
+        place = {parameter: number for number, parameter in enumerate(parameters)}
+        ordered = [place[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        moments = {new: state["state"][old] for new, old in enumerate(ordered) if old in state["state"]}
+        state = {"state": moments, "param_groups": own}
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

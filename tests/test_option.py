@@ -14,15 +14,16 @@ import option
 from utils import UserError
 
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
-DATA = "--data_dir --demo --image_size --normalize --cache --num_workers --skip_unreadable"
+DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
 MODEL = "--model --num_classes --pretrained --pretrained_path"
 DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile"
 TRAINING = (
-    "--batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_type --warmup_epochs "
-    "--clip_grad_norm --label_smoothing --augment --mixup --cutmix --ema --freeze_epochs --patience --sync_batchnorm"
+    "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
+    "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
+    "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
 )
 RECORDING = "--log_interval --resume --overwrite --checkpoint_every --verify_resume --tensorboard"
-TRAINED = f"{RUN} {DATA} {DEVICE} --batch_size --checkpoint"
+TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
 # Scripts rely on these names: extend them here and in the README, don't rename them.
@@ -35,7 +36,7 @@ OPTIONS = {
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
     "--strict",
     "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed",
-    "export": f"{RUN} --checkpoint --out",
+    "export": f"{RUN} --tta --checkpoint --out",
 }
 SEED_DEFAULTS = {
     "model": "ResNet18",
@@ -74,6 +75,12 @@ SEED_DEFAULTS = {
     "label_smoothing": 0,
     "freeze_epochs": 0,
     "patience": None,
+    "preset": "tutorial",
+    "start_size": None,
+    "decay_norms": True,
+    "backbone_lr": 1,
+    "layer_decay": 1,
+    "tta": "none",
 }
 
 
