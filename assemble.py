@@ -21,6 +21,7 @@ from torch import nn
 import option
 from dataset import Batches, DataSet, Subset, open_data_set
 from distributed import Ranks
+from features.frozen import keep_outputs
 from model import (
     Network,
     WithMirrorImage,
@@ -172,17 +173,21 @@ class Setup:
         model = self._trainable(data)
         batches = self.batches(data, data.train, train=True, epochs=epochs)
         validation = self.batches(data, data.validation)
+        head = head_name(model)
+        frozen = epochs if options.freeze_epochs == ALL else options.freeze_epochs
+        kept = keep_outputs(model, head, batches, validation, self.precision) if frozen == epochs else None
+        batches, validation = kept or (batches, validation)
         network = Network(
             model,
             sizes=batches.full_sizes,
             evaluation_size=validation.batch_size,
             ranks=self.ranks,
-            head=head_name(model),
-            freeze_epochs=epochs if options.freeze_epochs == ALL else options.freeze_epochs,
+            head=head,
+            freeze_epochs=frozen,
             ema=options.ema,
             compile=options.compile,
+            only_head=kept is not None,
         )
-        head = head_name(model)
         groups = parameter_groups(
             model,
             head,

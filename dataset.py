@@ -166,7 +166,7 @@ class Batches:
     augment: str = "flip"  # none, or some of transforms.AUGMENTATIONS, separated by commas
     mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
     cutmix: float = 0.0
-    start_size: int | None = None  # side of the first epoch's images, which grow to full size; None: all are of that
+    start_size: int = 0  # side of the first epoch's images, which grow to full size; 0: all are of that
     epochs: int = 1
     ranks: Ranks = Ranks()
 
@@ -200,8 +200,8 @@ class Batches:
         mine = np.array_split(np.arange(self.batch_size), self.ranks.size)[self.ranks.rank]
         return {len(part) for part in np.array_split(mine, self.accumulate)}
 
-    def epoch(self, epoch: int, first_update: int = 0) -> Iterator[Iterator[MicroBatch]]:
-        """The updates of one epoch from `first_update` on, each an iterator of micro-batches.
+    def epoch(self, epoch: int, first_update: int = 0, end: int | None = None) -> Iterator[Iterator[MicroBatch]]:
+        """The updates of one epoch from `first_update` on, up to `end`, each an iterator of micro-batches.
 
         Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last
         batch is empty gets one image with weight 0, because every rank must take part in every update.
@@ -210,7 +210,7 @@ class Batches:
         order = torch.randperm(len(self.subset), generator=generator).numpy()
         draws = torch.rand(len(self.subset), 5, generator=generator)  # by position in the epoch
         updates = []
-        for update in range(first_update, self.updates_per_epoch):
+        for update in range(first_update, self.updates_per_epoch if end is None else end):
             whole = np.arange(update * self.batch_size, min((update + 1) * self.batch_size, len(order)))
             mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
             parts = [part for part in np.array_split(mine, self.accumulate) if len(part)] or [whole[:1]]
@@ -224,10 +224,29 @@ class Batches:
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
-        mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
-        batches = [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        batches = self._evaluation_places()
         for (images, labels), batch in zip(self._on_device(batches), batches, strict=True):
             yield self.preprocess(images), labels, batch
+
+    def _evaluation_places(self) -> list[np.ndarray]:
+        mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
+        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+
+    def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
+        """Up to `most` images of the first update as the network sees them, and their labels.
+
+        uint8 (count, side, side, 3) and class indices (count,), or probabilities (count, classes) after MixUp.
+        """
+        mean, std = self.preprocess.mean_and_deviation
+        shown = []
+        targets = []
+        for images, labels, *_ in next(self.epoch(0, 0, 1)):
+            pixels = images.float().cpu().permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
+            shown.append((255 * pixels).round().clamp(0, 255).byte())
+            targets.append(labels.cpu())
+            if sum(map(len, shown)) >= most:
+                break
+        return torch.cat(shown)[:most].numpy(), torch.cat(targets)[:most]
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """uint8 images and labels of each batch, copied one batch ahead on a stream of their own on CUDA."""

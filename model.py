@@ -222,6 +222,7 @@ class Network:
     `head` is the name of the layer that alone is trained for the first `freeze_epochs`; `ema` the decay of the moving
     average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers of
     images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation.
+    With `only_head` batches are not of images but of the head's inputs.
     """
 
     def __init__(
@@ -235,8 +236,10 @@ class Network:
         freeze_epochs: int = 0,
         ema: float = 0.0,
         compile: bool = False,
+        only_head: bool = False,
     ):
         self.model = model
+        self.only_head = only_head
         self.sizes = sizes
         self.ranks = ranks
         self.head = head
@@ -244,14 +247,18 @@ class Network:
         self.ema = ema
         self.compile = compile
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
-        self.forward = Forward(model, sizes, compile)
-        self.evaluate = Forward(self.evaluated, {evaluation_size}, compile)
+        self.forward = Forward(self._fed(model), sizes, compile)
+        self.evaluate = Forward(self._fed(self.evaluated), {evaluation_size}, compile)
         self._frozen: bool | None = None
 
     @property
     def evaluated(self) -> nn.Module:
         """The model whose weights are validated and kept: the moving average if there is one."""
         return self.model if self.average is None else self.average
+
+    def _fed(self, model: nn.Module) -> nn.Module:
+        """The part of `model` that batches are given to."""
+        return model.get_submodule(self.head) if self.only_head else model
 
     def begin_epoch(self, epoch: int) -> bool:
         """Puts the model into training mode with the right layers frozen; returns whether other layers train now."""
@@ -261,7 +268,8 @@ class Network:
             self._frozen = frozen
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(not frozen or name.startswith(self.head))
-            wrapped = nn.parallel.DistributedDataParallel(self.model) if self.ranks.size > 1 else self.model
+            fed = self._fed(self.model)
+            wrapped = nn.parallel.DistributedDataParallel(fed) if self.ranks.size > 1 else fed
             self.forward = Forward(wrapped, self.sizes, self.compile)
         self.model.train()
         if frozen:  # a frozen layer's batch statistics stay as they were trained, too

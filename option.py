@@ -37,6 +37,7 @@ from option_kinds import (
     SEED,
     SHARE,
     START,
+    START_PIXELS,
     SWITCH,
     Option,
     Parser,
@@ -128,9 +129,7 @@ OPTIONS = {
         "demo": Option(FLAG, False, "use drawn scenes, and defaults that fit them", CALL),
         "image_size": Option(PIXELS, 256, "side of the square images that the model sees"),
         "start_size": Option(
-            PIXELS,
-            None,
-            "side of the first epochs' images, which grow to --image_size for the last third (default: none)",
+            START_PIXELS, 0, "side of the first images, which grow to --image_size for the last third of epochs; 0: off"
         ),
         "normalize": Option(
             one_of("imagenet", "none"),
@@ -319,7 +318,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "augment": "flip",
         "mixup": 0.0,
         "cutmix": 0.0,
-        "start_size": None,
+        "start_size": 0,
         "epochs": 1,
     },
     "export": {**_AS_TRAINED, "device": "cpu", "amp": False, "channels_last": True},
@@ -405,6 +404,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if typed.get("demo") and command != "prepare":
         demo = {name: value for name, value in DEMO.items() if name in known and defaults[name] is not None}
     merged = defaults | preset | demo | stored | {name: value for name, value in typed.items() if name in known}
+    if "start_size" in preset and "start_size" not in typed:
+        room = merged["start_size"] < merged["image_size"] and merged["epochs"] > 1
+        merged["start_size"] = merged["start_size"] if room else 0
     options = argparse.Namespace(**merged, command=command)
     _check_together(options)
     return options

@@ -164,6 +164,7 @@ NAME = {"metavar": "NAME"}
 COUNT = whole(1)
 SEED = whole(0, 2**63)
 PIXELS = whole(16, 4096, "PIXELS")
+START_PIXELS = number("PIXELS", int, lambda value: value == 0 or 16 <= value <= 4096, "0 (off) or from 16 to 4096")
 RATE = number("RATE", float, lambda value: 0 <= value < math.inf, "at least 0 and finite")
 POSITIVE = number("VALUE", float, lambda value: 0 < value < math.inf, "greater than 0 and finite")
 SHARE = number("SHARE", float, lambda value: 0 <= value < 1, "at least 0 and less than 1")

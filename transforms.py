@@ -32,11 +32,16 @@ class Preprocess:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0,) * 3, (1,) * 3)
+        mean, std = self.mean_and_deviation
         deviation = torch.tensor(std)
         # A whole row of pixels: a last dimension of three would not be vectorised.
         self._factor = (1 / (255 * deviation)).repeat(self.image_size).to(self.device)
         self._offset = (-torch.tensor(mean) / deviation).repeat(self.image_size).to(self.device)
+
+    @property
+    def mean_and_deviation(self) -> tuple[Sequence[float], Sequence[float]]:
+        """What is subtracted from each channel, and what it is divided by, for values from 0 to 1."""
+        return (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
@@ -128,12 +133,12 @@ def each(
     return distorted
 
 
-def growing_sizes(start: int | None, full: int, epochs: int) -> list[int]:
+def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
     """The side of the training images in each epoch: from `start` in even steps to `full`, which the last third has.
 
     At most four sizes, in steps of 32 pixels or more: each is compiled, or searched kernels for, once.
     """
-    if start is None:
+    if not start:
         return [full] * epochs
     steps = min(3, max(1, (full - start) // 32))
     growing = epochs - max(1, round(epochs / 3))

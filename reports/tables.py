@@ -20,14 +20,15 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     total = int(np.sum(result["confusion"]))
     low, high = wilson(right, total)
     training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
-    mirrored = ", each with its mirror image" if result.get("tta") == "flip" else ""
+    flip = ("Test-time flip", "on", "mean logits of each image and its mirror image")
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
         (
             "Test accuracy",
             f"{result['test_acc']:.2f} %",
-            f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %{mirrored}",
+            f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
         ),
+        *([flip] if result.get("tta") == "flip" else []),
         ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
@@ -141,8 +142,13 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         "val": "{:,} for validation",
         "test": "{:,} to test",
     }
+    mirrored = ["test-time flip"] if settings.get("tta") == "flip" else []
     parts = [form.format(settings[name]) for name, form in names.items() if isinstance(settings.get(name), int)]
-    parts += [*comparison["devices"], *(f"{name} {version}" for name, version in config.get("versions", {}).items())]
+    parts += [
+        *mirrored,
+        *comparison["devices"],
+        *(f"{name} {version}" for name, version in config.get("versions", {}).items()),
+    ]
     lines = [f"{', '.join(parts)}."] if parts else []
     lines.append(
         "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "

@@ -76,7 +76,7 @@ SEED_DEFAULTS = {
     "freeze_epochs": 0,
     "patience": None,
     "preset": "tutorial",
-    "start_size": None,
+    "start_size": 0,
     "decay_norms": True,
     "backbone_lr": 1,
     "layer_decay": 1,

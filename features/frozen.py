@@ -1,0 +1,149 @@
+"""Batches for a head alone: what the frozen rest of a network makes of each image, computed once and kept.
+
+A frozen layer gives the same output in every epoch, so only flips may change the images. Knows nothing of options.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dataset import Batches, MicroBatch
+from machine import available_memory
+from precision import Precision
+from utils import log, progress
+
+
+def keep_outputs(
+    model: nn.Module, head: str, batches: Batches, validation: Batches, precision: Precision
+) -> tuple[Batches, Batches] | None:
+    """Training and validation batches of inputs of the layer `head`; None, and why in the log, if they cannot be kept.
+
+    The outputs are computed when they are first asked for.
+    """
+    reason = _obstacle(model, head, batches, validation)
+    if reason:
+        log.info(f"only the head is trained, but every epoch computes the whole network: {reason}")
+        return None
+    log.info("only the head is trained: what the frozen network makes of an image is computed once")
+    kept = []
+    for images, mirrored in ((batches, batches.augment == "flip"), (validation, False)):
+        same = {part.name: getattr(images, part.name) for part in fields(Batches) if part.init}
+        source = FrozenNetwork(model, head, images, precision, mirrored)
+        kept.append(KeptBatches(**same, source=source))
+    return kept[0], kept[1]
+
+
+def _obstacle(model: nn.Module, head: str, batches: Batches, validation: Batches) -> str:
+    """Why the outputs cannot be kept; empty if they can."""
+    if batches.augment not in ("flip", "none") or batches.mixup or batches.cutmix:
+        return "images that change in other ways than by --augment flip have other outputs in every epoch"
+    if batches.start_size:
+        return "images that grow (--start_size) have other outputs in every epoch"
+    size = batches.preprocess.image_size
+    example = torch.zeros(1, 3, size, size, device=batches.device)
+    was_training = model.training
+    with torch.no_grad():
+        found, logits = _inputs_of(model.eval(), head, example)
+        fits = found.ndim == 2 and torch.equal(model.get_submodule(head)(found), logits)
+    model.train(was_training)
+    if not fits:
+        return f"in {type(model).__name__} more follows its last layer"
+    needed = 4 * found.shape[1] * (2 * len(batches.subset) + len(validation.subset))
+    memory = available_memory()
+    if memory is not None and needed > memory / 2:
+        return f"their outputs would take {needed / 2**30:.1f} GB of memory"
+    return ""
+
+
+def _inputs_of(model: nn.Module, head: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the layer `head` is given for images (count, 3, side, side), and the logits that the model makes of it."""
+    caught: list[torch.Tensor] = []
+    hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+    try:
+        logits = model(images)
+    finally:
+        hook.remove()
+    return caught[-1], logits
+
+
+@dataclass
+class FrozenNetwork:
+    """Computes what `model`, but for its layer `head`, makes of the images of `batches`."""
+
+    model: nn.Module
+    head: str
+    batches: Batches
+    precision: Precision
+    mirrored: bool
+
+    @cached_property
+    def outputs(self) -> torch.Tensor:
+        """(images, 1 or 2, features), float32, on the CPU: of each image and, if `mirrored`, of its mirror image.
+
+        Computed at the first call. Ranks share the work; then each holds all outputs.
+        """
+        batches = self.batches
+        was_training = self.model.training
+        self.model.eval()
+        kept = None
+        with torch.no_grad(), self._bar() as bar:
+            for images, _, places in batches.evaluation():
+                views = [images, images.flip(3)] if self.mirrored else [images]
+                with self.precision.autocast():
+                    found = torch.stack([_inputs_of(self.model, self.head, view)[0].float() for view in views], 1)
+                if kept is None:
+                    kept = torch.zeros(len(batches.subset), *found.shape[1:], device=batches.device)
+                kept[torch.from_numpy(places).to(batches.device)] = found
+                bar.update(len(places) * batches.ranks.size)
+        self.model.train(was_training)
+        batches.ranks.sum(kept)
+        return kept.cpu()
+
+    def _bar(self) -> Any:
+        return progress(total=len(self.batches.subset), desc="frozen layers", unit="image", delay=2)
+
+
+@dataclass
+class KeptBatches(Batches):
+    """As Batches, but of the inputs of a head, float32 (count, features), in place of images."""
+
+    source: FrozenNetwork | None = field(default=None, kw_only=True)
+
+    def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
+        return self.source.batches.first_images(most)
+
+    def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
+        for (outputs, labels), places in zip(
+            self._on_device(self._evaluation_places()), self._evaluation_places(), strict=True
+        ):
+            yield outputs[:, 0], labels, places
+
+    def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in batches:
+            labels = torch.from_numpy(self.subset.labels[batch])
+            yield self.source.outputs[torch.from_numpy(batch)].to(self.device), labels.to(self.device)
+
+    def _timed(
+        self,
+        loaded: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        draws: torch.Tensor,
+        epoch: int,
+        places: np.ndarray,
+        update: int,
+        weight: int,
+        last: bool,
+    ) -> MicroBatch:
+        started = time.perf_counter()
+        outputs, labels = next(loaded)
+        view = (draws[places, 0] < 0.5).long() if outputs.shape[1] > 1 else torch.zeros(len(places), dtype=torch.long)
+        outputs = outputs[torch.arange(len(places)), view.to(outputs.device)]
+        self.seconds_waited += time.perf_counter() - started
+        return outputs, labels, weight, last

@@ -1,0 +1,348 @@
+"""What serves accuracy: presets, parameter groups, growing sizes, augmentations, frozen outputs, mirror images.
+
+Run it alone: pytest tests/test_accuracy.py
+"""
+
+import json
+
+import pytest
+import tiny
+import torch
+from test_option import parse, refused
+from test_train import CPU, subset
+from torch import nn
+from torchvision import models
+
+import option
+from dataset import Batches
+from distributed import Ranks
+from model import WithMirrorImage, head_name
+from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
+from transforms import Preprocess, growing_sizes
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    return tiny.draw(tmp_path_factory.mktemp("squares"))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+    tiny.register_classifier()
+
+
+# ------------------------------------------------------------------------------------ presets
+def test_a_preset_lies_between_the_defaults_and_what_is_typed():
+    found = parse("--preset=finetune", "--epochs=3")
+    assert found.epochs == 3 and found.preset == "finetune"
+    assert {name: getattr(found, name) for name in option.PRESETS["finetune"] if name != "epochs"} == {
+        name: value for name, value in option.PRESETS["finetune"].items() if name != "epochs"
+    }
+    assert vars(parse("--preset=tutorial")) == vars(parse())
+
+
+@pytest.mark.parametrize("name", option.PRESETS)
+def test_every_preset_is_valid_for_training_and_comparison(name):
+    typed = [f"--{key}={value}" for key, value in option.PRESETS[name].items() if not isinstance(value, bool)]
+    expected = vars(parse(f"--preset={name}"))
+    switches = ["--no-decay_norms"] if option.PRESETS[name].get("decay_norms") is False else []
+    assert vars(parse(*typed, *switches)) | {"preset": name} == expected
+    assert parse("compare", f"--preset={name}").learning_rate == expected["learning_rate"]
+
+
+def test_the_demo_wins_over_a_preset_and_a_typed_preset_over_a_config(tmp_path):
+    found = parse("--preset=scratch", "--demo")
+    assert (found.image_size, found.start_size) == (option.DEMO["image_size"], 0)  # 64 pixels do not grow to 64
+    assert parse("--preset=scratch", "--epochs=1").start_size == 0
+    assert parse("--preset=scratch", "--start_size=0").start_size == 0
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"options": {"epochs": 7, "learning_rate": 0.5, "preset": "tutorial"}}))
+    assert parse(f"--config={file}").epochs == 7
+    found = parse(f"--config={file}", "--preset=finetune")
+    assert found.epochs == option.PRESETS["finetune"]["epochs"]
+
+
+def test_what_does_not_fit_together_is_said():
+    assert "--start_size 64 must be smaller than --image_size 64" in refused("--start_size=64", "--image_size=64")
+    assert "two --epochs" in refused("--start_size=64", "--epochs=1")
+    assert "rotate" in refused("--augment=crop,rotate")
+    assert "none" in refused("--augment=none,crop")
+    assert "exclude" in refused("--augment=flip,upright")
+
+
+def test_augmentations_have_one_spelling():
+    assert parse("--augment=jitter, crop").augment == "crop,jitter"
+    assert parse("--augment=flip,crop").augment == "crop"  # what a run before there were lists recorded
+    assert parse("--augment=upright").augment == "none"
+
+
+# --------------------------------------------------------------------------- parameter groups
+def groups(model, **options):
+    options = {"learning_rate": 1e-2, "weight_decay": 0.1} | options
+    return parameter_groups(model, head_name(model), **options)
+
+
+def test_without_options_all_parameters_are_one_group_in_their_order():
+    model = tiny.Classifier(3)
+    (group,) = groups(model)
+    assert [id(p) for p in group["params"]] == [id(p) for p in model.parameters()]
+
+
+def test_norms_and_biases_are_not_decayed_and_the_head_learns_at_the_full_rate():
+    model = models.resnet18(num_classes=5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = groups(model, decay_norms=False, backbone_lr=0.1)
+    assert sum(len(group["params"]) for group in found) == len(names)
+    assert (found[0]["lr"], [names[id(p)] for p in found[0]["params"]]) == (1e-2, ["fc.weight"])
+    for group in found:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == pytest.approx(1e-2 if name.startswith("fc.") else 1e-3)
+            assert group["weight_decay"] == (
+                0.0 if "bn" in name or name.endswith(("bias", "downsample.1.weight")) else 0.1
+            )
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first", "last"),
+    [
+        ("vit_b_16", 12, "conv_proj.weight", "encoder.layers.encoder_layer_11.mlp.0.weight"),
+        ("swin_t", 12, "features.0.0.weight", "features.7.1.mlp.0.weight"),
+        ("maxvit_t", 11, "stem.0.0.weight", "blocks.3.layers.1.layers.grid_attention.attn_layer.0.weight"),
+    ],
+)
+def test_depths_of_transformers(name, count, first, last):
+    with torch.device("meta"):
+        depths = block_depths(getattr(models, name)(**({"input_size": (224, 224)} if "maxvit" in name else {})))
+    assert (depths[first], depths[last], max(depths.values())) == (0, count, count + 1)
+    assert set(depths.values()) == set(range(count + 2))
+
+
+def test_each_block_learns_more_slowly_than_the_next():
+    model = models.VisionTransformer(32, 16, 3, 2, 24, 48, num_classes=5)
+    rates = {id(p): group["lr"] for group in groups(model, layer_decay=0.5) for p in group["params"]}
+    of = {name: rates[id(parameter)] for name, parameter in model.named_parameters()}
+    assert of["heads.head.weight"] == of["encoder.ln.weight"] == 1e-2
+    steps = [f"encoder.layers.encoder_layer_{place}.mlp.0.weight" for place in (2, 1, 0)] + ["conv_proj.weight"]
+    assert [of[name] for name in steps] == pytest.approx([5e-3, 2.5e-3, 1.25e-3, 6.25e-4])
+
+
+def test_layer_decay_is_refused_for_other_networks(run, squares, tmp_path):
+    status, _, errors = run(tiny.words(squares, tmp_path, "--layer_decay=0.5"))
+    assert status == 2 and "--layer_decay is for transformers: ShuffleNetV2 has no attention blocks" in errors
+
+
+@pytest.mark.parametrize("rule", ["ADAM", "ADAMW", "SGD"])
+def test_the_schedule_scales_the_rate_of_every_group_alike(rule):
+    model = tiny.Classifier(3)
+    optimizer = make_optimizer(
+        groups(model, backbone_lr=0.1, decay_norms=False), rule, learning_rate=1e-2, weight_decay=0.1, fused=True
+    )
+    scheduler = make_scheduler(optimizer, "cosine_warmup", epochs=4, updates_per_epoch=5)
+    for _ in range(20):
+        head, *_, body = (group["lr"] for group in optimizer.param_groups)
+        assert body == pytest.approx(head / 10, rel=1e-12) and head > 0
+        optimizer.step()
+        scheduler.step()
+
+
+GROUPED = ("--backbone_lr=0.1", "--no-decay_norms", "--optimizer=ADAMW", "--augment=crop,augmix,jitter,erasing")
+
+
+@pytest.mark.parametrize("more", [(), ("--optimizer=SGD", "--amp", "--start_size=20", "--epochs=3", "--ema=0.9")])
+def test_a_run_with_groups_resumes_bit_for_bit(squares, tmp_path, more):
+    assert tiny.train(squares, tmp_path, *GROUPED, *more, "--model=tiny_classifier", name="straight") == 0
+    words = [*GROUPED, *more, "--model=tiny_classifier", "--checkpoint_every=4u"]
+    from train import Trainer
+
+    whole = Trainer.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train", lambda self: (whole(self, stop_after=4), exit_early()))
+        with pytest.raises(EarlyExit):
+            tiny.train(squares, tmp_path, *words, name="stopped")
+    assert tiny.train(squares, tmp_path, *words, "--resume", name="stopped") == 0
+    tiny.assert_equal(tiny.outcome(tmp_path / "straight"), tiny.outcome(tmp_path / "stopped"))
+
+
+class EarlyExit(Exception):
+    pass
+
+
+def exit_early():
+    raise EarlyExit
+
+
+def test_a_checkpoint_of_one_group_goes_on_in_several(squares, tmp_path):
+    """Moments belong to their parameters, whatever group those are in."""
+    from runs.checkpoint import load_moments
+
+    model = tiny.Classifier(3)
+    old = torch.optim.Adam(model.parameters(), 1e-2, fused=True)
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    old.step()
+    expected = {parameter: {**old.state[parameter]} for parameter in model.parameters()}
+    new = make_optimizer(
+        groups(model, backbone_lr=0.1, decay_norms=False), "ADAM", learning_rate=1e-2, weight_decay=0.1, fused=True
+    )
+    load_moments(new, old.state_dict(), model.parameters())
+    assert len(new.param_groups) == 4
+    for parameter, moments in expected.items():
+        assert torch.equal(new.state[parameter]["exp_avg"], moments["exp_avg"])
+
+
+# ------------------------------------------------------------------------------ growing sizes
+def test_sizes_grow_to_the_full_size_of_the_last_third():
+    assert growing_sizes(64, 128, 18) == [64] * 6 + [96] * 6 + [128] * 6
+    assert growing_sizes(0, 128, 2) == [128, 128]
+    for start, full, epochs in ((16, 33, 2), (128, 256, 7), (224, 225, 30), (100, 260, 5)):
+        sizes = growing_sizes(start, full, epochs)
+        assert (len(sizes), sizes[0], sizes[-1]) == (epochs, start, full) and sizes == sorted(sizes)
+        assert len(set(sizes)) <= 4
+
+
+def test_each_epoch_has_its_size_and_validation_the_full_one(squares, tmp_path, monkeypatch):
+    seen = []
+    forward = tiny.Classifier.forward
+
+    def watched(self, images):
+        seen.append((self.training, images.shape[-1]))
+        return forward(self, images)
+
+    monkeypatch.setattr(tiny.Classifier, "forward", watched)
+    words = ("--start_size=20", "--image_size=84", "--epochs=3", "--model=tiny_classifier", "--augment=crop")
+    assert tiny.train(squares, tmp_path, *words) == 0
+    real = [pair for pair in seen if pair != (True, 20) or pair[0]]
+    assert list(dict.fromkeys(side for training, side in real if training)) == [20, 32, 84]
+    assert {side for training, side in real if not training} == {84}
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["image_size"] for line in lines] == [20, 32, 84]
+
+
+# ------------------------------------------------------------------------------ augmentations
+KINDS = ["randaugment", "augmix", "jitter", "erasing", "crop,augmix,jitter,erasing", "upright,crop", "trivial,erasing"]
+
+
+def fed(augment, **options):
+    images = subset(22, side=24)
+    return Batches(images, Preprocess(CPU, 16), 8, 3, seed=5, augment=augment, **options)
+
+
+def first_epoch(batches, epoch=1):
+    return torch.cat([images for update in batches.epoch(epoch) for images, *_ in update])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_changes_by_seed_epoch_and_position_alone(kind):
+    whole = first_epoch(fed(kind))
+    assert whole.isfinite().all() and whole.shape == (22, 3, 16, 16)
+    assert torch.equal(whole, first_epoch(fed(kind)))
+    assert torch.equal(whole, first_epoch(fed(kind, accumulate=3)))
+    assert not torch.equal(whole, first_epoch(fed(kind), epoch=2))
+    parts = [list(fed(kind, ranks=Ranks(rank, rank, 2)).epoch(1)) for rank in (0, 1)]
+    together = torch.cat([images for pair in zip(*parts, strict=True) for update in pair for images, *_ in update])
+    assert torch.equal(whole, together)
+
+
+def test_each_kind_does_something_of_its_own():
+    found = {kind: first_epoch(fed(kind)) for kind in ["flip", "none", "crop", "trivial", *KINDS]}
+    names = list(found)
+    assert not [(a, b) for a in names for b in names if a < b and torch.equal(found[a], found[b])]
+
+
+def test_upright_images_are_not_mirrored():
+    """An image whose left half is black keeps it dark."""
+    images = subset(64, side=24)
+    images.store.array[:, :, :12] = 0
+    batches = Batches(images, Preprocess(CPU, 16), 64, 3, seed=5, augment="upright,jitter")
+    pixels = first_epoch(batches)
+    assert (pixels[..., :8].mean((1, 2, 3)) < pixels[..., 8:].mean((1, 2, 3))).all()
+
+
+# ------------------------------------------------------------------------------ frozen outputs
+@pytest.fixture
+def start(tmp_path):
+    """Weights to begin from, whose batch statistics are no longer the initial ones."""
+    torch.manual_seed(3)
+    model = models.shufflenet_v2_x0_5(num_classes=3)
+    for _ in range(5):
+        model(torch.randn(8, 3, 36, 36))
+    file = tmp_path / "start.pt"
+    torch.save(model.state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])
+def test_kept_outputs_train_the_head_as_the_whole_network_does(squares, tmp_path, start, monkeypatch, more):
+    words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=3", *more)
+    assert tiny.train(squares, tmp_path, *words, name="kept") == 0
+    monkeypatch.setattr("assemble.keep_outputs", lambda *_: None)
+    assert tiny.train(squares, tmp_path, *words, name="whole") == 0
+    kept, whole = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("kept", "whole"))
+    for name, value in whole["model"].items():
+        torch.testing.assert_close(kept["model"][name], value, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(kept["model"]["fc.weight"], torch.load(start)["fc.weight"])
+    assert [name for name, value in torch.load(start).items() if not torch.equal(value, kept["model"][name])] == [
+        "fc.weight",
+        "fc.bias",
+    ]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("kept", "whole")]
+    assert results[0]["confusion"] == results[1]["confusion"]
+
+
+def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path, monkeypatch):
+    seen = []
+    forward = tiny.Classifier.forward
+
+    def watched(self, images):
+        seen.append(len(images))
+        return forward(self, images)
+
+    monkeypatch.setattr(tiny.Classifier, "forward", watched)
+    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
+    # 19 training images and their mirror images, 5 to validate, 6 to test, and two trials of a single image
+    assert sum(seen) - 2 * 19 - 5 - 6 <= 6
+    before = sum(seen)
+    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=8", "--epochs=8", name="long") == 0
+    assert sum(seen) == 2 * before
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (("--augment=crop",), "--augment flip"),
+        (("--mixup=0.2",), "--augment flip"),
+        (("--start_size=18",), "--start_size"),
+        (("--model=squeezenet1_1",), "more follows its last layer"),
+    ],
+)
+def test_where_outputs_cannot_be_kept_the_log_says_why(run, squares, tmp_path, caplog, more, reason):
+    words = [word for word in tiny.words(squares, tmp_path, "--freeze_epochs=all", *more) if word != "--quiet"]
+    caplog.set_level("INFO")
+    status, _, _ = run(words)
+    assert status == 0 and reason in caplog.text
+
+
+def test_a_probe_resumes_bit_for_bit(run, squares, tmp_path):
+    words = ("--preset=probe", "--epochs=4", "--model=tiny_classifier")
+    status, out, _ = run([*tiny.words(squares, tmp_path, *words), "--verify_resume"])
+    assert status == 0 and "bit for bit" in out
+
+
+# --------------------------------------------------------------------------------- mirror images
+def test_mirror_images_are_averaged(squares, tmp_path, run):
+    assert tiny.train(squares, tmp_path, "--tta=flip", "--epochs=3") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["tta"] == "flip"
+    place = [f"--data_dir={squares}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    for words, mirrored in (((), True), (("--tta=none",), False)):
+        status, out, _ = run(["evaluate", *place, *words])
+        assert status == 0 and ("mirror" in out) == mirrored
+
+
+def test_the_logits_of_an_image_and_its_mirror_image_are_the_same():
+    torch.manual_seed(0)
+    model = WithMirrorImage(nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))).eval()
+    images = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(model(images), model(images.flip(3)))
+    torch.testing.assert_close(model(images), (model.model(images) + model.model(images.flip(3))) / 2)
