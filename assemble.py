@@ -117,7 +117,9 @@ class Setup:
             test_only=test_only,
         )
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
-            raise UserError(f"the images in {options.data_dir} are not those of the job's first process: copy them.")
+            raise UserError(
+                f"the images in {options.data_dir} are not those of the first process: give all processes the same."
+            )
         if options.num_classes not in (None, len(data.classes)):
             raise UserError(
                 f"--num_classes {options.num_classes}: {options.data_dir} holds {len(data.classes)} class folders."
@@ -236,8 +238,8 @@ class Setup:
         ranks = self.ranks.size
         if options.batch_size < ranks * options.accumulate:
             raise UserError(
-                f"--batch_size {options.batch_size} cannot be cut among {ranks} processes in {options.accumulate} "
-                "micro-batches each."
+                f"--batch_size {options.batch_size} is too small for {ranks} processes with {options.accumulate} "
+                "micro-batches each: every micro-batch needs an image."
             )
         model = self.model(len(data.classes))
         left_over = len(data.train) % options.batch_size or options.batch_size
@@ -250,8 +252,8 @@ class Setup:
             raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
         if options.accumulate > 1 or left_over < ranks:
             raise UserError(
-                "--sync_batchnorm needs as many micro-batches on each process: leave out --accumulate, and "
-                f"take a --batch_size that leaves more than {left_over} images over."
+                "--sync_batchnorm needs the same number of micro-batches on each process: leave out --accumulate, "
+                f"and choose a --batch_size whose last batch holds more than {left_over} images."
             )
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

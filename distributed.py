@@ -113,7 +113,7 @@ def _meeting_place(ranks: Ranks) -> str:
         )
     port = os.environ["MASTER_PORT"]
     if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise UserError(f"MASTER_PORT={printable(port)} is no port: a number from 1 to 65535.")
+        raise UserError(f"MASTER_PORT={printable(port)} is no port: it must be a number from 1 to 65535.")
     return f"{printable(os.environ['MASTER_ADDR'])}:{port}"
 
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options = option.parse(argv)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
-            raise UserError(f"{options.command} is one process's work: run it without torchrun.")
+            raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))
         utils.keep_freed_memory()
         signal.signal(signal.SIGTERM, _terminate)

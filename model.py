@@ -107,8 +107,8 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
         twin(torch.empty(smallest_piece, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
-            f"--image_size {image_size}: {type(model).__name__} cannot train on a piece of {smallest_piece} such "
-            f"image{'s' * (smallest_piece > 1)} ({str(error).splitlines()[0]}).\nUse another --image_size "
+            f"--image_size {image_size}: {type(model).__name__} cannot train on a micro-batch of {smallest_piece} "
+            f"such images ({str(error).splitlines()[0]}).\nUse another --image_size "
             "(224 suits every model) or a --batch_size that leaves no single image over."
         ) from None
 

@@ -115,7 +115,9 @@ def run_all(
                 failure = {"precision": run.precision, "reason": reason}
                 write_text(run.folder / "failure.json", json.dumps(failure))
     if kept:
-        raise RunError(f"not replaced, so that an earlier comparison's runs stand there: {', '.join(kept)}.")
+        raise RunError(
+            f"these runs are still those of an earlier comparison, because the new ones failed: {', '.join(kept)}."
+        )
 
 
 def _train(run: Planned, epochs_later: int) -> str | None:

@@ -73,8 +73,8 @@ def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = Non
         file = opened.enter_context(archive.open("rb"))
         if not zipfile.is_zipfile(file):
             raise UserError(
-                f"{printable(archive)} is no .zip archive, or damaged: a refused download leaves a web "
-                "page, one cut off a part. Download it again, or unpack other archives by hand."
+                f"{printable(archive)} is no .zip archive, or it is damaged: a refused download leaves a web page, and "
+                "an interrupted one leaves a part. Download it again, or unpack other archives by hand."
             )
         members = zip_members(opened.enter_context(zipfile.ZipFile(file)), archive, encoding)
         _unpack(members, archive, data_dir, archive.stat().st_size, opened, encoding)

@@ -37,7 +37,7 @@ _MEASURED = {
 def verify(setup: Setup, *, checkpoint_dir: str, batch_size: int, epochs: int) -> None:
     """`train --verify_resume`: prints the findings; leaves nothing behind."""
     if setup.ranks.size > 1:
-        raise UserError("--verify_resume is one process's work: run it without torchrun.")
+        raise UserError("run --verify_resume without torchrun: it uses one process.")
     data = setup.data()
     folder = Path(checkpoint_dir)
     shortened(data, batch_size)

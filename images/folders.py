@@ -39,7 +39,7 @@ def find_image_set(data_dir: str | Path) -> ImageSet:
     """
     root = Path(data_dir)
     if (root / ".partial").exists():
-        raise UserError(f"{root} holds half of a data set, whose `prepare` was stopped. Run it again.")
+        raise UserError(f"{root} holds only a part of a data set, because `prepare` was stopped. Run `prepare` again.")
     train = _first_folder(root, _TRAIN_FOLDERS)
     test = _first_folder(root, _TEST_FOLDERS)
     validation = _first_folder(root, _VALIDATION_FOLDERS)

@@ -115,7 +115,7 @@ def test_unlabelled_hidden_and_foreign_files_are_passed_over(tmp_path):
         (lambda root: (root / "train" / "apple").rename(root / "apple"), "differ in the classes apple"),
         (lambda root: [path.unlink() for path in (root / "test" / "zebra").iterdir()], "zebra holds no image"),
         (lambda root: (root / "test").rename(root / "elsewhere"), "no test images.*\n.*Three ways"),
-        (lambda root: (root / ".partial").mkdir(), "half of a data set"),
+        (lambda root: (root / ".partial").mkdir(), "only a part of a data set"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_named(tmp_path, break_it, message):

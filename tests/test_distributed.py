@@ -231,14 +231,14 @@ def test_only_the_first_rank_prints_and_writes(pair):
 def test_commands_for_one_process_say_so(pair, name):
     said = [rank[name]["err"] for rank in pair[1]]
     assert [rank[name]["status"] for rank in pair[1]] == [2, 2]
-    assert sorted(map(bool, said)) == [False, True] and f"{name} is one process's work" in "".join(said)
+    assert sorted(map(bool, said)) == [False, True] and f"run {name} without torchrun" in "".join(said)
 
 
 @pytest.mark.parametrize(
     "name, named",
     [
         ("no data", "no training images"),
-        ("too small", "cannot be cut among 2 processes"),
+        ("too small", "is too small for 2 processes"),
         ("batchnorm", "needs CUDA"),
         ("option", "did you mean --epochs"),
     ],

@@ -143,7 +143,7 @@ def left_by_a_kill(folder: Path) -> None:
     """What a process leaves that had no time to tidy up; no data set, whatever lies beside it."""
     (folder / ".partial" / "seg_train").mkdir(parents=True)
     (folder / ".partial" / "seg_train" / "half.jpg").write_bytes(b"half")
-    with pytest.raises(UserError, match="half of a data set"):
+    with pytest.raises(UserError, match="only a part of a data set"):
         pytest.importorskip("dataset").find_image_set(folder)
 
 
