@@ -1,0 +1,52 @@
+"""Writes docs/cards.md: which precision each GPU and processor computes with, from the table in cards.py.
+
+    python docs/cards.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from cards import markdown_table  # noqa: E402 (found beside this folder)
+
+PAGE = """# Which precision on my card?
+
+`python main.py doctor` shows the row of your device and times it; `--amp` chooses by the same table (`cards.py`, from
+which `python docs/cards.py` writes this page). Where the table and your own timing disagree, believe the timing.
+
+{table}
+
+- **native**: a unit of the device multiplies these numbers. **emulated**: they are stored in 16 bits and computed as
+  FP32, which saves memory traffic and no arithmetic. PyTorch's `torch.cuda.is_bf16_supported()` says True for
+  emulation, too, unless it is called with `including_emulation=False`.
+- **TF32** is off unless you ask for `--tf32`, so that FP32 means FP32.
+- **float8** is a fact about the hardware. PyTorch's autocast has no float8, and the libraries that train with it
+  (torchao, Transformer Engine) have no convolutions, so no precision here uses it.
+- **gives NaN**: reported for these cards in float16 convolutions. `--amp` refuses them; `--amp_dtype float16` insists.
+  T500, MX450 and MX550 are listed because they carry the same chip as the T550 and the GTX 1650.
+- **The fraction of a CPU that has `avx512_fp16`** computes float16 natively, and PyTorch still trains more slowly with
+  it than in FP32: `doctor` times a convolution, forward and backward, and reports the ratio as "float16".
+- A precision may be listed for a card that the PyTorch you have no longer supports: wheels for CUDA 13 begin at compute
+  capability 7.5. PyTorch warns when it meets an older card.
+
+Sources: NVIDIA, [CUDA programming guide, compute
+capabilities](https://docs.nvidia.com/cuda/cuda-c-programming-guide/#compute-capabilities) and [Tensor Core
+precisions](https://www.nvidia.com/en-us/data-center/tensor-cores/); AMD, [ROCm precision
+support](https://rocm.docs.amd.com/en/latest/reference/precision-support.html); Intel, [AMP on Intel
+GPUs](https://docs.pytorch.org/docs/stable/notes/get_start_xpu.html); Apple, [Metal feature
+set](https://developer.apple.com/metal/Metal-Feature-Set-Tables.pdf); cards that give NaN: the list in Ultralytics'
+`check_amp`, collected from its users' reports.
+"""
+
+
+def page() -> str:
+    """The whole of docs/cards.md."""
+    return PAGE.format(table=markdown_table())
+
+
+if __name__ == "__main__":
+    (HERE / "cards.md").write_text(page(), encoding="utf-8")
