@@ -115,3 +115,13 @@ def sensible_precisions(device: torch.device) -> list[str]:
 def gives_nan_in_float16(device: torch.device) -> bool:
     """Whether this is a GTX 16xx card, which give NaN in float16 convolutions."""
     return device.type == "cuda" and "GTX 16" in torch.cuda.get_device_name(device)
+
+
+def bfloat16_products(on: bool) -> None:
+    """Lets a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
+
+    oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
+    gradients of weights. `compare --ladder` measures it; no option uses it.
+    """
+    for part in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+        part.fp32_precision = "bf16" if on else "ieee"

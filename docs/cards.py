@@ -1,6 +1,6 @@
 """Writes docs/cards.md: which precision each GPU and processor computes with, from the table in cards.py.
 
-    python docs/cards.py
+python docs/cards.py
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches, Subset
 from images.stores import DecodedImages
+from inspection.energy import energy_counter
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
@@ -117,6 +118,7 @@ class Bench:
         model = build_model(model_name, 6, pretrained=False).to(self.device, memory_format=torch.channels_last)
         self.update = update = Update(model, named_precision(precision, self.device))
         self.updates = endless(_random_batches(self.device, image_size, batch_size))
+        self.joules = energy_counter(self.device)
         # The update itself says when it passes from phase to phase, so that training's own code is timed.
         self.moments: list[tuple[str, Any]] = []
         unscale = update.scaler.unscale_
@@ -140,8 +142,9 @@ class Bench:
         return self.round(1)
 
     def round(self, updates: int) -> dict[str, Any]:
-        """Times some updates in a row: seconds in all, and by phase."""
+        """Times some updates in a row: seconds in all and by phase, and joules where the machine counts them."""
         wait(self.device)
+        joules = self.joules() if self.joules else None
         started = time.perf_counter()
         self.moments.clear()
         self._mark("start")
@@ -154,11 +157,16 @@ class Bench:
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in itertools.pairwise(self.moments):
             phases[phase] += begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
-        return {"seconds": seconds, "updates": updates, "phases": phases}
+        used = self.joules() - joules if self.joules else None
+        return {"seconds": seconds, "updates": updates, "phases": phases, "joules": used}
+
+    def memory(self) -> dict[str, Any]:
+        """Peak memory in MB over all rounds so far, and what was held before there was a model."""
+        return {**self.peak, "before_mb": self.memory_before}
 
     def details(self, size: int) -> dict[str, Any]:
         """Memory in MB over all rounds, shares by kind of operator, and TFLOP/s of a square matrix product."""
-        memory = {**self.peak, "before_mb": self.memory_before}
+        memory = self.memory()
         shares, busy = self._shares()
         left, right = (torch.randn(size, size, device=self.device).to(self.update.precision.dtype) for _ in range(2))
         # The shortest of some runs: whatever else runs on the machine can only make one longer.
@@ -212,11 +220,15 @@ def _convolution_seconds(dtype: torch.dtype) -> float:
 class Probe:
     """A process with a Bench in it."""
 
-    def __init__(self, **request: Any):
-        """`request` is what Bench takes. Returns before the process is ready."""
+    def __init__(self, bench: Callable[..., Any] = Bench, *, keep_memory: bool = True, **request: Any):
+        """`request` is what `bench` takes. Returns before the process is ready.
+
+        With `keep_memory` the process keeps freed memory, as training does.
+        """
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, request), daemon=True)
+        arguments = (theirs, bench, keep_memory, request)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()  # so that the end of the process is seen as the end of the pipe
 
@@ -241,16 +253,17 @@ class Probe:
         self._pipe.close()
 
 
-def _serve(pipe: Any, request: dict[str, Any]) -> None:
+def _serve(pipe: Any, make_bench: Callable[..., Any], keep_memory: bool, request: dict[str, Any]) -> None:
     """Answers questions until the asking process ends this one, or itself; a failure is answered with its text."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process gets it too, and ends this one
-    keep_freed_memory()
+    if keep_memory:
+        keep_freed_memory()
     bench = None
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             question, arguments = pipe.recv()
             try:
-                bench = bench or Bench(**request)
+                bench = bench or make_bench(**request)
                 answer = getattr(bench, question)(**arguments)
             except Exception as error:
                 answer = (str(error) or repr(error)).splitlines()[0][:200]

@@ -1,0 +1,218 @@
+"""compare --ladder: what each step since the 2020 loop brings on this machine, and why the gain ends where it ends.
+
+Each rung is the update of one training, timed in a process of its own beside the rung that it builds on and the
+first one; the bound is a roofline of this machine's own rates. Knows nothing of accuracy: no run is trained.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from inspection.probe import Probe
+from inspection.roofline import roofline, why_it_ends
+from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
+from precision import sensible_precisions
+from utils import RunError, device_name
+
+ROUNDS = 5
+ROUND_SECONDS = 1.0
+PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
+LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
+CPU_IMAGES = 32  # in an update at most: more only take longer on a CPU
+
+
+def climb(
+    device: torch.device,
+    *,
+    model_name: str = "ResNet18",
+    image_size: int = 256,
+    batch_size: int = 256,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Measures every rung that `device` has; plain values, ready for reports.ladder and for JSON.
+
+    Batches that the device's memory or a CPU's patience would not hold are made smaller, with a remark.
+    Raises RunError if not even the first rung runs.
+    """
+    batch, remark = fitting_batch(device, image_size, batch_size)
+    request = {"device": str(device), "model_name": model_name, "image_size": image_size, "batch_size": batch}
+    flags = {name for name, has in torch.cpu.get_capabilities().items() if has} if device.type == "cpu" else set()
+    ladder = _Ladder(device, request, say)
+    try:
+        for rung in rungs_for(device, sensible_precisions(device), flags):
+            ladder.climb(rung)
+    finally:
+        ladder.close()
+    found = {
+        "machine": {"name": device_name(device), "device": str(device), "torch": str(torch.__version__)},
+        "setting": {**request, "rounds": ROUNDS, "remark": remark},
+        "memory_kind": ladder.memory_kind,
+        "rungs": ladder.rungs,
+    }
+    return {**found, **bounds(ladder.rungs, ladder.evidence, batch)}
+
+
+def fitting_batch(device: torch.device, image_size: int, batch_size: int) -> tuple[int, str]:
+    """The images in one update, and a remark if they are fewer than `batch_size`.
+
+    An FP32 update of ResNet-18 takes 42 MB an image of 256 pixels; three fifths of a GPU's free memory may be used.
+    """
+    fits = CPU_IMAGES
+    why = "a CPU needs no more to be busy"
+    if device.type == "cuda":
+        each = 42 * 2**20 * (image_size / 256) ** 2
+        fits = max(1, int(0.6 * torch.cuda.mem_get_info(device)[0] / each))
+        fits = 2 ** (fits.bit_length() - 1)
+        why = "no more fit into the free memory"
+    if batch_size <= fits:
+        return batch_size, ""
+    return fits, f"{fits} images in an update instead of --batch_size {batch_size}: {why}."
+
+
+class _Ladder:
+    """The rungs measured so far, and the processes that go on being asked: the first rung's and the best one's.
+
+    On a GPU, whose memory may hold one only, the rungs come one after another.
+    """
+
+    def __init__(self, device: torch.device, request: dict[str, Any], say: Callable[[str], None]):
+        self.device = device
+        self.request = request
+        self.say = say
+        self.turns = device.type != "cuda"
+        self.rungs: list[dict[str, Any]] = []
+        self.evidence: list[dict[str, Any] | None] = []
+        self.memory_kind = ""
+        self._settings: dict[str, Any] = {}
+        self._first: Probe | None = None
+        self._best: Probe | None = None
+        self._seconds: dict[str, float] = {}  # an update's, of the first and the best rung on a GPU
+
+    def climb(self, rung: Rung) -> None:
+        """Measures one rung against the best so far and the first."""
+        if rung.skipped:
+            self._skip(rung.name, rung.skipped)
+            return
+        settings = step_up(self._settings, rung)
+        self.say(f"measuring: {rung.name}")
+        habits = settings["keep_memory"]
+        probe = Probe(RungBench, habits=habits, **self.request, **settings)
+        try:
+            measured = self._measure(probe)
+            evidence = probe.ask("evidence", size=PRODUCT_SIZE["cpu" if self.device.type == "cpu" else "gpu"])
+        except RunError as error:
+            probe.close()
+            if rung is FIRST:
+                raise RunError(f"{error}\nTry a smaller --batch_size or --image_size.") from None
+            self._skip(rung.name, str(error))
+            return
+        kept = measured["speedup_before"] is None or measured["speedup_before"] >= LOSS
+        self.rungs.append({"name": rung.name, "settings": settings, "kept": kept, "skipped": "", **measured})
+        self.evidence.append(evidence)
+        self._keep(probe, settings, measured, kept)
+
+    def _measure(self, probe: Probe) -> dict[str, Any]:
+        """The rounds of a new rung, those of the first and the best in between where they take turns."""
+        warm = probe.ask("warm_up")
+        others = {"first": self._first, "best": self._best} if self.turns else {}
+        others = {name: other for name, other in others.items() if other}
+        slowest = max([warm["seconds"], *self._seconds.values()])
+        updates = int(min(50, max(1, ROUND_SECONDS / slowest)))
+        rounds = []
+        against: dict[str, list[dict[str, Any]]] = {name: [] for name in others}
+        for _ in range(ROUNDS):
+            rounds.append(probe.ask("round", updates=updates))
+            for name, other in others.items():
+                same = name == "best" and others.get("first") is other
+                against[name].append(against["first"][-1] if same else other.ask("round", updates=updates))
+        mine = [turn["seconds"] / turn["updates"] for turn in rounds]
+        memory = probe.ask("memory")
+        self.memory_kind = memory["memory_kind"]
+        joules = [turn["joules"] / turn["updates"] for turn in rounds if turn["joules"] is not None]
+        batch = self.request["batch_size"]
+        seconds = statistics.median(mine)
+        return {
+            "images_per_second": batch / seconds,
+            "seconds_per_update": seconds,
+            "spread": (max(mine) - min(mine)) / seconds,
+            "speedup_before": self._ratio("best", mine, against),
+            "speedup_first": self._ratio("first", mine, against) or 1.0,
+            "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
+            "joules_per_image": statistics.median(joules) / batch if joules else None,
+        }
+
+    def _ratio(self, name: str, mine: list[float], against: dict[str, list[dict[str, Any]]]) -> float | None:
+        """How many times as fast as another rung: the median over neighbouring rounds, or of medians on a GPU."""
+        if name in against:
+            theirs = [turn["seconds"] / turn["updates"] for turn in against[name]]
+            return statistics.median(other / own for other, own in zip(theirs, mine, strict=True))
+        return self._seconds[name] / statistics.median(mine) if name in self._seconds else None
+
+    def _keep(self, probe: Probe, settings: dict[str, Any], measured: dict[str, Any], kept: bool) -> None:
+        """Ends the processes that are asked no more."""
+        self._seconds.setdefault("first", measured["seconds_per_update"])
+        if kept:
+            self._settings = settings
+            self._seconds["best"] = measured["seconds_per_update"]
+        if not self.turns or not kept:
+            probe.close()
+            return
+        if self._best is not None and self._best is not self._first:
+            self._best.close()
+        self._best = probe
+        self._first = self._first or probe
+
+    def _skip(self, name: str, reason: str) -> None:
+        self.rungs.append({"name": name, "kept": False, "skipped": reason.rstrip(".")})
+        self.evidence.append(None)
+
+    def close(self) -> None:
+        for probe in (self._first, self._best):
+            if probe:
+                probe.close()
+
+
+def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], batch_size: int) -> dict[str, Any]:
+    """Puts each rung's bound beside it; the rates, the roofline of the last eager rung, and why the gain ends.
+
+    Rates are the best that any rung's process measured for the same kind of product. A compiled rung is set against
+    the bound of the eager one before it, which it may pass, because it joins operators.
+    """
+    present = [found for found in evidence if found]
+    bandwidth = max(found["bandwidth"] for found in present)
+    best: dict[tuple[str, str], float] = {}
+    for rung, found in zip(rungs, evidence, strict=True):
+        for name, rate in (found or {"rates": {}})["rates"].items():
+            key = (_mode(rung), name)
+            best[key] = max(best.get(key, 0.0), rate)
+    operators = None
+    lines = []
+    for rung, found in zip(rungs, evidence, strict=True):
+        if found is None:
+            continue
+        operators = found["operators"] or operators
+        rates = {name: rate for (mode, name), rate in best.items() if mode == _mode(rung)}
+        line = roofline(operators, rates=rates, bandwidth=bandwidth, measured=found["measured"])
+        rung["bound_images_per_second"] = batch_size / line["bound_seconds"]
+        rung["share_of_bound"] = rung["images_per_second"] / rung["bound_images_per_second"]
+        if rung["kept"]:
+            lines.append((rung, line, bool(found["operators"])))
+    first = lines[0][1]
+    last, eager = next((rung, line) for rung, line, counted in reversed(lines) if counted)
+    top = max((rung for rung, *_ in lines), key=lambda rung: rung["images_per_second"])
+    why = why_it_ends(first, eager, speedup=top["speedup_first"], share=top["share_of_bound"])
+    names = {f"{name} ({mode})" if mode else name: rate for (mode, name), rate in sorted(best.items())}
+    return {"bandwidth": bandwidth, "rates": names, "roofline": eager, "roofline_of": last["name"], "why": why}
+
+
+def _mode(rung: dict[str, Any]) -> str:
+    """How a rung multiplies float32 numbers: as they are, rounded to TF32 or to bfloat16."""
+    if rung["skipped"]:
+        return ""
+    return {"tf32": "TF32"}.get(
+        rung["settings"]["precision"], {"bfloat16": "bfloat16"}.get(rung["settings"]["products"], "")
+    )
