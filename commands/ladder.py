@@ -201,10 +201,11 @@ def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], b
         rung["share_of_bound"] = rung["images_per_second"] / rung["bound_images_per_second"]
         if rung["kept"]:
             lines.append((rung, line, bool(found["operators"])))
-    first = lines[0][1]
+    bottom, first, _ = lines[0]
     last, eager = next((rung, line) for rung, line, counted in reversed(lines) if counted)
     top = max((rung for rung, *_ in lines), key=lambda rung: rung["images_per_second"])
-    why = why_it_ends(first, eager, speedup=top["speedup_first"], share=top["share_of_bound"])
+    shares = {"first_share": bottom["share_of_bound"], "share": top["share_of_bound"]}
+    why = why_it_ends(first, eager, speedup=top["speedup_first"], **shares)
     names = {f"{name} ({mode})" if mode else name: rate for (mode, name), rate in sorted(best.items())}
     return {"bandwidth": bandwidth, "rates": names, "roofline": eager, "roofline_of": last["name"], "why": why}
 

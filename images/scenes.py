@@ -5,6 +5,7 @@ Knows nothing of files, folders or splits: prepare.py writes what this module dr
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -12,11 +13,10 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
-SIZE = 150  # pixels of a side, as in the Intel set
+SIZE = 150  # pixels of a side unless asked otherwise, as in the Intel set
 VERSION = 3  # raised whenever the same seed would draw another picture
 
 BILINEAR = Image.Resampling.BILINEAR
-Y, X = (part.astype(np.float32) / SIZE for part in np.ogrid[:SIZE, :SIZE])  # a column and a row from 0 to 1
 LIGHTS = (  # sky above, sky at the horizon, the light that falls on things; the first ones are drawn most often
     ((70, 130, 205), (190, 218, 236), (1.0, 1.0, 1.0)),  # day
     ((30, 92, 182), (140, 188, 228), (1.08, 1.03, 0.94)),  # clear
@@ -47,19 +47,23 @@ SHADOW = (140, 170, 208)
 LAMP = (250, 215, 140)
 
 
-def below(line: np.ndarray | float) -> np.ndarray:
-    """The mask [SIZE, SIZE] of what lies under a line [SIZE] or a height, with a smooth edge."""
-    return np.clip((Y + 0 * X - line) * SIZE, 0, 1)
+@cache
+def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A column [size, 1] and a row [1, size] from 0 to 1."""
+    column, row = (part.astype(np.float32) / size for part in np.ogrid[:size, :size])
+    return column, row
 
 
 class Scene:
     """A picture being drawn. Coordinates run from 0 to 1, x to the right and y downwards."""
 
-    def __init__(self, random: np.random.Generator):
+    def __init__(self, random: np.random.Generator, size: int):
+        self.size = size
+        self.y, self.x = grid(size)
         self.random = random.random
         self.uniform = random.uniform
         self.count: Callable[..., Any] = random.integers
-        self.image = Image.new("RGB", (SIZE, SIZE))
+        self.image = Image.new("RGB", (self.size, self.size))
         self.pen = ImageDraw.Draw(self.image)
         top, low, light = LIGHTS[min(self.count(len(LIGHTS), size=2))]
         self.top, self.low = (np.clip(part + random.normal(0, 12, 3), 0, 255).tolist() for part in (top, low))
@@ -79,28 +83,36 @@ class Scene:
             for part, light, far in zip(colour, self.light, self.low, strict=True)
         )
 
+    def below(self, line: np.ndarray | float) -> np.ndarray:
+        """The mask [size, size] of what lies under a line [size] or a height, with a smooth edge."""
+        return np.clip((self.y + 0 * self.x - line) * self.size, 0, 1)
+
     def polygon(self, colour: tuple, *points: tuple[float, float]) -> None:
-        self.pen.polygon([(x * SIZE, y * SIZE) for x, y in points], fill=colour)
+        self.pen.polygon([(x * self.size, y * self.size) for x, y in points], fill=colour)
 
     def box(self, colour: tuple, x: float, y: float, width: float, height: float, *, round: bool = False) -> None:
         """A rectangle, or the ellipse in it; x is its middle and y its foot."""
         draw = self.pen.ellipse if round else self.pen.rectangle
-        draw([(x - width / 2) * SIZE, (y - height) * SIZE, (x + width / 2) * SIZE, y * SIZE], fill=colour)
+        draw(
+            [(x - width / 2) * self.size, (y - height) * self.size, (x + width / 2) * self.size, y * self.size],
+            fill=colour,
+        )
 
     def noise(self, columns: int, rows: int) -> np.ndarray:
-        """Smooth noise [SIZE, SIZE] from 0 to 1 with so many cells across and down, and a finer octave."""
+        """Smooth noise [size, size] from 0 to 1 with so many cells across and down, and a finer octave."""
         cells = [Image.fromarray(self.count(0, 256, (rows * size, columns * size), np.uint8)) for size in (1, 3)]
-        blend = Image.blend(cells[0].resize(cells[1].size, BILINEAR), cells[1], 0.4).resize((SIZE, SIZE), BILINEAR)
+        blend = Image.blend(cells[0].resize(cells[1].size, BILINEAR), cells[1], 0.4)
+        blend = blend.resize((self.size, self.size), BILINEAR)
         return np.clip(np.asarray(blend, np.float32) * (1.7 / 255) - 0.35, 0, 1)
 
     def profile(self, points: int) -> np.ndarray:
-        """A broken line [SIZE] from 0 to 1: four octaves, each with twice the points and half the height."""
+        """A broken line [size] from 0 to 1: four octaves, each with twice the points and half the height."""
         counts = [points * 2**octave for octave in range(4)]
-        total = sum(np.interp(X[0] * n, np.arange(n + 1), self.random(n + 1)) / n for n in counts)
+        total = sum(np.interp(self.x[0] * n, np.arange(n + 1), self.random(n + 1)) / n for n in counts)
         return ((total - total.min()) / np.ptp(total)).astype(np.float32)
 
     def fill(self, mask: np.ndarray, dark: tuple, bright: tuple, mix: np.ndarray) -> None:
-        """Covers the picture where `mask` [SIZE, SIZE] is 1 with two colours mixed by `mix`."""
+        """Covers the picture where `mask` [size, size] is 1 with two colours mixed by `mix`."""
         top = int(mask.any(1).argmax())
         for colour, cover in ((dark, mask), (bright, mask * mix)):
             self.image.paste(colour, (0, top), Image.fromarray((cover[top:] * 255).astype(np.uint8)))
@@ -109,8 +121,10 @@ class Scene:
     def sky(self, horizon: float) -> None:
         """A gradient and, by chance, sun or moon, clouds, a distant ridge."""
         top, low = np.array((self.top, self.low))[:, None, None]
-        column = top + (low - top) * np.clip(Y[..., None] / max(horizon, 0.3), 0, 1) ** self.uniform(0.6, 1.6)
-        self.image.paste(Image.fromarray(column.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST))
+        column = top + (low - top) * np.clip(self.y[..., None] / max(horizon, 0.3), 0, 1) ** self.uniform(0.6, 1.6)
+        self.image.paste(
+            Image.fromarray(column.astype(np.uint8)).resize((self.size, self.size), Image.Resampling.NEAREST)
+        )
         if self.random() < 0.3:
             x = self.uniform(0.1, 0.9)
             y = self.uniform(0.1, 1) * horizon
@@ -118,7 +132,7 @@ class Scene:
             self.box((255, 240, 205), x, y, size, size, round=True)
         if self.random() < 0.6:
             cover = self.noise(self.count(2, 5), self.count(3, 9)) * 1.8 - self.uniform(0.5, 1.3)
-            self.fill(np.clip(cover, 0, 0.85), self.colour(SNOW, 0.4, 0.85), self.colour(SNOW, 0.2), 1 - Y)
+            self.fill(np.clip(cover, 0, 0.85), self.colour(SNOW, 0.4, 0.85), self.colour(SNOW, 0.2), 1 - self.y)
         if self.random() < 0.4:
             self.ridge(horizon + 0.05, self.uniform(0.1, 0.5), self.uniform(0.3, 0.9), self.uniform(-0.4, 0.5))
 
@@ -127,25 +141,26 @@ class Scene:
         crest = base - height * self.profile(self.count(2, 6))
         grain = self.noise(8, 8)
         rock = self.choose(ROCKS)
-        slope = (np.gradient(crest) * self.choose((-SIZE, SIZE))).astype(np.float32)
-        column = (X + np.maximum(Y - crest, 0) * (grain - 0.5) * 1.2) * SIZE  # so that the faces wind downwards
-        lit = np.clip(0.5 + 0.5 * slope[np.clip(column, 0, SIZE - 1).astype(np.intp)], 0, 1)
-        mask = below(crest)
+        slope = (np.gradient(crest) * self.choose((-self.size, self.size))).astype(np.float32)
+        column = self.x + np.maximum(self.y - crest, 0) * (grain - 0.5) * 1.2  # so that the faces wind downwards
+        column = column * self.size
+        lit = np.clip(0.5 + 0.5 * slope[np.clip(column, 0, self.size - 1).astype(np.intp)], 0, 1)
+        mask = self.below(crest)
         self.fill(mask, self.colour(rock, depth, 0.6), self.colour(rock, depth, 1.1), lit)
         if snow > 0:
-            white = np.clip((base - height * (1 - snow) - Y + grain * 0.3 + lit * 0.1 - 0.2) * 25, 0, 1)
+            white = np.clip((base - height * (1 - snow) - self.y + grain * 0.3 + lit * 0.1 - 0.2) * 25, 0, 1)
             self.fill(mask * white, self.colour(SHADOW, depth), self.colour(SNOW, depth), lit)
 
     def ground(self, line: np.ndarray | float, colour: tuple, shade: float = 0.72) -> None:
-        """Patchy ground below a line [SIZE] or a height."""
-        self.fill(below(line), self.colour(colour, 0.2, shade), self.colour(colour), self.noise(9, 14))
+        """Patchy ground below a line [size] or a height."""
+        self.fill(self.below(line), self.colour(colour, 0.2, shade), self.colour(colour), self.noise(9, 14))
 
     def water(self, top: float) -> None:
         """Water from a horizon down, the sky in it, its waves growing towards the viewer."""
-        near = np.sqrt(np.clip((Y[:, 0] - top) / (1 - top), 0, 1))
-        waves = self.noise(self.count(3, 8), self.count(16, 36))[(near * (SIZE - 1)).astype(np.intp)]
+        near = np.sqrt(np.clip((self.y[:, 0] - top) / (1 - top), 0, 1))
+        waves = self.noise(self.count(3, 8), self.count(16, 36))[(near * (self.size - 1)).astype(np.intp)]
         colour = self.choose(WATERS)
-        self.fill(below(top), self.colour(colour, 0, 0.75), self.colour(colour, 1), waves)
+        self.fill(self.below(top), self.colour(colour, 0, 0.75), self.colour(colour, 1), waves)
 
     def trees(self, foot: float, height: float, count: int, depth: float, leaf: tuple, conifer: bool) -> None:
         """A row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
@@ -175,7 +190,7 @@ class Scene:
         half = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * self.uniform(0.2, 0.4, 2)
         u, v = np.split((np.moveaxis(np.indices(size), 0, -1).reshape(-1, 1, 2) + 0.5 + half) / size, 2, -1)
         dark = (self.random(len(u)) > (0.45 if self.lamps else 0.02)).tolist()
-        windows = SIZE * (a + u * (b - a) + v * (d - a) + u * v * (a - b + c - d))
+        windows = self.size * (a + u * (b - a) + v * (d - a) + u * v * (a - b + c - d))
         for place, points in enumerate(windows.reshape(-1, 8).tolist()):
             self.pen.polygon(points, panes[dark[place] * (1 + place * 5 % 3)])
 
@@ -233,14 +248,14 @@ class Scene:
         self.ridge(base + 0.05, self.uniform(0, 0.6), 0.6, self.uniform(-0.4, 0.9))
         if self.random() < 0.5:
             self.ground(base - 0.12 * self.profile(3), self.choose(ROCKS))
-            near = np.clip((Y - base + 0.05) / (1.05 - base), 0, 1)
+            near = np.clip((self.y - base + 0.05) / (1.05 - base), 0, 1)
             grain = self.noise(8, 14)
             half = self.uniform(0.02, 0.1) + self.uniform(0.1, 0.8) * near**1.3
-            across = (X - self.uniform(0.3, 0.7) - self.uniform(-0.3, 0.3) * np.sin(4 * near) - 0.1 * grain) / half
+            across = (self.x - self.uniform(0.3, 0.7) - self.uniform(-0.3, 0.3) * np.sin(4 * near) - 0.1 * grain) / half
             cracks = np.sin((near**0.6 + 0.15 * across**2 * near + 0.06 * grain) * self.uniform(50, 110)) > 0.7
             self.fill((abs(across) < 1) * (near > 0), blue, ice, grain * (1 - 0.8 * cracks))
             return
-        wall = below(base + 0.08 - self.uniform(0, 0.15) * self.profile(16))
+        wall = self.below(base + 0.08 - self.uniform(0, 0.15) * self.profile(16))
         self.fill(wall, blue, ice, self.noise(self.count(20, 50), 3))
         self.water(level)
         for y in np.sort(self.uniform(level + 0.01, 1.0, self.count(9))).tolist():
@@ -259,11 +274,11 @@ class Scene:
         self.sky(horizon)
         self.water(horizon)
         if self.lamps or self.random() < 0.2:
-            path = abs(X - self.uniform(0.2, 0.8)) < (0.04 + 0.2 * (Y - horizon)) * self.noise(2, 40)
-            self.fill(below(horizon + 0.01) * path, LAMP, SNOW, 1 - Y)
+            path = abs(self.x - self.uniform(0.2, 0.8)) < (0.04 + 0.2 * (self.y - horizon)) * self.noise(2, 40)
+            self.fill(self.below(horizon + 0.01) * path, LAMP, SNOW, 1 - self.y)
         if self.random() < 0.4:
-            edge = self.uniform(max(horizon + 0.2, 0.65), 1) + self.uniform(-0.3, 0.3) * (X[0] - 0.5)
-            self.fill(below(edge - 0.01 - 0.05 * self.profile(4)), white, white, Y)
+            edge = self.uniform(max(horizon + 0.2, 0.65), 1) + self.uniform(-0.3, 0.3) * (self.x[0] - 0.5)
+            self.fill(self.below(edge - 0.01 - 0.05 * self.profile(4)), white, white, self.y)
             self.ground(edge, self.choose(FLOORS[2::2]), 0.85)
         for x, down in self.random((self.count(3), 2)).tolist():
             y = horizon + (0.02 + 0.25 * down) * (1 - horizon)
@@ -299,16 +314,16 @@ class Scene:
             self.box(LAMP if self.lamps else (160, 40, 40), middle, foot - size * 0.18, size * 0.84, size * 0.08)
 
 
-def draw_scene(name: str, random: np.random.Generator) -> Image.Image:
-    """Draws one RGB picture of SIZE x SIZE pixels of the class `name`; `random` is the only source of variation."""
-    scene = Scene(random)
+def draw_scene(name: str, random: np.random.Generator, size: int = SIZE) -> Image.Image:
+    """Draws one RGB picture of `size` pixels square of the class `name`; `random` is the only source of variation."""
+    scene = Scene(random, size)
     getattr(scene, name)()
-    side = SIZE * random.uniform(0.6, 1)
-    left, top = random.uniform(0, SIZE - side, 2).tolist()
-    image = scene.image.resize((SIZE, SIZE), BILINEAR, (left, top, left + side, top + side))
+    side = size * random.uniform(0.6, 1)
+    left, top = random.uniform(0, size - side, 2).tolist()
+    image = scene.image.resize((size, size), BILINEAR, (left, top, left + side, top + side))
     if random.random() < 0.2:
         image = image.filter(ImageFilter.BoxBlur(random.uniform(0.2, 1.6)))
     gain = random.uniform(0.6, 1.25) * random.normal(1, 0.07, 3)  # exposure, and a cast of colour
     image = image.convert("RGB", np.pad(np.diag(gain), ((0, 0), (0, 1))).ravel().tolist())
-    grain = 128 + random.integers(-128, 128, (SIZE, SIZE), np.int8) * np.float32(random.uniform(0, 0.12))
+    grain = 128 + random.integers(-128, 128, (size, size), np.int8) * np.float32(random.uniform(0, 0.12))
     return ImageChops.add(image, Image.merge("RGB", [Image.fromarray(grain.astype(np.uint8))] * 3), 1, -128)

@@ -106,11 +106,11 @@ def test_interrupted_demo_is_no_data_set_and_starts_anew(tmp_path, monkeypatch):
     draw_demo(tmp_path / "whole", train_images=12, test_images=12)
     drawn = []
 
-    def stop_after_seven(name, random):
+    def stop_after_seven(name, random, size):
         if len(drawn) == 7:
             raise KeyboardInterrupt
         drawn.append(name)
-        return scenes.draw_scene(name, random)
+        return scenes.draw_scene(name, random, size)
 
     with monkeypatch.context() as patch:
         patch.setattr("images.demo.draw_scene", stop_after_seven)
@@ -125,10 +125,10 @@ def test_interrupted_demo_is_no_data_set_and_starts_anew(tmp_path, monkeypatch):
 def test_two_at_once_draw_one_whole_data_set(tmp_path, monkeypatch, capsys):
     started = threading.Event()
 
-    def slowly(name, random):
+    def slowly(name, random, size):
         started.set()
         time.sleep(0.005)
-        return scenes.draw_scene(name, random)
+        return scenes.draw_scene(name, random, size)
 
     monkeypatch.setattr("images.demo.draw_scene", slowly)
     other = threading.Thread(target=draw_demo, args=[tmp_path / "demo"], kwargs={"train_images": 60, "test_images": 12})

@@ -1,0 +1,248 @@
+"""The roofline of a training step: how long it must take on this machine, by group of operators, and why.
+
+Each operator needs at least its floating-point operations divided by the rate of a large matrix product, and at
+least the bytes that it reads and writes divided by the rate of a copy; the longer of the two is its bound. The model
+is that of Williams, Waterman and Patterson, "Roofline", CACM 2009. A library: knows only the step that it is given.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+# Groups of operators by their names; the first pattern that matches counts. Products are those with FLOPs.
+GROUPS = {
+    "convolutions": r"conv",
+    "matrix products": r"::(add|b|badd)?mm(\.|$)|::mv|::linear|::matmul|scaled_dot_product|attention",
+    "optimizer": r"_fused_|_foreach_|Optimizer|linalg_vector_norm|_amp_|addcdiv|sqrt|lerp",
+    "normalization": r"norm",
+    "pooling": r"pool",
+    "activations and sums": r"relu|threshold|hard|silu|sigmoid|gelu|tanh|clamp|softmax|dropout|::add_?(\.|$)|::mul_?"
+    r"(\.|$)|::cat(\.|$)|::mean(\.|$)",
+    "casts and copies": r"_to_copy|::copy_|::to(\.|$)|clone|contiguous|fill_|zero_",
+}
+OTHER = "other"
+# Operators that only make a name for memory, or make memory that nobody has written yet.
+_FREE = re.compile(r"::(empty|new_empty|detach|alias|lift_fresh|resize_|set_|record_stream|_local_scalar_dense)")
+
+
+def group_of(operator: str) -> str:
+    """The group of an operator's name (`aten::convolution_backward`, `aten.convolution_backward.default`)."""
+    name = re.sub(r"^(\w+)\.", r"\1::", operator)
+    return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), OTHER)
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One call of one operator: floating-point operations, bytes read and written, and the type of its factors."""
+
+    name: str
+    group: str
+    flops: int
+    bytes: int
+    dtype: str
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Records every operator that runs on `device` inside the block, forward and backward, below autocast.
+
+    Bytes count each tensor that goes in or comes out once: the least that must move if nothing stays in a cache.
+    Views cost nothing, and neither do copies to and from other devices, which overlap with the computation.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+        self.operators: list[Operator] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = str(function)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)]
+        outputs = [leaf for leaf in tree_leaves(result) if torch.is_tensor(leaf)]
+        tensors = [*inputs, *outputs]
+        if not tensors or any(tensor.device.type != self.device.type for tensor in tensors if tensor.dim()):
+            return result
+        count = flop_registry.get(function._overloadpacket)
+        flops = int(count(*args, **kwargs, out_val=result)) if count else 0
+        free = _FREE.search(re.sub(r"^(\w+)\.", r"\1::", name)) or function.is_view
+        moved = 0 if free else sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
+        if moved or flops:
+            dtype = str(next((one.dtype for one in inputs if one.is_floating_point()), tensors[0].dtype))
+            self.operators.append(Operator(name, group_of(name), flops, moved, dtype.removeprefix("torch.")))
+        return result
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements; those of a broadcast one are in memory once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * tensor.element_size()
+
+
+def count_step(step: Callable[[], Any], device: torch.device) -> list[Operator]:
+    """The operators of one call of `step`.
+
+    Raises RuntimeError if torch's own FlopCounterMode counts other FLOPs: then the bound would be wrong.
+    """
+    with FlopCounterMode(display=False) as flops, OperatorCounter(device) as counter:
+        step()
+    total = sum(operator.flops for operator in counter.operators)
+    if total != flops.get_total_flops():
+        raise RuntimeError(f"{total} FLOPs were counted by operator, {flops.get_total_flops()} by FlopCounterMode")
+    return counter.operators
+
+
+# ------------------------------------------------------------------------------------- the machine
+def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int, repeats: int = 6) -> float:
+    """FLOP/s of a square matrix product of that type, in the float32 mode that is set.
+
+    The shortest of some runs: whatever else runs on the machine can only make one longer.
+    """
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    return 2 * size**3 / min(_seconds(lambda: left @ right, device, repeats))
+
+
+def copy_bandwidth(device: torch.device, *, megabytes: float = 256, repeats: int = 6) -> float:
+    """Bytes per second, read and written together, of copies of so many MB of float32 numbers."""
+    source = torch.zeros(max(1, int(megabytes * 2**20 / 4)), device=device)
+    target = torch.empty_like(source)
+    moved = 2 * source.numel() * source.element_size()
+    return moved / min(_seconds(lambda: target.copy_(source), device, repeats))
+
+
+def typical_megabytes(operators: Iterable[Operator]) -> float:
+    """Half of the bytes that the median byte's operator moves: what a copy should move to be as much in the caches."""
+    moved = sorted(operator.bytes for operator in operators)
+    half = sum(moved) / 2
+    for size in moved:
+        half -= size
+        if half <= 0:
+            return size / 2 / 2**20
+    return 0.0
+
+
+def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of some calls, after one that warms up; several at once where one would be too short."""
+    calls = 1
+    while True:
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        _wait(device)
+        if time.perf_counter() - started > 0.005 or calls >= 512:
+            break
+        calls *= 4
+    found = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        for _ in range(calls):
+            function()
+        _wait(device)
+        found.append((time.perf_counter() - started) / calls)
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+# ---------------------------------------------------------------------------------------- the bound
+def roofline(
+    operators: Iterable[Operator],
+    *,
+    rates: dict[str, float],
+    bandwidth: float,
+    measured: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """The bound of a step and of each group of operators, in seconds, as plain values.
+
+    `rates` are FLOP/s by the name of a dtype (that of float32 stands in for one that is missing), `bandwidth` is in
+    bytes per second, `measured` are seconds by group if they are known. `limit` says what bounds most of a group.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for operator in operators:
+        arithmetic = operator.flops / rates.get(operator.dtype, rates["float32"])
+        traffic = operator.bytes / bandwidth
+        row = groups.setdefault(
+            operator.group, {"flops": 0, "bytes": 0, "bound_seconds": 0.0, "by_arithmetic": 0.0, "calls": 0}
+        )
+        row["flops"] += operator.flops
+        row["bytes"] += operator.bytes
+        row["calls"] += 1
+        row["bound_seconds"] += max(arithmetic, traffic)
+        row["by_arithmetic"] += arithmetic if arithmetic >= traffic else 0.0
+    total = sum(row["bound_seconds"] for row in groups.values())
+    for name, row in groups.items():
+        by_arithmetic = row.pop("by_arithmetic")
+        row["limit"] = "arithmetic" if 2 * by_arithmetic >= row["bound_seconds"] else "memory"
+        row["share_of_bound"] = row["bound_seconds"] / total if total else 0.0
+        row["measured_seconds"] = (measured or {}).get(name)
+    order = sorted(groups, key=lambda name: -groups[name]["bound_seconds"])
+    return {
+        "bound_seconds": total,
+        "flops": sum(row["flops"] for row in groups.values()),
+        "bytes": sum(row["bytes"] for row in groups.values()),
+        "rates": dict(rates),
+        "bandwidth": bandwidth,
+        "groups": {name: groups[name] for name in order},
+    }
+
+
+def measured_groups(events: Iterable[Any], *, cuda: bool) -> dict[str, float]:
+    """Seconds by group from a profiler's `key_averages()`, scaled by nothing: those of all profiled steps."""
+    totals: dict[str, float] = {}
+    for event in events:
+        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
+        group = group_of(event.key)
+        totals[group] = totals.get(group, 0.0) + microseconds / 1e6
+    return totals
+
+
+def why_it_ends(
+    first: dict[str, Any], last: dict[str, Any], *, speedup: float, first_share: float, share: float
+) -> str:
+    """One sentence: why the gain from the step of `first` to that of `last` ends at `speedup`.
+
+    Both are what `roofline` gave; the shares are how much of its bound each step reaches.
+    """
+    groups = last["groups"]
+    memory = [name for name, row in groups.items() if row["limit"] == "memory"]
+    traffic = sum(groups[name]["share_of_bound"] for name in memory)
+    if traffic >= 0.4:
+        largest = " and ".join(sorted(memory, key=lambda name: -groups[name]["bound_seconds"])[:2])
+        reason = (
+            f"{traffic:.0%} of the last bound is memory traffic, most of it in {largest}, which faster products do "
+            "not shorten"
+        )
+    else:
+        largest = next(iter(groups))
+        products = max(last["rates"].values()) / first["rates"]["float32"]
+        reason = (
+            f"{groups[largest]['share_of_bound']:.0%} of the last bound is arithmetic in {largest}, and a matrix "
+            f"product runs {products:.1f} times as fast as in FP32"
+        )
+    reached = (
+        f"the bounds themselves allow {first['bound_seconds'] / last['bound_seconds']:.2f} times, and the share of "
+        f"them that is reached went from {first_share:.0%} to {share:.0%}"
+    )
+    known = {name: row for name, row in groups.items() if row["measured_seconds"]}
+    if share < 0.8 and known:
+        lost = max(known, key=lambda name: known[name]["measured_seconds"] - known[name]["bound_seconds"])
+        factor = known[lost]["measured_seconds"] / known[lost]["bound_seconds"]
+        reached += f" ({lost} took {factor:.1f} times their bound)"
+    return f"The gain ends at {speedup:.2f} times because {reason}; {reached}."

@@ -1,0 +1,187 @@
+"""The rungs of the ladder: the update as the 2020 loop ran it, and what each step since then changes.
+
+Each rung is measured in a process of its own (probe.Probe). Knows nothing of how they are compared or shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from cards import NATIVE, processor
+from inspection.probe import Bench, Update, wait
+from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from precision import Precision, bfloat16_products
+from train import Forward
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder: what it changes (`settings` of RungBench), or why it is left out here."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    skipped: str = ""
+
+
+FIRST = Rung(
+    "FP32 as the 2020 loop ran it",
+    {
+        "precision": "fp32",
+        "loop": "2020",
+        "channels_last": False,
+        "keep_memory": False,
+        "products": "float32",
+        "compile_mode": None,
+        "on_device": False,
+    },
+)
+
+
+def rungs_for(device: torch.device, precisions: list[str], flags: set[str]) -> list[Rung]:
+    """The ladder on `device`, from the bottom: what each rung adds to those below it.
+
+    `precisions` are those that make sense here, `flags` the instructions of a CPU.
+    """
+    cuda = device.type == "cuda"
+    amp = next((name for name in precisions if name.startswith("amp")), None)
+    rungs = [FIRST, Rung("channels-last", {"channels_last": True})]
+    if device.type == "cpu":
+        if processor(flags).bfloat16 == NATIVE:
+            rungs.append(Rung("bfloat16 products inside FP32", {"products": "bfloat16"}))
+        else:
+            rungs.append(Rung("bfloat16 products inside FP32", skipped="this processor has no bfloat16 instructions"))
+    elif "tf32" in precisions:
+        rungs.append(Rung("TF32", {"precision": "tf32"}))
+    else:
+        rungs.append(Rung("TF32", skipped="this device has no TF32"))
+    if amp:
+        rungs.append(Rung("AMP", {"precision": amp, "products": "float32"}))
+    else:
+        rungs.append(Rung("AMP", skipped="no 16-bit type can be used on this device"))
+    rungs.append(Rung("fused optimizer, nothing waits", {"loop": "package"}))
+    if device.type == "cpu":
+        rungs.append(Rung("freed memory kept, no ReLU in place", {"keep_memory": True}))
+    rungs.append(Rung("--compile", {"compile_mode": "default"}))
+    if cuda:
+        rungs.append(Rung("--compile graphs (CUDA graphs)", {"compile_mode": "graphs"}))
+    else:
+        rungs.append(Rung("--compile graphs (CUDA graphs)", skipped="CUDA graphs need --device cuda"))
+    if device.type == "cpu":
+        rungs.append(Rung("images kept on the device", skipped="a CPU's images are in its memory already"))
+    else:
+        rungs.append(Rung("images kept on the device", {"on_device": True}))
+    return rungs
+
+
+def step_up(settings: dict[str, Any], rung: Rung) -> dict[str, Any]:
+    """The settings of the rungs below with what `rung` changes."""
+    return {**settings, **rung.settings}
+
+
+class RungBench(Bench):
+    """A Bench whose update is put together as one rung says."""
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        precision: str,
+        model_name: str,
+        image_size: int,
+        batch_size: int,
+        loop: str,
+        channels_last: bool,
+        products: str,
+        compile_mode: str | None,
+        on_device: bool,
+        habits: bool,
+    ):
+        super().__init__(
+            device=device, precision=precision, model_name=model_name, image_size=image_size, batch_size=batch_size
+        )
+        bfloat16_products(products == "bfloat16")
+        self.compiled = compile_mode is not None
+        update = self.update
+        if not channels_last:
+            update.model.to(memory_format=torch.contiguous_format)
+        if not habits:  # as torchvision writes it
+            for module in update.model.modules():
+                if isinstance(module, nn.ReLU):
+                    module.inplace = True
+        if loop == "2020":
+            self.update = _Loop2020(update)
+        elif self.compiled:
+            update.model = Forward(update.model, {batch_size}, compile_mode)
+        if on_device:
+            self.updates = _kept(self.updates)
+        if not channels_last:
+            self.updates = _contiguous(self.updates)
+
+    def evidence(self, size: int) -> dict[str, Any]:
+        """What the roofline needs: operators of one update, rates of this machine, seconds by group of operators.
+
+        `size` is that of the matrix products. A compiled update has other operators, and gives rates alone.
+        """
+        dtype = self.update.precision.dtype
+        rates = {str(dtype).removeprefix("torch."): matrix_rate(self.device, dtype, size=size)}
+        if dtype != torch.float32:
+            rates["float32"] = matrix_rate(self.device, torch.float32, size=size)
+        found = {"rates": rates, "bandwidth": copy_bandwidth(self.device), "operators": None, "measured": None}
+        if self.compiled:
+            return found
+        pieces = [list(next(self.updates)) for _ in range(3)]
+        wait(self.device)
+        operators = count_step(lambda: self.update(pieces[0], self.batch_size), self.device)
+        cuda = self.device.type == "cuda"
+        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
+            for piece in pieces[1:]:
+                self.update(piece, self.batch_size)
+            wait(self.device)
+        events = [event for event in profiler.key_averages() if not cuda or "::" in event.key]
+        measured = {name: value / 2 for name, value in measured_groups(events, cuda=cuda).items()}
+        return {**found, "operators": operators, "measured": measured}
+
+
+class _Loop2020:
+    """The tutorial's update: three readings that wait for the device, and no more of AMP than its loop had."""
+
+    def __init__(self, update: Update):
+        self.model = update.model
+        self.precision: Precision = update.precision
+        # torch 1.6 had neither fused nor foreach optimizers.
+        self.optimizer = torch.optim.Adam(update.model.parameters(), lr=1e-4, weight_decay=1e-4, foreach=False)
+        self.scaler = update.scaler
+        self.criterion = nn.CrossEntropyLoss()
+
+    def __call__(self, pieces: Any, image_count: int) -> None:
+        ((images, labels, *_),) = pieces
+        with self.precision.autocast():
+            outputs = self.model(images)
+            loss = self.criterion(outputs, labels)
+        correct = (outputs.argmax(1) == labels).float().mean()
+        loss.item()
+        correct.item()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        loss.tolist()
+
+
+def _contiguous(updates: Iterator[Iterator]) -> Iterator[Iterator]:
+    """The same updates with their images in PyTorch's default memory format."""
+    for pieces in updates:
+        yield ((images.contiguous(), *rest) for images, *rest in pieces)
+
+
+def _kept(updates: Iterator[Iterator]) -> Iterator[Iterator]:
+    """The first update's batch again and again: what remains if no image has to be copied to the device."""
+    pieces = list(next(updates))
+    while True:
+        yield iter(pieces)

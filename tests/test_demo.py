@@ -1,0 +1,119 @@
+"""A demo that fits the device: its size from memory and rate, cards impersonated; scenes of any size, in processes.
+
+Run it alone: pytest tests/test_demo.py
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from images import demo, scenes
+from images.demo import draw_demo, fit_demo, nominal_rate
+from utils import RunError
+
+GB = 2**30
+CARDS = {  # memory, multiprocessors, clock, capability, trainings of a comparison, cores of such a machine
+    "Tesla T4": (15 * GB, 40, 1.59e9, (7, 5), 2, 2),
+    "NVIDIA GeForce RTX 3060": (12 * GB, 28, 1.78e9, (8, 6), 4, 8),
+    "NVIDIA H100 80GB HBM3": (80 * GB, 132, 1.98e9, (9, 0), 4, 16),
+}
+
+
+def fitted(name):
+    memory, multiprocessors, clock, capability, runs, workers = CARDS[name]
+    rate = nominal_rate(multiprocessors, clock, capability)
+    return fit_demo(name=name, memory=memory, rate=rate, runs=runs, workers=workers), rate
+
+
+@pytest.mark.parametrize(
+    "name, teraflops", [("Tesla T4", 8.1), ("NVIDIA GeForce RTX 3060", 12.7), ("NVIDIA H100 80GB HBM3", 66.9)]
+)
+def test_nominal_rates_are_those_of_the_data_sheets(name, teraflops):
+    assert fitted(name)[1] / 1e12 == pytest.approx(teraflops, rel=0.02)
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_comparison_stays_within_three_minutes(name):
+    """At the rate that is assumed: drawing, starts, and FP32 once, every other run for six tenths of it."""
+    memory, *_, runs, workers = CARDS[name]
+    size, rate = fitted(name)
+    drawing = (size.train_images + size.test_images) / (demo.SCENES_PER_SECOND * workers)
+    work = demo.FLOP_PER_IMAGE * (size.image_size / 256) ** 2
+    one_run = 1.1 * 0.8 * size.train_images * size.epochs * work / (demo.EFFICIENCY * rate)
+    assert drawing <= 20
+    assert drawing + runs * demo.START_SECONDS + one_run * (1 + 0.6 * (runs - 1)) <= 180
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_the_device_has_work_to_show_a_difference(name):
+    """Large images in large batches, and training for long enough that starting up is not what is timed."""
+    size, rate = fitted(name)
+    work = demo.FLOP_PER_IMAGE * (size.image_size / 256) ** 2
+    assert size.image_size == size.scene_size == 224 and size.batch_size >= 128 and size.epochs >= 4
+    assert 0.8 * size.train_images * size.epochs * work / (demo.EFFICIENCY * rate) > 15
+    assert size.batch_size * demo.BYTES_PER_IMAGE * (224 / 256) ** 2 < 0.6 * CARDS[name][0]
+    assert 0.8 * size.train_images / size.batch_size >= 8
+
+
+def test_larger_devices_get_more():
+    sizes = [fitted(name)[0] for name in CARDS]
+    passes = [size.train_images * size.epochs for size in sizes]
+    assert passes[2] > 3 * passes[1] and sizes[2].batch_size == 256
+    assert len({size.folder for size in sizes}) == 3
+
+
+def test_a_weak_card_gets_smaller_images_and_a_small_memory_a_smaller_batch():
+    weak = fit_demo(name="a laptop's", memory=2 * GB, rate=1.2e12, runs=2, workers=4)
+    assert weak.image_size < 224 and weak.batch_size <= 64 and weak.epochs >= 4
+    tiny = fit_demo(name="tiny", memory=GB // 4, rate=1e9, runs=2, workers=1)
+    assert tiny.batch_size >= 8 and tiny.train_images >= 600 and tiny.image_size == 96
+
+
+def test_why_names_the_card_and_what_was_chosen():
+    size, _ = fitted("Tesla T4")
+    for part in ("Tesla T4", "15 GB", "8.1 TFLOP/s", "224 pixels", f"batch {size.batch_size}", f"{size.epochs} epochs"):
+        assert part in size.why
+    assert size.options()["data_dir"] == size.folder and size.options()["batch_size"] == size.batch_size
+
+
+def contents(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in Path(folder).rglob("*")
+        if file.is_file()
+    }
+
+
+def test_processes_draw_the_same_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "IN_PROCESSES", 0)
+    draw_demo(tmp_path / "one", train_images=60, test_images=12, size=64)
+    draw_demo(tmp_path / "two", train_images=60, test_images=12, size=64, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert len(contents(tmp_path / "one")) == 73
+
+
+def test_a_process_that_dies_is_said_in_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "IN_PROCESSES", 0)
+    monkeypatch.setattr(demo, "_draw", _die)
+    with pytest.raises(RunError, match="died"):
+        draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=2)
+    assert not (tmp_path / "demo" / "seg_train").exists()
+
+
+def _die(_scenes):
+    import os
+
+    os._exit(1)
+
+
+@pytest.mark.parametrize("name", scenes.CLASSES)
+def test_a_larger_scene_is_the_same_scene(name):
+    """Grain and noise are drawn anew, but light and layout are the same: means over blocks agree."""
+    means = []
+    for size in (150, 300):
+        image = scenes.draw_scene(name, np.random.default_rng([3, 1]), size)
+        assert image.size == (size, size)
+        means.append(np.asarray(image.convert("L").resize((3, 3), scenes.Image.Resampling.BOX), np.float32))
+    assert np.abs(means[0] - means[1]).mean() < 12

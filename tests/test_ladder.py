@@ -1,0 +1,263 @@
+"""The ladder: which rungs a device has, how they are set against one another, their bounds, and how they are shown.
+
+Processes are impersonated except in one real, tiny climb. Run it alone: pytest tests/test_ladder.py
+"""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from commands import ladder
+from inspection.probe import Update
+from inspection.roofline import Operator
+from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
+from reports.ladder import ladder_markdown, ladder_picture, ladder_text
+from utils import RunError
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")
+BFLOAT16 = {"avx512_bf16"}
+
+
+def names(rungs):
+    return [rung.name for rung in rungs if not rung.skipped]
+
+
+def test_the_rungs_of_an_ampere_card():
+    rungs = rungs_for(CUDA, ["fp32", "tf32", "amp-fp16", "amp-bf16"], set())
+    assert names(rungs) == [
+        "FP32 as the 2020 loop ran it",
+        "channels-last",
+        "TF32",
+        "AMP",
+        "fused optimizer, nothing waits",
+        "--compile",
+        "--compile graphs (CUDA graphs)",
+        "images kept on the device",
+    ]
+    settings = {}
+    for rung in rungs:
+        settings = step_up(settings, rung)
+    assert settings["precision"] == "amp-fp16" and settings["on_device"] and settings["compile_mode"] == "graphs"
+
+
+def test_older_cards_and_processors_say_what_they_leave_out():
+    turing = {rung.name: rung.skipped for rung in rungs_for(CUDA, ["fp32", "amp-fp16"], set())}
+    assert "no TF32" in turing["TF32"] and not turing["AMP"]
+    faulty = {rung.name: rung.skipped for rung in rungs_for(CUDA, ["fp32"], set())}
+    assert "no 16-bit type" in faulty["AMP"]
+    processor = {rung.name: rung.skipped for rung in rungs_for(CPU, ["fp32", "amp-bf16"], BFLOAT16)}
+    assert processor["bfloat16 products inside FP32"] == "" and "CUDA" in processor["--compile graphs (CUDA graphs)"]
+    old = {rung.name: rung.skipped for rung in rungs_for(CPU, ["fp32", "amp-bf16"], {"avx2"})}
+    assert "no bfloat16" in old["bfloat16 products inside FP32"]
+
+
+@pytest.mark.parametrize(
+    "device, free, asked, batch", [(CPU, 0, 256, 32), (CPU, 0, 8, 8), (CUDA, 4, 256, 32), (CUDA, 80, 256, 256)]
+)
+def test_a_batch_that_fits(device, free, asked, batch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, free * 2**30))
+    found, remark = ladder.fitting_batch(device, 256, asked)
+    assert found == batch and bool(remark) == (batch != asked)
+
+
+# ------------------------------------------------------------------------------------------ climbing
+def operator(dtype):
+    return [
+        Operator("aten.convolution.default", "convolutions", 4000, 100, dtype),
+        Operator("aten.native_batch_norm.default", "normalization", 0, 200, dtype),
+    ]
+
+
+class FakeProbe:
+    """Answers as a process would: `speeds` are seconds of an update by rung, in the order in which they are begun."""
+
+    speeds: list = []
+    alive: list = []
+
+    def __init__(self, bench, *, keep_memory, habits, **request):
+        self.seconds = FakeProbe.speeds.pop(0)
+        self.settings = request
+        self.asked = []
+        FakeProbe.alive.append(self)
+        assert bench is RungBench and habits == keep_memory
+
+    def ask(self, question, **arguments):
+        self.asked.append(question)
+        if isinstance(self.seconds, str):
+            raise RunError(self.seconds)
+        if question == "memory":
+            return {"memory_kind": "process resident peak", "peak_memory_mb": 500.0, "before_mb": 300.0}
+        if question == "evidence":
+            amp = self.settings["precision"].startswith("amp")
+            rates = {"float32": 1000.0} | ({"bfloat16": 4000.0} if amp else {})
+            counted = None if self.settings["compile_mode"] else operator("bfloat16" if amp else "float32")
+            measured = None if counted is None else {"convolutions": 3.0, "normalization": 5.0}
+            return {"rates": rates, "bandwidth": 100.0, "operators": counted, "measured": measured}
+        updates = arguments.get("updates", 1)
+        return {"seconds": self.seconds * updates, "updates": updates, "phases": {}, "joules": 12.0 * updates}
+
+    def close(self):
+        if self in FakeProbe.alive:
+            FakeProbe.alive.remove(self)
+
+
+@pytest.fixture
+def climb(monkeypatch):
+    """Climbs with processes that take so many seconds; returns what was found."""
+    monkeypatch.setattr(ladder, "Probe", FakeProbe)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(FakeProbe, "alive", [])
+
+    def run(*speeds):
+        monkeypatch.setattr(FakeProbe, "speeds", list(speeds))
+        found = ladder.climb(CPU, image_size=64, batch_size=16, say=lambda text: None)
+        assert FakeProbe.alive == [] and FakeProbe.speeds == []
+        return found
+
+    return run
+
+
+def by_name(found):
+    return {rung["name"]: rung for rung in found["rungs"]}
+
+
+def test_each_rung_is_set_against_the_one_before_and_the_first(climb):
+    found = climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 3.0)
+    rungs = by_name(found)
+    assert rungs["FP32 as the 2020 loop ran it"]["speedup_before"] is None
+    assert rungs["channels-last"]["speedup_before"] == pytest.approx(8 / 7)
+    assert rungs["AMP"]["speedup_before"] == pytest.approx(6.9 / 4) and rungs["AMP"]["speedup_first"] == 2.0
+    assert rungs["freed memory kept, no ReLU in place"]["speedup_first"] == 4.0
+    assert rungs["--compile"]["speedup_before"] == pytest.approx(2 / 3) and not rungs["--compile"]["kept"]
+    assert rungs["AMP"]["images_per_second"] == 4.0 and rungs["AMP"]["training_mb"] == 200.0
+    assert rungs["AMP"]["joules_per_image"] == 12 / 16
+    assert "CUDA" in rungs["--compile graphs (CUDA graphs)"]["skipped"]
+    json.dumps(found)
+
+
+def test_a_rung_that_loses_is_left_out_of_those_that_follow(climb):
+    found = climb(8.0, 7.0, 14.0, 4.0, 3.5, 2.0, 1.0)
+    rungs = by_name(found)
+    assert not rungs["bfloat16 products inside FP32"]["kept"]
+    assert rungs["AMP"]["speedup_before"] == pytest.approx(7 / 4), "against the last that was kept"
+    assert rungs["--compile"]["settings"]["compile_mode"] == "default" and rungs["--compile"]["kept"]
+    settings = rungs["freed memory kept, no ReLU in place"]["settings"]
+    assert settings["channels_last"] and settings["keep_memory"] and settings["products"] == "float32"
+
+
+def test_a_rung_that_fails_is_a_line_and_the_first_one_an_error(climb):
+    found = climb(8.0, 7.0, 6.0, 4.0, 3.5, 2.0, "no C++ compiler was found.")
+    assert by_name(found)["--compile"]["skipped"] == "no C++ compiler was found"
+    assert "--compile: no C++ compiler was found." in ladder_text(found)
+    with pytest.raises(RunError, match="out of memory(.|\n)*--batch_size"):
+        climb("out of memory")
+    assert FakeProbe.alive == []
+
+
+def test_bounds_by_hand(climb):
+    rungs = by_name(found := climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 1.0))
+    # FP32: max(4000/1000, 100/100) + 200/100 = 6 s; AMP: max(4000/4000, 1) + 2 = 3 s; 16 images in an update.
+    assert rungs["channels-last"]["bound_images_per_second"] == pytest.approx(16 / 6)
+    assert rungs["AMP"]["bound_images_per_second"] == pytest.approx(16 / 3)
+    assert rungs["AMP"]["share_of_bound"] == pytest.approx(3 / 4)
+    assert rungs["--compile"]["bound_images_per_second"] == pytest.approx(16 / 3), "of the same update in eager mode"
+    assert found["roofline_of"] == "freed memory kept, no ReLU in place"
+    assert found["roofline"]["groups"]["normalization"]["limit"] == "memory"
+    assert "67% of the last bound is memory traffic" in found["why"] and "8.00 times" in found["why"]
+
+
+def test_the_table_the_page_and_the_picture(climb, tmp_path):
+    found = climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 3.0)
+    text = ladder_text(found)
+    for part in (
+        "÷ before",
+        "÷ first",
+        "of bound",
+        "J/image",
+        "--compile *",
+        "left out of what follows",
+        found["why"][:40],
+    ):
+        assert part in text
+    page = ladder_markdown(found)
+    assert page.startswith("| rung |") and page.count("\n|") == 12
+    ladder_picture(found, tmp_path / "ladder.png")
+    assert (tmp_path / "ladder.png").read_bytes().startswith(b"\x89PNG")
+    for rung in found["rungs"]:
+        rung["joules_per_image"] = None
+    assert "J/image" not in ladder_text(found), "silent where nothing counts joules"
+
+
+# ------------------------------------------------------------------------------- the real thing, tiny
+def settings(**changes):
+    own = {**FIRST.settings, **changes}
+    own.pop("keep_memory")
+    return {"device": "cpu", "model_name": "squeezenet1_1", "image_size": 32, "batch_size": 4, "habits": False, **own}
+
+
+@pytest.fixture(autouse=True)
+def _products_as_they_were():
+    yield
+    from precision import bfloat16_products
+
+    bfloat16_products(False)
+
+
+def test_the_first_rung_is_the_loop_of_2020():
+    bench = RungBench(**settings())
+    images, *_ = next(next(bench.updates))
+    assert images.is_contiguous() and not isinstance(bench.update, Update)
+    assert any(module.inplace for module in bench.update.model.modules() if isinstance(module, nn.ReLU))
+    assert bench.update.optimizer.defaults["fused"] is None and bench.update.optimizer.defaults["foreach"] is False
+    before = [parameter.clone() for parameter in bench.update.model.parameters()]
+    bench.warm_up()
+    assert any(not torch.equal(old, new) for old, new in zip(before, bench.update.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"channels_last": True, "products": "bfloat16"},
+        {"channels_last": True, "precision": "amp-bf16"},
+        {"channels_last": True, "precision": "amp-bf16", "loop": "package", "habits": True},
+        {"channels_last": True, "precision": "amp-bf16", "loop": "package", "on_device": True},
+    ],
+    ids=["products", "amp", "package", "on_device"],
+)
+def test_every_rung_trains_and_gives_its_evidence(changes):
+    bench = RungBench(**{**settings(), **changes})
+    assert torch.backends.mkldnn.conv.fp32_precision == ("bf16" if "products" in changes else "ieee")
+    bench.warm_up()
+    images, *_ = next(next(bench.updates))
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    found = bench.evidence(64)
+    assert found["rates"]["float32"] > 0 and found["bandwidth"] > 0
+    assert sum(one.flops for one in found["operators"]) > 1e6 and found["measured"]["convolutions"] > 0
+    assert ("bfloat16" in found["rates"]) == ("precision" in changes)
+    assert isinstance(bench.update, Update) == ("loop" in changes)
+
+
+def test_images_kept_on_the_device_are_the_same_ones():
+    bench = RungBench(**settings(loop="package", on_device=True, channels_last=True))
+    one, other = (next(next(bench.updates))[0] for _ in range(2))
+    assert one.data_ptr() == other.data_ptr()
+
+
+def test_a_real_climb(monkeypatch):
+    """Two rungs in processes of their own that take turns."""
+    monkeypatch.setattr(ladder, "ROUNDS", 2)
+    monkeypatch.setattr(ladder, "ROUND_SECONDS", 0.1)
+    monkeypatch.setitem(ladder.PRODUCT_SIZE, "cpu", 64)
+    amp = Rung("AMP", {"precision": "amp-bf16", "channels_last": True, "loop": "package", "keep_memory": True})
+    monkeypatch.setattr(ladder, "rungs_for", lambda *_: [FIRST, amp])
+    monkeypatch.setattr(ladder, "LOSS", 0.0)
+    found = ladder.climb(CPU, model_name="squeezenet1_1", image_size=32, batch_size=4, say=lambda text: None)
+    first, second = found["rungs"]
+    assert first["images_per_second"] > 0 and second["speedup_before"] == second["speedup_first"] > 0
+    assert second["bound_images_per_second"] > 0 and second["settings"]["precision"] == "amp-bf16"
+    assert "The gain ends at" in found["why"] and found["roofline_of"] == "AMP"
+    json.dumps(found)
+    assert all(len(line) <= 100 for line in ladder_text(found).splitlines())

@@ -1,0 +1,205 @@
+"""Operators counted, rates measured and bounds computed, against numbers worked out by hand; joules from counters.
+
+Run it alone: pytest tests/test_roofline.py
+"""
+
+import sys
+import types
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from inspection import energy, roofline
+from inspection.roofline import OTHER, Operator, count_step, group_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "operator, group",
+    [
+        ("aten.convolution.default", "convolutions"),
+        ("aten::convolution_backward", "convolutions"),
+        ("aten::mkldnn_convolution", "convolutions"),
+        ("aten.addmm.default", "matrix products"),
+        ("aten.mm.default", "matrix products"),
+        ("aten._scaled_dot_product_flash_attention.default", "matrix products"),
+        ("aten.native_batch_norm_backward.default", "normalization"),
+        ("aten::native_layer_norm", "normalization"),
+        ("aten.linalg_vector_norm.default", "optimizer"),
+        ("aten._foreach_norm.Scalar", "optimizer"),
+        ("aten._fused_adam_.default", "optimizer"),
+        ("aten.threshold_backward.default", "activations and sums"),
+        ("aten.add_.Tensor", "activations and sums"),
+        ("aten.max_pool2d_with_indices.default", "pooling"),
+        ("aten._to_copy.default", "casts and copies"),
+        ("aten::copy_", "casts and copies"),
+        ("aten.argmax.default", OTHER),
+    ],
+)
+def test_groups(operator, group):
+    assert group_of(operator) == group
+
+
+def test_a_product_is_counted_by_hand():
+    """[2, 3] by [3, 5] forward; backward the gradients of both factors; bytes of three tensors each, 4 a number."""
+    left = torch.randn(2, 3, requires_grad=True)
+    right = torch.randn(3, 5, requires_grad=True)
+    products = [one for one in count_step(lambda: (left @ right).sum().backward(), CPU) if one.flops]
+    assert [one.flops for one in products] == 3 * [2 * 2 * 3 * 5]
+    assert products[0].bytes == 4 * (6 + 15 + 10) and products[0].dtype == "float32"
+    # The gradient of a sum is one number, broadcast: it is in memory once.
+    assert sorted(one.bytes for one in products[1:]) == sorted([4 * (1 + 15 + 6), 4 * (6 + 1 + 15)])
+
+
+def test_views_and_new_memory_move_nothing():
+    values = torch.randn(8, 8)
+
+    def step():
+        torch.empty(1000).view(10, 100).t().detach()
+        values.reshape(64).unsqueeze(0)
+
+    assert count_step(step, CPU) == []
+
+
+def test_autocast_is_seen_from_below():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    images = torch.randn(2, 3, 8, 8)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(images).float().sum().backward()
+
+    found = count_step(step, CPU)
+    convolutions = [one for one in found if one.group == "convolutions"]
+    assert {one.dtype for one in convolutions} == {"bfloat16"} and len(convolutions) == 2
+    assert convolutions[0].flops == 2 * 2 * 4 * 6 * 6 * 3 * 9
+    # Its weights (4 x 3 x 3 x 3), images, bias and what it puts out, two bytes each.
+    assert convolutions[0].bytes == 2 * (4 * 27 + 2 * 3 * 64 + 4 + 2 * 4 * 36)
+    assert {"normalization", "activations and sums", "casts and copies"} <= {one.group for one in found}
+
+
+def test_a_count_that_differs_from_torchs_own_is_an_error(monkeypatch):
+    monkeypatch.setattr(roofline, "flop_registry", {})
+    with pytest.raises(RuntimeError, match="FlopCounterMode"):
+        count_step(lambda: torch.randn(2, 3) @ torch.randn(3, 2), CPU)
+
+
+OPERATORS = [
+    Operator("aten.convolution.default", "convolutions", 1000, 10, "bfloat16"),
+    Operator("aten.convolution.default", "convolutions", 100, 80, "bfloat16"),
+    Operator("aten.native_batch_norm.default", "normalization", 0, 60, "bfloat16"),
+]
+
+
+def test_the_bound_is_the_longer_of_arithmetic_and_traffic():
+    found = roofline.roofline(OPERATORS, rates={"float32": 10.0, "bfloat16": 100.0}, bandwidth=10.0)
+    # 1000/100 against 10/10: 10 s. 100/100 against 80/10: 8 s. 60/10: 6 s.
+    assert found["bound_seconds"] == 24 and found["flops"] == 1100 and found["bytes"] == 150
+    convolutions, norm = found["groups"]["convolutions"], found["groups"]["normalization"]
+    assert convolutions["bound_seconds"] == 18 and convolutions["limit"] == "arithmetic" and convolutions["calls"] == 2
+    assert norm["bound_seconds"] == 6 and norm["limit"] == "memory" and norm["share_of_bound"] == 0.25
+    assert list(found["groups"]) == ["convolutions", "normalization"] and norm["measured_seconds"] is None
+
+
+def test_a_type_without_a_rate_of_its_own_counts_as_float32():
+    found = roofline.roofline(OPERATORS[:1], rates={"float32": 10.0}, bandwidth=10.0)
+    assert found["bound_seconds"] == 100
+
+
+def lines(memory_share):
+    """A first and a last roofline of which so much is memory traffic."""
+    row = {"flops": 1, "bytes": 1, "calls": 1, "measured_seconds": None}
+    groups = {
+        "convolutions": {**row, "limit": "arithmetic", "share_of_bound": 1 - memory_share, "bound_seconds": 1.0},
+        "normalization": {**row, "limit": "memory", "share_of_bound": memory_share, "bound_seconds": 0.5},
+    }
+    first = {"bound_seconds": 6.0, "rates": {"float32": 1.0}, "groups": groups}
+    return first, {"bound_seconds": 2.0, "rates": {"float32": 1.0, "bfloat16": 8.0}, "groups": groups}
+
+
+def test_why_the_gain_ends_in_memory_traffic_or_in_arithmetic():
+    traffic = roofline.why_it_ends(*lines(0.6), speedup=2.5, first_share=0.4, share=0.9)
+    assert traffic.startswith("The gain ends at 2.50 times") and ". " not in traffic
+    assert (
+        "60% of the last bound is memory traffic" in traffic and "normalization" in traffic and "3.00 times" in traffic
+    )
+    arithmetic = roofline.why_it_ends(*lines(0.2), speedup=2.5, first_share=0.4, share=0.9)
+    assert "80% of the last bound is arithmetic in convolutions" in arithmetic and "8.0 times as fast" in arithmetic
+
+
+def test_what_misses_its_bound_by_most_is_named():
+    first, last = lines(0.6)
+    last["groups"]["convolutions"]["measured_seconds"] = 1.1
+    last["groups"]["normalization"]["measured_seconds"] = 2.0
+    why = roofline.why_it_ends(first, last, speedup=1.5, first_share=0.4, share=0.5)
+    assert "went from 40% to 50% (normalization took 4.0 times their bound)" in why
+
+
+def test_rates_of_this_machine():
+    rate = roofline.matrix_rate(CPU, torch.float32, size=64, repeats=2)
+    bandwidth = roofline.copy_bandwidth(CPU, megabytes=1, repeats=2)
+    assert 1e6 < rate < 1e16 and 1e6 < bandwidth < 1e14
+
+
+def test_profiled_seconds_by_group():
+    events = [
+        SimpleNamespace(key="aten::mkldnn_convolution", self_cpu_time_total=2e6, self_device_time_total=1e6),
+        SimpleNamespace(key="aten::convolution_backward", self_cpu_time_total=3e6, self_device_time_total=4e6),
+        SimpleNamespace(key="aten::native_batch_norm", self_cpu_time_total=1e6, self_device_time_total=2e6),
+    ]
+    assert roofline.measured_groups(events, cuda=False) == {"convolutions": 5.0, "normalization": 1.0}
+    assert roofline.measured_groups(events, cuda=True) == {"convolutions": 5.0, "normalization": 2.0}
+
+
+# ------------------------------------------------------------------------------------------- energy
+def rapl(root, name, microjoules, size=1000):
+    folder = root / name
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "name").write_text("package-0\n" if name.count(":") == 1 else "core\n")
+    (folder / "energy_uj").write_text(f"{microjoules}\n")
+    (folder / "max_energy_range_uj").write_text(f"{size - 1}\n")
+
+
+def test_rapl_sums_packages_and_survives_an_overflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    rapl(tmp_path, "intel-rapl:0", 900)
+    rapl(tmp_path, "intel-rapl:1", 100)
+    rapl(tmp_path, "intel-rapl:0:0", 5)  # the cores are a part of their package
+    joules = energy.energy_counter(CPU)
+    assert joules() == 0
+    rapl(tmp_path, "intel-rapl:0", 100)  # 200 further, past the end
+    rapl(tmp_path, "intel-rapl:1", 150)
+    rapl(tmp_path, "intel-rapl:0:0", 500)
+    assert joules() == pytest.approx(250e-6)
+    rapl(tmp_path, "intel-rapl:0", 400)
+    assert joules() == pytest.approx(550e-6)
+
+
+def test_without_a_counter_there_is_silence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path / "none")
+    assert energy.energy_counter(CPU) is None
+    monkeypatch.setattr(energy, "POWERCAP", tmp_path)
+    rapl(tmp_path, "intel-rapl:0", 1)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    (tmp_path / "intel-rapl:0" / "energy_uj").mkdir()  # what cannot be read
+    assert energy.energy_counter(CPU) is None
+    assert energy.energy_counter(torch.device("mps")) is None
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert energy.energy_counter(torch.device("cuda")) is None
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nvml_is_asked_for_this_card_by_its_uuid(monkeypatch):
+    asked = []
+    used = iter([1000, 2500, 4000])
+    fake = types.ModuleType("pynvml")
+    fake.nvmlInit = lambda: None
+    fake.nvmlDeviceGetHandleByUUID = lambda uuid: asked.append(uuid) or "handle"
+    fake.nvmlDeviceGetTotalEnergyConsumption = lambda handle: next(used)  # millijoules
+    monkeypatch.setitem(sys.modules, "pynvml", fake)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-34"))
+    joules = energy.energy_counter(torch.device("cuda", 1))
+    assert joules() == 2.5 and joules() == 4.0 and asked == ["GPU-12-34"]
