@@ -22,6 +22,8 @@ import option
 from dataset import Batches, DataSet, Subset, open_data_set
 from distributed import Ranks
 from features.frozen import keep_outputs
+from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
+from machine import GPUS
 from model import (
     Network,
     WithMirrorImage,
@@ -34,12 +36,28 @@ from model import (
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
 from option_kinds import ALL
-from precision import Precision, choose_precision
+from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import identity, load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer
 from transforms import Preprocess
-from utils import UserError, choose_device, device_name, printable, seed_everything
+from utils import UserError, choose_device, cores, device_name, printable, seed_everything
+
+
+def demo_size(device_name: str) -> DemoSize | None:
+    """The demo that fits a CUDA device, from its memory and its rate on paper; None elsewhere: option.DEMO is it."""
+    device = choose_device(device_name, use=False)
+    if device.type != "cuda":
+        return None
+    card = torch.cuda.get_device_properties(device)
+    clock = 1000 * getattr(card, "clock_rate", 0) or 1.5e9  # PyTorch gives kHz, older ones nothing
+    return fit_demo(
+        name=card.name,
+        memory=card.total_memory,
+        rate=nominal_rate(card.multi_processor_count, clock, (card.major, card.minor)),
+        runs=len(sensible_precisions(device)),
+        workers=cores(),
+    )
 
 
 class Setup:
@@ -57,6 +75,16 @@ class Setup:
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
         return choose_device(name, self.ranks.local_rank)
+
+    @cached_property
+    def demo(self) -> DemoSize | None:
+        """The size of the demo on this device; None without --demo, and where it is option.DEMO."""
+        return demo_size(self.options.device) if self.options.demo else None
+
+    def draw_demo(self) -> None:
+        """Draws the demo's scenes where they are missing."""
+        own = self.demo.drawing() if self.demo else {}
+        draw_demo(Path(self.options.data_dir), exact=False, workers=cores(), **own)
 
     @cached_property
     def precision(self) -> Precision:
@@ -102,9 +130,7 @@ class Setup:
         """
         options = self.options
         if options.demo:
-            from images.demo import draw_demo
-
-            self.ranks.share(lambda: draw_demo(Path(options.data_dir)))  # the others wait for the first
+            self.ranks.share(self.draw_demo)  # the others wait for the first
         data = open_data_set(
             options.data_dir,
             image_size=self._as_trained("image_size"),
@@ -188,6 +214,7 @@ class Setup:
             freeze_epochs=frozen,
             ema=options.ema,
             compile=options.compile,
+            graphs=options.cuda_graphs,
             only_head=kept is not None,
         )
         groups = parameter_groups(
@@ -204,7 +231,7 @@ class Setup:
             options.optimizer,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
+            fused=self.device.type in ("cpu", *GPUS),
         )
         schedule = partial(
             make_scheduler,
@@ -246,6 +273,8 @@ class Setup:
         check_input_size(
             model, options.start_size or options.image_size, max(1, left_over // (ranks * options.accumulate))
         )
+        if options.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
+            raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
         if not options.sync_batchnorm or ranks == 1:
             return model
         if self.device.type != "cuda":

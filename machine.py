@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
+GPUS = ("cuda", "xpu")  # whose modules in torch name the device and count its memory, in the same words
 NO_LIMIT = 2**60  # version 1 says "none" with the largest multiple of the page size
 
 
@@ -151,10 +152,10 @@ def free_files() -> int | None:
 # ------------------------------------------------------------------------ the device, the peak
 def device_name(device: torch.device) -> str:
     """The marketing name of the device, for tables and records."""
-    if device.type == "cuda":
+    if device.type in GPUS:
         import torch
 
-        return torch.cuda.get_device_name(device)
+        return getattr(torch, device.type).get_device_name(device)
     if device.type == "cpu":
         for line in _text(Path("/proc/cpuinfo")).splitlines():
             if line.startswith("model name"):
@@ -164,11 +165,11 @@ def device_name(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak: the allocator's on CUDA, the process's on Linux (if the kernel allows it)."""
-    if device.type == "cuda":
+    """Starts a new peak: the allocator's on CUDA and XPU, the process's on Linux (if the kernel allows it)."""
+    if device.type in GPUS:
         import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
+        getattr(torch, device.type).reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -176,13 +177,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
     """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
-    if device.type == "cuda":
+    if device.type in GPUS:
         import torch
 
+        gpu = getattr(torch, device.type)
         return {
-            "peak_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1),
-            "reserved_memory_mb": round(torch.cuda.max_memory_reserved(device) / 2**20, 1),
-            "memory_kind": "CUDA allocated",
+            "peak_memory_mb": round(gpu.max_memory_allocated(device) / 2**20, 1),
+            "reserved_memory_mb": round(gpu.max_memory_reserved(device) / 2**20, 1),
+            "memory_kind": f"{device.type.upper()} allocated",
         }
     resident = round(_resident_peak() / 2**20, 1)
     return {"peak_memory_mb": resident, "reserved_memory_mb": None, "memory_kind": "process resident peak"}

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     ranks = Ranks.from_environment()
     options = Namespace(command="")
     try:
-        options = option.parse(argv)
+        options = option.parse(argv, fit_demo=demo_that_fits)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))
@@ -127,11 +127,21 @@ def train(setup: Setup) -> None:
             finish(setup, trainer, data)
 
 
+def demo_that_fits(device: str) -> dict[str, Any]:
+    """What --demo changes on the device of that name: nothing on a CPU."""
+    from assemble import demo_size
+
+    size = demo_size(device)
+    return size.options() if size else {}
+
+
 def announce(setup: Setup) -> None:
     """Says what will be trained, where and in which precision, and why in that one."""
     if setup.options.tensorboard:
         _summary_writer()  # a missing package is found before the training, not after it
     precision = setup.precision
+    if setup.demo:
+        log.info(setup.demo.why)
     log.info(f"{setup.options.model} on {setup.device}: {precision.label} ({precision.reason})")
     if precision.name == "amp-fp16" and setup.device.type == "cpu":
         log.warning("on CPUs float16 is many times slower than FP32: fit for tiny tests only")

@@ -221,7 +221,8 @@ class Network:
 
     `head` is the name of the layer that alone is trained for the first `freeze_epochs`; `ema` the decay of the moving
     average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers of
-    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation.
+    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
+    model is compiled and its training kernels are replayed as CUDA graphs.
     With `only_head` batches are not of images but of the head's inputs.
     """
 
@@ -237,6 +238,7 @@ class Network:
         ema: float = 0.0,
         compile: bool = False,
         only_head: bool = False,
+        graphs: bool = False,
     ):
         self.model = model
         self.only_head = only_head
@@ -245,10 +247,12 @@ class Network:
         self.head = head
         self.freeze_epochs = freeze_epochs
         self.ema = ema
-        self.compile = compile
+        self.compile = compile or graphs
+        self.graphs = graphs
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
-        self.forward = Forward(self._fed(model), sizes, compile)
-        self.evaluate = Forward(self._fed(self.evaluated), {evaluation_size}, compile)
+        self.forward = Forward(self._fed(model), sizes, self.compile, graphs)
+        # No graphs here: what it returns is kept.
+        self.evaluate = Forward(self._fed(self.evaluated), {evaluation_size}, self.compile)
         self._frozen: bool | None = None
 
     @property
@@ -270,7 +274,7 @@ class Network:
                 parameter.requires_grad_(not frozen or name.startswith(self.head))
             fed = self._fed(self.model)
             wrapped = nn.parallel.DistributedDataParallel(fed) if self.ranks.size > 1 else fed
-            self.forward = Forward(wrapped, self.sizes, self.compile)
+            self.forward = Forward(wrapped, self.sizes, self.compile, self.graphs)
         self.model.train()
         if frozen:  # a frozen layer's batch statistics stay as they were trained, too
             for name, module in self.model.named_modules():
@@ -318,16 +322,23 @@ class WithMirrorImage(nn.Module):
 
 
 class Forward:
-    """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling."""
+    """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling.
 
-    def __init__(self, model: nn.Module, sizes: set[int], compiled: bool):
+    With `graphs` what it returns is overwritten by the next call: the update has used it by then.
+    """
+
+    def __init__(self, model: nn.Module, sizes: set[int], compiled: bool, graphs: bool = False):
         self.model = model
         self.sizes = sizes
-        self.compiled = torch.compile(model, dynamic=False) if compiled else model
+        self.graphs = graphs
+        mode = "reduce-overhead" if graphs else None
+        self.compiled = torch.compile(model, dynamic=False, mode=mode) if compiled else model
         if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
             torch._functorch.config.backward_pass_autocast = "off"
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
         return (self.compiled if len(images) in self.sizes else self.model)(images)
 
     def parameters(self) -> Iterable[nn.Parameter]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,8 @@ OPTIONS = {
         ),
         "tf32": Option(SWITCH, False, "without --amp, let CUDA round the factors of products to TF32", PRECISION),
         "channels_last": Option(SWITCH, True, "store images and convolutions with channels last, which is faster"),
-        "compile": Option(SWITCH, False, "compile the model with torch.compile"),
+        "compile": Option(SWITCH, False, "compile the model with torch.compile; compare --ladder says if it pays"),
+        "cuda_graphs": Option(SWITCH, False, "compile the model and replay its kernels as CUDA graphs"),
     },
     "training": {
         "preset": Option(
@@ -252,6 +253,7 @@ OPTIONS = {
             CALL,
         ),
         "seeds": Option(COUNT, 1, "number of runs per precision, each with another seed", CALL),
+        "ladder": Option(FLAG, False, "time each step from the 2020 loop to this package's, and its bound", CALL),
         "report_only": Option(FLAG, False, "draw table and picture again from finished runs", CALL),
         "runs": Option({"metavar": "DIR", "nargs": "+"}, None, "report on these run folders instead", CALL),
     },
@@ -381,8 +383,11 @@ def _with_underscores(word: str) -> str:
     return name + equals + value
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The options of one command line. Raises UserError for anything that is not a valid one."""
+def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | None = None) -> argparse.Namespace:
+    """The options of one command line. Raises UserError for anything that is not a valid one.
+
+    `fit_demo` says what --demo changes on the device of that name, beyond DEMO.
+    """
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are files, whatever they look like
     words = [*map(_with_underscores, argv[:end]), *argv[end:]]
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
@@ -402,7 +407,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     stored = {name: value for name, value in stored.items() if name not in preset}
     demo = {}
     if typed.get("demo") and command != "prepare":
-        demo = {name: value for name, value in DEMO.items() if name in known and defaults[name] is not None}
+        wanted = DEMO | (fit_demo(typed.get("device", "auto")) if fit_demo else {})
+        demo = {name: value for name, value in wanted.items() if name in known and defaults[name] is not None}
     merged = defaults | preset | demo | stored | {name: value for name, value in typed.items() if name in known}
     if "start_size" in preset and "start_size" not in typed:
         room = merged["start_size"] < merged["image_size"] and merged["epochs"] > 1
@@ -474,6 +480,14 @@ def _check_together(options: argparse.Namespace) -> None:
             "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
         ),
         (comparing and get("verify_resume"), "--verify_resume is for train."),
+        (
+            get("ladder") and (get("runs") or get("report_only") or get("precisions")),
+            "--ladder trains no run: leave out --runs, --report_only and --precisions.",
+        ),
+        (
+            get("cuda_graphs") and get("accumulate", 1) > 1,
+            "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
+        ),
         (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
         (
             get("amp_dtype", "auto") != "auto" and not get("amp") and not comparing,

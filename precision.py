@@ -6,11 +6,14 @@ scaler, so that the training step reads the same in every precision. Knows nothi
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cards import INTEL_GPU, NATIVE, Card, amd_card, apple_chip, nvidia_card, processor
 from precision_table import PRECISIONS, Regime, name_of
 from utils import UserError
 
@@ -58,20 +61,10 @@ def choose_precision(
     unless told not to: an FP32 baseline must not be TF32 by accident.
     Raises UserError where the device cannot do what is asked.
     """
+    card = card_of(device)
+    _refuse_impossible(device, card, amp=amp, amp_dtype=amp_dtype, tf32=tf32)
     cuda = device.type == "cuda"
-    if tf32 and not cuda:
-        raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
     if cuda:
-        card = torch.cuda.get_device_name(device)
-        if tf32 and torch.cuda.get_device_capability(device) < (8, 0):
-            raise UserError(f"--tf32 needs an Ampere or later GPU; {card} is older.")
-        if amp and amp_dtype == "auto" and gives_nan_in_float16(device):
-            raise UserError(
-                f"{card}: cards of the GTX 16 series are known to give NaN in float16. Train without "
-                "--amp, or insist with --amp_dtype float16."
-            )
-        if amp and amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise UserError(f"{card} has no bfloat16 arithmetic. Use --amp_dtype float16.")
         _set_float32_mode(tf32)
     if tf32:
         reason = "--tf32: float32 storage, factors of products rounded to 10 bits of fraction"
@@ -79,13 +72,51 @@ def choose_precision(
         reason = "no --amp: true FP32, TF32 off" if cuda else "no --amp"
     elif amp_dtype != "auto":
         reason = f"--amp_dtype {amp_dtype}"
-    elif cuda:
-        amp_dtype = "float16"
-        reason = "float16 on CUDA: runs on every Tensor Core, GradScaler saves small gradients"
     else:
-        amp_dtype = "bfloat16"
-        reason = f"bfloat16 on {device.type}: the 16-bit type it computes in, no scaler needed"
+        amp_dtype = PRECISIONS[card.pick].amp_dtype
+        reason = card.reason
     return Precision(name_of(amp_dtype if amp else None, tf32=tf32), device, reason)
+
+
+def _refuse_impossible(device: torch.device, card: Card, *, amp: bool, amp_dtype: str, tf32: bool) -> None:
+    """Raises UserError, with the way out, if the device cannot do what is asked."""
+    if tf32 and device.type != "cuda":
+        raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
+    if device.type != "cuda":
+        return
+    name = torch.cuda.get_device_name(device)
+    if tf32 and not card.tf32:
+        raise UserError(f"--tf32 needs an Ampere or later GPU of NVIDIA; {name} has no TF32.")
+    faulty = card.pick is None
+    if amp and amp_dtype == "auto" and faulty:
+        raise UserError(
+            f"{name}: this card is among those known to give NaN in float16 (GTX 16 series, T400 to T2000, Tesla "
+            "K40m). Train without --amp, or insist with --amp_dtype float16."
+        )
+    if amp and amp_dtype == "bfloat16" and card.bfloat16 != NATIVE:
+        way = "Train without --amp." if faulty else "Use --amp_dtype float16."
+        raise UserError(f"{name} has no bfloat16 arithmetic. {way}")
+
+
+def card_of(device: torch.device) -> Card:
+    """What the device computes with, from the table in cards.py."""
+    if device.type == "cuda" and torch.version.hip:
+        return amd_card(torch.cuda.get_device_properties(device).gcnArchName)
+    if device.type == "cuda":
+        return nvidia_card(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    if device.type == "xpu":
+        return INTEL_GPU
+    if device.type == "mps":
+        return apple_chip(chip_name())
+    return processor({name for name, has in torch.cpu.get_capabilities().items() if has})
+
+
+def chip_name() -> str:
+    """The name of a Mac's chip (`Apple M2 Pro`); empty if the system does not say."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""
 
 
 def _set_float32_mode(tf32: bool) -> None:
@@ -105,16 +136,11 @@ def named_precision(name: str, device: torch.device) -> Precision:
 
 
 def sensible_precisions(device: torch.device) -> list[str]:
-    """Names of the precisions worth comparing on `device`."""
-    if device.type == "cuda":
-        ampere = torch.cuda.get_device_capability(device) >= (8, 0)
-        return list(PRECISIONS) if ampere else ["fp32", "amp-fp16"]
-    return ["fp32", "amp-bf16"]
-
-
-def gives_nan_in_float16(device: torch.device) -> bool:
-    """Whether this is a GTX 16xx card, which give NaN in float16 convolutions."""
-    return device.type == "cuda" and "GTX 16" in torch.cuda.get_device_name(device)
+    """Names of the precisions worth comparing on `device`: on a GPU both 16-bit types if it computes in both."""
+    card = card_of(device)
+    both = device.type == "cuda" and card.pick is not None and card.bfloat16 == NATIVE
+    wanted = {"fp32", card.pick} | ({"tf32"} if card.tf32 else set()) | ({"amp-bf16"} if both else set())
+    return [name for name in PRECISIONS if name in wanted]
 
 
 def bfloat16_products(on: bool) -> None:

@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from machine import GPUS
+
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
@@ -73,7 +75,7 @@ def own_command() -> list[str]:
 
 
 def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.device:
-    """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `mps`, ...).
+    """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`, ...).
 
     Without `use` a process that only starts others takes no memory on a GPU. Raises UserError where this machine or
     this build of PyTorch has no such device.
@@ -81,7 +83,13 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        found = {
+            "cuda": torch.cuda.is_available(),
+            "xpu": torch.xpu.is_available(),
+            "mps": torch.backends.mps.is_available(),
+            "cpu": True,
+        }
+        name = next(name for name, there in found.items() if there)
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
@@ -100,10 +108,10 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
 
 def device_name(device: torch.device) -> str:
     """The marketing name of the device, for tables and records."""
-    if device.type == "cuda":
+    if device.type in GPUS:
         import torch
 
-        return torch.cuda.get_device_name(device)
+        return getattr(torch, device.type).get_device_name(device)
     if device.type == "cpu":
         with contextlib.suppress(OSError):
             for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -140,11 +148,11 @@ def fold(*numbers: int) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak: the allocator's on CUDA, the process's on Linux (where the kernel allows it)."""
-    if device.type == "cuda":
+    """Starts a new peak: the allocator's on CUDA and XPU, the process's on Linux (where the kernel allows it)."""
+    if device.type in GPUS:
         import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
+        getattr(torch, device.type).reset_peak_memory_stats(device)
     else:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
@@ -152,12 +160,15 @@ def reset_peak_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
     """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
-    if device.type == "cuda":
+    if device.type in GPUS:
         import torch
 
-        taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
-        allocated, reserved = (round(size / 2**20, 1) for size in taken)
-        return {"peak_memory_mb": allocated, "reserved_memory_mb": reserved, "memory_kind": "CUDA allocated"}
+        gpu = getattr(torch, device.type)
+        return {
+            "peak_memory_mb": round(gpu.max_memory_allocated(device) / 2**20, 1),
+            "reserved_memory_mb": round(gpu.max_memory_reserved(device) / 2**20, 1),
+            "memory_kind": f"{device.type.upper()} allocated",
+        }
     resident = round(_resident_peak() / 2**20, 1)
     return {"peak_memory_mb": resident, "reserved_memory_mb": None, "memory_kind": "process resident peak"}
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from images.demo import draw_demo
+from commands.ladder import climb_and_report
 from images.folders import find_image_set
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
 from precision import named_precision, sensible_precisions
@@ -47,9 +47,12 @@ def compare(
     *,
     checkpoint_dir: str,
     checkpoint_name: str,
-    data_dir: str,
     demo: bool,
     device: str,
+    ladder: bool,
+    model: str,
+    image_size: int,
+    batch_size: int,
     precisions: list[str] | None,
     seed: int,
     seeds: int,
@@ -59,12 +62,17 @@ def compare(
 ) -> None:
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
+    if ladder:
+        climb_and_report(device, folder, model_name=model, image_size=image_size, batch_size=batch_size)
+        return
     if runs:
         report_runs([Path(run) for run in runs], folder)
         return
     if not report_only:
         if demo:
-            draw_demo(Path(data_dir))
+            if setup.demo:
+                log.info(setup.demo.why)
+            setup.draw_demo()
         run_all(
             folder,
             precisions or sensible_precisions(choose_device(device, use=False)),

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 import torchvision
 
+from cards import EMULATED, NONE, Card
 from dataset import Batches, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
-from precision import gives_nan_in_float16, sensible_precisions
-from precision_table import label_of
+from precision import card_of, sensible_precisions
+from precision_table import PRECISIONS, label_of
 from transforms import Preprocess
 from utils import RunError, choose_device, device_name, linux_memory, refuse_missing_folders, write_text
 
@@ -45,7 +46,6 @@ INSTRUCTIONS = (
     "bf16",
     "fp16_arith",
 )  # as torch.cpu.get_capabilities calls them
-AVAILABLE = {True: "native", False: "emulated"}
 
 
 def doctor(
@@ -88,8 +88,9 @@ def examine(
     }
     findings = {"machine": machine(device), "setting": setting, **_measure(device, setting)}
     slowdown = findings["measured"]["fp32"]["float16_slowdown"]
-    if slowdown is not None and slowdown > 2:
-        findings["machine"]["float16"] = f"emulated: a convolution takes {slowdown:.0f} times as long as in FP32"
+    if slowdown is not None:  # instructions such as avx512_fp16 alone do not make float16 the faster type
+        found = findings["machine"]["float16"]
+        findings["machine"]["float16"] = f"{found}; a convolution took {slowdown:.1f} times as long as in FP32"
     if data_dir is not None:
         rate = loader_rate(data_dir, device, setting["image_size"], setting["batch_size"])
         findings |= {"data_dir": str(data_dir), "loader_images_per_second": rate}
@@ -118,13 +119,13 @@ def loader_rate(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the device is and which 16-bit types it computes in, by name, as `report` shows it."""
+    """What the device is and which types it computes in, by name, as `report` shows it."""
+    card = card_of(device)
+    found = {"numbers_of": card.family, **_numbers(card)}
     if device.type == "cuda":
-        found = _cuda(device)
+        found = {**_cuda(device), **found}
     elif device.type == "cpu":
-        found = _cpu({name for name, has in torch.cpu.get_capabilities().items() if has})
-    else:
-        found = {"bfloat16": "native", "float16": "native"}
+        found = {"instructions": _instructions(torch.cpu.get_capabilities()), **found}
     return {
         "device": str(device),
         "name": device_name(device),
@@ -138,36 +139,37 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _cpu(flags: set[str]) -> dict[str, Any]:
-    """What torch.cpu.get_capabilities means for AMP: oneDNN uses the instructions, or imitates 16 bits in float32."""
+def _numbers(card: Card) -> dict[str, Any]:
+    """The row of docs/cards.md that belongs to a device."""
+    pick = "nothing" if card.pick is None else PRECISIONS[card.pick].amp_dtype
     return {
-        "instructions": " ".join(flag for flag in INSTRUCTIONS if flag in flags),
-        "bfloat16": AVAILABLE[bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})],
-        "float16": AVAILABLE[bool(flags & {"avx512_fp16", "amx_fp16", "fp16_arith"})],
-        "matrix_unit": "AMX" if "amx_bf16" in flags else "none",
+        "float16": card.float16,
+        "bfloat16": card.bfloat16,
+        "tf32": "available, off unless --tf32" if card.tf32 else "none",
+        "float8": "in hardware, not in autocast" if card.float8 else "none",
+        "matrix_unit": card.matrix_unit,
+        "--amp_picks": f"{pick}: {card.reason}",
     }
 
 
+def _instructions(capabilities: dict[str, Any]) -> str:
+    """Those of a processor's instructions that matter here."""
+    return " ".join(name for name in INSTRUCTIONS if capabilities.get(name))
+
+
 def _cuda(device: torch.device) -> dict[str, Any]:
-    """Tensor Cores came with compute capability 7.0, bfloat16 and TF32 with 8.0; GTX 16xx (7.5) have none."""
-    faulty = gives_nan_in_float16(device)
-    capability = torch.cuda.get_device_capability(device)
     driver = "unknown"
     with contextlib.suppress(OSError, subprocess.SubprocessError, IndexError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         driver = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.split()[0]
     free, total = torch.cuda.mem_get_info(device)
     return {
-        "compute_capability": "{}.{}".format(*capability),
+        "compute_capability": "{}.{}".format(*torch.cuda.get_device_capability(device)),
         "driver": driver,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "gpu_memory_gb": round(total / 2**30, 1),
         "gpu_memory_free_gb": round(free / 2**30, 1),
-        "bfloat16": AVAILABLE[torch.cuda.is_bf16_supported(including_emulation=False)],
-        "float16": "faulty (GTX 16 series)" if faulty else AVAILABLE[capability >= (5, 3)],
-        "tensor_cores": "yes" if capability >= (7, 0) and not faulty else "none",
-        "tf32": "available, off unless --tf32" if capability >= (8, 0) else "none",
     }
 
 
@@ -175,7 +177,7 @@ def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
     """The update in each usable precision, each in a process of its own."""
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    usable = [name for name in sensible_precisions(device) if name != "amp-fp16" or not gives_nan_in_float16(device)]
+    usable = sensible_precisions(device)
     # On a CPU the processes take turns, so that noise hits all alike; a GPU's memory may hold one at a time only.
     for group in [[name] for name in usable] if device.type == "cuda" else [usable]:
         answers |= _take_turns(group, {"device": str(device), **setting}, failed)
@@ -231,7 +233,14 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
         "phase_seconds": phases,
         "phase_shares": {name: seconds / sum(phases.values()) for name, seconds in phases.items()},
         "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
+        "joules_per_image": _joules(rounds, batch_size),
     }
+
+
+def _joules(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
+    """Joules for one image: the median over rounds; None where nothing counts them."""
+    counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
+    return statistics.median(counted) / batch_size if counted else None
 
 
 def amdahl(share: float, speedup: float) -> float:
@@ -299,13 +308,13 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hardware_reason(has: dict[str, Any]) -> str:
-    if "tensor_cores" in has:
+    if "compute_capability" in has:
         return f"{has['name']} (compute capability {has['compute_capability']}, float16 {has['float16']}) has " + (
             "Tensor Cores, which multiply 16-bit numbers several times as fast as FP32."
-            if has["tensor_cores"] == "yes"
+            if has["matrix_unit"] != NONE
             else "no Tensor Cores: 16-bit products are no faster, though activations take half the memory."
         )
-    if has["bfloat16"] == "emulated":
+    if has["bfloat16"] == EMULATED:
         return "bfloat16 is imitated with FP32 on this processor, so that only memory traffic shrinks."
     return f"bfloat16 is computed natively{', in the AMX matrix unit' * (has.get('matrix_unit') == 'AMX')}."
 
@@ -360,6 +369,15 @@ def _command(findings: dict[str, Any], name: str) -> str:
     return " ".join(words)
 
 
+def _energy_line(measured: dict[str, Any]) -> list[str]:
+    """What an image costs in joules; nothing where nothing counts them."""
+    counted = {name: row.get("joules_per_image") for name, row in measured.items()}
+    if None in counted.values():
+        return []
+    text = ", ".join(f"{joules:.3g} J in {label_of(name)}" for name, joules in counted.items())
+    return paragraph(f"Energy of one image, by the machine's own counter: {text}.", "  ")
+
+
 def report(findings: dict[str, Any]) -> str:
     """The findings as text of at most 80 columns: verdict, reasons, evidence, the command to copy."""
     setting = findings["setting"]
@@ -398,6 +416,7 @@ def report(findings: dict[str, Any]) -> str:
         + (f" The loader by itself feeds {loader:,.0f} images/s." if loader else ""),
         "  ",
     )
+    lines += _energy_line(measured)
     lines += ["", "The same by kind of operator, and how far the speed-up can go"]
     lines += table(
         "<>>>>>>>",

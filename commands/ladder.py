@@ -6,8 +6,9 @@ first one; the bound is a roofline of this machine's own rates. Knows nothing of
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ import torch
 from inspection.probe import Probe
 from inspection.roofline import roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
+from model import build_model
 from precision import sensible_precisions
-from utils import RunError, device_name
+from reports.ladder import ladder_markdown, ladder_picture, ladder_text
+from utils import RunError, choose_device, device_name, log, write_text
 
 ROUNDS = 5
 ROUND_SECONDS = 1.0
@@ -26,12 +29,7 @@ CPU_IMAGES = 32  # in an update at most: more only take longer on a CPU
 
 
 def climb(
-    device: torch.device,
-    *,
-    model_name: str = "ResNet18",
-    image_size: int = 256,
-    batch_size: int = 256,
-    say: Callable[[str], None] = print,
+    device: torch.device, *, model_name: str = "ResNet18", image_size: int = 256, batch_size: int = 256
 ) -> dict[str, Any]:
     """Measures every rung that `device` has; plain values, ready for reports.ladder and for JSON.
 
@@ -41,7 +39,7 @@ def climb(
     batch, remark = fitting_batch(device, image_size, batch_size)
     request = {"device": str(device), "model_name": model_name, "image_size": image_size, "batch_size": batch}
     flags = {name for name, has in torch.cpu.get_capabilities().items() if has} if device.type == "cpu" else set()
-    ladder = _Ladder(device, request, say)
+    ladder = _Ladder(device, request)
     try:
         for rung in rungs_for(device, sensible_precisions(device), flags):
             ladder.climb(rung)
@@ -73,16 +71,32 @@ def fitting_batch(device: torch.device, image_size: int, batch_size: int) -> tup
     return fits, f"{fits} images in an update instead of --batch_size {batch_size}: {why}."
 
 
+def climb_and_report(device_name: str, folder: Path, *, model_name: str, image_size: int, batch_size: int) -> None:
+    """Climbs, prints the table and writes ladder.json, ladder.md and ladder.png into `folder`.
+
+    Raises UserError for an unknown model or device, and if the folder cannot be written.
+    """
+    device = choose_device(device_name)
+    with torch.device("meta"):
+        build_model(model_name, 2, pretrained=False)  # an unknown name is refused before anything is measured
+    folder.mkdir(parents=True, exist_ok=True)
+    found = climb(device, model_name=model_name, image_size=image_size, batch_size=batch_size)
+    print("\n" + ladder_text(found))
+    write_text(folder / "ladder.json", json.dumps(found, indent=1))
+    write_text(folder / "ladder.md", ladder_markdown(found))
+    ladder_picture(found, folder / "ladder.png")
+    print(f"\nresults: {folder}")
+
+
 class _Ladder:
     """The rungs measured so far, and the processes that go on being asked: the first rung's and the best one's.
 
     On a GPU, whose memory may hold one only, the rungs come one after another.
     """
 
-    def __init__(self, device: torch.device, request: dict[str, Any], say: Callable[[str], None]):
+    def __init__(self, device: torch.device, request: dict[str, Any]):
         self.device = device
         self.request = request
-        self.say = say
         self.turns = device.type != "cuda"
         self.rungs: list[dict[str, Any]] = []
         self.evidence: list[dict[str, Any] | None] = []
@@ -98,7 +112,7 @@ class _Ladder:
             self._skip(rung.name, rung.skipped)
             return
         settings = step_up(self._settings, rung)
-        self.say(f"measuring: {rung.name}")
+        log.info(f"measuring: {rung.name}")
         habits = settings["keep_memory"]
         probe = Probe(RungBench, habits=habits, **self.request, **settings)
         try:

@@ -50,6 +50,10 @@ class DemoSize:
         """Its own below data/, so that demos of several sizes can lie side by side."""
         return f"data/demo_{self.scene_size}px_{self.train_images}"
 
+    def drawing(self) -> dict[str, int]:
+        """What draw_demo needs to know of it."""
+        return {"train_images": self.train_images, "test_images": self.test_images, "size": self.scene_size}
+
     def options(self) -> dict[str, Any]:
         """The options that this size sets, by name."""
         return {
@@ -92,23 +96,30 @@ def fit_demo(*, name: str, memory: int, rate: float, runs: int, workers: int) ->
 
 
 def draw_demo(
-    root: Path, *, train_images: int = 1200, test_images: int = 300, seed: int = 0, size: int = SIZE, workers: int = 1
+    root: Path,
+    *,
+    train_images: int = 1200,
+    test_images: int = 300,
+    seed: int = 0,
+    size: int = SIZE,
+    workers: int = 1,
+    exact: bool = True,
 ) -> None:
     """Draws six balanced classes of scenes, `size` pixels square, in the Intel layout below `root`.
 
     Every picture depends on (seed, split, class, index, size) alone, not on how many processes draw. Returns at once
-    if `root` holds these scenes already; an interrupted drawing starts anew. Raises UserError if `root` holds
+    if `root` holds these scenes already, or, unless `exact`, others of this version; an interrupted drawing starts
+    anew. Raises UserError if `root` holds
     other data or cannot be written, RunError if the disk is full or a process died.
     """
     settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
     if size != SIZE:
         settings["size"] = size
     root = Path(root)
-    manifest = json.dumps(settings, indent=1).encode() + b"\n"
     drawn = root / "demo.json"
     with explained(root), one_writer(root):
         finish_interrupted(root)
-        if drawn.exists() and drawn.read_bytes() == manifest and (root / "seg_train").exists():
+        if (root / "seg_train").exists() and _holds(drawn, settings, exact):
             return
         refuse_existing(root, {"demo.json"})
         bar = progress(total=train_images + test_images, desc="drawing", unit="image")
@@ -123,7 +134,16 @@ def draw_demo(
                     scenes.append((file, CLASSES[label], (seed, split, label, index), size))
             for count in _draw_all(scenes, workers if len(scenes) >= IN_PROCESSES else 1):
                 bar.update(count)
-            (stage / "demo.json").write_bytes(manifest)
+            (stage / "demo.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _holds(manifest: Path, settings: dict[str, int], exact: bool) -> bool:
+    """Whether the scenes that a manifest describes are those of `settings`, or at least of their version."""
+    try:
+        found = json.loads(manifest.read_text())
+        return found == settings or (not exact and found["scenes"] == settings["scenes"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 Job = tuple[Path, str, tuple[int, int, int, int], int]  # file, class, seeds, pixels of a side

@@ -26,6 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from dataset import Batches, Subset
 from images.stores import DecodedImages
 from inspection.energy import energy_counter
+from machine import GPUS
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
@@ -58,7 +59,7 @@ class Update:
             "ADAM",
             learning_rate=1e-4,
             weight_decay=1e-4,
-            fused=precision.device.type in ("cpu", "cuda"),
+            fused=precision.device.type in ("cpu", *GPUS),
         )
         self.scaler = precision.grad_scaler()
         self.criterion = nn.CrossEntropyLoss(reduction="sum")

@@ -16,8 +16,8 @@ from torch.profiler import ProfilerActivity, profile
 from cards import NATIVE, processor
 from inspection.probe import Bench, Update, wait
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from model import Forward
 from precision import Precision, bfloat16_products
-from train import Forward
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def rungs_for(device: torch.device, precisions: list[str], flags: set[str]) -> l
         rungs.append(Rung("freed memory kept, no ReLU in place", {"keep_memory": True}))
     rungs.append(Rung("--compile", {"compile_mode": "default"}))
     if cuda:
-        rungs.append(Rung("--compile graphs (CUDA graphs)", {"compile_mode": "graphs"}))
+        rungs.append(Rung("--cuda_graphs", {"compile_mode": "graphs"}))
     else:
-        rungs.append(Rung("--compile graphs (CUDA graphs)", skipped="CUDA graphs need --device cuda"))
+        rungs.append(Rung("--cuda_graphs", skipped="CUDA graphs need --device cuda"))
     if device.type == "cpu":
         rungs.append(Rung("images kept on the device", skipped="a CPU's images are in its memory already"))
     else:
@@ -117,7 +117,7 @@ class RungBench(Bench):
         if loop == "2020":
             self.update = _Loop2020(update)
         elif self.compiled:
-            update.model = Forward(update.model, {batch_size}, compile_mode)
+            update.model = Forward(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
         if on_device:
             self.updates = _kept(self.updates)
         if not channels_last:

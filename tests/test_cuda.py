@@ -90,7 +90,7 @@ def test_batches_equal_those_of_the_cpu():
             assert torch.equal(labels.cpu(), expected) and (one.cpu() - other).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--compile"]], ids=" ".join)
+@pytest.mark.parametrize("flags", [[], ["--amp"], ["--amp", "--compile"], ["--amp", "--cuda_graphs"]], ids=" ".join)
 def test_training_stops_and_resumes(flags, data, tmp_path, monkeypatch):
     def stop(*arguments, original=train.update_weights, **options):
         result = original(*arguments, **options)

@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from cards import nvidia_card, processor
 from commands import doctor
 from inspection import probe
 from utils import RunError, UserError
@@ -167,7 +168,7 @@ GPU = {
 
 
 def test_gpu_reasons(findings):
-    findings["machine"].update(GPU, compute_capability="6.1", tensor_cores="none")
+    findings["machine"].update(GPU, compute_capability="6.1", matrix_unit="none")
     findings["measured"] = {
         "fp32": row(500.0, 1.0, 960, 9, kind="CUDA allocated"),
         "amp-fp16": row(510.0, 1.02, 600, 9, busy=0.4, kind="CUDA allocated"),
@@ -177,12 +178,12 @@ def test_gpu_reasons(findings):
     assert any("waits for the next kernel" in reason for reason in found["reasons"])
     assert found["recommended"] == "amp-fp16" and found["command"].startswith("python main.py --amp --image_size")
     assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
-    findings["machine"]["float16"] = "faulty (GTX 16 series)"
-    assert any("GTX 16" in reason for reason in advised(findings)["reasons"])
+    findings["machine"].update(doctor._numbers(nvidia_card("NVIDIA T1000 8GB", (7, 5))))
+    assert any("float16 gives NaN) has no Tensor Cores" in reason for reason in advised(findings)["reasons"])
 
 
 def test_bfloat16_on_cuda_needs_its_option(findings):
-    findings["machine"].update(GPU, compute_capability="9.0", tensor_cores="yes")
+    findings["machine"].update(GPU, compute_capability="9.0", matrix_unit="Tensor Cores")
     assert "--amp --amp_dtype bfloat16" in advised(findings)["command"]
 
 
@@ -207,17 +208,38 @@ def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
     ],
 )
 def test_cpu_features(flags, bfloat16, float16, unit):
-    found = doctor._cpu(flags)
+    found = doctor._numbers(processor(flags))
     assert (found["bfloat16"], found["float16"], found["matrix_unit"]) == (bfloat16, float16, unit)
-    assert set(found["instructions"].split()) == flags - {"sse"}
+    assert found["--amp_picks"].startswith("bfloat16: ") and found["tf32"] == found["float8"] == "none"
+    assert set(doctor._instructions(dict.fromkeys(flags, True)).split()) == flags - {"sse"}
 
 
 def test_amx_is_named(findings):
-    findings["machine"].update(doctor._cpu({"amx_bf16"}))
+    findings["machine"].update(doctor._numbers(processor({"amx_bf16"})))
     found = advised(findings)
     assert "AMX" in found["reasons"][0] and any(
         line.split() == ["matrix", "unit", "AMX"] for line in doctor.report(found).splitlines()
     )
+
+
+def test_the_row_of_a_card_is_shown(findings):
+    numbers = doctor._numbers(nvidia_card("NVIDIA H100", (9, 0)))
+    assert numbers["float8"] == "in hardware, not in autocast" and "--tf32" in numbers["tf32"]
+    assert doctor._numbers(nvidia_card("GTX 1650", (7, 5)))["--amp_picks"].startswith("nothing: ")
+    findings["machine"].update(numbers)
+    text = doctor.report(advised(findings))
+    assert "--amp picks" in text and all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_energy_is_shown_where_it_is_counted_and_only_there(findings):
+    assert "Energy" not in doctor.report(advised(findings))
+    for row_, joules in zip(findings["measured"].values(), (0.5, 0.25), strict=True):
+        row_["joules_per_image"] = joules
+    text = " ".join(doctor.report(advised(findings)).split())
+    assert "0.5 J in FP32, 0.25 J in AMP bfloat16" in text
+    turns = [{"joules": 30.0, "updates": 2}, {"joules": 10.0, "updates": 1}, {"joules": 40.0, "updates": 2}]
+    assert doctor._joules(turns, 10) == 1.5
+    assert doctor._joules([{"joules": None, "updates": 1}], 10) is None
 
 
 def test_machine_is_plain_values():
@@ -244,6 +266,7 @@ def test_examination_end_to_end(scenes_folder, monkeypatch):
         assert all(value > 0 for value in phases.values()) and phases["backward"] > phases["data"] / 10
         assert sum(measured["shares"].values()) == pytest.approx(1)
         assert measured["shares"]["products"] > 0.1
+    assert "times as long as in FP32" in found["machine"]["float16"], "timed, whatever the instructions promise"
     assert found["loader_images_per_second"] > 0
     assert f"--image_size 32 --batch_size 4 --data_dir {scenes_folder}" in found["command"]
     json.dumps(found)

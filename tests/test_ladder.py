@@ -34,7 +34,7 @@ def test_the_rungs_of_an_ampere_card():
         "AMP",
         "fused optimizer, nothing waits",
         "--compile",
-        "--compile graphs (CUDA graphs)",
+        "--cuda_graphs",
         "images kept on the device",
     ]
     settings = {}
@@ -49,7 +49,7 @@ def test_older_cards_and_processors_say_what_they_leave_out():
     faulty = {rung.name: rung.skipped for rung in rungs_for(CUDA, ["fp32"], set())}
     assert "no 16-bit type" in faulty["AMP"]
     processor = {rung.name: rung.skipped for rung in rungs_for(CPU, ["fp32", "amp-bf16"], BFLOAT16)}
-    assert processor["bfloat16 products inside FP32"] == "" and "CUDA" in processor["--compile graphs (CUDA graphs)"]
+    assert processor["bfloat16 products inside FP32"] == "" and "CUDA" in processor["--cuda_graphs"]
     old = {rung.name: rung.skipped for rung in rungs_for(CPU, ["fp32", "amp-bf16"], {"avx2"})}
     assert "no bfloat16" in old["bfloat16 products inside FP32"]
 
@@ -113,7 +113,7 @@ def climb(monkeypatch):
 
     def run(*speeds):
         monkeypatch.setattr(FakeProbe, "speeds", list(speeds))
-        found = ladder.climb(CPU, image_size=64, batch_size=16, say=lambda text: None)
+        found = ladder.climb(CPU, image_size=64, batch_size=16)
         assert FakeProbe.alive == [] and FakeProbe.speeds == []
         return found
 
@@ -134,7 +134,7 @@ def test_each_rung_is_set_against_the_one_before_and_the_first(climb):
     assert rungs["--compile"]["speedup_before"] == pytest.approx(2 / 3) and not rungs["--compile"]["kept"]
     assert rungs["AMP"]["images_per_second"] == 4.0 and rungs["AMP"]["training_mb"] == 200.0
     assert rungs["AMP"]["joules_per_image"] == 12 / 16
-    assert "CUDA" in rungs["--compile graphs (CUDA graphs)"]["skipped"]
+    assert "CUDA" in rungs["--cuda_graphs"]["skipped"]
     json.dumps(found)
 
 
@@ -254,7 +254,7 @@ def test_a_real_climb(monkeypatch):
     amp = Rung("AMP", {"precision": "amp-bf16", "channels_last": True, "loop": "package", "keep_memory": True})
     monkeypatch.setattr(ladder, "rungs_for", lambda *_: [FIRST, amp])
     monkeypatch.setattr(ladder, "LOSS", 0.0)
-    found = ladder.climb(CPU, model_name="squeezenet1_1", image_size=32, batch_size=4, say=lambda text: None)
+    found = ladder.climb(CPU, model_name="squeezenet1_1", image_size=32, batch_size=4)
     first, second = found["rungs"]
     assert first["images_per_second"] > 0 and second["speedup_before"] == second["speedup_first"] > 0
     assert second["bound_images_per_second"] > 0 and second["settings"]["precision"] == "amp-bf16"

@@ -16,7 +16,7 @@ from utils import UserError
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
 DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
 MODEL = "--model --num_classes --pretrained --pretrained_path"
-DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile"
+DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile --cuda_graphs"
 TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
     "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
@@ -31,7 +31,7 @@ OPTIONS = {
     "train": f"{ALL} --evaluate",
     "evaluate": f"{TRAINED} --evaluate --precisions",
     "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
-    "compare": f"{ALL} --precisions --seeds --report_only --runs",
+    "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
     "--strict",
@@ -278,6 +278,27 @@ def test_demo_sets_defaults_and_explicit_options_win():
     assert parse("--demo", "--batch_size", "256").batch_size == 256  # even where the value is the usual default
 
 
+def test_a_demo_that_fits_the_device_stands_above_the_usual_one():
+    asked = []
+
+    def fit(device):
+        asked.append(device)
+        return {"data_dir": "data/larger", "batch_size": 128, "epochs": 11}
+
+    options = option.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], fit_demo=fit)
+    assert (options.data_dir, options.batch_size, options.epochs) == ("data/larger", 128, 3) and asked == ["cuda:1"]
+    assert options.learning_rate == option.DEMO["learning_rate"]
+    option.parse(["prepare", "--demo"], fit_demo=fit)
+    option.parse(["--epochs", "3"], fit_demo=fit)
+    assert len(asked) == 1, "only a demo asks for the device"
+
+
+def test_the_ladder_trains_no_run_and_graphs_take_one_micro_batch():
+    for words in (["--runs", "a"], ["--report_only"], ["--precisions", "fp32"]):
+        assert "--ladder trains no run" in refused("compare", "--ladder", *words)
+    assert "--accumulate" in refused("--cuda_graphs", "--accumulate", "2")
+
+
 def test_command_line_then_config_then_demo_then_default(config):
     options = parse("--demo", "--config", str(config), "--batch_size", "5")
     assert options.batch_size == 5  # the command line
@@ -341,7 +362,7 @@ def test_a_comparisons_training_words_give_its_options_back():
     ]
     options = parse("compare", *words, "--precisions", "fp32")
     again = parse("train", *option.training_words(options))
-    own = {"command", "precisions", "seeds", "report_only", "runs", "evaluate"}
+    own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
     assert {k: v for k, v in vars(again).items() if k not in own} == {
         k: v for k, v in vars(options).items() if k not in own
     }

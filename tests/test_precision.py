@@ -3,11 +3,14 @@
 Run it alone: pytest tests/test_precision.py
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import cards
 import precision
-from precision import choose_precision, gives_nan_in_float16, named_precision, sensible_precisions
+from precision import bfloat16_products, card_of, choose_precision, named_precision, sensible_precisions
 from precision_table import PRECISIONS
 from utils import UserError
 
@@ -22,7 +25,6 @@ def card(monkeypatch):
     def be(name, capability):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capability >= (8, 0))
 
     yield be
     precision._set_float32_mode(False)
@@ -75,6 +77,9 @@ def test_without_a_card_auto_is_bfloat16():
     "name, capability, asked, named",
     [
         ("NVIDIA GeForce GTX 1660", (7, 5), {"amp": True}, "GTX 16"),
+        ("NVIDIA T1000 8GB", (7, 5), {"amp": True}, "NaN"),
+        ("Tesla K40m", (3, 5), {"amp": True}, "NaN"),
+        ("Quadro T2000", (7, 5), {"amp": True, "amp_dtype": "bfloat16"}, "without --amp"),
         ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"amp": True, "amp_dtype": "bfloat16"}, "float16"),
         ("NVIDIA GeForce RTX 2080 Ti", (7, 5), {"tf32": True}, "Ampere"),
     ],
@@ -90,5 +95,57 @@ def test_tf32_needs_cuda_and_a_faulty_card_may_be_insisted_on(card):
     with pytest.raises(UserError, match="--device cuda"):
         choose_precision(CPU, tf32=True)
     card("NVIDIA GeForce GTX 1650", (7, 5))
-    assert gives_nan_in_float16(CUDA) and not gives_nan_in_float16(CPU)
+    assert sensible_precisions(CUDA) == ["fp32"]
     assert choose_precision(CUDA, amp=True, amp_dtype="float16").name == "amp-fp16"
+
+
+def test_every_card_that_can_is_given_what_the_table_says(card):
+    """The table that doctor and docs/cards.md show is the one by which --amp chooses."""
+    for row in cards.NVIDIA:
+        card("a card", row.capability)
+        assert choose_precision(CUDA, amp=True).name == row.pick and card_of(CUDA) == row
+
+
+@pytest.mark.parametrize(
+    "chip, expected", [("Apple M1 Pro", "amp-fp16"), ("Apple M2", "amp-fp16"), ("Apple M4", "amp-bf16")]
+)
+def test_apple_chips_by_their_name(chip, expected, monkeypatch):
+    monkeypatch.setattr(precision, "chip_name", lambda: chip)
+    mps = torch.device("mps")
+    found = choose_precision(mps, amp=True)
+    assert found.name == expected and found.reason and sensible_precisions(mps) == ["fp32", expected]
+    assert found.grad_scaler().is_enabled() == (expected == "amp-fp16")
+
+
+def test_a_chip_without_a_name_is_an_old_one(monkeypatch):
+    def missing(*_arguments, **_options):
+        raise FileNotFoundError("sysctl")
+
+    monkeypatch.setattr(precision.subprocess, "run", missing)
+    assert precision.chip_name() == "" and card_of(torch.device("mps")).pick == "amp-fp16"
+
+
+def test_xpu_trains_in_bfloat16_without_a_scaler():
+    xpu = torch.device("xpu")
+    found = choose_precision(xpu, amp=True)
+    assert found.name == "amp-bf16" and not found.grad_scaler().is_enabled()
+    assert sensible_precisions(xpu) == ["fp32", "amp-bf16"]
+    with pytest.raises(UserError, match="--device cuda"):
+        choose_precision(xpu, tf32=True)
+
+
+def test_amd_has_no_tf32_and_its_matrix_cores_both_types(card, monkeypatch):
+    card("AMD Instinct MI300X", (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName="gfx942:sramecc+")
+    )
+    assert sensible_precisions(CUDA) == ["fp32", "amp-fp16", "amp-bf16"]
+    with pytest.raises(UserError, match="MI300X has no TF32"):
+        choose_precision(CUDA, tf32=True)
+
+
+def test_bfloat16_products_inside_float32_can_be_turned_on_and_off():
+    for on, mode in ((True, "bf16"), (False, "ieee")):
+        bfloat16_products(on)
+        assert torch.backends.mkldnn.conv.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == mode
