@@ -73,7 +73,7 @@ def choose_precision(
     elif amp_dtype != "auto":
         reason = f"--amp_dtype {amp_dtype}"
     else:
-        amp_dtype = PRECISIONS[card.pick].amp_dtype
+        amp_dtype = PRECISIONS[card.pick or "fp32"].amp_dtype or amp_dtype  # without a pick it was refused above
         reason = card.reason
     return Precision(name_of(amp_dtype if amp else None, tf32=tf32), device, reason)
 

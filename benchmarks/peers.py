@@ -5,7 +5,7 @@ bits. Each side is a process of its own that stops after so many updates and goe
 A B C ...), so that a drifting machine favours none; on a GPU, whose memory may hold one only, they come one after
 another. While a side waits its loader may fetch a few batches ahead, which favours the others a little.
 
-    pip install -e ".[peers]" && python benchmarks/peers.py --data_dir data --image_size 256 --batch_size 64
+    pip install '.[peers]' && python benchmarks/peers.py --data_dir data --image_size 256 --batch_size 64
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def main() -> None:
         if missing:
             print(f"{name} is left out: {missing[0]} is not installed. Run: pip install {' '.join(PACKAGES[name])}")
         else:
-            sides += [f"{name} {precision}" for precision in ("fp32", "amp")]
+            sides.append(f"{name} fp32")
+            if name == "ultralytics" and not uses_cuda(arguments):
+                print("ultralytics has no 16-bit training on a CPU")
+            else:
+                sides.append(f"{name} amp")
     rates: dict[str, list[float]] = {side: [] for side in sides}
     failed = {}
     for group in [[side] for side in sides] if uses_cuda(arguments) else [sides]:
@@ -335,23 +339,33 @@ def hugging_face(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: P
     trainer.train()
 
 
+# Its own yolo11-cls-resnet18.yaml, but for the weights, which it would download.
+ULTRALYTICS_MODEL = """
+nc: 1000
+backbone:
+  - [-1, 1, TorchVision, [512, resnet18, null, True, 2]]
+head:
+  - [-1, 1, Classify, [nc]]
+"""
+
+
 def ultralytics(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> None:
-    """Ultralytics' classify on torchvision's ResNet-18, with its own augmentation and EMA."""
+    """Ultralytics' classify on its ResNet-18, with its own augmentation and EMA."""
     from ultralytics.models.yolo.classify import ClassificationTrainer
 
+    (folder / "resnet18-cls.yaml").write_text(ULTRALYTICS_MODEL)
     for part in ("train", "val"):  # its layout
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / part).symlink_to(train_folder(arguments).resolve(), target_is_directory=True)
     device = arguments.device_in_use
-    sixteen = "bf16" if device.type == "cpu" else True
     trainer = ClassificationTrainer(
         overrides={
-            "model": "resnet18",
+            "model": str(folder / "resnet18-cls.yaml"),
             "data": str(folder / "data"),
             "imgsz": arguments.image_size,
             "batch": arguments.batch_size,
             "device": device.type if device.index is None else str(device.index),
-            "amp": sixteen if amp else False,
+            "amp": amp,
             "pretrained": False,
             "workers": arguments.workers,
             "epochs": 10**4,
@@ -417,8 +431,8 @@ def ours(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> 
     """This package's own Trainer, as `python main.py` runs it."""
     import option
     import train
-    import utils
     from assemble import Setup
+    from distributed import Ranks
     from runs.folder import RunDirectory
 
     words = [
@@ -441,7 +455,7 @@ def ours(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> 
         return record
 
     train.update_weights = update_weights
-    setup = Setup(option.parse(words), utils.Ranks(), lambda text: None)
+    setup = Setup(option.parse(words), Ranks())
     trainer = setup.trainer(setup.data(), RunDirectory(folder / "peers"))
     trainer.train()
 

@@ -13,6 +13,7 @@ import shlex
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,7 @@ def _numbers(card: Card) -> dict[str, Any]:
     }
 
 
-def _instructions(capabilities: dict[str, Any]) -> str:
+def _instructions(capabilities: Mapping[str, Any]) -> str:
     """Those of a processor's instructions that matter here."""
     return " ".join(name for name in INSTRUCTIONS if capabilities.get(name))
 

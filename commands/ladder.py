@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from inspection.probe import Probe
-from inspection.roofline import roofline, why_it_ends
+from inspection.roofline import Operator, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import sensible_precisions
@@ -132,8 +132,8 @@ class _Ladder:
     def _measure(self, probe: Probe) -> dict[str, Any]:
         """The rounds of a new rung, those of the first and the best in between where they take turns."""
         warm = probe.ask("warm_up")
-        others = {"first": self._first, "best": self._best} if self.turns else {}
-        others = {name: other for name, other in others.items() if other}
+        pairs = (("first", self._first), ("best", self._best))
+        others = {name: other for name, other in pairs if other is not None}  # none on a GPU
         slowest = max([warm["seconds"], *self._seconds.values()])
         updates = int(min(50, max(1, ROUND_SECONDS / slowest)))
         rounds = []
@@ -203,7 +203,7 @@ def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], b
         for name, rate in (found or {"rates": {}})["rates"].items():
             key = (_mode(rung), name)
             best[key] = max(best.get(key, 0.0), rate)
-    operators = None
+    operators: list[Operator] = []
     lines = []
     for rung, found in zip(rungs, evidence, strict=True):
         if found is None:

@@ -52,7 +52,7 @@ class Update:
     def __init__(self, model: nn.Module, precision: Precision):
         if precision.amp and precision.device.type == "cpu":  # as training does
             avoid_in_place(model)
-        self.model = model.train()
+        self.model: Any = model.train()  # or what calls it
         self.precision = precision
         self.optimizer = make_optimizer(
             model.parameters(),

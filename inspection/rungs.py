@@ -115,7 +115,7 @@ class RungBench(Bench):
                 if isinstance(module, nn.ReLU):
                     module.inplace = True
         if loop == "2020":
-            self.update = _Loop2020(update)
+            self.update = Loop2020(update)
         elif self.compiled:
             update.model = Forward(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
         if on_device:
@@ -148,7 +148,7 @@ class RungBench(Bench):
         return {**found, "operators": operators, "measured": measured}
 
 
-class _Loop2020:
+class Loop2020(Update):
     """The tutorial's update: three readings that wait for the device, and no more of AMP than its loop had."""
 
     def __init__(self, update: Update):

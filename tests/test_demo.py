@@ -5,13 +5,19 @@ Run it alone: pytest tests/test_demo.py
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
+import assemble
+import main
+import option
+from commands import compare
 from images import demo, scenes
 from images.demo import draw_demo, fit_demo, nominal_rate
-from utils import RunError
+from utils import RunError, UserError
 
 GB = 2**30
 CARDS = {  # memory, multiprocessors, clock, capability, trainings of a comparison, cores of such a machine
@@ -76,6 +82,74 @@ def test_why_names_the_card_and_what_was_chosen():
     for part in ("Tesla T4", "15 GB", "8.1 TFLOP/s", "224 pixels", f"batch {size.batch_size}", f"{size.epochs} epochs"):
         assert part in size.why
     assert size.options()["data_dir"] == size.folder and size.options()["batch_size"] == size.batch_size
+
+
+@pytest.fixture
+def impersonate(monkeypatch):
+    """Makes CUDA answer as a card of that memory, clock and compute capability would."""
+
+    def be(name):
+        memory, multiprocessors, clock, capability, _, workers = CARDS[name]
+        properties = SimpleNamespace(
+            name=name,
+            total_memory=memory,
+            multi_processor_count=multiprocessors,
+            clock_rate=int(clock / 1000),
+            major=capability[0],
+            minor=capability[1],
+        )
+        monkeypatch.setattr(assemble, "choose_device", lambda name, use: torch.device("cuda", 0))
+        monkeypatch.setattr(assemble, "cores", lambda: workers)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    return be
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_demo_on_a_card_sets_the_options_that_fit_it(name, impersonate):
+    impersonate(name)
+    size = assemble.demo_size("auto")
+    assert size == fitted(name)[0]
+    options = option.parse(["compare", "--demo", "--epochs", "3"], fit_demo=main.demo_that_fits)
+    assert (options.data_dir, options.image_size, options.batch_size) == (size.folder, 224, size.batch_size)
+    assert options.epochs == 3 and options.pretrained == 0
+
+
+def test_demo_on_a_cpu_is_as_it_was():
+    assert assemble.demo_size("cpu") is None
+    options = option.parse(["--demo", "--device", "cpu"], fit_demo=main.demo_that_fits)
+    assert {name: getattr(options, name) for name in option.DEMO} == option.DEMO
+
+
+def test_the_choice_is_printed_and_drawn(impersonate, monkeypatch, caplog, tmp_path):
+    """A comparison on a T4, up to its first training."""
+    impersonate("Tesla T4")
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(assemble, "draw_demo", lambda root, **asked: drawn.append((root, asked)))
+    monkeypatch.setattr(compare, "choose_device", lambda name, use: torch.device("cuda", 0))
+    monkeypatch.setattr(compare, "run_all", lambda folder, names, seeds, words, overwrite: drawn.append((names, words)))
+    monkeypatch.setattr(compare, "report_runs", lambda *_: None)
+    caplog.set_level("INFO", logger="amp-train")
+    assert main.main(["compare", "--demo"]) == 0
+    size, _ = fitted("Tesla T4")
+    assert size.why in caplog.text
+    root, asked = drawn[0]
+    assert str(root) == size.folder and asked["size"] == 224 and asked["train_images"] == size.train_images
+    assert asked["workers"] == 2 and drawn[1][0] == ["fp32", "amp-fp16"]
+    assert f"--data_dir={size.folder}" in drawn[1][1] and f"--epochs={size.epochs}" in drawn[1][1]
+
+
+def test_a_demo_of_another_size_in_the_same_folder_is_used_as_it_is(tmp_path):
+    draw_demo(tmp_path, train_images=12, test_images=12)
+    before = contents(tmp_path)
+    draw_demo(tmp_path, exact=False)
+    assert contents(tmp_path) == before
+    (tmp_path / "demo.json").write_text('{"scenes": 0}')  # of an older version
+    with pytest.raises(UserError, match="already holds"):
+        draw_demo(tmp_path, exact=False)
 
 
 def contents(folder):

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from commands import ladder
-from inspection.probe import Update
 from inspection.roofline import Operator
-from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
+from inspection.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
 from utils import RunError
 
@@ -209,7 +208,7 @@ def _products_as_they_were():
 def test_the_first_rung_is_the_loop_of_2020():
     bench = RungBench(**settings())
     images, *_ = next(next(bench.updates))
-    assert images.is_contiguous() and not isinstance(bench.update, Update)
+    assert images.is_contiguous() and isinstance(bench.update, Loop2020)
     assert any(module.inplace for module in bench.update.model.modules() if isinstance(module, nn.ReLU))
     assert bench.update.optimizer.defaults["fused"] is None and bench.update.optimizer.defaults["foreach"] is False
     before = [parameter.clone() for parameter in bench.update.model.parameters()]
@@ -237,7 +236,7 @@ def test_every_rung_trains_and_gives_its_evidence(changes):
     assert found["rates"]["float32"] > 0 and found["bandwidth"] > 0
     assert sum(one.flops for one in found["operators"]) > 1e6 and found["measured"]["convolutions"] > 0
     assert ("bfloat16" in found["rates"]) == ("precision" in changes)
-    assert isinstance(bench.update, Update) == ("loop" in changes)
+    assert isinstance(bench.update, Loop2020) == ("loop" not in changes)
 
 
 def test_images_kept_on_the_device_are_the_same_ones():

@@ -383,7 +383,7 @@ def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeyp
     draw = demo.draw_demo
     drawn = []
     monkeypatch.setattr(
-        demo, "draw_demo", lambda root: drawn.append(root) or draw(root, train_images=60, test_images=18)
+        "assemble.draw_demo", lambda root, **_: drawn.append(root) or draw(root, train_images=60, test_images=18)
     )
     monkeypatch.chdir(tmp_path)
     status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "squeezenet1_1"])
