@@ -116,7 +116,7 @@ class Bench:
         torch.backends.cudnn.benchmark = True
         reset_peak_memory(self.device)
         self.memory_before = peak_memory(self.device)["peak_memory_mb"]
-        model = build_model(model_name, 6, pretrained=False).to(self.device, memory_format=torch.channels_last)
+        model = build_model(model_name, 6, pretrained=False).to(self.device).to(memory_format=torch.channels_last)
         self.update = update = Update(model, named_precision(precision, self.device))
         self.updates = endless(_random_batches(self.device, image_size, batch_size))
         self.joules = energy_counter(self.device)
@@ -125,12 +125,17 @@ class Bench:
         unscale = update.scaler.unscale_
         model.register_forward_pre_hook(lambda *_: self._mark("data"))
         update.criterion.register_forward_hook(lambda *_: self._mark("forward"))
-        update.scaler.unscale_ = lambda optimizer: (self._mark("backward"), unscale(optimizer))
+
+        def unscale_and_mark(optimizer: torch.optim.Optimizer) -> None:
+            self._mark("backward")
+            unscale(optimizer)
+
+        setattr(update.scaler, "unscale_", unscale_and_mark)  # noqa: B010 (a method is replaced)
 
     def _mark(self, phase: str) -> None:
         """Notes that `phase` ends here, by the device's own clock."""
         if self.device.type == "cuda":
-            moment = torch.cuda.Event(enable_timing=True)
+            moment: Any = torch.cuda.Event(enable_timing=True)
             moment.record()
         else:
             moment = time.perf_counter()
@@ -145,7 +150,7 @@ class Bench:
     def round(self, updates: int) -> dict[str, Any]:
         """Times some updates in a row: seconds in all and by phase, and joules where the machine counts them."""
         wait(self.device)
-        joules = self.joules() if self.joules else None
+        joules = self.joules() if self.joules else 0.0
         started = time.perf_counter()
         self.moments.clear()
         self._mark("start")
