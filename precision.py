@@ -149,5 +149,6 @@ def bfloat16_products(on: bool) -> None:
     oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
     gradients of weights. `compare --ladder` measures it; no option uses it.
     """
-    for part in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+    mkldnn: Any = torch.backends.mkldnn  # whose types do not know these switches
+    for part in (mkldnn.conv, mkldnn.matmul):
         part.fp32_precision = "bf16" if on else "ieee"
