@@ -68,7 +68,7 @@ def inspect_classifier(
 ) -> Report:
     """The report on a batch of the data set and the model of a run, or a new one."""
     stored = setup.checkpoint if trained else None
-    data = setup.data(classes=stored and stored["classes"])
+    data = setup.data(classes=stored["classes"] if stored else None)
     images, labels, *_ = next(next(setup.batches(data, data.train, train=True).epoch(0)))
     scales = [line["loss_scale"] for line in metrics if (line.get("loss_scale") or 1) != 1]
     return inspect_step(
@@ -165,8 +165,8 @@ def _reason(error: BaseException, file: Path) -> str:
 def arguments_of(made: Any) -> dict[str, Any]:
     """What make() returned as the arguments of inspect_step."""
     if isinstance(made, Mapping):
-        parts = {ALIASES.get(name, name): value for name, value in made.items()}
-        unknown = [str(name) for name in parts if name not in KEYS]
+        parts = {ALIASES.get(str(name), str(name)): value for name, value in made.items()}
+        unknown = [name for name in parts if name not in KEYS]
         if unknown:
             raise UserError(f"make() returned a dictionary with {', '.join(unknown)}: {FORMS}.")
     elif isinstance(made, (tuple, list)) and 2 <= len(made) <= 5:

@@ -76,11 +76,11 @@ class Execution:
         return self.result
 
     def autocast(self) -> Any:
-        return self.precision.autocast() if self.ambient else contextlib.nullcontext()
+        return self.precision.autocast() if self.ambient and self.precision else contextlib.nullcontext()
 
     def without_autocast(self) -> Any:
         """For backward passes inside an autocast that is this tool's and not the user's."""
-        if not self.ambient:
+        if not self.ambient or self.precision is None:
             return contextlib.nullcontext()
         return Precision("fp32", self.precision.device, "").autocast()
 
@@ -92,12 +92,12 @@ class Execution:
         parts = self.subject.models if not self.subject.single else {}
         by_name = bool(losses) and len(losses) > 1 and losses.keys() <= parts.keys()
         if losses and not by_name:
-            losses = {"": sum(loss.sum() for loss in losses.values())}
+            losses = {"": torch.stack([loss.sum() for loss in losses.values()]).sum()}
         for index, (name, loss) in enumerate(losses.items()):
             inputs = [part for part in parts[name].parameters() if part.requires_grad] if by_name else None
             factored = scaler.scale(loss) if scaler is not None else loss * self.own_scale
             torch.autograd.backward(factored, inputs=inputs, retain_graph=index < len(losses) - 1)
-        if update and losses:
+        if scaler is not None and losses:
             self.phase = "update"
             for optimizer in self.subject.update_optimizers():
                 scaler.step(optimizer)
@@ -110,7 +110,7 @@ class Execution:
         """Puts this object between the user's code and autocast, backward, optimizers and the scaler."""
         autocast = torch.autocast
         scaler = torch.amp.GradScaler
-        kept = [(torch.autograd, name) for name in ("backward", "grad")]
+        kept: list[tuple[Any, str]] = [(torch.autograd, name) for name in ("backward", "grad")]
         kept += [(autocast, name) for name in ("__init__", "__enter__", "__exit__")]
         kept += [(scaler, name) for name in SCALER_CALLS]
         originals = {(owner, name): getattr(owner, name) for owner, name in kept}

@@ -257,7 +257,7 @@ class Inspection:
             for name, model in subject.models.items()
         }
         return {
-            "name": ", ".join(entry["class"] for entry in models.values()),
+            "name": ", ".join(type(core(model)).__name__ for model in subject.models.values()),
             "models": models,
             "form": "whole step" if execution.full else "step" if subject.step else "loss",
             "own_autocast": sorted(str(dtype).removeprefix("torch.") for dtype in self.written_types),

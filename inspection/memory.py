@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to s
 class _KeptForBackward(TorchDispatchMode):
     """Notes the storages that autograd keeps, by address, and which of them are casts of parameters."""
 
-    def __init__(self, parameters: list[torch.Tensor]):
+    def __init__(self, parameters: Sequence[torch.Tensor]):
         super().__init__()
         self.bytes: dict[int, int] = {}
         self.copies: set[int] = set()
@@ -36,19 +36,19 @@ class _KeptForBackward(TorchDispatchMode):
             self.bytes[address(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = operator(*args, **(kwargs or {}))
         if operator is torch.ops.aten._to_copy.default and address(args[0]) in self._parameters:
             self.copies.add(address(result))
         return result
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self.hooks.__enter__()
         return super().__enter__()
 
-    def __exit__(self, *details):
+    def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
-        return self.hooks.__exit__(*details)
+        self.hooks.__exit__(*details)
 
 
 def address(tensor: torch.Tensor) -> int:

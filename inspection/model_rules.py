@@ -9,12 +9,13 @@ import torch
 
 from inspection.findings import Finding
 from inspection.finite import Origin, cures
-from inspection.places import Place
+from inspection.places import Place, line_with, users_sources
 from inspection.products import ALIGNED, Product
 from inspection.recipe_rules import level_of
 from inspection.tracing import Trace
 
 SHARE = 0.05  # of the products' work; less is not worth a finding
+CUSTOM_SHARE = 0.01  # of the time, for operators whose work nobody counts
 UNALIGNED_SHARE = 0.1
 VOCABULARY = 4096  # an outermost size up to here is the data's, above it a choice
 WHY = {
@@ -69,7 +70,7 @@ def wide_products(trace: Trace) -> list[dict[str, Any]]:
     for (reason, place, module, op), members in groups.items():
         known = all(product.flops is not None for product in members)
         if known and flops:
-            share = sum(product.flops for product in members) / flops
+            share = sum(product.flops or 0.0 for product in members) / flops
         else:
             share = sum(product.seconds for product in members) / max(seconds, 1e-12)
         rows.append({"op": op, "module": module, "place": place, "reason": reason, "share": share,
@@ -83,7 +84,8 @@ def model_findings(trace: Trace, precision: str, device: str) -> list[Finding]:
     """What one traced step in an AMP precision shows."""
     found = []
     for row in wide_products(trace):
-        if row["share"] < SHARE or row["reason"] == "forward":
+        least = CUSTOM_SHARE if row["reason"] == "custom-operator" else SHARE
+        if row["share"] < least or row["reason"] == "forward":
             continue
         where = f" in {row['module']}" if row["module"] else ""
         share = f"{row['share']:.0%} of the {'products' if row['by'] == 'work' else 'operators'}' {row['by']}"
@@ -127,6 +129,8 @@ def _sizes(trace: Trace, precision: str) -> list[Finding]:
     if not total or work / total < UNALIGNED_SHARE:
         return []
     (module, place, bad), members = max(groups.items(), key=lambda item: sum(p.flops or 0 for p in item[1]))
+    if place is None:  # nothing of the user's is called, as in nn.Sequential: where the number is written
+        place = line_with(rf"\b{bad[0]}\b", users_sources())
     better = ", ".join(f"{size} to {-(-size // ALIGNED) * ALIGNED}" for size in dict.fromkeys(bad))
     sizes = " and ".join(str(size) for size in dict.fromkeys(bad))
     message = (

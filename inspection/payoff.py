@@ -6,6 +6,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def measure_speed(
         for precision in precisions:
             prepare(precision)
             execution = executions[precision.name]
-            (taken,) = timed_once(lambda execution=execution: execution.run(update=True), subject.device)
+            taken = timed_once(partial(execution.run, update=True), subject.device)
             execution.events.clear()
             execution.roots.clear()
             if turn > 1:
@@ -68,12 +69,13 @@ def measure_speed(
     }
 
 
-def timed_once(function: Callable[[], Any], device: torch.device) -> list[float]:
+def timed_once(function: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
     wait(device)
     started = time.perf_counter()
     function()
     wait(device)
-    return [time.perf_counter() - started]
+    return time.perf_counter() - started
 
 
 def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
@@ -103,7 +105,7 @@ def product_gain(precision: Precision) -> float | None:
     for dtype in (torch.float32, precision.dtype):
         left, right = (torch.randn(SIDE, SIDE, device=precision.device).to(dtype) for _ in range(2))
         # The shortest of some runs: whatever else runs on the machine can only make one longer.
-        seconds[dtype] = min(timed(lambda left=left, right=right: left @ right, precision.device, 5))
+        seconds[dtype] = min(timed(partial(torch.matmul, left, right), precision.device, 5))
     return seconds[torch.float32] / seconds[precision.dtype]
 
 
@@ -134,15 +136,15 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
     words = [f"{name} does not run: {reason}" for name, reason in failed.items()]
     if not others:
         return {"precision": base, "speedup": gains, "memory_saving": savings, "words": words}
-    best = max(others, key=gains.get)
+    best = max(others, key=gains.__getitem__)
     noise = max(entry["longest"] / entry["shortest"] for entry in speed.values())
     if gains[best] >= ENOUGH:
         choice = best
         words.append(f"{best} is {gains[best]:.2f} times as fast as {base}: use it.")
-    elif max((saving or 0) for saving in savings.values()) >= ENOUGH:
-        choice = max(others, key=lambda name: savings[name] or 0)
+    elif max(saving or 0.0 for saving in savings.values()) >= ENOUGH:
+        choice = max(others, key=lambda name: savings[name] or 0.0)
         words.append(
-            f"AMP saves memory only: {choice} needs {1 / savings[choice]:.0%} of the peak and runs at "
+            f"AMP saves memory only: {choice} needs {1 / (savings[choice] or 1.0):.0%} of the peak and runs at "
             f"{gains[choice]:.2f} times the speed of {base}. Use it if memory is short."
         )
     else:

@@ -5,14 +5,18 @@ A place is the user's, or that of a library (site-packages), and says through wh
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import linecache
 import os
+import re
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType, FunctionType
+from types import CodeType, FrameType
 
 import torch
 
@@ -24,7 +28,7 @@ WRAPPERS = (
     "_tensor.py", "_tensor_str.py", "overrides.py", "functional.py", "_ops.py", "_compile.py", "_VF.py",
     "autograd/__init__.py", "autograd/function.py", "nn/functional.py", "nn/modules/", "utils/_", "_dynamo/",
 )  # fmt: skip
-_users: set[str] = set()  # files that are the user's wherever they lie
+_users: dict[str, list[CodeType]] = {}  # files that are the user's wherever they lie, and functions in them
 _outermost: set[CodeType] = set()
 
 
@@ -64,13 +68,28 @@ def count_as_users(function: object) -> None:
     """The file in which `function` is written is the user's, even inside site-packages."""
     code = getattr(function, "__code__", None)
     if code is not None and not code.co_filename.startswith((TORCH, TOOL)):
-        _users.add(code.co_filename)
+        _users.setdefault(code.co_filename, []).append(code)
         kind_of_file.cache_clear()
 
 
-def users_files() -> set[str]:
-    """The files that were named as the user's: where make(), the step or the loss are written."""
-    return set(_users)
+def users_sources() -> list[tuple[str, int, list[str]]]:
+    """(file, first line, lines) of the functions named as the user's (make(), the step, the loss), then their files."""
+    functions = []
+    for file, codes in _users.items():
+        for code in reversed(codes):  # the latest first
+            with contextlib.suppress(OSError, TypeError):
+                lines, start = inspect.getsourcelines(code)
+                functions.append((file, start, lines))
+    return [*functions, *((file, 1, linecache.getlines(file)) for file in _users)]
+
+
+def line_with(pattern: str, sources: list[tuple[str, int, list[str]]]) -> Place | None:
+    """The first line of code in these sources that the pattern is found in."""
+    for file, start, lines in sources:
+        for number, line in enumerate(lines, start):
+            if re.search(pattern, line.partition("#")[0]):
+                return Place(file, number, "", "user")
+    return None
 
 
 @functools.cache
@@ -94,7 +113,7 @@ def _passes(file: str) -> bool:
     return file[len(TORCH) :].replace(os.sep, "/").startswith(WRAPPERS)
 
 
-def outermost(function: FunctionType) -> FunctionType:
+def outermost(function: Callable) -> Callable:
     """Marks the function that calls the step: who called that is not asked."""
     _outermost.add(function.__code__)
     return function
@@ -102,7 +121,7 @@ def outermost(function: FunctionType) -> FunctionType:
 
 def place_of_caller() -> Place | None:
     """The place that led here, or None if only PyTorch and this package are on the way."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     via = ""
     while frame is not None and frame.f_code not in _outermost:
         file = frame.f_code.co_filename

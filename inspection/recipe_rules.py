@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import linecache
-import re
 from collections import Counter
 
 import torch
 
 from inspection.execution import Event
 from inspection.findings import Finding
-from inspection.places import Place, kind_of_file, users_files
+from inspection.places import Place, kind_of_file, line_with, users_sources
 from inspection.subject import Subject
 from inspection.tracing import AMP_TYPES, Trace
 
 READS = ("item", "tolist", "cpu", "numpy")
-NARROWING = (r"\.half\(|\.bfloat16\(|\.to\(.*(float16|half)", r"torch\.(float16|half|bfloat16)\b")
+NARROWING = {  # the likeliest first; a line of autocast's is none
+    torch.float16: (r"\.half\(|\.to\(.*(float16|half)", r"^(?!.*autocast).*torch\.(float16|half)\b"),
+    torch.bfloat16: (r"\.bfloat16\(|\.to\(.*bfloat16", r"^(?!.*autocast).*torch\.bfloat16\b"),
+}
 
 
 def level_of(place: Place | None) -> str:
@@ -80,7 +81,7 @@ def _weights(subject: Subject) -> list[Finding]:
                     f"{counts[dtype]:,} of {total:,} trained weights are {str(dtype).removeprefix('torch.')}, "
                     f"the first of them {first[dtype]}.",
                     ["leave the weights float32; autocast makes 16-bit copies of them"],
-                    narrowing_line(subject),
+                    narrowing_line(subject, dtype),
                     module=first[dtype].rpartition(".")[0],
                 )
             )
@@ -97,16 +98,13 @@ def _weights(subject: Subject) -> list[Finding]:
     return found
 
 
-def narrowing_line(subject: Subject) -> Place | None:
-    """The line of the user's that makes something 16 bits: in the models' classes, else in the files of the user's."""
-    functions = [type(module) for _, module in subject.named_modules()]
-    sources = [*_sources(functions), *((file, 1, linecache.getlines(file)) for file in sorted(users_files()))]
-    for pattern in NARROWING:
-        for file, start, lines in sources:
-            for number, line in enumerate(lines, start):
-                code = line.partition("#")[0]
-                if re.search(pattern, code) and "autocast" not in code:
-                    return Place(file, number, "", "user")
+def narrowing_line(subject: Subject, dtype: torch.dtype) -> Place | None:
+    """The line of the user's that makes something 16 bits: in the models' classes, else where make() is written."""
+    sources = [*_sources([type(module) for _, module in subject.named_modules()]), *users_sources()]
+    for pattern in NARROWING[dtype]:
+        place = line_with(pattern, sources)
+        if place is not None:
+            return place
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,7 +139,7 @@ class Report:
 
         folder = Path(folder)
         content = self.content
-        jobs = [(memory_picture, content["memory"], "memory.png")]
+        jobs: list[tuple[Callable[..., None], Any, str]] = [(memory_picture, content["memory"], "memory.png")]
         underflow = content["underflow"]
         if underflow is not None:
             if any(underflow["histogram"].values()):

@@ -33,8 +33,9 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
     return found
 
 
-def core(model: nn.Module) -> nn.Module:
+def core(wrapped: nn.Module) -> nn.Module:
     """The user's own network inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    model: Any = wrapped
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -56,7 +57,7 @@ def looks_like_a_step(function: Callable) -> bool:
     """Whether a function is a step(model, batch) rather than a loss(outputs, batch), by the names in it."""
     if "step" in getattr(function, "__name__", ""):
         return True
-    parameters = parameters_of(function)
+    parameters = parameters_of(function) or []
     return bool(parameters) and parameters[0].name in MODEL_WORDS
 
 
@@ -80,7 +81,7 @@ class Subject:
     ):
         self.single = not isinstance(model, Mapping)
         self.given = model
-        self.models = {"": model} if self.single else dict(model)
+        self.models: dict[str, nn.Module] = dict(model) if isinstance(model, Mapping) else {"": model}
         wrong = [value for value in self.models.values() if not isinstance(value, nn.Module)]
         if wrong or not self.models:
             raise UserError(
@@ -126,18 +127,18 @@ class Subject:
     def run(self) -> Any:
         """One call of the step, or forward and loss; returns what the user's function returned."""
         if self.step is not None:
-            return self.step(*self._arguments())
-        outputs = self.call_model(self.given)
+            return self.step(*self._arguments(self.step))
+        outputs = self.call_model(self.models[""])
         return outputs if self.loss is None else self.loss(outputs, self.batch)
 
-    def _arguments(self) -> list[Any]:
+    def _arguments(self, step: Callable) -> list[Any]:
         known = {
             "optimizers": self.optimizers if len(self.optimizers) != 1 else next(iter(self.optimizers.values())),
             "optimizer": next(iter(self.optimizers.values()), None),
             "scaler": self.scaler,
         }
         arguments = [self.given, self.batch]
-        for parameter in (parameters_of(self.step) or [])[2:]:
+        for parameter in (parameters_of(step) or [])[2:]:
             if parameter.name in known:
                 arguments.append(known[parameter.name])
             elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
@@ -167,6 +168,7 @@ class Subject:
             else:
                 self._call = way
                 return outputs
+        assert failure is not None  # there is always one way at least
         raise failure
 
     @contextlib.contextmanager
@@ -196,10 +198,9 @@ class Subject:
         if not self.optimizers and self._own is None:
             some = [parameter for parameter in self.parameters() if parameter.requires_grad]
             sparse = any(getattr(module, "sparse", False) for _, module in self.named_modules())
-            fused = {"fused": True} if self.device.type in ("cpu", "cuda") and not sparse else {}
-            kind = torch.optim.SGD if sparse else torch.optim.Adam
-            self._own = kind(some, lr=1e-4, **fused)
-        return list(self.optimizers.values()) or [self._own]
+            fused = self.device.type in ("cpu", "cuda")
+            self._own = torch.optim.SGD(some, lr=1e-4) if sparse else torch.optim.Adam(some, lr=1e-4, fused=fused)
+        return list(self.optimizers.values()) or ([self._own] if self._own is not None else [])
 
     def update_scaler(self, precision: Precision | None) -> Any:
         """The scaler handed over, or the one that the precision needs."""
@@ -278,9 +279,9 @@ def losses_in(result: Any) -> dict[str, torch.Tensor]:
     if isinstance(result, torch.Tensor):
         return {"": result}
     if isinstance(result, Mapping):
-        pairs = result.items()
+        pairs = list(result.items())
     elif isinstance(result, (tuple, list)):
-        pairs = enumerate(result)
+        pairs = list(enumerate(result))
     else:
         return {}
     return {str(name): value for name, value in pairs if isinstance(value, torch.Tensor) and value.numel() == 1}

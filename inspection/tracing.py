@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +47,7 @@ class Trace:
     execution: Execution
     lineage: Lineage
     rows: Counter = field(default_factory=Counter)
-    seconds: Counter = field(default_factory=Counter)
+    seconds: defaultdict[tuple, float] = field(default_factory=lambda: defaultdict(float))
     synchronisations: Counter = field(default_factory=Counter)
     products: list[Product] = field(default_factory=list)
     zeroed: set[Place] = field(default_factory=set)
@@ -81,7 +81,7 @@ class Functions(TorchFunctionMode):
         self.stack: list[tuple[str, bool, Place | None]] = []
         self.written: dict[int, tuple[Place, torch.Tensor]] = {}  # tensors that the user's own casts made float32
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         execution = self.trace.execution
         if function is torch.Tensor.backward:  # run with this mode on: a checkpoint computes again in there
@@ -116,8 +116,10 @@ class Functions(TorchFunctionMode):
         return self.stack[-1] if self.stack else ("", None, None)
 
 
-def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None):
-    return torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+def _backward(
+    tensor: torch.Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
+) -> None:
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -184,7 +186,7 @@ class Operators(TorchDispatchMode):
         position = bisect.bisect_right(self._numbers, node._sequence_nr())
         return self._owners[min(position, len(self._owners) - 1)]
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         number = torch.autograd._get_sequence_nr()
         phase, module, place = self._where()
@@ -246,7 +248,7 @@ class Operators(TorchDispatchMode):
                 self.trace.zeroed.add(place)
         elif place.via == "nn/utils/clip_grad.py":
             last = execution.events[-1] if execution.events else None
-            if last is None or last.kind != "clip" or last.place.line != place.line:
+            if last is None or last.kind != "clip" or last.place is None or last.place.line != place.line:
                 execution.note("clip")
                 execution.events[-1].place = place
 

@@ -64,7 +64,7 @@ class Watcher:
         }
         if not self.parameters:
             raise UserError("watch needs a model with at least one trained parameter.")
-        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self.scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self.every = every
         self.updates = 0
         self.events: list[dict[str, Any]] = []
@@ -142,7 +142,7 @@ class Watcher:
         scaled = state["stage"].name == "READY"
         result = self._step(optimizer, *args, **kwargs)
         scale = self.scaler._scale if scaled else None
-        if fused and optimizer.param_groups[0]["params"][0].device.type != "cpu":
+        if measured is not None and fused and measured.device.type != "cpu":
             self._later(names, measured, scale)
         elif any(found.item() for found in state["found_inf_per_device"].values()):
             if measured is None:
@@ -194,8 +194,8 @@ class Watcher:
 
     @torch.no_grad()
     def _norms(self, names: list[str]) -> torch.Tensor:
-        gradients = [self.parameters[name].grad for name in names]
-        gradients = [part.coalesce().values() if part.is_sparse else part for part in gradients]
+        found = [self.parameters[name].grad for name in names]
+        gradients = [part.coalesce().values() if part.is_sparse else part for part in found if part is not None]
         return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)])
 
     def _pace(self, cost: float) -> None:
@@ -313,7 +313,8 @@ def _first_bad_module(model: nn.Module, args: Any, kwargs: Any, dtype: torch.dty
         for name, module in model.named_modules()
     ]
     device = next(model.parameters()).device
-    name = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}.get(dtype, "fp32")
+    names: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
+    name = names.get(dtype, "fp32")
     try:
         with _kept_buffers(model), torch.no_grad(), Precision(name, device, "").autocast():
             model(*args, **kwargs)
