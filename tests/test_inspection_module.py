@@ -7,9 +7,11 @@ import json
 import textwrap
 
 import pytest
+import tiny
 import torch
 
 from commands import inspect as command
+from inspection.findings import RULES
 from utils import RunError, UserError
 
 LOSS = """
@@ -181,3 +183,26 @@ def test_models_and_batch_are_moved(tmp_path):
     parts = command.arguments_of((torch.nn.Linear(2, 2), {"x": [torch.ones(1, 2)], "n": 3}, None))
     command.move(parts, torch.device("meta"))
     assert parts["batch"]["x"][0].is_meta and parts["batch"]["n"] == 3 and parts["model"].weight.is_meta
+
+
+def test_the_file_keeps_to_its_schema(tmp_path):
+    validate = pytest.importorskip("jsonschema").validate
+    schema = json.loads((tiny.ROOT / "docs" / "inspect.schema.json").read_text())
+    broken = LOSS.replace("return model, batch", "model[2].weight.data[0, 0] = torch.nan\n    return model, batch")
+    for text, precisions in ((GAN, None), (broken, ["fp32", "amp-fp16"])):
+        report = command.inspect_module(written(tmp_path, text), precisions=precisions)
+        report.write(tmp_path)
+        content = json.loads((tmp_path / "inspect.json").read_text())
+        validate(content, schema)
+        assert content["ok"] == (text is GAN)
+
+
+def test_every_rule_is_documented():
+    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    assert all(f"| `{rule}` | {title} |" in page for rule, title in RULES.items())
+
+
+def test_the_documents_example_runs(tmp_path):
+    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    example = page.partition("```python\n")[2].partition("```")[0]
+    assert "def make()" in example and command.inspect_module(written(tmp_path, example)).ok
