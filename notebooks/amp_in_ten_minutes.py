@@ -30,7 +30,8 @@
 # %% [markdown]
 # ## 1. Get the code
 #
-# If you run this in a checkout, it is used. Otherwise the repository is cloned.
+# If you run this in a checkout, it is used. Otherwise the repository is cloned (in Kaggle, switch Internet on first, in
+# the settings at the right).
 
 # %%
 import os
@@ -43,11 +44,16 @@ if not Path("main.py").exists():
     # !git clone --quiet https://github.com/@REPOSITORY@ amp-train
     os.chdir("amp-train")
 sys.path.insert(0, os.getcwd())
-# A short run, for the test of this notebook.
-quick = bool(os.environ.get("AMP_NOTEBOOK_QUICK"))
+quick = bool(os.environ.get("AMP_NOTEBOOK_QUICK"))  # a short run, for the test of this notebook
 
 # %%
 # %pip install --quiet --disable-pip-version-check -r requirements.txt
+
+# %%
+import torch
+
+torch_sees_a_gpu = torch.cuda.is_available()
+print(torch.cuda.get_device_name() if torch_sees_a_gpu else "no GPU: everything runs on the CPU")
 
 # %% [markdown]
 # ## 2. What can this machine do?
@@ -77,10 +83,22 @@ from IPython.display import Image, display
 display(Image("checkpoint/notebook/comparison.png"))
 
 # %% [markdown]
-# On a fast GPU the demo may be too small to show much: the GPU waits for Python. `doctor` above shows what a larger
-# batch gives.
+# On a fast GPU a small demo may not show much, because the GPU waits for Python. `doctor` above uses a larger batch.
 #
-# ## 4. The update, line by line
+# ## 4. The ladder
+#
+# Each rung adds one step to the loop of 2020: channels-last, TF32 or its like, AMP, a fused optimizer and so on. The
+# mark beside each bar is its bound, from what this machine was measured to multiply and to copy. This takes some
+# minutes.
+
+# %%
+if not quick:
+    size = "" if torch_sees_a_gpu else "--image_size 128 --batch_size 16"
+    # !{sys.executable} main.py compare --ladder --checkpoint_name ladder {size}
+    display(Image("checkpoint/ladder/ladder.png"))
+
+# %% [markdown]
+# ## 5. The update, line by line
 #
 # This is the loop of 2020, as the first AMP tutorials had it, and beside it the loop of today. Both train; on a CPU the
 # old one falls back to float32, with warnings.
@@ -88,11 +106,10 @@ display(Image("checkpoint/notebook/comparison.png"))
 # %%
 import warnings
 
-import torch
 from torch import nn
 from torch.nn import functional
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
+device = "cuda" if torch_sees_a_gpu else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.bfloat16
 
 
@@ -176,7 +193,7 @@ import train
 print(inspect.getsource(train.update_weights))
 
 # %% [markdown]
-# ## 5. Break it
+# ## 6. Break it
 #
 # Recipe 2 is about clipping. Run it as it is. Its last line is the rule.
 
@@ -212,7 +229,7 @@ Path("broken_scaler.py").write_text(recipe.replace("LOSS_WEIGHT = 0.002", "LOSS_
 # With a loss a thousand times larger nothing vanishes, so the recipe's claim is false and it stops. A weight on the
 # loss *is* a loss scale; GradScaler only chooses it for you, and takes it out again.
 #
-# ## 6. Inspect a model of your own
+# ## 7. Inspect a model of your own
 #
 # `inspect_step` runs one step of any model and says what AMP does to it: which operators run in 16 bits, what memory
 # holds, which gradients vanish or overflow, and which rules the code breaks. Put your model and a batch here.
