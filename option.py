@@ -58,6 +58,11 @@ COMMANDS = {
     "prepare": "put a data set on disk (download, archive or demo scenes), or report on one",
     "export": "write a trained run as ONNX",
 }
+FIRST_STEPS = """first steps:
+  python main.py compare --demo               see what AMP gains, on drawn scenes
+  python main.py doctor                       see what this machine can do
+  python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
+README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
 # What --demo changes: a problem that two CPU cores learn from scratch in well under a minute.
 DEMO = {
     "data_dir": "data/demo",
@@ -248,8 +253,8 @@ OPTIONS = {
         "precisions": Option(
             LIST,
             None,
-            f"of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, fp32 and amp-fp16 on older ones, "
-            "fp32 and amp-bf16 elsewhere)",
+            f"precisions to train in, out of {','.join(PRECISIONS)} (default: all on Ampere GPUs and later, "
+            "fp32 and amp-fp16 on older ones, fp32 and amp-bf16 elsewhere)",
             CALL,
         ),
         "seeds": Option(COUNT, 1, "number of runs per precision, each with another seed", CALL),
@@ -360,6 +365,7 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
             "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
             f"commands (python main.py COMMAND --help shows its options):\n{listing}"
         )
+        parser.epilog = FIRST_STEPS
     parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
     for title in GROUPS[command]:
         group = parser.add_argument_group(title)
