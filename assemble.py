@@ -19,10 +19,13 @@ import torchvision
 from torch import nn
 
 import option
-from dataset import Batches, DataSet, Subset, open_data_set
+from dataset import Batches, DataSet, Opening, Subset, open_data_set, open_test_set
 from distributed import Ranks
 from features.frozen import keep_outputs
+from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
+from images.opening import Split
+from images.split import read_split
 from machine import GPUS
 from model import (
     Network,
@@ -41,7 +44,7 @@ from runs.checkpoint import identity, load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer
 from transforms import Preprocess
-from utils import UserError, choose_device, cores, device_name, printable, seed_everything
+from utils import UserError, choose_device, cores, device_name, log, printable, seed_everything
 
 
 def demo_size(device_name: str) -> DemoSize | None:
@@ -58,6 +61,14 @@ def demo_size(device_name: str) -> DemoSize | None:
         runs=len(sensible_precisions(device)),
         workers=cores(),
     )
+
+
+_COUNTED = {"train": "train", "validation": "val", "test": "test"}  # parts of a data set, as config.json calls them
+
+
+def _folder_of(config: Path) -> str | None:
+    """The data folder that a run was trained on, as its config.json says."""
+    return option.read_config(config)["dataset"].get("folder") if config.exists() else None
 
 
 class Setup:
@@ -123,25 +134,76 @@ class Setup:
         """The training options as words of a command line, less what each run of a comparison sets itself."""
         return option.training_words(self.options)
 
-    def data(self, *, test_only: bool = False, classes: list[str] | None = None) -> DataSet:
+    def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
         """The data set, decoded; the demo's scenes are drawn first where they are missing.
 
-        Raises UserError where it holds others than `classes`, those of a checkpoint.
+        A run that goes on keeps its split. Raises UserError where there are others than `classes`, those of a
+        checkpoint.
         """
         options = self.options
-        if options.demo:
-            self.ranks.share(self.draw_demo)  # the others wait for the first
+        self._draw_demo()
+        recorded = self._recorded(self.run.path) if resuming else None
         data = open_data_set(
             options.data_dir,
             image_size=self._as_trained("image_size"),
             seed=options.seed,
-            cache=options.cache,
-            workers=options.num_workers,
-            skip_unreadable=options.skip_unreadable,
-            pin=self.device.type == "cuda",
+            labels=options.labels,
+            group=options.group,
+            split=options.split,
+            recorded=recorded,
+            begun_before=resuming and recorded is None,
             keep_larger="crop" in options.augment.split(","),
-            test_only=test_only,
+            skip_unreadable=options.skip_unreadable,
+            opening=self._opening(Rules(options.max_megapixels, windows_of(options.window)), options.window == "data"),
         )
+        if len(data.train) < options.batch_size:
+            log.info(f"--batch_size {options.batch_size} is more than there are training images: one update an epoch")
+        return self._agreed(data, classes)
+
+    def test_data(self) -> DataSet:
+        """The images to test the checkpoint on: its run's test images, a test part, or a folder of class folders."""
+        options = self.options
+        self._draw_demo()
+        folder = self.checkpoint_file.parent
+        trained_on = self.ranks.share(lambda: _folder_of(folder / "config.json"))
+        return self._agreed(
+            open_test_set(
+                options.data_dir,
+                image_size=self._as_trained("image_size"),
+                known=self.checkpoint["classes"],
+                labels=options.labels,
+                recorded=self._recorded(folder),
+                same_place=trained_on == str(Path(options.data_dir).resolve()),
+                skip_unreadable=options.skip_unreadable,
+                opening=self._opening(self.rules, own_window=False),
+            ),
+            self.checkpoint["classes"],
+        )
+
+    @property
+    def rules(self) -> Rules:
+        """By which a trained model's images are read: as it was trained, unless asked otherwise."""
+        options = self.options
+        windows = windows_of(options.window) if options.window else self.checkpoint.get("windows", {})
+        return Rules(options.max_megapixels, windows)
+
+    def _opening(self, rules: Rules, own_window: bool) -> Opening:
+        options = self.options
+        pin = self.device.type == "cuda"
+        return Opening(options.cache, options.num_workers, pin, options.cache_limit, rules, own_window)
+
+    def _draw_demo(self) -> None:
+        if self.options.demo:
+            self.ranks.share(self.draw_demo)  # the others wait for the first
+
+    def _recorded(self, folder: Path) -> Split | None:
+        """The split that a run's folder records; None where an earlier version wrote none."""
+        file = folder / "split.csv"
+        return self.ranks.share(lambda: read_split(file) if file.exists() else None)
+
+    def _agreed(self, data: DataSet, classes: list[str] | None) -> DataSet:
+        """The data set, if all ranks see the same and it has the classes that were asked for."""
+        options = self.options
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
             raise UserError(
                 f"the images in {options.data_dir} are not those of the first process: give all processes the same."
@@ -161,7 +223,7 @@ class Setup:
         )
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False, **more: Any) -> Batches:
-        own = ("seed", "accumulate", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
+        own = ("seed", "accumulate", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
         return Batches(
             subset,
             self.preprocess,
@@ -252,12 +314,21 @@ class Setup:
             epochs,
             options.seed,
             label_smoothing=options.label_smoothing,
+            class_weights=self._class_weights(data),
+            best_by=options.best_by,
             clip_grad_norm=options.clip_grad_norm,
             log_interval=options.log_interval,
             checkpoint_every=options.checkpoint_every,
             patience=options.patience,
             record=self._identity(data),
         )
+
+    def _class_weights(self, data: DataSet) -> torch.Tensor | None:
+        """Inverse frequencies of the classes, of mean 1 over the training images; None where all weigh the same."""
+        if self.options.class_weights == "none":
+            return None
+        counts = numpy.bincount(data.train.labels, minlength=len(data.classes))
+        return torch.from_numpy(len(data.train) / (len(counts) * counts)).float().to(self.device)
 
     def _trainable(self, data: DataSet) -> nn.Module:
         """The model to train. Raises UserError where it cannot be trained with these batches on these processes."""
@@ -269,7 +340,8 @@ class Setup:
                 "micro-batches each: every micro-batch needs an image."
             )
         model = self.model(len(data.classes))
-        left_over = len(data.train) % options.batch_size or options.batch_size
+        batches = self.batches(data, data.train, train=True)
+        left_over = batches.images_in(batches.updates_per_epoch - 1)
         check_input_size(
             model, options.start_size or options.image_size, max(1, left_over // (ranks * options.accumulate))
         )
@@ -294,13 +366,18 @@ class Setup:
             normalize=self.options.normalize,
             precision=self.precision.name,
             fingerprint=data.fingerprint,
+            windows={mode: list(window) for mode, window in data.rules.windows.items()},
         )
 
     def config(self, data: DataSet) -> dict[str, Any]:
         """What config.json records: every option, versions, device and data."""
         options = {name: value for name, value in vars(self.options).items() if name not in ("command", "evaluate")}
+        if self.options.command == "train":
+            options["checkpoint_name"] = self.run.path.relative_to(self.options.checkpoint_dir).as_posix()
+        else:
+            options["model"] = self.checkpoint["model_name"]
         return {
-            "options": options | {"checkpoint_name": self.run.path.relative_to(self.options.checkpoint_dir).as_posix()},
+            "options": options,
             "versions": {
                 "amp-train": option.VERSION,
                 "python": platform.python_version(),
@@ -317,10 +394,10 @@ class Setup:
             "precision_reason": self.precision.reason,
             "dataset": {
                 "fingerprint": data.fingerprint,
+                "folder": str(data.root.resolve()),
                 "classes": data.classes,
-                "train": len(data.train),
-                "val": len(data.validation),
-                "test": len(data.test),
+                **{short: len(data.subsets[name]) for name, short in _COUNTED.items() if name in data.subsets},
                 "unreadable": data.unreadable,
+                "windows": data.rules.windows,
             },
         }

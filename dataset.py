@@ -1,4 +1,4 @@
-"""Image folders to batches on the device: listing, stratified split, batches, augmentation.
+"""A data set's images to batches on the device: order, sampling, ranks, copies, augmentation.
 
 Resize, flip and normalise run batch-wise on the device, and all randomness depends on (seed, epoch,
 position) alone, so that runs repeat, resume and spread over ranks. Knows nothing of models or precision.
@@ -6,151 +6,25 @@ position) alone, so that runs repeat, resume and spread over ranks. Knows nothin
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from distributed import Ranks
-from images.folders import Listing, find_image_set
-from images.stores import ImageStore, open_store
+from images.opening import DataSet, Opening, Subset, open_data_set, open_test_set
 from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop
-from utils import UserError, fold, log, printable
+from utils import fold
 
+__all__ = ["Batches", "DataSet", "MicroBatch", "Opening", "Subset", "open_data_set", "open_test_set"]
+
+Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray | None]  # uint8 images, labels, shapes (None: all alike)
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
-
-
-def split_train(labels: np.ndarray, *, fraction: float = 0.2, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stratified positions (train, validation) of `labels`, by scikit-learn, each in ascending order."""
-    from sklearn.model_selection import train_test_split
-
-    try:
-        train, validation = train_test_split(
-            np.arange(len(labels)), test_size=fraction, stratify=labels, random_state=seed % 2**32
-        )
-    except ValueError as error:
-        raise UserError(f"cannot split {fraction:.0%} of the training images off for validation: {error}") from None
-    return np.sort(train), np.sort(validation)
-
-
-@dataclass
-class Subset:
-    """Some images of a store: listing positions and their labels, in evaluation order."""
-
-    store: ImageStore
-    listing: Listing
-    positions: np.ndarray
-    labels: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.labels = np.array([self.listing[position][1] for position in self.positions], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def keep(self, count: int) -> None:
-        """Cuts the subset to at most `count` images, spread evenly over it."""
-        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        self.positions = self.positions[chosen]
-        self.labels = self.labels[chosen]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.listing[position][0] for position in self.positions]
-
-
-@dataclass
-class DataSet:
-    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
-
-    root: Path
-    classes: list[str]
-    subsets: dict[str, Subset]  # train, validation and test, or test alone
-    fingerprint: str
-    unreadable: list[str]
-
-    @property
-    def train(self) -> Subset:
-        return self.subsets["train"]
-
-    @property
-    def validation(self) -> Subset:
-        return self.subsets["validation"]
-
-    @property
-    def test(self) -> Subset:
-        return self.subsets["test"]
-
-    def names(self, subset: Subset) -> list[str]:
-        """The files of a subset, relative to the data folder, with slashes on every system."""
-        return [Path(os.path.relpath(path, self.root)).as_posix() for path in subset.paths]
-
-
-def open_data_set(
-    data_dir: str | Path,
-    *,
-    image_size: int,
-    seed: int,
-    cache: str = "auto",
-    workers: int | None = None,
-    skip_unreadable: bool = False,
-    keep_larger: bool = False,
-    pin: bool = False,
-    test_only: bool = False,
-) -> DataSet:
-    """Finds, splits and decodes the images below `data_dir`.
-
-    `keep_larger` keeps up to 1.5 times `image_size` pixels for random crops to choose from; `pin` prepares
-    batches in page-locked memory for a CUDA device. Raises UserError for anything wrong with the data.
-    """
-    image_set = find_image_set(data_dir)
-    names = ["test"] if test_only else [n for n in ("train", "test", "validation") if getattr(image_set, n)]
-    subsets: dict[str, Subset] = {}
-    bad: dict[Path, str] = {}
-    digest = hashlib.sha256(json.dumps(image_set.classes).encode())
-    for name in names:
-        listing = getattr(image_set, name)
-        paths = [path for path, _ in listing]
-        limit = image_size * 3 // 2 if keep_larger and name == "train" else image_size
-        store = open_store(paths, image_set.root, limit=limit, cache=cache, workers=workers, pin=pin)
-        bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
-        readable = np.setdiff1d(np.arange(len(listing)), list(store.unreadable))
-        subsets[name] = Subset(store, listing, readable)
-        digest.update(json.dumps([name, [os.path.relpath(path, image_set.root) for path, _ in listing]]).encode())
-        digest.update(store.crc32.tobytes())
-    _report_unreadable(bad, skip_unreadable)
-    for name, subset in subsets.items():
-        empty = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
-        if empty:
-            raise UserError(f"no readable {name} image is left in {printable(image_set.classes[empty[0]])}.")
-    if "train" in subsets and "validation" not in subsets:
-        everything = subsets["train"]
-        kept, held_out = split_train(everything.labels, seed=seed)
-        for name, places in (("train", kept), ("validation", held_out)):
-            subsets[name] = Subset(everything.store, everything.listing, everything.positions[places])
-    return DataSet(image_set.root, image_set.classes, subsets, digest.hexdigest()[:16], [str(path) for path in bad])
-
-
-def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
-    if not bad:
-        return
-    lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
-    if len(bad) > 10:
-        lines.append(f"  and {len(bad) - 10} more")
-    head = f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read"
-    if not skip:
-        lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
-        raise UserError("\n".join([f"{head}:", *lines]))
-    log.warning("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
 
 
 @dataclass
@@ -163,6 +37,7 @@ class Batches:
     class_count: int
     seed: int = 0
     accumulate: int = 1
+    sampler: str = "shuffle"  # shuffle: each image once an epoch; balanced: each class equally often
     augment: str = "flip"  # none, or some of transforms.AUGMENTATIONS, separated by commas
     mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
     cutmix: float = 0.0
@@ -180,11 +55,19 @@ class Batches:
 
     @property
     def updates_per_epoch(self) -> int:
-        return -(-len(self.subset) // self.batch_size)
+        """A last batch of one image joins the one before it: alone it would have no batch statistics."""
+        count = len(self.subset)
+        joins = 1 < self.batch_size < count and count % self.batch_size == 1
+        return -(-count // self.batch_size) - joins
 
     def images_in(self, update: int) -> int:
         """How many images the update at this position of an epoch holds, on all ranks together."""
-        return min(self.batch_size, len(self.subset) - update * self.batch_size)
+        return len(self._places(update))
+
+    def _places(self, update: int) -> range:
+        """The places in an epoch's order that an update takes."""
+        last = update == self.updates_per_epoch - 1
+        return range(update * self.batch_size, len(self.subset) if last else (update + 1) * self.batch_size)
 
     def size_in(self, epoch: int) -> int:
         """The side of an epoch's images in pixels."""
@@ -207,11 +90,11 @@ class Batches:
         batch is empty gets one image with weight 0, because every rank must take part in every update.
         """
         generator = torch.Generator().manual_seed(fold(self.seed, epoch))
-        order = torch.randperm(len(self.subset), generator=generator).numpy()
+        order = self._order(generator)
         draws = torch.rand(len(self.subset), 5, generator=generator)  # by position in the epoch
         updates = []
         for update in range(first_update, self.updates_per_epoch if end is None else end):
-            whole = np.arange(update * self.batch_size, min((update + 1) * self.batch_size, len(order)))
+            whole = np.array(self._places(update))
             mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
             parts = [part for part in np.array_split(mine, self.accumulate) if len(part)] or [whole[:1]]
             weight = int(len(mine) > 0)
@@ -221,6 +104,11 @@ class Batches:
         loaded = self._on_device([order[places] for micro_batches in updates for places, *_ in micro_batches])
         for micro_batches in updates:
             yield (self._timed(loaded, draws, epoch, *micro_batch) for micro_batch in micro_batches)
+
+    def _order(self, generator: torch.Generator) -> np.ndarray:
+        """Places in the subset, one for each place of an epoch."""
+        order = torch.randperm(len(self.subset), generator=generator).numpy()
+        return order if self.sampler == "shuffle" else balanced(order, self.subset.labels, self.class_count)
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
@@ -249,19 +137,28 @@ class Batches:
         return torch.cat(shown)[:most].numpy(), torch.cat(targets)[:most]
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """uint8 images and labels of each batch, copied one batch ahead on a stream of their own on CUDA."""
+        """Images (count, height, width, 3) of values 0 to 255, and labels of each batch, on the device."""
+        side = self.preprocess.image_size
+        for images, labels, shapes in self._copied(batches):
+            if shapes is not None:  # small images of several sizes; random crops choose from larger ones
+                room = side * 3 // 2 if "crop" in self._steps else side
+                images = self.preprocess.unified(images.permute(0, 3, 1, 2), shapes, room).permute(0, 2, 3, 1)
+            yield images, labels
+
+    def _copied(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
+        """uint8 images, labels and shapes of each batch, copied one batch ahead on a stream of their own on CUDA."""
         ahead: deque = deque()
-        for images, batch in zip(
+        for (images, shapes), batch in zip(
             self.subset.store.batches([self.subset.positions[batch] for batch in batches]), batches, strict=True
         ):
             labels = torch.from_numpy(self.subset.labels[batch])
             if self._copy_stream is None:
-                yield images.to(self.device), labels.to(self.device)
+                yield images.to(self.device), labels.to(self.device), shapes
                 continue
             with torch.cuda.stream(self._copy_stream):
                 labels = labels.pin_memory()
                 pair = tuple(tensor.to(self.device, non_blocking=True) for tensor in (images, labels))
-                ahead.append((pair, self._copy_stream.record_event()))
+                ahead.append((pair, self._copy_stream.record_event(), shapes))
             if len(ahead) > 1:
                 yield self._arrived(*ahead.popleft())
         while ahead:
@@ -269,13 +166,13 @@ class Batches:
 
     @staticmethod
     def _arrived(
-        pair: tuple[torch.Tensor, torch.Tensor], copied: torch.cuda.Event
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        pair: tuple[torch.Tensor, torch.Tensor], copied: torch.cuda.Event, shapes: np.ndarray | None
+    ) -> Loaded:
         stream = torch.cuda.current_stream()
         stream.wait_event(copied)
         for tensor in pair:
             tensor.record_stream(stream)
-        return pair
+        return *pair, shapes
 
     def _timed(
         self,
@@ -309,6 +206,7 @@ class Batches:
         draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
         for name in ("trivial", "randaugment", "augmix"):
             if name in self._steps:
+                images = images if images.dtype == torch.uint8 else images.round().byte()
                 images = each(RANDOM[name], images, self._seeds(epoch, places, name))
         if "upright" in self._steps:
             draws[:, 0] = 1.0
@@ -328,3 +226,19 @@ class Batches:
     @property
     def _mixes(self) -> bool:
         return bool(self.mixup or self.cutmix)
+
+
+def balanced(order: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndarray:
+    """As many places of a subset as `order` has, each class equally often, the images of a class in turn.
+
+    `order` is a random permutation of all places, `labels` their classes; nothing else is drawn. Classes that cannot
+    have exactly as many differ by one.
+    """
+    places = np.concatenate([order[labels[order] == label] for label in range(class_count)])
+    counts = np.bincount(labels, minlength=class_count)
+    there = np.flatnonzero(counts)
+    begins = np.cumsum(counts) - counts
+    turn, place = np.divmod(np.arange(len(order)), len(there))
+    label = there[place]
+    chosen = places[begins[label] + turn % counts[label]]
+    return chosen[order]

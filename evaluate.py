@@ -39,6 +39,21 @@ class Evaluation:
         """Mean cross entropy in nats."""
         return self.loss_sum / int(self.confusion.sum())
 
+    def macro(self) -> dict[str, float]:
+        """Mean precision, recall and F1 (shares) over the classes that were tested: each counts alike.
+
+        The mean recall is the balanced accuracy. A class without an image is left out, as its recall is undefined.
+        """
+        right = np.diag(self.confusion)
+        support = self.confusion.sum(1)
+        predicted = self.confusion.sum(0)
+        there = support > 0
+        return {
+            "precision": float(np.mean((right / np.maximum(predicted, 1))[there])),
+            "recall": float(np.mean(right[there] / support[there])),
+            "f1": float(np.mean(2 * right[there] / (support + predicted)[there])),
+        }
+
     @property
     def is_finite(self) -> bool:
         return math.isfinite(self.loss_sum)

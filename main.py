@@ -82,6 +82,10 @@ def entry(command: str) -> Callable[..., None]:
         from commands.compare import compare
 
         return compare
+    if command == "audit":
+        from commands.audit import audit
+
+        return audit
     if command == "doctor":
         from commands.doctor import doctor
 
@@ -119,7 +123,7 @@ def train(setup: Setup) -> None:
         return
     with opened(setup) as run:
         earlier = find_earlier(setup)
-        data = setup.data()
+        data = setup.data(resuming=earlier.resuming)
         trainer = setup.trainer(data, run)
         begin_or_resume(setup, trainer, data, earlier)
         with epoch_log(trainer, tensorboard=options.tensorboard) as trainer.on_epoch:
@@ -195,6 +199,7 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
     else:  # only here is everything known to be right: a mistake must not cost an earlier run
         resume.remove_results(setup.run)
         setup.run.write_json("config.json", config)
+        setup.run.write_csv("split.csv", data.split())
     if earlier.config:
         resume.say_differences(earlier.config, config)
     log.info(

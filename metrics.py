@@ -18,6 +18,20 @@ from precision import Precision
 from runs.checkpoint import Progress
 from utils import RunError, log, peak_memory, reset_peak_memory
 
+# The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
+FIGURES = {
+    "accuracy": ("val_acc", 1),
+    "balanced_accuracy": ("val_balanced_acc", 1),
+    "macro_f1": ("val_macro_f1", 1),
+    "loss": ("val_loss", -1),
+}
+
+
+def figure(line: dict[str, Any], name: str) -> float:
+    """A figure of an epoch's line: the larger the better."""
+    column, sign = FIGURES[name]
+    return sign * line[column]
+
 
 class UpdateRecord:
     """What one update leaves on the device: nothing here waits for it."""
@@ -150,6 +164,7 @@ class Meter:
             at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
             at.steady = not self.warming
         sums = at.sums
+        macro = found.macro()
         return {
             "epoch": at.epoch + 1,
             "updates": (at.epoch + 1) * self.updates_per_epoch,
@@ -157,6 +172,8 @@ class Meter:
             "train_acc": 100 * sums["correct"] / sums["images"],
             "val_loss": found.loss,
             "val_acc": found.accuracy,
+            "val_balanced_acc": 100 * macro["recall"],
+            "val_macro_f1": 100 * macro["f1"],
             "learning_rate": at.learning_rate,
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
             "skipped_updates": len(at.skips),

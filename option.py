@@ -42,7 +42,9 @@ from option_kinds import (
     Option,
     Parser,
     one_of,
+    split,
     whole,
+    window,
 )
 from precision_table import PRECISIONS
 from utils import UserError, read_json, reading
@@ -53,6 +55,7 @@ COMMANDS = {
     "evaluate": "test the best checkpoint of a named run, with the options that it was trained with",
     "predict": "classify image files and folders with a trained run",
     "compare": "train once per precision and tabulate accuracy, memory and time",
+    "audit": "find doubtful labels: train on folds, and list images whose label other models deny",
     "doctor": "say what this machine can do, and what to expect of AMP on it",
     "inspect": "show what AMP does to a model, also to yours: types, memory, ranges, faults, gain",
     "prepare": "put a data set on disk (download, archive or demo scenes), or report on one",
@@ -121,6 +124,14 @@ TTA = Option(
     one_of("none", "flip"), "none", "flip: compute each test image and its mirror image, and average their logits"
 )
 MODEL = Option(NAME, "ResNet18", "name of a torchvision classification model")
+LABELS = Option(FILE, None, "table of labels: a column of paths or ids, one of labels; CSV of any program", PLACE)
+MEGAPIXELS = Option({**POSITIVE, "metavar": "N"}, 179.0, "refuse images of more megapixels than this", START)
+WINDOW = Option(
+    {"metavar": "LOW,HIGH", "type": window},
+    "data",
+    "values that become black and white in 16-bit, integer and float pictures; data: the range of the training "
+    "images; type: 0 to 65535, or 0 to 1",
+)
 OPTIONS = {
     "run": {
         "checkpoint_dir": Option(DIR, "checkpoint", "folder that holds all runs", CALL),
@@ -151,6 +162,24 @@ OPTIONS = {
             whole(0, 1024), None, "decoding threads or processes (default: one per core, at most 8)", HANDLING
         ),
         "skip_unreadable": Option(FLAG, False, "leave out images that cannot be read", START),
+        "labels": LABELS,
+        "group": Option(
+            {"metavar": "PATTERN"},
+            None,
+            "keep images of one group on one side of the split: a column of --labels, or what this regular expression "
+            "finds in their paths",
+        ),
+        "split": Option(
+            {"metavar": "SHARES", "type": split},
+            None,
+            "percentages of training, validation and test, or a split.csv (default: 70,15,15; 80,20 if there is a "
+            "test folder)",
+        ),
+        "window": WINDOW,
+        "max_megapixels": MEGAPIXELS,
+        "cache_limit": Option(
+            {**POSITIVE, "metavar": "GB"}, 100.0, "keep at most this much of decoded images, the latest used", HANDLING
+        ),
     },
     "model": {
         "model": MODEL,
@@ -201,6 +230,19 @@ OPTIONS = {
         "warmup_epochs": Option(
             {**RATE, "metavar": "N"}, None, "epochs of warmup (default: epochs/10 for cosine_warmup, 5 for step_warmup)"
         ),
+        "class_weights": Option(
+            one_of("none", "balanced"), "none", "balanced: weight the loss of a class by the inverse of its frequency"
+        ),
+        "sampler": Option(
+            one_of("shuffle", "balanced"),
+            "shuffle",
+            "shuffle: each image once in an epoch; balanced: images of each class equally often",
+        ),
+        "best_by": Option(
+            one_of("accuracy", "balanced_accuracy", "macro_f1", "loss"),
+            "accuracy",
+            "figure of the validation images by which the best epoch is chosen, also for --patience",
+        ),
         "clip_grad_norm": Option(POSITIVE, None, "clip the gradients' global L2 norm to this value"),
         "label_smoothing": Option(SHARE, 0.0, "share of each label that is spread over all classes"),
         "augment": Option(
@@ -241,6 +283,11 @@ OPTIONS = {
     "evaluation": {
         "evaluate": Option(FLAG, False, argparse.SUPPRESS, CALL),
         "precisions": Option(LIST, None, "test in each of these, e.g. fp32,amp-bf16, and report what changes", CALL),
+    },
+    "new data": {
+        "out": Option(DIR, None, "write predictions, pictures, a page and result.json into this folder", CALL),
+        "csv": Option(FILE, None, "write every prediction as CSV", CALL),
+        "json": Option(FILE, None, "write the result as JSON", CALL),
     },
     "prediction": {
         "inputs": Option({"metavar": "PATH", "nargs": "+"}, None, "image files and folders", CALL),
@@ -286,12 +333,20 @@ OPTIONS = {
         "archive": Option(FILE, None, "unpack this .zip", CALL),
         "demo": Option(FLAG, False, "draw scenes of six classes", CALL),
         "check": Option(FLAG, False, "report on the data set that is there", CALL),
+        "clean": Option(FLAG, False, "list and remove the decoded images that are kept for the data set", CALL),
     },
     "preparation": {
         "data_dir": Option(DIR, "data", "folder to put the data set into", PLACE),
         "train_images": Option(whole(60, 10**6), 1200, "number of demo scenes for training"),
         "test_images": Option(whole(12, 10**6), 300, "number of demo scenes for testing"),
         "seed": Option(SEED, 0, "seed of the drawing", REPEAT),
+        "labels": LABELS,
+        "window": WINDOW,
+        "max_megapixels": MEGAPIXELS,
+        "json": Option(FILE, None, "write all that --check found as JSON", CALL),
+    },
+    "auditing": {
+        "folds": Option(whole(2, 100), 5, "number of parts: each is judged by a model that was trained on the others")
     },
     "export": {
         "tta": TTA,
@@ -303,9 +358,10 @@ _TRAINING = ("run", "data", "model", "device and precision", "training", "record
 _FINISHED = ("run", "data", "device and precision", "a finished run")
 GROUPS = {
     "train": (*_TRAINING, "testing"),
-    "evaluate": (*_FINISHED, "evaluation"),
+    "evaluate": (*_FINISHED, "evaluation", "new data"),
     "predict": (*_FINISHED, "prediction"),
     "compare": (*_TRAINING, "comparison"),
+    "audit": (*_TRAINING, "auditing"),
     "doctor": ("examination",),
     "inspect": ("run", "data", "model", "inspection"),
     "prepare": ("one of these", "preparation"),
@@ -313,7 +369,7 @@ GROUPS = {
 }
 # A command's own defaults, and what it does not ask but its data or model want to know. Those that take a finished
 # run also take its recorded options; None: as its checkpoint says.
-_AS_TRAINED = {"image_size": None, "normalize": None, "augment": "flip", "num_classes": None}
+_AS_TRAINED = {"image_size": None, "normalize": None, "window": None, "augment": "flip", "num_classes": None}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": _AS_TRAINED,
     "predict": _AS_TRAINED,
@@ -325,6 +381,7 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
         "augment": "flip",
         "mixup": 0.0,
         "cutmix": 0.0,
+        "sampler": "shuffle",
         "start_size": 0,
         "epochs": 1,
     },
@@ -410,6 +467,8 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
     defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
     stored = _stored_options(command, defaults | typed)
     preset = PRESETS[typed["preset"]] if "preset" in typed and "preset" in known else {}
+    if "labels" not in typed and typed.get("data_dir", stored.get("data_dir")) != stored.get("data_dir"):
+        stored.pop("labels", None)  # the table of another folder
     stored = {name: value for name, value in stored.items() if name not in preset}
     demo = {}
     if typed.get("demo") and command != "prepare":
@@ -514,6 +573,10 @@ def _check_together(options: argparse.Namespace) -> None:
         (
             get("start_size") and epochs < 2,
             "--start_size needs two --epochs or more: the last ones have images of full size.",
+        ),
+        (
+            get("class_weights", "none") != "none" and get("sampler") == "balanced",
+            "--class_weights balanced and --sampler balanced correct the same thing twice: choose one.",
         ),
         (get("resume") and get("overwrite"), "--resume and --overwrite exclude each other."),
         (

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,6 +147,43 @@ def augmentations(text: str) -> str:
 
 def epochs_or_all(text: str) -> int | str:
     return text if text == ALL else whole(0)["type"](text)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """ "70,15,15" as percentages of training, validation and test; "80,20" where a test part is there.
+
+    Raises ValueError for anything else.
+    """
+    shares = tuple(float(word) for word in re.split(r"[,;:/ ]+", text.strip()))
+    if (
+        len(shares) not in (2, 3)
+        or min(shares) <= 0
+        or not (abs(sum(shares) - 100) < 0.5 or abs(sum(shares) - 1) < 0.005)
+    ):
+        raise ValueError(f"{text!r} is neither 2 or 3 percentages above 0 that add up to 100, nor a split.csv")
+    return tuple(100 * share / sum(shares) for share in shares)
+
+
+def split(text: str) -> str:
+    """Percentages such as 70,15,15, or a split.csv."""
+    if not text.lower().endswith(".csv"):
+        try:
+            parse_shares(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def window(text: str) -> str:
+    """`data`, `type`, or two numbers LOW,HIGH."""
+    if text not in ("data", "type"):
+        try:
+            low, high = map(float, text.split(","))
+        except ValueError:
+            low, high = 0.0, 0.0
+        if not -math.inf < low < high < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} must be data, type, or LOW,HIGH with LOW below HIGH")
+    return text
 
 
 def one_of(*choices: Any, **more: Any) -> dict[str, Any]:

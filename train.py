@@ -7,6 +7,7 @@ waits for the device. Knows nothing of options, files' layout or how pictures ar
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
-from metrics import Meter, UpdateRecord
+from metrics import Meter, UpdateRecord, figure
 from model import Forward, Network
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
@@ -76,6 +77,8 @@ class Trainer:
     epochs: int
     seed: int
     label_smoothing: InitVar[float] = 0.0
+    class_weights: InitVar[torch.Tensor | None] = None  # (classes,), on the device
+    best_by: str = "accuracy"  # a key of metrics.FIGURES
     clip_grad_norm: float | None = None
     log_interval: int = 20
     checkpoint_every: str | None = None
@@ -91,8 +94,8 @@ class Trainer:
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
     last_save: float = field(init=False, default_factory=time.monotonic)
 
-    def __post_init__(self, label_smoothing: float) -> None:
-        self.criterion = nn.CrossEntropyLoss(reduction="sum", label_smoothing=label_smoothing)
+    def __post_init__(self, label_smoothing: float, class_weights: torch.Tensor | None) -> None:
+        self.criterion = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=label_smoothing)
         self.scaler = self.precision.grad_scaler()
         self.scheduler = self.make_scheduler(done=0)
         self.meter = Meter(
@@ -187,9 +190,10 @@ class Trainer:
             raise self.meter.not_finite("validation loss", at, self.batches.updates_per_epoch)
         at.elapsed = self.seconds
         line = self.meter.line(at, found, self.batches.device) | {"image_size": self.batches.size_in(at.epoch)}
+        best = max((figure(earlier, self.best_by) for earlier in at.history), default=-math.inf)
         at.close_epoch(line)
         files = {}
-        if found.accuracy > at.best_val_acc:
+        if figure(line, self.best_by) > best:
             at.best_epoch = at.epoch
             at.best_val_acc = found.accuracy
             weights = self.network.evaluated.state_dict()

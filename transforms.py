@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,9 +43,10 @@ class Preprocess:
         """What is subtracted from each channel, and what it is divided by, for values from 0 to 1."""
         return (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (count, height, width, 3) to float32 (count, 3, size, size)."""
-        return self.normalized(self.resized(images.permute(0, 3, 1, 2)))
+    def __call__(self, images: torch.Tensor, shapes: np.ndarray | None = None) -> torch.Tensor:
+        """uint8 (count, height, width, 3) to float32 (count, 3, size, size); `shapes` as `unified` takes them."""
+        images = images.permute(0, 3, 1, 2)
+        return self.normalized(self.resized(images) if shapes is None else self.unified(images, shapes))
 
     def resized(self, images: torch.Tensor) -> torch.Tensor:
         """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
@@ -54,6 +55,21 @@ class Preprocess:
         if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
             images = images.float()
         return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+
+    def unified(self, images: torch.Tensor, shapes: np.ndarray, side: int | None = None) -> torch.Tensor:
+        """Images of several sizes to (count, 3, side, side), each as `resized` would alone; default: the model's side.
+
+        images (count, 3, height, width) hold in their upper left corner what `shapes` (count, 2) give the height and
+        the width of.
+        """
+        resize = self if side is None else replace(self, image_size=side)
+        kind = torch.uint8 if self.device.type == "cpu" else torch.float32
+        whole = torch.empty((len(images), 3, resize.image_size, resize.image_size), dtype=kind, device=images.device)
+        for shape in np.unique(shapes, axis=0):
+            places = torch.from_numpy(np.flatnonzero((shapes == shape).all(1))).to(images.device)
+            height, width = shape.tolist()
+            whole[places] = resize.resized(images[places, :, :height, :width]).to(kind)
+        return whole
 
     def shrunk(self, images: torch.Tensor) -> torch.Tensor:
         """(count, 3, height, width), antialiased to at most one and a half of the size: enough to crop from."""

@@ -55,11 +55,11 @@ def measure(data_dir: str, cache: str, image_size: int) -> dict[str, float]:
     import torch
 
     import utils
-    from dataset import Batches, open_data_set
+    from dataset import Batches, Opening, open_data_set
     from transforms import Preprocess
 
     started = time.perf_counter()
-    data = open_data_set(data_dir, image_size=image_size, seed=0, cache=cache, log=lambda text: None)
+    data = open_data_set(data_dir, image_size=image_size, seed=0, opening=Opening(cache))
     opened = time.perf_counter() - started
     batches = Batches(data.train, Preprocess(torch.device("cpu"), image_size), 64, len(data.classes))
     started = time.perf_counter()

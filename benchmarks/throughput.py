@@ -216,7 +216,7 @@ def decode_rate(arguments: argparse.Namespace) -> float:
     for _ in range(4):  # the first one fetches the files from the disk
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            open_store(paths, Path(folder), limit=arguments.image_size, cache="memory", log=lambda text: None)
+            open_store(paths, Path(folder), limit=arguments.image_size, cache="memory")
             seconds.append(time.perf_counter() - started)
     return len(paths) / statistics.median(seconds[1:])
 

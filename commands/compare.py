@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from commands.ladder import climb_and_report
-from images.folders import find_image_set
+from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
 from precision import named_precision, sensible_precisions
 from reports import page, pictures, results, tables, text
@@ -93,22 +93,27 @@ def run_all(
     images, Stopped when a signal ended a run, and at the end RunError where one that was to be replaced still stands.
     """
     planned = []
-    kept = []
     for seed, name in itertools.product(seeds, precisions):
         place = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
-        own = [
-            *words,
-            *precision_words(name),
-            f"--seed={seed}",
-            f"--checkpoint_dir={folder}",
-            f"--checkpoint_name={place.name}",
-        ]
-        options = vars(parse(own))
-        state = "new" if overwrite else _state(place, options)
-        done = {"new": 0, "begun": _epochs(place), "finished": options["epochs"]}[state]
-        planned.append(Planned(place, name, own, options["device"], state, options["epochs"] - done))
-    if any(run.state != "finished" for run in planned):
-        find_image_set(options["data_dir"])  # what is wrong with the folder need not be found out by each run
+        planned.append(plan(place, name, [*words, *precision_words(name), f"--seed={seed}"], overwrite=overwrite))
+    train_all(planned)
+
+
+def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
+    """One training in the folder `run`. Raises UserError where that holds a run with other options."""
+    own = [*words, f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}"]
+    options = vars(parse(own))
+    state = "new" if overwrite else _state(run, options)
+    done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
+    return Planned(run, precision, own, options["device"], state, options["epochs"] - done)
+
+
+def train_all(planned: list[Planned]) -> None:
+    """Trains what is not finished, each in a fresh process. Raises as `run_all` does."""
+    kept = []
+    for run in [run for run in planned if run.state != "finished"][:1]:
+        options = vars(parse(run.words))  # what is wrong with the folder need not be found out by each run
+        list_images(options["data_dir"], labels=options["labels"], group=options["group"])
     for number, run in enumerate(planned, 1):
         remark = ", already finished" if run.state == "finished" else ""
         log.info(f"\nrun {number} of {len(planned)}: {run.folder.name}{remark}")

@@ -22,7 +22,7 @@ import torch
 import torchvision
 
 from cards import EMULATED, NONE, Card
-from dataset import Batches, open_data_set
+from dataset import Batches, Opening, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
@@ -107,7 +107,9 @@ def loader_rate(
     The images are decoded first (once; later runs find them decoded), which is not counted.
     Raises UserError for anything wrong with the data.
     """
-    data = open_data_set(data_dir, image_size=image_size, seed=0, pin=device.type == "cuda")
+    data = open_data_set(
+        data_dir, image_size=image_size, seed=0, opening=Opening(pin=device.type == "cuda", own_window=True)
+    )
     batches = Batches(data.train, Preprocess(device, image_size), min(batch_size, len(data.train)), len(data.classes))
     updates = endless(batches)
     count = 0

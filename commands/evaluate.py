@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
-import json
 import time
+from json import dumps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluate import Evaluation, evaluate, parity, probabilities
 from reports import tables
+from reports.draw import draw_run
 from reports.results import calibration
-from utils import device_name, log, peak_memory, reset_peak_memory, write_text
+from runs.folder import RunDirectory
+from runs.writing import csv_text, prediction_rows
+from utils import (
+    UserError,
+    device_name,
+    log,
+    peak_memory,
+    printable,
+    refuse_missing_folders,
+    reset_peak_memory,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from assemble import Setup
     from dataset import DataSet
 
 
-def evaluate_run(setup: Setup, *, precisions: list[str] | None) -> None:
+def evaluate_run(
+    setup: Setup, *, precisions: list[str] | None, out: str | None, csv: str | None, json: str | None
+) -> None:
     """The command: prints the test's summary, or one line per precision and which predictions change."""
+    refuse_missing_folders(csv, json)
     checkpoint = setup.checkpoint
-    data = setup.data(test_only=True, classes=checkpoint["classes"])
+    data = setup.test_data()
     model = setup.trained(checkpoint)
     batches = setup.batches(data, data.test)
     if precisions:
@@ -27,7 +43,7 @@ def evaluate_run(setup: Setup, *, precisions: list[str] | None) -> None:
         if setup.ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
             print(tables.parity_table(rows))
-            write_text(file, json.dumps(rows, indent=1))
+            write_text(file, dumps(rows, indent=1))
             log.info(f"details: {file}")
         return
     reset_peak_memory(setup.device)
@@ -42,11 +58,46 @@ def evaluate_run(setup: Setup, *, precisions: list[str] | None) -> None:
             "train_seconds": None,
             "images_per_second": len(data.test) / seconds,
         }
-        print(tables.summary(test_result(setup, data, found) | training))
+        result = test_result(setup, data, found) | training
+        print(tables.summary(result))
+        _write(setup, data, found, result, out, csv, json)
+
+
+def _write(
+    setup: Setup,
+    data: DataSet,
+    found: Evaluation,
+    result: dict[str, Any],
+    out: str | None,
+    csv: str | None,
+    json: str | None,
+) -> None:
+    """What a training writes of its test: into the folder `out`, or the predictions and the result alone."""
+    names = data.names(data.test)
+    shares = probabilities(found.logits)
+    if json:
+        write_text(Path(json), dumps(result, indent=1) + "\n")
+    if csv:
+        rows = prediction_rows(names, data.test.labels, shares, data.classes)
+        write_text(Path(csv), csv_text(rows))
+    if out:
+        run = RunDirectory(out)
+        if run.file("best_model.pt").exists():
+            raise UserError(f"--out {printable(out)} is a run's folder: choose another, or one that is not there yet.")
+        run.open()
+        try:
+            run.write_json("config.json", setup.config(data))
+            run.write_predictions(names, data.test.labels, shares, data.classes)
+            run.write_json("result.json", result)
+        finally:
+            run.close()
+        draw_run(run.path)
+        log.info(f"results: {run.path}")
 
 
 def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any]:
     """What result.json says of a test, before anything about the training."""
+    macro = found.macro()
     return {
         "test_acc": found.accuracy,
         "test_loss": found.loss,
@@ -56,6 +107,8 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "device": setup.device.type,
         "device_name": device_name(setup.device),
         "classes": data.classes,
+        "balanced_acc": 100 * macro["recall"],
+        "macro": macro,
         "per_class": found.per_class(data.classes),
         "confusion": found.confusion.tolist(),
         "calibration_error": calibration(probabilities(found.logits), data.test.labels)["ece"],

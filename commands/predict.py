@@ -1,36 +1,40 @@
 """Prediction on image files and folders: top classes with probabilities, as text, CSV, JSON, contact sheet.
 
-Files are decoded by threads while the model works; what cannot be read is reported and skipped. Knows
-nothing of runs, options or labels.
+Files are decoded by threads while the model works; what cannot be read is reported and skipped. Rows are written as
+they come, so memory does not grow with the number of files, and a stopped prediction keeps what it has.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-from collections import Counter
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from evaluate import probabilities
-from images.decode import ahead, try_decode
-from images.folders import find_images
+from images.decode import Rules, ahead, try_decode
+from images.folders import counted, find_images
 from precision import Precision
 from transforms import Preprocess
-from utils import UserError, cores, log, printable, progress, refuse_missing_folders, write_text
+from utils import Stopped, UserError, cores, log, printable, progress, refuse_missing_folders
 
 if TYPE_CHECKING:
     from assemble import Setup
 
 SHOWN = 50  # lines on the terminal; files hold all
+FOLDERS = 20  # subfolders summed up on the terminal
+SHEET = 60  # images on the contact sheet
 
 
 def predict(
@@ -53,6 +57,7 @@ def predict(
         inputs,
         preprocess=setup.preprocess,
         precision=setup.precision,
+        rules=setup.rules,
         batch_size=batch_size,
         top_k=top_k,
         workers=min(8, cores()) if num_workers is None else num_workers,
@@ -62,6 +67,14 @@ def predict(
     )
 
 
+@dataclass(frozen=True)
+class Item:
+    """A file to classify, and the subfolder of the input folder in which it was found ("" in that folder itself)."""
+
+    path: Path
+    folder: str = ""
+
+
 def predict_files(
     model: nn.Module,
     classes: list[str],
@@ -69,97 +82,208 @@ def predict_files(
     *,
     preprocess: Preprocess,
     precision: Precision,
+    rules: Rules | None = None,
     batch_size: int,
     top_k: int,
     workers: int,
     csv_file: str | None,
     json_file: str | None,
     sheet: str | None,
-) -> list[dict[str, Any]]:
-    """Classifies every image named or found in `inputs`; returns and writes a row for each readable one.
+) -> int:
+    """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
 
-    A row is {"path", "top": [{"class", "probability"}, ...], "probabilities": {class: probability}}.
-    Raises UserError where an input does not exist or no image is readable.
+    Raises UserError where an input does not exist or no image is readable, Stopped where a signal ended it.
     """
-    paths = list(_listed(inputs))
-    rows = []
-    unreadable = []
-    size = (preprocess.image_size, preprocess.image_size)
-    bar = progress(total=len(paths), desc="predicting", unit="image", delay=2)
-    with bar, ThreadPoolExecutor(max(1, workers)) as pool, torch.inference_mode():
-        decoded = ahead(pool, lambda path: (path, try_decode(path, size)), paths, 2 * batch_size)
-        while batch := list(islice(decoded, batch_size)):
-            good = [(path, image) for path, image in batch if not isinstance(image, str)]
-            unreadable += [(path, image) for path, image in batch if isinstance(image, str)]
-            if good:
-                images = torch.from_numpy(np.stack([image for _, image in good])).to(preprocess.device)
-                with precision.autocast():
-                    logits = model(preprocess(images))
-                shares = probabilities(logits.float().cpu().numpy())
-                rows += [_row(path, share, classes, top_k) for (path, _), share in zip(good, shares, strict=True)]
-            bar.update(len(batch))
-    for path, reason in unreadable[:10]:
-        log.warning(f"cannot be read, skipped: {printable(path)}: {printable(reason)}")
-    if len(unreadable) > 10:
-        log.warning(f"and {len(unreadable) - 10} more cannot be read")
-    if not rows:
-        raise UserError("none of the images can be read.")
-    _write(rows, classes, csv_file, json_file, sheet)
-    print(_text(rows))
-    return rows
+    _refuse_missing(inputs)
+    table = Table(classes, top_k, sheet=sheet)
+    pool = ThreadPoolExecutor(max(1, workers))
+    bar = progress(desc="predicting", unit="image", delay=2)
+    try:
+        with ExitStack() as opened, bar, torch.inference_mode():
+            table.open(opened, csv_file, json_file)
+            limit = preprocess.image_size
+            items = ahead(
+                pool, lambda item: (item, try_decode(item.path, limit, rules)), _listed(inputs), 2 * batch_size
+            )
+            while batch := list(islice(items, batch_size)):
+                good = [(item, image) for item, image in batch if not isinstance(image, str)]
+                table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
+                if good:
+                    with precision.autocast():
+                        logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
+                    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
+                bar.update(len(batch))
+    except (KeyboardInterrupt, Stopped) as error:
+        where = f", which are in {printable(csv_file or json_file)}" if csv_file or json_file else ""
+        status = error.exit_status - 128 if isinstance(error, Stopped) else 2
+        raise Stopped(status, f"stopped after {table.count:,} predictions{where}") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+    table.report()
+    return table.count
 
 
-def _listed(inputs: list[str]) -> Iterator[Path]:
+def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Images as one uint8 tensor on the device, each in the upper left corner, and their shapes where they differ."""
+    shapes = np.array([image.shape[:2] for image in images])
+    height, width = shapes.max(0)
+    boxed = np.zeros((len(images), height, width, 3), np.uint8)
+    for place, image in enumerate(images):
+        boxed[place, : image.shape[0], : image.shape[1]] = image
+    alike = bool((shapes == shapes[0]).all())
+    return torch.from_numpy(boxed).to(device), None if alike else shapes
+
+
+def _refuse_missing(inputs: list[str]) -> None:
+    """Raises UserError for what is not there, before the work."""
     for name in inputs:
         path = Path(name)
-        if path.is_dir():
-            found = sorted(find_images(path))
-            if not found:
-                raise UserError(f"{printable(name)} holds no image.")
-            yield from found
-        elif path.exists():
-            yield path
+        if name == "-" or (name.startswith("@") and Path(name[1:]).is_file()):
+            continue
+        if not path.exists():
+            raise UserError(f"{printable(name.removeprefix('@'))} does not exist.")
+        if path.is_dir() and next(find_images(path), None) is None:
+            raise UserError(f"{printable(name)} holds no image.")
+
+
+def _listed(inputs: list[str]) -> Iterator[Item]:
+    """The files of all inputs: a file, a folder, `@FILE` with one path on each line, or `-` for such lines on stdin."""
+    passed_over: Counter[str] = Counter()
+    for name in inputs:
+        if name == "-":
+            yield from _of_lines(sys.stdin, Path("."), passed_over)
+        elif name.startswith("@") and not Path(name).exists():
+            with open(name[1:], encoding="utf-8-sig", errors="surrogateescape") as lines:
+                yield from _of_lines(lines, Path(name[1:]).parent, passed_over)
         else:
-            raise UserError(f"{printable(name)} does not exist.")
+            yield from _of_path(Path(name), passed_over)
+    if passed_over:
+        log.info(counted(passed_over))
 
 
-def _row(path: Path, share: np.ndarray, classes: list[str], top_k: int) -> dict[str, Any]:
-    best = np.argsort(-share, kind="stable")[:top_k]
-    return {
-        "path": str(path),
-        "top": [{"class": classes[i], "probability": round(float(share[i]), 6)} for i in best],
-        "probabilities": {name: round(float(value), 6) for name, value in zip(classes, share, strict=True)},
-    }
+def _of_lines(lines: IO[str], beside: Path, passed_over: Counter[str]) -> Iterator[Item]:
+    for line in lines:
+        name = line.strip("\r\n")
+        if name.strip():
+            path = Path(name)
+            yield from _of_path(path if path.exists() else beside / path, passed_over)
 
 
-def _text(rows: list[dict[str, Any]]) -> str:
-    names = [printable(row["path"]) for row in rows[:SHOWN]]
-    names = [name if len(name) <= 40 else "…" + name[-39:] for name in names]
-    lines = []
-    width = max(map(len, names))
-    for name, row in zip(names, rows, strict=False):
-        top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
-        lines.append(f"{name:<{width}}  {top}")
-    if len(rows) > SHOWN:
-        lines.append(f"and {len(rows) - SHOWN:,} more (--csv FILE or --json FILE keeps all)")
-    counts = Counter(row["top"][0]["class"] for row in rows)
+def _of_path(path: Path, passed_over: Counter[str]) -> Iterator[Item]:
+    if not path.is_dir():
+        yield Item(path)
+        return
+    for found in find_images(path, passed_over):
+        folder = found.parent.relative_to(path).as_posix()
+        yield Item(found, "" if folder == "." else folder)
+
+
+@dataclass
+class Table:
+    """The predictions: written to files as they come; kept are the first lines, counts, and a few for the sheet."""
+
+    classes: list[str]
+    top_k: int
+    sheet: str | None = None
+    count: int = 0
+    unreadable: int = 0
+    lines: list[tuple[str, str]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    folders: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    on_sheet: list[tuple[Path, str]] = field(default_factory=list)
+    stride: int = 1  # of the images that are kept for the sheet
+    _csv: IO[str] | None = None
+    _json: IO[str] | None = None
+
+    def open(self, opened: ExitStack, csv_file: str | None, json_file: str | None) -> None:
+        """Begins the files; `opened` closes them, and ends the JSON, however the prediction ends."""
+        if csv_file:
+            self._csv = opened.enter_context(_begun(csv_file))
+            csv.writer(self._csv).writerow(["path", "folder", "predicted", "probability", *self.classes])
+        if json_file:
+            self._json = opened.enter_context(_begun(json_file))
+            self._json.write("[")
+            opened.callback(self._json.write, "\n]\n")
+
+    def add(self, items: list[Item], shares: np.ndarray) -> None:
+        """Writes and counts a batch; `shares` (count, classes) are probabilities."""
+        for item, share in zip(items, shares, strict=True):
+            row = self._row(item, share)
+            best = row["top"][0]
+            name = best["class"]
+            if self._csv:
+                values = [row["path"], row["folder"], *best.values(), *row["probabilities"].values()]
+                csv.writer(self._csv).writerow(values)
+            if self._json:
+                self._json.write((",\n" if self.count else "\n") + json.dumps(row))
+            if len(self.lines) < SHOWN:
+                top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
+                self.lines.append((_short(row["path"]), "  ".join(top)))
+            if self.sheet and self.count % self.stride == 0:
+                self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
+            self.counts[name] += 1
+            if item.folder in self.folders or len(self.folders) <= FOLDERS:
+                self.folders[item.folder][name] += 1
+            self.count += 1
+        for file in (self._csv, self._json):
+            if file:
+                file.flush()
+
+    def add_unreadable(self, found: list[tuple[Item, str]]) -> None:
+        for item, reason in found:
+            self.unreadable += 1
+            if self.unreadable <= 10:
+                log.warning(f"cannot be read, skipped: {printable(item.path)}: {printable(reason)}")
+
+    def report(self) -> None:
+        """Draws the sheet and prints the first lines and the counts. Raises UserError where there is nothing."""
+        if self.unreadable > 10:
+            log.warning(f"and {self.unreadable - 10:,} more cannot be read")
+        if not self.count:
+            raise UserError("none of the images can be read.")
+        if self.sheet:
+            from reports.pictures import labelled_sheet
+
+            paths, captions = zip(*self.on_sheet, strict=True)
+            labelled_sheet(list(paths), list(captions), Path(self.sheet), most=SHEET)
+        width = max(len(name) for name, _ in self.lines)
+        print("\n".join(f"{name:<{width}}  {top}" for name, top in self.lines))
+        if self.count > SHOWN:
+            print(f"and {self.count - SHOWN:,} more (--csv FILE or --json FILE keeps all)")
+        if len(self.folders) > 1:
+            for folder in sorted(self.folders)[:FOLDERS]:
+                print(f"{printable(folder) or '.'}/: {_counted(self.folders[folder])}")
+        print(_counted(self.counts))
+
+    def _row(self, item: Item, share: np.ndarray) -> dict[str, Any]:
+        best = np.argsort(-share, kind="stable")[: self.top_k]
+        return {
+            "path": str(item.path),
+            "folder": item.folder,
+            "top": [{"class": self.classes[i], "probability": round(float(share[i]), 6)} for i in best],
+            "probabilities": {name: round(float(value), 6) for name, value in zip(self.classes, share, strict=True)},
+        }
+
+    def _keep_for_sheet(self, path: Path, caption: str) -> None:
+        """Keeps one image of `stride`; when twice as many as needed are kept, every other one goes."""
+        self.on_sheet.append((path, caption))
+        if len(self.on_sheet) >= 2 * SHEET:
+            del self.on_sheet[1::2]
+            self.stride *= 2
+
+
+def _begun(file: str) -> IO[str]:
+    try:
+        return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
+    except OSError as error:
+        raise UserError(f"{printable(file)} cannot be written ({error.strerror}).") from None
+
+
+def _short(path: str) -> str:
+    name = printable(path)
+    return name if len(name) <= 40 else "…" + name[-39:]
+
+
+def _counted(counts: Counter[str]) -> str:
     summary = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items()))
-    return "\n".join([*lines, f"{len(rows):,} images: {summary}"])
-
-
-def _write(
-    rows: list[dict[str, Any]], classes: list[str], csv_file: str | None, json_file: str | None, sheet: str | None
-) -> None:
-    if csv_file:
-        table = io.StringIO()
-        writer = csv.writer(table)
-        writer.writerow(["path", "predicted", "probability", *classes])
-        writer.writerows([row["path"], *row["top"][0].values(), *row["probabilities"].values()] for row in rows)
-        write_text(Path(csv_file), table.getvalue())
-    if json_file:
-        write_text(Path(json_file), json.dumps(rows, indent=1))
-    if sheet:
-        from reports.pictures import labelled_sheet
-
-        captions = [f"{row['top'][0]['class']} {100 * row['top'][0]['probability']:.0f}%" for row in rows]
-        labelled_sheet([Path(row["path"]) for row in rows], captions, Path(sheet))
+    return f"{counts.total():,} images: {summary}"

@@ -4,18 +4,12 @@ A data set grows in a hidden folder and is moved into place when it is whole, so
 trained on. Must not know torch, models or how images are fed to them.
 """
 
-import hashlib
-import io
 import shutil
-import warnings
 import zipfile
-from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import datetime
+from json import dumps
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 from images.archive import (
     MAX_DEPTH,
@@ -27,9 +21,12 @@ from images.archive import (
     unpack_inner,
     zip_members,
 )
+from images.cache import clean_caches
+from images.check import check, format_check
+from images.decode import Rules, windows_of
 from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
-from utils import FULL, RunError, UserError, cores, printable, progress
+from utils import FULL, RunError, UserError, printable, progress, refuse_missing_folders, write_text
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
 SPARE = 64 * 2**20  # bytes to leave free on the disk
@@ -41,7 +38,19 @@ BY_HAND = (
 
 
 def prepare(
-    *, data_dir: str, demo: bool, archive: str | None, download: bool, train_images: int, test_images: int, seed: int
+    *,
+    data_dir: str,
+    demo: bool,
+    archive: str | None,
+    download: bool,
+    clean: bool,
+    train_images: int,
+    test_images: int,
+    seed: int,
+    labels: str | None,
+    window: str,
+    max_megapixels: float,
+    json: str | None,
 ) -> None:
     """The command: puts a data set on disk, or reports on the one that is there."""
     folder = Path(data_dir)
@@ -54,8 +63,24 @@ def prepare(
     elif download:
         download_from_kaggle(folder)
         print(f"Intel Image Classification is in {folder}")
+    elif clean:
+        _clean(folder)
     else:
-        print(format_check(check(folder)))
+        refuse_missing_folders(json)
+        rules = Rules(max_megapixels, windows_of(window))
+        report = check(folder, labels=labels, rules=rules, own_window=window == "data")
+        print(format_check(report))
+        if json:
+            write_text(Path(json), dumps(report, indent=1))
+
+
+def _clean(folder: Path) -> None:
+    """Removes the decoded images that are kept for a data set, and says which."""
+    removed = clean_caches(folder)
+    for cache in removed:
+        used = datetime.fromtimestamp(cache.used).strftime("%Y-%m-%d %H:%M")
+        print(f"removed {cache.file} ({cache.size / 2**20:,.1f} MB, last used {used})")
+    print(f"{len(removed)} caches removed, {sum(cache.size for cache in removed) / 2**20:,.1f} MB")
 
 
 def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:
@@ -167,89 +192,3 @@ def _download_error(error: Exception, data_dir: Path) -> Exception:
     if names & {"ConnectionError", "TimeoutError", "Timeout", "gaierror", "MaxRetryError"}:
         return RunError(f"Kaggle cannot be reached: this machine seems to be offline ({reason}).\n{BY_HAND}")
     return RunError(f"the download failed: {reason}\n{BY_HAND}")
-
-
-def _look(path: Path) -> tuple[str, str, str, str]:
-    """(digest of the bytes, size, mode, problem) of an image file; empty where unknown."""
-    if not path.is_file():
-        return "", "", "", "not a regular file"
-    digest = ""
-    try:
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            return digest, f"{image.width}x{image.height}", image.mode, ""
-    except Exception as error:  # Pillow's decoders raise nearly every type on damaged input
-        return digest, "", "", "empty file" if digest and not content else printable(error) or "unreadable"
-
-
-def check(data_dir: Path) -> dict[str, Any]:
-    """Reads every image of a data set and reports what a training would meet.
-
-    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest}, `sizes` and
-    `modes` {name: images}, `unreadable` {file: reason}, and lists of groups of files with equal bytes: `duplicates`,
-    and of these `across_splits` and `across_labels`. Files are named relative to `data_dir`. Raises UserError where
-    that holds no data set.
-    """
-    from images.folders import find_image_set
-
-    images = find_image_set(data_dir)
-    listings = {"train": images.train, "validation": images.validation or [], "test": images.test}
-    files = [
-        (split, images.classes[label], path.relative_to(images.root).as_posix())
-        for split, listing in listings.items()
-        for path, label in listing
-    ]
-    with ThreadPoolExecutor(min(16, 2 * cores())) as pool, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on large or odd files; what matters is an error
-        looks = progress(pool.map(_look, [images.root / name for *_, name in files]), total=len(files), desc="checking")
-        seen = [(*file, *look) for file, look in zip(files, looks, strict=True)]
-
-    same = defaultdict(list)
-    for split, label, name, digest, *_ in seen:
-        same[digest or name].append((split, label, name))
-    groups = [tuple(zip(*group, strict=True)) for group in same.values() if len(group) > 1]  # splits, labels, names
-    counts = {
-        split: dict(Counter(images.classes[label] for _, label in listing))
-        for split, listing in listings.items()
-        if listing
-    }
-    return {
-        "data_dir": str(data_dir),
-        "classes": images.classes,
-        "counts": counts,
-        "balance": {split: round(max(part.values()) / min(part.values()), 3) for split, part in counts.items()},
-        "sizes": dict(Counter(size for *_, size, _, _ in seen if size).most_common()),
-        "modes": dict(Counter(mode for *_, mode, _ in seen if mode).most_common()),
-        "unreadable": {name: problem for _, _, name, *_, problem in seen if problem},
-        "duplicates": [list(names) for *_, names in groups],
-        "across_splits": [list(names) for splits, _, names in groups if len(set(splits)) > 1],
-        "across_labels": [list(names) for _, labels, names in groups if len(set(labels)) > 1],
-    }
-
-
-def format_check(report: dict[str, Any], *, most: int = 10) -> str:
-    """The report of `check` as text for a terminal; lists are cut after `most` entries."""
-    counts = report["counts"]
-    width = max(18, *(len(printable(name)) for name in report["classes"]))
-    rows = [("images", *counts)]
-    rows += [(printable(name), *(f"{part[name]:,}" for part in counts.values())) for name in report["classes"]]
-    rows.append(("total", *(f"{sum(part.values()):,}" for part in counts.values())))
-    rows.append(("largest / smallest", *(f"{value:.2f}" for value in report["balance"].values())))
-    lines = [printable(report["data_dir"]), ""]
-    lines += [f"{first:{width}}" + "".join(f"{value:>11}" for value in rest) for first, *rest in rows] + [""]
-    for title in ("sizes", "modes"):
-        shown = [f"{name}: {count:,}" for name, count in list(report[title].items())[:most]]
-        rest = len(report[title]) - len(shown)
-        lines.append(f"{title}: " + ", ".join(shown) + f", and {rest} more" * (rest > 0))
-    unreadable = [[f"{name}: {reason}"] for name, reason in report["unreadable"].items()]
-    for title, groups in (
-        ("\nunreadable files", unreadable),
-        ("pictures stored more than once (equal bytes)", report["duplicates"]),
-        ("of these, in both train and test", report["across_splits"]),
-        ("of these, under two labels", report["across_labels"]),
-    ):
-        lines += [f"{title}: {len(groups):,}", *("  " + " = ".join(map(printable, group)) for group in groups[:most])]
-        lines += [f"  … and {len(groups) - most:,} more"] * (len(groups) > most)
-    return "\n".join(lines)

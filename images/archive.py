@@ -23,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import IO
 
-from images.folders import IMAGE_SUFFIXES
+from images.folders import is_image_name
 from images.placing import TEST_NAMES, TRAIN_NAMES
 from utils import UserError, printable
 
@@ -234,7 +234,7 @@ def _without_lone_folders(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...],
     shortened: dict[tuple[str, ...], tuple[str, ...]] = {}
     for top, own in parts.items():
         lone: tuple[str, ...] = (top,)
-        images = [path for path in own if Path(path[-1]).suffix.lower() in IMAGE_SUFFIXES]
+        images = [path for path in own if is_image_name(path[-1])]
         while True:
             following = {path[len(lone)] for path in images}
             if len(following) != 1 or any(len(path) < len(lone) + 3 for path in images):
@@ -249,7 +249,7 @@ def _without_lone_folders(paths: list[tuple[str, ...]]) -> dict[tuple[str, ...],
 
 def nothing_found(found: Iterable[PurePosixPath], source: Path) -> UserError:
     """Why there is no data set, with what there is instead."""
-    folders = {path.parts[-2] for path in found if len(path.parts) > 1 and path.suffix.lower() in IMAGE_SUFFIXES}
+    folders = {path.parts[-2] for path in found if len(path.parts) > 1 and is_image_name(path.name)}
     names = sorted(map(printable, folders))
     listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
     images = f" Its folders of images are {listed}." if names else " It holds no folder of images."

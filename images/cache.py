@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
@@ -12,11 +13,13 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from images.decode import ahead, try_decode
+from images.decode import Header, Rules, ahead, deep_mode, read_header, try_decode, value_range
 from utils import atomic_write, lock, log, progress, remove
 
 
@@ -29,9 +32,36 @@ def file_state(path: Path) -> tuple[int, int, int]:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-# KEY.npy holds the decoded images, KEY.json their checksums and what could not be read; streamed images have the
-# second file alone.
-Kept = tuple[np.ndarray | None, np.ndarray, dict[int, str]]
+@dataclass
+class Kept:
+    """What is known of a listing's images once each was read: KEY.json, beside the images themselves in KEY.npy.
+
+    `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None where all fill it.
+    `several` counts the files that hold more pictures than the first.
+    """
+
+    box: tuple[int, int]
+    rules: Rules
+    shapes: np.ndarray | None = None
+    several: int = 0
+    crc32: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+    unreadable: dict[int, str] = field(default_factory=dict)
+    array: np.ndarray | None = None  # None: streamed, or kept by no file
+
+    def shape(self, count: int) -> tuple[int, int, int, int]:
+        return count, *self.box, 3
+
+    def own(self, array: np.ndarray, position: int) -> np.ndarray:
+        """The image at a position of the array, without what fills the box around it."""
+        image = array[position]
+        if self.shapes is None:
+            return image
+        height, width = self.shapes[position]
+        return np.ascontiguousarray(image[:height, :width])
+
+
+class _OtherShape(Exception):
+    """An image came out in another size than its header said."""
 
 
 def cache_folder(root: Path) -> Path:
@@ -62,66 +92,130 @@ def only_builder(file: Path) -> Iterator[None]:
         yield
 
 
-def read_cache(file: Path, shape: tuple[int, ...], streamed: bool, workers: int) -> Kept | None:
-    """What an earlier run kept, if it is there and whole."""
+def read_notes(file: Path, count: int) -> Kept | None:
+    """What KEY.json says of `count` images; None where there is none, or another's."""
     try:
         notes = json.loads(file.with_suffix(".json").read_text())
-        crc32 = np.array(notes["crc32"], np.uint32)
-        unreadable = {int(position): str(reason) for position, reason in notes["unreadable"].items()}
-        if crc32.shape != shape[:1]:
-            raise ValueError("another number of images")
-        if streamed:
-            return None, crc32, unreadable
-        array = np.load(file, mmap_mode="r")
-        if array.shape != shape or array.dtype != np.uint8:
-            raise ValueError("another shape")
-        with ThreadPoolExecutor(max(1, workers)) as pool:
-            found = np.fromiter(pool.map(zlib.crc32, array), np.uint32, len(array))
-        found[list(unreadable)] = 0
-        if not np.array_equal(found, crc32):
-            raise ValueError("checksums differ")
-        log.info(f"images: {_described(shape)}, mapped from {file}")
-        return array, crc32, unreadable
+        shapes = notes["shapes"]
+        kept = Kept(
+            (int(notes["box"][0]), int(notes["box"][1])),
+            Rules(
+                float(notes["max_megapixels"]), {mode: (low, high) for mode, (low, high) in notes["windows"].items()}
+            ),
+            None if shapes is None else np.array(shapes, np.int64).reshape(count, 2),
+            int(notes["several"]),
+            np.array(notes["crc32"], np.uint32).reshape(count),
+            {int(position): str(reason) for position, reason in notes["unreadable"].items()},
+        )
+        os.utime(file.with_suffix(".json"))  # the last use, by which caches are kept
+        return kept
     except FileNotFoundError:
         return None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        IndexError,
-        EOFError,
-        RecursionError,
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         log.info(f"the cache {file} is damaged ({error}); decoding again")
         return None
 
 
-def build_cache(file: Path, paths: list[Path], shape: tuple[int, ...], streamed: bool, workers: int) -> Kept:
+def map_array(file: Path, kept: Kept, workers: int) -> np.ndarray | None:
+    """The decoded images of KEY.npy, if they are there and whole."""
+    shape = kept.shape(len(kept.crc32))
+    try:
+        array: np.ndarray = np.load(file, mmap_mode="r")
+        if array.shape != shape or array.dtype != np.uint8:
+            raise ValueError("another shape")
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            sums = pool.map(lambda position: zlib.crc32(kept.own(array, position).data), range(len(array)))
+            found = np.fromiter(sums, np.uint32, len(array))
+        found[list(kept.unreadable)] = 0
+        if not np.array_equal(found, kept.crc32):
+            raise ValueError("checksums differ")
+        log.info(f"images: {described(shape)}, mapped from {file}")
+        return array
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        log.info(f"the cache {file} is damaged ({error}); decoding again")
+        return None
+
+
+def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, workers: int) -> Kept:
+    """From the files' headers: the box that holds all images, their shapes, and the windows of deep grey pictures.
+
+    Images no larger than `limit` are kept as they are, larger ones in `limit` square. With `own_window` the windows
+    that `rules` do not state are the range of the values in these files.
+    """
+    headers: list[Header | None] = []
+    with ThreadPoolExecutor(max(1, workers)) as pool, _bar(paths, "reading headers") as bar:
+        for header in ahead(pool, lambda path: read_header(path, rules), paths, 64 * workers):
+            headers.append(header)
+            bar.update(1)
+    known = [header for header in headers if header is not None]
+    sizes = {header.size if max(header.size) <= limit else (limit, limit) for header in known} or {(limit, limit)}
+    box = max(height for height, _ in sizes), max(width for _, width in sizes)
+    deep = [path for path, header in zip(paths, headers, strict=True) if header and deep_mode(header.mode)]
+    if deep and own_window:
+        rules = replace(rules, windows=_ranges(deep, rules, workers) | rules.windows)
+    several = sum(header.several for header in known)
+    return Kept(box, rules, np.zeros((len(paths), 2), np.int64) if len(sizes) > 1 else None, several)
+
+
+def _ranges(paths: list[Path], rules: Rules, workers: int) -> dict[str, tuple[float, float]]:
+    """The smallest and the largest value of each deep mode over all files."""
+    ranges: dict[str, tuple[float, float]] = {}
+    with ThreadPoolExecutor(max(1, workers)) as pool, _bar(paths, "reading values") as bar:
+        for found in ahead(pool, lambda path: value_range(path, rules), paths, 2 * workers):
+            bar.update(1)
+            if isinstance(found, tuple):
+                mode, low, high = found
+                before = ranges.get(mode, (low, high))
+                ranges[mode] = min(low, before[0]), max(high, before[1])
+    return ranges
+
+
+def _bar(paths: list[Path], what: str) -> Any:
+    return progress(total=len(paths), desc=what, unit="image", delay=2)
+
+
+def build_cache(file: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
     """Decodes every image into a cache file, or into memory where there is no room; streamed ones are only checked."""
     remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
     started = time.perf_counter()
     try:
-        array = None if streamed else _allocate(temporary, shape)
-        crc32, unreadable = _decode_into(array, paths, (shape[1], shape[2]), workers)
-        done = "checked" if streamed else f"decoded into {file if isinstance(array, np.memmap) else 'memory'}"
-        log.info(f"images: {_described(shape)}, {done} in {time.perf_counter() - started:.1f} s")
-        if streamed or isinstance(array, np.memmap):
-            with suppress(OSError), atomic_write(file.with_suffix(".json")) as notes:
-                notes.write(json.dumps({"crc32": crc32.tolist(), "unreadable": unreadable}).encode())
-        if isinstance(array, np.memmap):
-            array = None
-            kept = temporary  # Windows moves no file that is mapped
+        try:
+            kept = _decode_all(temporary, paths, kept, limit, streamed, workers)
+        except _OtherShape:
+            free = replace(kept, box=(limit, limit), shapes=np.zeros((len(paths), 2), np.int64))
+            kept = _decode_all(temporary, paths, free, limit, streamed, workers)
+        mapped = isinstance(kept.array, np.memmap)
+        done = "checked" if streamed else f"decoded into {file if mapped else 'memory'}"
+        log.info(f"images: {described(kept.shape(len(paths)))}, {done} in {time.perf_counter() - started:.1f} s")
+        if streamed or mapped:
+            write_notes(file, kept)
+        if mapped:
+            kept.array = None
+            place = temporary  # Windows moves no file that is mapped
             with suppress(OSError):  # not waiting for the disk: what a power cut loses fails its checksum
                 os.replace(temporary, file)
-                kept = file
-            array = np.load(kept, mmap_mode="r")
+                place = file
+            kept.array = np.load(place, mmap_mode="r")
     finally:
         remove(temporary)
-    return array, crc32, unreadable
+    return kept
+
+
+def write_notes(file: Path, kept: Kept) -> None:
+    notes = {
+        "box": kept.box,
+        "shapes": None if kept.shapes is None else kept.shapes.tolist(),
+        "max_megapixels": kept.rules.max_megapixels,
+        "windows": kept.rules.windows,
+        "several": kept.several,
+        "crc32": kept.crc32.tolist(),
+        "unreadable": kept.unreadable,
+    }
+    with suppress(OSError), atomic_write(file.with_suffix(".json")) as handle:
+        handle.write(json.dumps(notes).encode())
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -137,35 +231,91 @@ def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
     except OSError as error:
         log.info(f"no cache of decoded images ({error.strerror}: {file.parent}); keeping them in memory")
         remove(file)
-        return np.empty(shape, np.uint8)
+        return np.zeros(shape, np.uint8)
 
 
-def _decode_into(
-    array: np.ndarray | None, paths: list[Path], size: tuple[int, int], workers: int
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Decodes every path with threads into `array` (or nowhere); returns checksums and unreadable ones."""
+def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
+    """Decodes every path with threads, into an array unless streamed; returns `kept` with all that was found.
+
+    Raises _OtherShape where an image does not fill, or fit, the box.
+    """
+    array = None if streamed else _allocate(temporary, kept.shape(len(paths)))
     crc32 = np.zeros(len(paths), np.uint32)
     unreadable = {}
 
     def some(start: int) -> int:  # a task for each image costs a tenth of the speed
         positions = range(start, min(start + 16, len(paths)))
         for position in positions:
-            image = try_decode(paths[position], size)
+            image = try_decode(paths[position], limit, kept.rules)
             if isinstance(image, str):
                 unreadable[position] = image
                 continue
+            height, width = image.shape[:2]
+            fits = height <= kept.box[0] and width <= kept.box[1]
+            if not fits or (kept.shapes is None and (height, width) != kept.box):
+                raise _OtherShape
             crc32[position] = zlib.crc32(image.data)
+            if kept.shapes is not None:
+                kept.shapes[position] = height, width
             if array is not None:
-                array[position] = image
+                array[position, :height, :width] = image
         return len(positions)
 
     workers = max(1, workers)
     with ThreadPoolExecutor(workers) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
         for done in ahead(pool, some, range(0, len(paths), 16), 2 * workers):  # after Ctrl-C these few are finished
             bar.update(done)
-    return crc32, dict(sorted(unreadable.items()))
+    return replace(kept, array=array, crc32=crc32, unreadable=dict(sorted(unreadable.items())))
 
 
-def _described(shape: tuple[int, ...]) -> str:
+def described(shape: tuple[int, ...]) -> str:
     count, height, width, _ = shape
     return f"{count:,} at {width}x{height} ({math.prod(shape) / 2**20:,.0f} MB)"
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """One listing's decoded images on disk: their size in bytes, and when they were last used (seconds, as time())."""
+
+    file: Path
+    size: int
+    used: float
+
+
+def caches(folder: Path) -> list[CacheFile]:
+    """The caches in a folder, the one first that was used the longest time ago."""
+    found = []
+    for stem in {path.stem for suffix in ("npy", "json") for path in folder.glob(f"{'[0-9a-f]' * 20}.{suffix}")}:
+        file = folder / f"{stem}.npy"
+        with suppress(OSError):
+            states = [path.stat() for path in (file, file.with_suffix(".json")) if path.exists()]
+            found.append(CacheFile(file, sum(state.st_size for state in states), max(s.st_mtime for s in states)))
+    return sorted(found, key=lambda cache: cache.used)
+
+
+def limit_caches(folder: Path, limit: float, keep: Path) -> None:
+    """Removes the caches that were not used for the longest time until all take at most `limit` bytes; never `keep`."""
+    there = caches(folder)
+    total = sum(cache.size for cache in there)
+    for cache in there:
+        if total > limit and cache.file != keep:
+            remove_cache(cache)
+            total -= cache.size
+            log.info(f"removed the cache {cache.file} ({cache.size / 2**20:,.0f} MB): --cache_limit")
+
+
+def remove_cache(cache: CacheFile) -> bool:
+    """Removes a cache; False where a process is building it just now."""
+    with contextlib.ExitStack() as opened:
+        with suppress(OSError):
+            handle = opened.enter_context(open(cache.file.with_suffix(".lock"), "w"))
+            if not lock(handle):
+                return False
+        remove(cache.file, cache.file.with_suffix(".json"))
+        remove(*cache.file.parent.glob(f".{cache.file.stem}.*.tmp"), cache.file.with_suffix(".lock"))
+    return True
+
+
+def clean_caches(root: Path) -> list[CacheFile]:
+    """Removes every cache of decoded images that `root` holds; returns those that are gone."""
+    return [cache for cache in caches(cache_folder(root)) if remove_cache(cache)]

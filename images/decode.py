@@ -1,74 +1,216 @@
-"""One image file of any mode to an RGB uint8 array. Imports no torch."""
+"""One image file of any kind to an RGB uint8 array, by the same rules for every command. Imports no torch."""
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-DECODER = f"rgb uint8, bilinear, exif; Pillow {PIL.__version__}; v1"
-
-# A file that unpacks to a hundred million pixels is an attack or an accident: `decode` refuses what Pillow warns of.
+# What Pillow remarks on odd files goes unsaid: what matters is an error, or a limit that `Rules` states.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
+BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Grey pictures deeper than 8 bits, by Pillow's mode, and the range of values that a file of the kind may use.
+TYPE_WINDOWS = {"I;16": (0.0, 65535.0), "I": (0.0, 65535.0), "F": (0.0, 1.0)}
 
-def decode(path: Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Decodes an image of any mode to RGB uint8 (height, width, 3), upright by its EXIF orientation.
 
-    `size` is (height, width); Pillow's bilinear filter is antialiased when it reduces.
-    Raises OSError, ValueError or Image.DecompressionBombError for what is not a whole image.
+@dataclass(frozen=True)
+class Rules:
+    """How files become pixels: the largest picture in megapixels, and the windows of deep grey pictures.
+
+    `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white; modes that it lacks
+    take the range of their type.
     """
-    with Image.open(path) as image:
-        limit = Image.MAX_IMAGE_PIXELS  # a program that uses this one may have taken it away
-        if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
-        rgb = _to_rgb(upright)
-        if size is not None and rgb.size != (size[1], size[0]):
-            rgb = rgb.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+    max_megapixels: float = 179.0  # where Pillow itself, too, refuses a file as a decompression bomb
+    windows: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def window(self, mode: str) -> tuple[float, float]:
+        low, high = self.windows.get(mode, TYPE_WINDOWS[mode])
+        return float(low), float(high)
+
+    @property
+    def identity(self) -> str:
+        """What tells decoded images of one reading from those of another."""
+        return f"{DECODER}; {sorted(asdict(self).items())}"
+
+
+def windows_of(text: str) -> dict[str, tuple[float, float]]:
+    """The windows that --window states: LOW,HIGH for all modes; none for `type`, nor for `data` before it is read."""
+    if text in ("data", "type"):
+        return {}
+    low, high = map(float, text.split(","))
+    return dict.fromkeys(TYPE_WINDOWS, (low, high))
+
+
+DECODER = f"rgb uint8, bilinear, upright, on white; Pillow {PIL.__version__}; v2"
+
+
+def deep_mode(mode: str) -> str | None:
+    """ "I;16", "I" or "F" for a grey picture deeper than 8 bits; None for all others."""
+    if mode.startswith("I;16"):
+        return "I;16"
+    return mode if mode in ("I", "F") else None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says of itself before it is decoded; `size` is (height, width) as it will stand upright."""
+
+    size: tuple[int, int]
+    mode: str
+    several: bool  # frames or pages, of which the first is used
+
+
+def read_header(path: Path, rules: Rules) -> Header | None:
+    """The header of an image file; None where there is none to read."""
+    with suppress(Exception), _open(path, rules) as image:  # Pillow's readers raise many kinds for a damaged file
+        turned = image.format != "TIFF" and _early_orientation(image) >= 5  # of a TIFF Pillow says the upright size
+        width, height = reversed(image.size) if turned else image.size
+        several = False
+        with suppress(Exception):  # of frames that are damaged
+            several = bool(getattr(image, "is_animated", False))
+        return Header((height, width), image.mode, several)
+    return None
+
+
+def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> np.ndarray:
+    """Decodes the first picture of a file to RGB uint8 (height, width, 3), upright by its EXIF orientation.
+
+    One that is larger than `limit` pixels on any side is resized to `limit` square, by Pillow's antialiased
+    bilinear filter; a smaller one is kept as it is. Raises OSError, ValueError or another of Pillow's errors for
+    what is not a whole image, or is larger than `rules` allow.
+    """
+    rules = rules or Rules()
+    with _open(path, rules) as image:
+        image.load()
+        rgb = _to_rgb(_upright(image), rules)
+        if limit is not None and max(rgb.size) > limit:
+            rgb = rgb.resize((limit, limit), Image.Resampling.BILINEAR)
         return np.asarray(rgb)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):  # 16- and 32-bit grey: Pillow's own conversion would clip at 255
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535 if image.mode.startswith("I") else max(1.0, float(np.nan_to_num(values).max()))
-        image = Image.fromarray(np.nan_to_num(values * (255 / top)).clip(0, 255).astype(np.uint8))
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
+def _open(path: Path, rules: Rules) -> Image.Image:
+    pixels = rules.max_megapixels * 1e6
+    Image.MAX_IMAGE_PIXELS = int(pixels / 2)  # Pillow refuses twice as many, also in pictures within pictures
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError:
+        if not _is_heif(path):
+            raise
+        _use_heif_plugin()
+        image = Image.open(path)
+    if image.width * image.height > pixels:
+        image.close()
+        raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    return image
+
+
+def _is_heif(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(12)
+    return start[4:8] == b"ftyp" and start[8:] in HEIF_BRANDS
+
+
+def _use_heif_plugin() -> None:
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError("HEIC needs a plugin: pip install pillow-heif") from None
+    register_heif_opener()
+
+
+def _early_orientation(image: Image.Image) -> int:
+    """The EXIF orientation that can be read without decoding: 1 where it stands behind the pixels, or is damaged."""
+    with suppress(Exception):
+        if "exif" in image.info or image.format != "PNG":
+            return int(image.getexif().get(_ORIENTATION, 1))
+    return 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; one that cannot be read is no orientation."""
+    orientation = 1
+    with suppress(Exception):
+        orientation = int(image.getexif().get(_ORIENTATION, 1))
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image, rules: Rules) -> Image.Image:
+    deep = deep_mode(image.mode)
+    if deep:  # Pillow's own conversion would clip at 255
+        low, high = rules.window(deep)
+        values = np.nan_to_num(np.asarray(image, np.float64), nan=low)
+        grey = np.rint((values - low) * (255 / max(high - low, 1e-300))).clip(0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.mode == "LAB":
+        lab = ImageCms.createProfile("LAB")
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB") or image  # None: done in place
+    if image.mode in ("La", "RGBa"):  # colours multiplied by their opacity
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, (*BACKGROUND, 255))
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def try_decode(path: Path, size: tuple[int, int] | None) -> np.ndarray | str:
+def try_decode(path: Path, limit: int | None, rules: Rules | None = None) -> np.ndarray | str:
     """The decoded image, or the reason in words why it cannot be read."""
+    return _or_reason(decode, path, limit, rules or Rules())
+
+
+def value_range(path: Path, rules: Rules) -> tuple[str, float, float] | str | None:
+    """(mode, smallest, largest finite value) of a deep grey picture, None for another, or why it cannot be read."""
+    return _or_reason(_value_range, path, rules)
+
+
+def _value_range(path: Path, rules: Rules) -> tuple[str, float, float] | None:
+    with _open(path, rules) as image:
+        image.load()
+        mode = deep_mode(image.mode)
+        if mode is None:
+            return None
+        values = np.asarray(image)
+        values = values[np.isfinite(values)]
+        return (mode, float(values.min()), float(values.max())) if values.size else None
+
+
+def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
+    """What `function` returns, or in one line why it raised."""
     try:
         if path.exists() and not path.is_file():  # a named pipe would be waited for, a device read without end
             return "not a regular file"
-        return decode(path, size)
+        return function(path, *arguments)
+    except UnidentifiedImageError:
+        return "an empty file" if path.stat().st_size == 0 else "no image, or of a kind that Pillow does not know"
+    except Image.DecompressionBombError as error:
+        return f"larger than --max_megapixels allows ({str(error).splitlines()[0][:80]})"
+    except FileNotFoundError:
+        return "a link to a file that does not exist" if path.is_symlink() else "the file does not exist"
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def stored_size(paths: Sequence[Path], limit: int) -> tuple[int, int]:
-    """(height, width) at which a listing is kept decoded: its common size, or `limit` square.
-
-    The size that nine in ten of 100 evenly spaced images share is kept as it is while it is no larger
-    than `limit`, so that small images stay small in memory and are enlarged on the device.
-    """
-    images = (try_decode(path, None) for path in paths[:: max(1, len(paths) // 100)])
-    sizes = Counter(image.shape[:2] for image in images if not isinstance(image, str))
-    if sizes:
-        ((size, count),) = sizes.most_common(1)
-        if count >= 0.9 * sizes.total() and max(size) <= limit:
-            return size
-    return limit, limit
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable, count: int) -> Iterator[Any]:

@@ -3,101 +3,303 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+
+from PIL import Image
 
 from utils import UserError, printable
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-
-_TRAIN_FOLDERS = ("seg_train/seg_train", "seg_train", "train/train", "train")
-
-_TEST_FOLDERS = ("seg_test/seg_test", "seg_test", "test/test", "test")
-
-_VALIDATION_FOLDERS = ("val", "valid", "validation")
-
 Listing = list[tuple[Path, int]]
+
+# What a folder, or a cell of a table, may call a part of a data set; case, blanks and punctuation do not count.
+PART_NAMES = {
+    "train": ("train", "training", "segtrain"),
+    "validation": ("val", "valid", "validation", "segval"),
+    "test": ("test", "testing", "eval", "evaluation", "segtest"),
+}
+NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # Pillow knows them, but cannot draw them
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
+_LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+
+WAYS = (
+    "\nThree ways to get data:"
+    "\n  python main.py train --demo                        draws a small data set and trains on it"
+    "\n  python main.py prepare --download                  fetches Intel Image Classification from Kaggle"
+    "\n  python main.py prepare --archive FILE.zip          unpacks an archive you have"
+    "\nor name the folder that holds your images with --data_dir."
+)
 
 
 @dataclass
 class ImageSet:
-    """The files of a data set: (path, label) lists, labels indexing the alphabetical `classes`."""
+    """The files of a data set: (path, label) lists, labels indexing `classes`.
+
+    `validation` or `test` is None where it is to be split off `train`. `groups` names for a path the images that
+    must stay together. `passed_over` counts the files that are no images, by suffix; `notes` are sentences to say.
+    """
 
     root: Path
     classes: list[str]
     train: Listing
-    test: Listing
-    validation: Listing | None = None  # a folder of its own; None: split it off train
+    test: Listing | None = None
+    validation: Listing | None = None
+    groups: dict[Path, str] = field(default_factory=dict)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def parts(self) -> dict[str, Listing]:
+        """The parts that are there by their names, in the order in which they are counted and decoded."""
+        parts = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {name: listing for name, listing in parts.items() if listing}
+
+    def remarks(self) -> list[str]:
+        """The sentences about what was passed over, missing or taken for something else."""
+        return [*self.notes, *([counted(self.passed_over)] if self.passed_over else [])]
 
 
-def find_image_set(data_dir: str | Path) -> ImageSet:
-    """Lists the class folders below `data_dir`: Intel's layout, or `train/` with `test/` or `val/`.
+def counted(passed_over: Counter[str], most: int = 12) -> str:
+    """A sentence about the files that are no images, by suffix."""
+    kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
+    shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
+    rest = sum(count for _, count in kinds[most:])
+    return f"passed over as no images: {shown}" + (f" and {rest:,} others" if rest else "")
 
-    Raises UserError where there is no data, fewer than two classes, an empty class, or where train
-    and test disagree on the classes.
+
+def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) -> ImageSet:
+    """Lists the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
+
+    With `known`, the classes of a trained model, only these are listed, nothing needs to be there to train on, and
+    a folder of class folders is listed as `train`. Raises UserError where there is no data, fewer than two classes,
+    an empty class, or a class in another part that the training images lack.
     """
     root = Path(data_dir)
     if (root / ".partial").exists():
         raise UserError(f"{root} holds only a part of a data set, because `prepare` was stopped. Run `prepare` again.")
-    train = _first_folder(root, _TRAIN_FOLDERS)
-    test = _first_folder(root, _TEST_FOLDERS)
-    validation = _first_folder(root, _VALIDATION_FOLDERS)
-    if test is None:
-        test = validation
-        validation = None
-    if train is None or test is None:
-        missing = "training images" if train is None else "test images"
+    if not root.is_dir():
+        raise UserError(f"no training images in {printable(root)}: there is no such folder.{WAYS}")
+    parts = _find_parts(root)
+    source = parts.get("train") or (None if parts and known else _class_folder(root, parts, known))
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+    image_set = ImageSet(root, list(known or (_class_names(source) if source else ())), [])
+    if len(image_set.classes) < 2:
+        raise UserError(f"{printable(source)} holds {len(image_set.classes)} class folder: at least two are needed.")
+    if source is not None:
+        image_set.train = _list_part(source, image_set, None if known else "train", alone=source not in parts.values())
+    for name in ("test", "validation"):
+        if name in parts:
+            setattr(image_set, name, _list_part(parts[name], image_set, None if known else name))
+    if not image_set.parts:
         raise UserError(
-            f"no {missing} in {printable(root)} (looked for seg_train/ and seg_test/, or train/ and test/ or val/)."
-            "\nThree ways to get data:"
-            "\n  python main.py train --demo                        draws a small data set and trains on it"
-            "\n  python main.py prepare --download                  fetches Intel Image Classification from Kaggle"
-            "\n  python main.py prepare --archive FILE.zip          unpacks an archive you have"
-            "\nor name the folder that holds train/ and test/ with --data_dir."
+            f"{printable(root)} holds no image of the classes {some(image_set.classes)}; {'; '.join(image_set.notes)}."
         )
-    classes = _class_names(train)
-    if len(classes) < 2:
-        raise UserError(f"{printable(train)} holds {len(classes)} class folder: a classifier needs at least two.")
-    folders = [folder for folder in (train, test, validation) if folder is not None]
-    for folder in folders:
-        differing = sorted(set(classes) ^ set(_class_names(folder)))
-        if differing:
-            listed = ", ".join(map(printable, differing))
-            raise UserError(f"{printable(folder)} and {printable(train)} differ in the classes {listed}.")
-    listings = [_list_images(folder, classes) for folder in folders]
-    return ImageSet(root, classes, *listings)
+    return image_set
 
 
-def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir() and _class_names(root / name)), None)
+def part_of(name: str) -> str | None:
+    """The part of a data set that a name means ("Training set": "train"); None where it means none."""
+    plain = re.sub(r"[\W_]+", "", name.casefold())
+    plain = re.sub(r"(?<=.)(dataset|data|set|images|imgs)$", "", plain)
+    return next((part for part, names in PART_NAMES.items() if plain in names), None)
+
+
+def _find_parts(root: Path) -> dict[str, Path]:
+    """The folders of class folders that are called after a part. Raises UserError where two claim the same one."""
+    found: dict[str, list[Path]] = {}
+    for folder in _subfolders(root):
+        part = part_of(folder.name)
+        inner = _without_doubling(folder)
+        if part and _class_names(inner):
+            found.setdefault(part, []).append(inner)
+    for part, folders in found.items():
+        if len(folders) > 1:
+            names = " and ".join(printable(folder.relative_to(root)) for folder in folders)
+            raise UserError(f"{printable(root)}: both {names} could hold the {part} images. Rename or move one.")
+    return {part: folder for part, (folder,) in found.items()}
+
+
+def _without_doubling(folder: Path) -> Path:
+    """`train` of `train/train` and `seg_train/seg_train`: the inner folder where it is alone and means the same."""
+    subfolders = _subfolders(folder)
+    if len(subfolders) == 1 and (
+        subfolders[0].name.casefold() == folder.name.casefold()
+        or part_of(subfolders[0].name) == part_of(folder.name) is not None
+    ):
+        return _without_doubling(subfolders[0])
+    return folder
+
+
+def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> Path:
+    """The folder of class folders, which is `root` itself or its double. Raises UserError where it is none."""
+    folder = _without_doubling(root) if root.is_dir() else root
+    names = [path.name for path in _subfolders(folder) if _holds_images(path)] if folder.is_dir() else []
+    if known and names:
+        if set(names) & set(known):
+            return folder
+        raise UserError(
+            f"{printable(folder)} holds none of the classes that the model knows: there are {some(names)}, "
+            f"it knows {some(known)}."
+        )
+    flat_parts = {part_of(name) for name in names} - {None}  # train/ and test/ full of images are no classes
+    if not parts and len(names) > 1 and len(flat_parts) < 2:
+        return folder
+    raise UserError(_nothing_fits(root, folder, parts))
+
+
+def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
+    """What was looked for, what is there instead, and what of it would be taken for what."""
+    lines = [f"no training images in {printable(root)}: looked for train/ and test/ or val/, or for class folders."]
+    if not folder.is_dir():
+        return lines[0] + WAYS
+    roles = {path: part for part, path in parts.items()}
+    for sub in _subfolders(folder)[:20]:
+        inner = _without_doubling(sub)
+        names = _class_names(inner)
+        part = roles.get(inner)
+        images = sum(1 for _ in find_images(sub))
+        taken = f"the {part} part" if part else "a class" if images and not names else "no part and no class"
+        lines.append(f"  {printable(sub.name)}/: {images:,} images in {len(names)} folders, would be {taken}")
+        if not part and len([name for name in names if _find_parts(inner) or _holds_images(inner / name)]) > 1:
+            lines.append(f"    perhaps you mean --data_dir {printable(sub)}")
+    tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt"))
+    lines += [
+        f"  {printable(path.name)}: a table of labels? Then add --labels {printable(path)}" for path in tables[:3]
+    ]
+    loose = sum(1 for entry in os.scandir(folder) if entry.is_file() and is_image_name(entry.name))
+    if loose:
+        lines.append(f"  {loose:,} images without a class folder: put them in folders, or name a table with --labels")
+    return "\n".join(lines) + WAYS
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and entry.is_dir())
+    return [folder / name for name in names]
 
 
 def _class_names(folder: Path) -> list[str]:
     """Alphabetical names of the class folders; a lone inner folder of the same name is not a class."""
-    names = [name for name in os.listdir(folder) if _is_wanted(name) and (folder / name).is_dir()]
-    return [] if names == [folder.name] else sorted(names)
+    names = [path.name for path in _subfolders(folder)]
+    return [] if names == [folder.name] else names
 
 
 def _is_wanted(name: str) -> bool:
     """Whether a file or folder is the user's own, not what a desktop leaves behind."""
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
 
-def _list_images(folder: Path, classes: list[str]) -> Listing:
+def _holds_images(folder: Path) -> bool:
+    return next(find_images(folder), None) is not None
+
+
+def _list_part(folder: Path, image_set: ImageSet, part: str | None, *, alone: bool = False) -> Listing:
+    """The images of one part by class. `part` is None where unknown classes are only noted, not refused.
+
+    A class may be absent from all parts but the training images.
+    """
+    there = _class_names(folder)
     listing: Listing = []
-    for label, name in enumerate(classes):
-        found = sorted(find_images(folder / name))
+    empty = []
+    for label, name in enumerate(image_set.classes):
+        found = _sorted_images(folder / name, image_set.passed_over) if name in there else []
         if not found:
-            raise UserError(f"class folder {printable(folder / name)} holds no image. Fill it or remove it.")
+            empty.append(name)
         listing += [(path, label) for path in found]
+    unknown = sorted(set(there) - set(image_set.classes))
+    shown = some(unknown)
+    if unknown and part:
+        raise UserError(f"{printable(folder)} holds the classes {shown}, which the training images lack: rename them.")
+    if unknown:
+        image_set.notes.append(f"left out, as the model does not know them: {shown} in {printable(folder)}")
+    if empty and part == "train" and not alone:
+        raise UserError(f"class folder {printable(folder / empty[0])} holds no image. Fill it or remove it.")
+    if empty and part == "train":  # beside the classes lies something else
+        image_set.notes.append(f"folders without an image, which are no classes: {some(empty)}")
+        names = [name for name in image_set.classes if name not in empty]
+        moved = {image_set.classes.index(name): label for label, name in enumerate(names)}
+        image_set.classes = names
+        return [(path, moved[label]) for path, label in listing]
+    if empty and listing:
+        image_set.notes.append(f"no image in {printable(folder)} of: {some(empty)}")
     return listing
 
 
-def find_images(folder: Path) -> Iterator[Path]:
-    """Every image file below `folder` by its suffix; hidden files and linked folders are passed over."""
-    for directory, subfolders, files in os.walk(folder):
-        subfolders[:] = filter(_is_wanted, subfolders)
-        for name in files:
-            if _is_wanted(name) and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield Path(directory, name)
+def some(names: Sequence[str], most: int = 10) -> str:
+    shown = ", ".join(map(printable, names[:most]))
+    return shown + f" and {len(names) - most:,} more" * (len(names) > most)
+
+
+def _sorted_images(folder: Path, passed_over: Counter[str]) -> list[Path]:
+    found = list(_walk(str(folder), passed_over))
+    found.sort(key=lambda path: path.split(os.sep))
+    return list(map(Path, found))
+
+
+def find_images(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[Path]:
+    """Every image below `folder`, in the order of names, files before subfolders; linked folders are followed.
+
+    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix.
+    """
+    return map(Path, _walk(str(folder), Counter() if passed_over is None else passed_over))
+
+
+def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
+    seen = set()  # device and number of each folder: a link may lead back, or to a folder already walked
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen and state.st_ino:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        with os.scandir(folder) as entries:
+            wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
+        waiting += [entry.path for entry in reversed(wanted) if entry.is_dir()]
+        for entry in wanted:
+            if entry.is_dir():
+                continue
+            if is_image_name(entry.name) or (entry.is_file() and _is_image(entry.path)):
+                yield entry.path
+            else:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                passed_over[suffix if 0 < len(suffix) < 12 else "without a suffix"] += 1
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's suffix is that of a kind of picture that Pillow opens."""
+    return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
+
+
+@cache
+def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
+    """The suffixes of pictures, and of each kind the function that knows it by its first bytes."""
+    Image.init()
+    kinds = Image.OPEN.keys() - NO_PICTURES
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
+    return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
+
+
+def _is_image(path: str) -> bool:
+    """Whether Pillow opens a file whose suffix says nothing: asked by its first bytes, then by opening it."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if not any(_accepts(accept, start) for accept in _picture_kinds()[1]):
+            return False
+        with Image.open(path) as image:
+            return image.format not in NO_PICTURES
+    except Exception:  # Pillow's readers raise many kinds for what is not theirs
+        return False
+
+
+def _accepts(accept: Callable[[bytes], bool | str], start: bytes) -> bool:
+    try:
+        return accept(start) is True
+    except Exception:  # fewer bytes than it looks at
+        return False

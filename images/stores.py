@@ -12,15 +12,30 @@ import math
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from images.cache import build_cache, cache_folder, file_state, only_builder, read_cache
-from images.decode import DECODER, ahead, stored_size, try_decode
+from images.cache import (
+    Kept,
+    build_cache,
+    cache_folder,
+    described,
+    file_state,
+    limit_caches,
+    map_array,
+    only_builder,
+    read_notes,
+    survey,
+)
+from images.decode import Rules, ahead, try_decode
 from utils import RunError, cores, linux_memory, log, printable
+
+# uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says
+# how high and wide each is. None: all fill it.
+Batch = tuple[torch.Tensor, np.ndarray | None]
 
 
 @dataclass
@@ -31,39 +46,34 @@ class DecodedImages:
     crc32: np.ndarray
     unreadable: dict[int, str]
     pin: bool = False
+    shapes: np.ndarray | None = None
+    rules: Rules = field(default_factory=Rules)
 
-    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
-        """One uint8 tensor (len(batch), height, width, 3) for each array of listing positions."""
+    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """One uint8 tensor (len(batch), height, width, 3), and its shapes, for each array of listing positions."""
         if not self.pin:  # the CPU computes the step itself: a thread would only take a core from it
             yield from map(self._gather, batches)
             return
         with ThreadPoolExecutor(1) as pool:
             yield from ahead(pool, self._gather, batches, 2)
 
-    def _gather(self, batch: np.ndarray) -> torch.Tensor:
+    def _gather(self, batch: np.ndarray) -> Batch:
         images = torch.empty((len(batch), *self.array.shape[1:]), dtype=torch.uint8, pin_memory=self.pin)
         np.take(self.array, batch, axis=0, out=images.numpy(), mode="clip")
-        return images
+        return images, None if self.shapes is None else self.shapes[batch]
 
 
 class StreamedImages:
     """Images decoded when they are asked for, by DataLoader workers; memory is a few batches."""
 
-    def __init__(
-        self,
-        paths: list[Path],
-        size: tuple[int, int],
-        crc32: np.ndarray,
-        unreadable: dict[int, str],
-        *,
-        workers: int,
-        pin: bool,
-    ):
-        self.crc32 = crc32
-        self.unreadable = unreadable
+    def __init__(self, paths: list[Path], kept: Kept, limit: int, *, workers: int, pin: bool):
+        self.crc32 = kept.crc32
+        self.unreadable = kept.unreadable
+        self.rules = kept.rules
+        self.shapes = kept.shapes
         self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader = torch.utils.data.DataLoader(
-            _Files(paths, size),
+            _Files(paths, kept.box, limit, kept.rules),
             sampler=self._order,
             batch_size=None,
             num_workers=workers,
@@ -72,13 +82,13 @@ class StreamedImages:
             worker_init_fn=_quiet_worker,
         )
 
-    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[torch.Tensor]:
+    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """As `DecodedImages.batches`. Raises RunError where a file can no longer be read."""
         self._order[:] = [batch.tolist() for batch in batches]
-        for batch in self._loader:
+        for positions, batch in zip(batches, self._loader, strict=True):
             if isinstance(batch, str):
                 raise RunError(f"{batch}\nRestore the file, then go on with --resume.")
-            yield batch
+            yield batch, None if self.shapes is None else self.shapes[positions]
 
 
 ImageStore = DecodedImages | StreamedImages
@@ -87,15 +97,22 @@ ImageStore = DecodedImages | StreamedImages
 @dataclass
 class _Files(torch.utils.data.Dataset):
     paths: list[Path]
-    size: tuple[int, int]
+    box: tuple[int, int]
+    limit: int
+    rules: Rules
 
     def __getitem__(self, batch: list[int]) -> torch.Tensor | str:
         """A batch, or why it cannot be made: an exception would bring its worker's traceback along."""
-        images = [try_decode(self.paths[position], self.size) for position in batch]
-        for image, position in zip(images, batch, strict=True):
+        images = torch.zeros((len(batch), *self.box, 3), dtype=torch.uint8)
+        for place, position in enumerate(batch):
+            image = try_decode(self.paths[position], self.limit, self.rules)
             if isinstance(image, str):
                 return f"{printable(self.paths[position])} can no longer be read: {printable(image)}"
-        return torch.from_numpy(np.stack(images))
+            height, width = image.shape[:2]
+            if height > self.box[0] or width > self.box[1]:
+                return f"{printable(self.paths[position])} is another picture than it was"
+            images.numpy()[place, :height, :width] = image
+        return images
 
 
 def _quiet_worker(_worker: int) -> None:
@@ -105,25 +122,51 @@ def _quiet_worker(_worker: int) -> None:
 
 
 def open_store(
-    paths: list[Path], root: Path, *, limit: int, cache: str = "auto", workers: int | None = None, pin: bool = False
+    paths: list[Path],
+    root: Path,
+    *,
+    limit: int,
+    cache: str = "auto",
+    workers: int | None = None,
+    pin: bool = False,
+    rules: Rules | None = None,
+    own_window: bool = False,
+    cache_limit: float = math.inf,
 ) -> ImageStore:
     """Decodes a listing, or finds it decoded by an earlier run, as `cache` says (auto, memory, none).
 
-    `limit` is the largest side kept, in pixels. Every image is read once whatever the mode, so that
-    unreadable ones are known (`store.unreadable`: listing position to reason) before training starts.
+    `limit` is the largest side kept, in pixels: what a file becomes depends on it and on `rules` alone, not on the
+    other files. Every image is read once whatever the mode, so that unreadable ones are known (`store.unreadable`:
+    listing position to reason) before training starts. With `own_window` the windows of deep grey pictures are the
+    range of these files' values; `store.rules` says which. Caches in the same folder are kept to `cache_limit` GB.
     """
     workers = min(8, cores()) if workers is None else workers
-    size = stored_size(paths, limit)
-    shape = (len(paths), *size, 3)
-    identity = [DECODER, size, [str(root.resolve()), *map(str, paths)], [file_state(path) for path in paths]]
+    rules = rules or Rules()
+    states = [file_state(path) for path in paths]
+    identity = [rules.identity, own_window, limit, [str(root.resolve()), *map(str, paths)], states]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
-    memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
-    streamed = cache == "none" or (cache == "auto" and math.prod(shape) > 0.6 * memory)
     file = cache_folder(root) / f"{key}.npy"
     with only_builder(file.with_suffix(".lock")):
-        kept = read_cache(file, shape, streamed, workers)
-        array, crc32, unreadable = kept or build_cache(file, paths, shape, streamed, workers)
-    if array is not None:
-        return DecodedImages(array, crc32, unreadable, pin)
-    log.info(f"images: {len(paths):,} streamed through {workers} workers at {size[1]}x{size[0]}")
-    return StreamedImages(paths, size, crc32, unreadable, workers=workers, pin=pin)
+        kept = read_notes(file, len(paths))
+        plan = kept or survey(paths, limit, rules, own_window, workers)
+        streamed = _is_streamed(cache, math.prod(plan.shape(len(paths))), cache_limit)
+        if kept and not streamed:
+            kept.array = map_array(file, kept, workers)
+        if kept is None or (kept.array is None and not streamed):
+            kept = build_cache(file, paths, plan, limit, streamed, workers)
+    limit_caches(file.parent, cache_limit * 2**30, keep=file)
+    if kept.several:
+        log.info(f"{kept.several:,} files hold several pictures: the first of each is used")
+    for mode, window in kept.rules.windows.items():
+        log.info(f"deep grey pictures (mode {mode}): {window[0]:g} becomes black, {window[1]:g} white")
+    if kept.array is not None:
+        return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
+    shape = kept.shape(len(paths))
+    log.info(f"images: {described(shape)}, streamed through {workers} workers")
+    return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
+
+
+def _is_streamed(cache: str, size: int, cache_limit: float) -> bool:
+    """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or for the caches."""
+    memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
+    return cache == "none" or (cache == "auto" and size > min(0.6 * memory, cache_limit * 2**30))

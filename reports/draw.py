@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from images.decode import Rules
 from precision_table import label_of
 from reports import page, pictures
 from reports.results import read_run
@@ -17,10 +18,12 @@ def draw_run(directory: Path) -> None:
     run = read_run(directory)
     result = run["result"]
     title = f"{run['model']}, {label_of(run['precision'])}"
-    pictures.learning_curve(
-        run["metrics"], directory / "learning_curve.png", title=title, best_epoch=result["best_epoch"]
-    )
+    if run["metrics"]:  # of `evaluate` there are none
+        pictures.learning_curve(
+            run["metrics"], directory / "learning_curve.png", title=title, best_epoch=result["best_epoch"]
+        )
     pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title=title)
     images = Path(run["options"].get("data_dir", ""))
-    pictures.gallery(directory / "predictions.csv", images, directory / "mistakes.png")
+    rules = Rules(windows=run["config"]["dataset"].get("windows") or {})
+    pictures.gallery(directory / "predictions.csv", images, directory / "mistakes.png", rules=rules)
     page.html_report(directory, directory / "report.html")

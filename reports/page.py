@@ -17,8 +17,7 @@ from PIL import Image
 
 from reports import pictures
 from reports.results import read_run
-from reports.tables import conditions, facts, table_cells, verdict
-from runs.result import SHARES
+from reports.tables import class_rows, conditions, facts, table_cells, verdict
 from utils import printable, write_text
 
 STYLE = """
@@ -92,10 +91,7 @@ def run_parts(run: dict[str, Any], level: int) -> str:
     for file, (name, width) in PICTURES.items():
         if image := picture(run["directory"] / file, name, width):
             parts += [f"<h{level}>{text(name)}</h{level}>\n", image]
-    rows = [
-        [name, *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"]
-        for name, row in result["per_class"].items()
-    ]
+    rows = class_rows(result)
     return "".join(
         [
             *parts,
@@ -137,7 +133,7 @@ def html_report(directory: Path, path: Path) -> None:
     write_page(
         path,
         f"{run['label']}: {run['directory'].name}",
-        run_parts(run, 2) + epochs(run["metrics"]) + configuration(run["config"]),
+        run_parts(run, 2) + (epochs(run["metrics"]) if run["metrics"] else "") + configuration(run["config"]),
     )
 
 

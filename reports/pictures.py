@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from images.decode import Rules, try_decode
 from reports.results import column, read_predictions, run_calibration
 from reports.text import fit, time_unit
 from utils import atomic_write
@@ -270,11 +271,9 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
         figure.legend(loc="outside lower left")
 
 
-def load_picture(path: Path, side: int) -> np.ndarray | None:
+def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarray | None:
     """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
-    from images.decode import try_decode
-
-    pixels = try_decode(path, None)
+    pixels = try_decode(path, None, rules)
     if isinstance(pixels, str):
         return None
     image = Image.fromarray(pixels)
@@ -282,7 +281,9 @@ def load_picture(path: Path, side: int) -> np.ndarray | None:
     return np.asarray(image)
 
 
-def labelled_sheet(paths: list[Path], captions: list[str], path: Path, *, most: int = 60, heading: str = "") -> None:
+def labelled_sheet(
+    paths: list[Path], captions: list[str], path: Path, *, most: int = 60, heading: str = "", rules: Rules | None = None
+) -> None:
     """A contact sheet of image files with a caption over each; at most `most`, evenly chosen."""
     chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int)
     columns = min(6, max(3, len(chosen)))
@@ -293,7 +294,7 @@ def labelled_sheet(paths: list[Path], captions: list[str], path: Path, *, most: 
         for axes in grid:
             axes.axis("off")
         for axes, place in zip(figure.axes, chosen, strict=False):
-            pixels = load_picture(paths[place], 224)
+            pixels = load_picture(paths[place], 224, rules)
             axes.imshow(np.full((100, 100, 3), 232, dtype=np.uint8) if pixels is None else pixels)
             if pixels is None:
                 text = f"cannot be read:\n{fit(paths[place].name, 18)}"
@@ -302,7 +303,7 @@ def labelled_sheet(paths: list[Path], captions: list[str], path: Path, *, most: 
             axes.set_title(caption, fontsize=8.5, fontweight="normal", loc="center")
 
 
-def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 24) -> None:
+def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 24, rules: Rules | None = None) -> None:
     """The test images that were wrong with the highest confidence, at most `count`, with their predicted and their
     true class. Paths in the file are taken below `data_root`."""
     table = read_predictions(Path(predictions_csv))
@@ -316,4 +317,6 @@ def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 
         for place in wrong
     ]
     heading = f"The {len(wrong)} most confidently wrong test images" if wrong else "No test image was wrong"
-    labelled_sheet([Path(data_root) / table["paths"][place] for place in wrong], captions, path, heading=heading)
+    labelled_sheet(
+        [Path(data_root) / table["paths"][place] for place in wrong], captions, path, heading=heading, rules=rules
+    )

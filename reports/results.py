@@ -47,7 +47,8 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     failure = read_json(failure_file) if failure_file.exists() and result is None else {}
     # A run that failed at once may have written neither options nor epochs.
     config = read_json(config_file) if config_file.exists() or not failure else {}
-    metrics = read_metrics(metrics_file) if metrics_file.exists() or result else []
+    trained = result is not None and result["train_seconds"] is not None
+    metrics = read_metrics(metrics_file) if metrics_file.exists() or trained else []
     with reading(config_file):
         config |= {part: dict(config.get(part, {})) for part in ("options", "dataset", "versions")}
         options = config["options"]

@@ -29,11 +29,32 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
         ),
         *([flip] if result.get("tta") == "flip" else []),
+        *_balanced(result),
         ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
     ]
+
+
+def _balanced(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The figures in which every class counts alike; an earlier version's result has none."""
+    if "macro" not in result:
+        return []
+    remark = f"mean recall of the classes; macro F1 {100 * result['macro']['f1']:.2f} %"
+    return [("Balanced", f"{result['balanced_acc']:.2f} %", remark)]
+
+
+def class_rows(result: dict[str, Any]) -> list[list[str]]:
+    """A row for each class, and one for their mean: name, precision, recall and F1 in percent, support."""
+    rows = [
+        [name, *(f"{100 * row[key]:.2f}" if row["support"] else "–" for key in SHARES), f"{row['support']:,.0f}"]
+        for name, row in result["per_class"].items()
+    ]
+    if "macro" in result:
+        total = sum(row["support"] for row in result["per_class"].values())
+        rows.append(["macro average", *(f"{100 * result['macro'][key]:.2f}" for key in SHARES), f"{total:,.0f}"])
+    return rows
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -42,14 +63,19 @@ def summary(result: dict[str, Any]) -> str:
         fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
         for name, value, remark in facts(result)
     ]
-    rows = list(result["per_class"].items())
+    count = len(result["per_class"])
     most = 30
-    shown = rows if len(rows) <= most else sorted(rows, key=lambda row: row[1]["f1"])[:most]
-    table = [
-        [fit(name, 38), *(f"{100 * row[key]:.2f}" for key in SHARES), f"{row['support']:,.0f}"] for name, row in shown
-    ]
+    rows = class_rows(result)
+    if count > most:
+        figures = list(result["per_class"].values())
+        tested = sorted(
+            (place for place in range(count) if figures[place]["support"]), key=lambda place: figures[place]["f1"]
+        )
+        rows = [*(rows[place] for place in tested[:most]), *rows[count:]]
+    table = [[fit(name, 38), *cells] for name, *cells in rows]
     lines += ["", *align([["Class", "Precision", "  Recall", "      F1", " Support"], *table])]
-    return "\n".join(lines + [f"The {most} of {len(rows)} classes with the lowest F1."] * (len(rows) > most))
+    lines += [f"The {most} of {count} classes with the lowest F1."] if count > most else []
+    return "\n".join(lines)
 
 
 def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -61,9 +61,19 @@ class Progress:
 
 
 def identity(
-    *, classes: list[str], model_name: str, image_size: int, normalize: str, precision: str, fingerprint: str
+    *,
+    classes: list[str],
+    model_name: str,
+    image_size: int,
+    normalize: str,
+    precision: str,
+    fingerprint: str,
+    windows: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """What every checkpoint says of itself, enough to use it without its run's folder."""
+    """What every checkpoint says of itself, enough to use it without its run's folder.
+
+    `windows` gives for a mode of deep grey pictures the values that were black and white.
+    """
     return {
         "format": 1,
         "classes": classes,
@@ -72,6 +82,7 @@ def identity(
         "normalize": normalize,
         "precision": precision,
         "fingerprint": fingerprint,
+        "windows": windows or {},
     }
 
 
@@ -123,6 +134,10 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "model_name": lambda value: isinstance(value, str),
     "image_size": lambda value: isinstance(value, int) and value > 0,
     "normalize": lambda value: value in ("imagenet", "none"),
+    "windows": lambda value: (
+        value is None  # of an earlier version
+        or (isinstance(value, dict) and all(len(pair) == 2 and pair[0] <= pair[1] for pair in value.values()))
+    ),
 }
 
 

@@ -6,7 +6,6 @@ thread, so the step does not wait for the disk. Knows nothing of how the values 
 
 from __future__ import annotations
 
-import csv
 import errno
 import io
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from runs.checkpoint import snapshot, write_checkpoints
-from runs.writing import replace_file
+from runs.writing import csv_text, prediction_rows, replace_file
 from utils import FULL, RunError, UserError, lock, printable, remove
 
 
@@ -88,25 +87,19 @@ class RunDirectory:
             replace_file(self.file(name), len(content), lambda file: file.write(content))
 
     def write_csv(self, name: str, rows: Iterable[Iterable[Any]]) -> None:
-        table = io.StringIO()
-        csv.writer(table).writerows(rows)  # CRLF: with less a return in a name would not be quoted
-        self.write_text(name, table.getvalue())
+        self.write_text(name, csv_text(rows))
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
         self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
-        header = list(history[0]) if history else ["epoch"]
-        self.write_csv("metrics.csv", [header, *(line.values() for line in history)])
+        header = list(history[-1]) if history else ["epoch"]  # an earlier version's lines may lack some
+        self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
 
     def write_predictions(
         self, paths: list[str], labels: np.ndarray, probabilities: np.ndarray, classes: list[str]
     ) -> None:
         """predictions.csv: path, label, predicted, confidence and one probability per class, a row an image."""
-        rows = [["path", "label", "predicted", "confidence", *classes]]
-        for path, label, row in zip(paths, labels, probabilities, strict=True):
-            best = int(row.argmax())
-            rows.append([path, classes[label], classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)])
-        self.write_csv("predictions.csv", rows)
+        self.write_csv("predictions.csv", prediction_rows(paths, labels, probabilities, classes))
 
     # ---------------------------------------------------------------------------- checkpoints
     def save(self, files: dict[str, dict[str, Any]]) -> None:

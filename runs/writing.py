@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import io
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,3 +35,17 @@ def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> Non
             f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "
             f"{advice}, then go on with --resume."
         ) from None
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    table = io.StringIO()
+    csv.writer(table).writerows(rows)  # CRLF: with less a return in a name would not be quoted
+    return table.getvalue()
+
+
+def prediction_rows(paths: list[str], labels: Any, probabilities: Any, classes: list[str]) -> Iterator[list[Any]]:
+    """The rows of predictions.csv, its header first: one for each image, probabilities with six digits."""
+    yield ["path", "label", "predicted", "confidence", *classes]
+    for path, label, row in zip(paths, labels, probabilities, strict=True):
+        best = int(row.argmax())
+        yield [path, classes[label], classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)]

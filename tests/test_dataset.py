@@ -14,10 +14,11 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
-from dataset import Batches, open_data_set, split_train
+from dataset import Batches, Opening, open_data_set
 from distributed import Ranks
 from images.decode import decode, try_decode
 from images.folders import find_image_set
+from images.split import divide
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from utils import UserError
 
@@ -39,8 +40,8 @@ def folders(root, *splits, count=5):
     return root
 
 
-def opened(root, size=10, **options):
-    return open_data_set(root, **{"image_size": size, "seed": 42, "workers": 1} | options)
+def opened(root, size=10, *, cache="auto", workers=1, **options):
+    return open_data_set(root, image_size=size, seed=42, opening=Opening(cache, workers), **options)
 
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):
@@ -112,9 +113,12 @@ def test_unlabelled_hidden_and_foreign_files_are_passed_over(tmp_path):
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (lambda root: (root / "train" / "apple").rename(root / "apple"), "differ in the classes apple"),
-        (lambda root: [path.unlink() for path in (root / "test" / "zebra").iterdir()], "zebra holds no image"),
-        (lambda root: (root / "test").rename(root / "elsewhere"), "no test images.*\n.*Three ways"),
+        (
+            lambda root: (root / "train" / "apple").rename(root / "apple"),
+            "classes apple, which the training images lack",
+        ),
+        (lambda root: [path.unlink() for path in (root / "train" / "zebra").iterdir()], "zebra holds no image"),
+        (lambda root: (root / "train").rename(root / "elsewhere"), "(?s)no training images.*elsewhere/: 15.*Three"),
         (lambda root: (root / ".partial").mkdir(), "only a part of a data set"),
     ],
 )
@@ -127,13 +131,11 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, break_it, message):
 
 def test_the_split_is_scikit_learns_and_stratified():
     labels = np.repeat([0, 1, 2], [50, 30, 20])
-    train, validation = split_train(labels, seed=42)
+    parts = divide(labels, seed=42)
     ours = train_test_split(np.arange(100), test_size=0.2, stratify=labels, random_state=42)
-    assert np.array_equal(train, np.sort(ours[0])) and np.array_equal(validation, np.sort(ours[1]))
-    assert np.bincount(labels[validation]).tolist() == [10, 6, 4]
-    assert not np.array_equal(split_train(labels, seed=43)[1], validation)
-    with pytest.raises(UserError, match="cannot split"):
-        split_train(np.array([0, 0, 0, 1]), seed=42)
+    assert np.array_equal(np.flatnonzero(parts == 0), np.sort(ours[0]))
+    assert np.bincount(labels[parts == 1]).tolist() == [10, 6, 4]
+    assert not np.array_equal(divide(labels, seed=43), parts)
 
 
 def test_train_and_validation_share_no_image(scenes_folder):
@@ -172,16 +174,19 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert np.abs(array.astype(int) - expected).max() <= 3
 
 
-def test_a_transparent_palette_keeps_the_colour(tmp_path):
+def test_a_transparent_palette_is_laid_on_white(tmp_path):
     image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).convert("P")
     image.save(tmp_path / "image.png", transparency=bytes(range(256)))
-    assert np.array_equal(decode(tmp_path / "image.png"), np.asarray(image.convert("RGB")))
+    opacity = np.arange(16).reshape(4, 4, 1) * 16 / 255
+    expected = np.asarray(image.convert("RGB")) * opacity + 255 * (1 - opacity)
+    assert np.abs(decode(tmp_path / "image.png") - expected).max() <= 1
 
 
-def test_transparency_keeps_the_colour(tmp_path):
+@pytest.mark.parametrize("opacity, colour", [(0, [255, 255, 255]), (51, [244, 224, 214]), (255, [200, 100, 50])])
+def test_transparency_is_laid_on_white(tmp_path, opacity, colour):
     file = tmp_path / "half.png"
-    Image.new("RGBA", (4, 4), (200, 100, 50, 128)).save(file)
-    assert decode(file)[0, 0].tolist() == [200, 100, 50]
+    Image.new("RGBA", (4, 4), (200, 100, 50, opacity)).save(file)
+    assert decode(file)[0, 0].tolist() == colour
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -388,13 +393,14 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
     root = folders(tmp_path, "train", "test")
     decoded = []
     real = try_decode
-    for module in ("images.cache", "images.decode"):
-        monkeypatch.setattr(f"{module}.try_decode", lambda path, size: decoded.append(path) or real(path, size))
+    monkeypatch.setattr("images.cache.try_decode", lambda path, *more: decoded.append(path) or real(path, *more))
+    headers = []
+    monkeypatch.setattr("images.cache.read_header", lambda path, rules: headers.append(path))
     first = opened(root)
-    assert len({*decoded}) == 30
+    assert len({*decoded}) == len({*headers}) == 30
     decoded.clear()
-    assert opened(root).fingerprint == first.fingerprint and len({*decoded}) == 30  # the sizes are looked at
-    assert len(decoded) == 30  # but nothing is decoded into the cache
+    headers.clear()
+    assert opened(root).fingerprint == first.fingerprint and not decoded and not headers
     picture(999).save(root / "train" / "apple" / "0.png")
     assert opened(root).fingerprint != first.fingerprint
 
@@ -424,9 +430,9 @@ def test_unreadable_images_are_all_listed_or_left_out(tmp_path, caplog):
     data = opened(root, skip_unreadable=True)
     assert len(data.train) + len(data.validation) == 48 and sorted(data.unreadable) == sorted(map(str, broken))
     assert any("left out" in text for text in caplog.messages)
-    for path in (root / "test" / "zebra").iterdir():
+    for path in (root / "train" / "zebra").iterdir():
         path.write_bytes(b"nothing")
-    with pytest.raises(UserError, match="no readable test image is left in zebra"):
+    with pytest.raises(UserError, match="no readable train image is left in zebra"):
         opened(root, skip_unreadable=True)
 
 

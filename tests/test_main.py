@@ -30,6 +30,7 @@ CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
 FILES = {
     "config.json",
+    "split.csv",
     "metrics.jsonl",
     "metrics.csv",
     "last.pt",
@@ -48,6 +49,8 @@ METRICS = {
     "train_acc",
     "val_loss",
     "val_acc",
+    "val_balanced_acc",
+    "val_macro_f1",
     "learning_rate",
     "loss_scale",
     "skipped_updates",
@@ -61,6 +64,8 @@ METRICS = {
 }
 RESULT = {
     "test_acc",
+    "balanced_acc",
+    "macro",
     "test_loss",
     "best_epoch",
     "best_val_acc",
@@ -667,9 +672,12 @@ def unreadable(folder):
         (empty_class, ["sea holds no image"]),
         (one_class, ["1 class folder", "at least two"]),
         (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
-        (lambda folder: (folder / "seg_test").rename(folder / "other"), ["no test images", "--archive"]),
+        (
+            lambda folder: (folder / "seg_train").rename(folder / "other"),
+            ["no training images", "--archive", "other/: 60"],
+        ),
     ],
-    ids=["empty", "one", "unreadable", "no test"],
+    ids=["empty", "one", "unreadable", "no train"],
 )
 def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, named):
     data = broken_copy(scenes_folder, tmp_path / "data", change)
@@ -705,7 +713,7 @@ def test_no_data_names_the_three_ways_to_get_it(tmp_path, run, monkeypatch):
         (["--device=nonsense"], "--device nonsense"),
         (["--tf32", "--device=cpu"], "--tf32"),
         (["--model=alexnet"], "--image_size 33"),
-        (["--image_size=32", "--batch_size=47"], "--batch_size"),
+        (["--image_size=32", "--batch_size=1"], "--batch_size"),
         (["--resume"], "--resume"),
     ],
 )

@@ -15,12 +15,14 @@ from utils import UserError
 
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
 DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
+DATA += " --labels --group --split --window --max_megapixels --cache_limit"
 MODEL = "--model --num_classes --pretrained --pretrained_path"
 DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile --cuda_graphs"
 TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
     "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
+    " --class_weights --sampler --best_by"
 )
 RECORDING = "--log_interval --resume --overwrite --checkpoint_every --verify_resume --tensorboard"
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
@@ -29,13 +31,15 @@ ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 # Scripts rely on these names: extend them here and in the README, don't rename them.
 OPTIONS = {
     "train": f"{ALL} --evaluate",
-    "evaluate": f"{TRAINED} --evaluate --precisions",
+    "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",
     "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
     "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs",
+    "audit": f"{ALL} --folds",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
     "--strict",
-    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed",
+    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed --clean --labels "
+    "--window --max_megapixels --json",
     "export": f"{RUN} --tta --checkpoint --out",
 }
 SEED_DEFAULTS = {

@@ -28,6 +28,7 @@ from PIL import Image
 from commands import prepare
 from images import archive, placing, scenes
 from images.demo import draw_demo
+from images.folders import find_image_set
 from utils import RunError, UserError
 
 LAYOUT = [
@@ -144,7 +145,7 @@ def left_by_a_kill(folder: Path) -> None:
     (folder / ".partial" / "seg_train").mkdir(parents=True)
     (folder / ".partial" / "seg_train" / "half.jpg").write_bytes(b"half")
     with pytest.raises(UserError, match="only a part of a data set"):
-        pytest.importorskip("dataset").find_image_set(folder)
+        find_image_set(folder)
 
 
 @pytest.mark.parametrize("moves", [0, 1, 2])

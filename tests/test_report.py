@@ -586,7 +586,9 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     asked = []
     original = pictures.load_picture
-    monkeypatch.setattr(pictures, "load_picture", lambda path, side: (asked.append(path.name), original(path, side))[1])
+    monkeypatch.setattr(
+        pictures, "load_picture", lambda path, *more: (asked.append(path.name), original(path, *more))[1]
+    )
     pictures.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
     assert asked == ["missing.png", "broken.png", "less.png"]
     is_picture(tmp_path / "a.png")

@@ -1,0 +1,150 @@
+"""`audit`: every training image is judged by a model that was not trained on it, and doubtful labels are listed.
+
+The training images are cut into folds; each fold is the test part of one run, made as `compare` makes its runs. Knows
+nothing of how doubt is computed or drawn.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from commands.compare import plan, train_all
+from images.decode import Rules, ahead, try_decode, windows_of
+from images.folders import Listing
+from images.labels import list_images
+from images.split import PARTS, digest, hold_out, in_groups, united
+from option import precision_words
+from reports.audit import report_audit
+from utils import UserError, cores, log, printable, progress, write_text
+
+if TYPE_CHECKING:
+    from assemble import Setup
+
+
+def audit(
+    setup: Setup,
+    *,
+    folds: int,
+    checkpoint_dir: str,
+    checkpoint_name: str,
+    data_dir: str,
+    demo: bool,
+    labels: str | None,
+    group: str | None,
+    window: str,
+    max_megapixels: float,
+    seed: int,
+    overwrite: bool,
+) -> None:
+    """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
+    folder = Path(checkpoint_dir) / (checkpoint_name or "audit")
+    if demo:
+        setup.draw_demo()
+    image_set = list_images(data_dir, labels=labels, group=group)
+    listing = image_set.train
+    names = [path.relative_to(image_set.root).as_posix() for path, _ in listing]
+    same = _same_pictures(listing, Rules(max_megapixels, windows_of(window)))
+    groups = in_groups(image_set.groups.get(path) for path, _ in listing)
+    own = np.array([label for _, label in listing])
+    fold_of = cut(own, united(same + groups, len(listing)), folds, seed, grouped=bool(groups))
+    others = [
+        path.relative_to(image_set.root).as_posix()
+        for part in ("test", "validation")
+        for path, _ in image_set.parts.get(part, [])
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    precision = setup.precision.name
+    planned = []
+    for fold in range(fold_of.max() + 1):
+        parts = _parts(own, fold_of == fold, united(same + groups, len(listing)), seed)
+        file = folder / f"fold-{fold + 1}.csv"
+        text = _table(names, [image_set.classes[label] for label in own], parts, others)
+        _write_once(file, text, overwrite)
+        words = [*setup.training_words(), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
+        planned.append(plan(folder / f"fold-{fold + 1}", precision, words, overwrite=overwrite))
+    train_all(planned)
+    copies = [[names[place] for place in places] for places in same if len(set(own[places])) > 1]
+    report_audit([run.folder for run in planned], folder, Path(data_dir), copies)
+
+
+def _same_pictures(listing: Listing, rules: Rules) -> list[list[int]]:
+    """Positions of images whose pixels are equal, in groups."""
+    workers = min(16, 2 * cores())
+    with ThreadPoolExecutor(workers) as pool:
+        looks = ahead(pool, lambda entry: digest(try_decode(entry[0], None, rules)), listing, 2 * workers)
+        return in_groups(progress(looks, total=len(listing), desc="looking for copies", unit="image"))
+
+
+def cut(labels: np.ndarray, units: np.ndarray, folds: int, seed: int, *, grouped: bool) -> np.ndarray:
+    """The fold of each image, by scikit-learn, stratified, whole units; -1 for a class that cannot be left out.
+
+    Copies follow the first of them; groups are balanced by their number of images.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+
+    _, heads, inverse = np.unique(units, return_index=True, return_inverse=True)
+    alone = np.bincount(labels[heads])[labels] < 2  # its only unit would be missing from its own training
+    fold_of = np.full(len(heads), -1)
+    usable = np.flatnonzero(~alone[heads])
+    most = int(np.bincount(labels[heads[usable]]).max(initial=0))
+    if most < folds:
+        raise UserError(f"--folds {folds} is more than the largest class has images or groups ({most}).")
+    if grouped:
+        wanted = np.flatnonzero(~alone)
+        parts = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32).split(
+            wanted, labels[wanted], units[wanted]
+        )
+        for number, (_, held) in enumerate(parts):
+            fold_of[inverse[wanted[held]]] = number
+    else:
+        import warnings
+
+        with warnings.catch_warnings():  # of classes that have fewer images than there are folds
+            warnings.simplefilter("ignore", UserWarning)
+            splits = list(
+                StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32).split(usable, labels[heads[usable]])
+            )
+        for number, (_, held) in enumerate(splits):
+            fold_of[usable[held]] = number
+    found = fold_of[inverse]
+    for label in np.unique(labels):
+        if len(set(found[labels == label])) == 1:  # all in one fold
+            found[labels == label] = -1
+    return found
+
+
+def _parts(labels: np.ndarray, tested: np.ndarray, units: np.ndarray, seed: int) -> list[str]:
+    """Of each image the part in one fold's run: a tenth of what is not tested chooses the best epoch."""
+    parts = np.where(tested, 2, 0)
+    rest = np.flatnonzero(~tested)
+    parts[rest[hold_out(labels[rest], 0.1, seed, units[rest])]] = 1
+    return [PARTS[part] for part in parts]
+
+
+def _table(names: list[str], classes: list[str], parts: list[str], others: list[str]) -> str:
+    """A split.csv in which images of other parts have no part: these are left out."""
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["path", "class", "part"])
+    writer.writerows(zip(names, classes, parts, strict=True))
+    writer.writerows([name, "", ""] for name in others)
+    return table.getvalue()
+
+
+def _write_once(file: Path, text: str, overwrite: bool) -> None:
+    """Writes a fold. Raises UserError where runs of another cut stand there."""
+    if file.exists() and not overwrite:
+        with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+            if lines.read() != text:
+                raise UserError(
+                    f"{printable(file.parent)} holds an audit of other images, or of other --folds or --seed. Choose "
+                    "another --checkpoint_name, or replace it with --overwrite."
+                )
+    write_text(file, text)
+    log.debug(f"wrote {file}")

@@ -1,0 +1,136 @@
+"""`prepare --check`: reads every image as a training would, and reports what it would meet. Imports no torch."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from images.cache import survey
+from images.decode import Rules, ahead, read_header, try_decode
+from images.folders import ImageSet
+from images.labels import list_images
+from images.split import digest
+from utils import cores, printable, progress
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one file came to: a digest of its pixels, size and mode, or its problem; whether it is of one colour."""
+
+    digest: bytes | None
+    size: str
+    mode: str
+    problem: str
+    flat: bool = False
+    several: bool = False
+
+
+def look(path: Path, rules: Rules) -> Look:
+    """Decodes a file as every other command does."""
+    pixels = try_decode(path, None, rules)
+    if isinstance(pixels, str):
+        return Look(None, "", "", pixels)
+    header = read_header(path, rules)
+    flat = bool((pixels == pixels[0, 0]).all())
+    size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+    return Look(digest(pixels), size, header.mode if header else "", "", flat, bool(header and header.several))
+
+
+def check(
+    data_dir: str | Path, *, labels: str | None = None, rules: Rules | None = None, own_window: bool = True
+) -> dict[str, Any]:
+    """Reads every image of a data set and reports what a training would meet.
+
+    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest}, `sizes` and
+    `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep grey pictures,
+    `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several pictures), and
+    lists of groups of equal pictures: `duplicates`, and of these `across_splits` and `across_labels`. Files are named
+    relative to `data_dir`. Raises UserError where that holds no data set.
+    """
+    images = list_images(data_dir, labels=labels)
+    rules = rules or Rules()
+    workers = min(16, 2 * cores())
+    if own_window:
+        rules = survey([path for path, _ in images.train], 2**31, rules, True, workers).rules
+    files = [(part, label, path) for part, listing in images.parts.items() for path, label in listing]
+    with ThreadPoolExecutor(workers) as pool:
+        looks = ahead(pool, lambda file: look(file[2], rules), files, 2 * workers)
+        seen = list(progress(looks, total=len(files), desc="checking"))
+    return _report(str(data_dir), images, rules, files, seen)
+
+
+def _report(
+    data_dir: str, images: ImageSet, rules: Rules, files: list[tuple[str, int, Path]], seen: list[Look]
+) -> dict[str, Any]:
+    names = [path.relative_to(images.root).as_posix() for *_, path in files]
+    same = defaultdict(list)
+    for place, found in enumerate(seen):
+        if found.digest:
+            same[found.digest].append(place)
+    groups = [places for places in same.values() if len(places) > 1]
+    counts = {
+        part: dict(Counter(images.classes[label] for _, label in listing)) for part, listing in images.parts.items()
+    }
+
+    def shown(wanted: list[list[int]]) -> list[list[str]]:
+        return [[names[place] for place in places] for places in wanted]
+
+    return {
+        "data_dir": data_dir,
+        "classes": images.classes,
+        "counts": counts,
+        "balance": {part: round(max(found.values()) / min(found.values()), 3) for part, found in counts.items()},
+        "sizes": dict(Counter(found.size for found in seen if found.size).most_common()),
+        "modes": dict(Counter(found.mode for found in seen if found.mode).most_common()),
+        "passed_over": dict(images.passed_over.most_common()),
+        "notes": images.notes,
+        "windows": {mode: list(window) for mode, window in rules.windows.items()},
+        "unreadable": {name: found.problem for name, found in zip(names, seen, strict=True) if found.problem},
+        "flat": [name for name, found in zip(names, seen, strict=True) if found.flat],
+        "several": [name for name, found in zip(names, seen, strict=True) if found.several],
+        "duplicates": shown(groups),
+        "across_splits": shown([places for places in groups if len({files[place][0] for place in places}) > 1]),
+        "across_labels": shown([places for places in groups if len({files[place][1] for place in places}) > 1]),
+    }
+
+
+def format_check(report: dict[str, Any], *, most: int = 10) -> str:
+    """The report of `check` as text for a terminal; lists are cut after `most` entries."""
+    counts = report["counts"]
+    width = max(18, *(len(printable(name)) for name in report["classes"]))
+    rows = [("images", *counts)]
+    rows += [(printable(name), *(f"{part.get(name, 0):,}" for part in counts.values())) for name in report["classes"]]
+    rows.append(("total", *(f"{sum(part.values()):,}" for part in counts.values())))
+    rows.append(("largest / smallest", *(f"{value:.2f}" for value in report["balance"].values())))
+    lines = [printable(report["data_dir"]), *map(printable, report["notes"]), ""]
+    lines += [f"{first:{width}}" + "".join(f"{value:>11}" for value in rest) for first, *rest in rows] + [""]
+    for title in ("sizes", "modes", "passed_over"):
+        shown = [f"{printable(name)}: {count:,}" for name, count in list(report[title].items())[:most]]
+        rest = len(report[title]) - len(shown)
+        if shown:
+            more = f", and {rest} more" if rest > 0 else ""
+            lines.append(f"{title.replace('_', ' ')}: {', '.join(shown)}{more}")
+    for mode, (low, high) in report["windows"].items():
+        lines.append(f"deep grey pictures of mode {mode}: {low:g} becomes black, {high:g} white")
+    if len(counts) == 1:
+        lines.append("there is one part: a training splits validation and test images off")
+    return "\n".join([*lines, *_lists(report, most)])
+
+
+def _lists(report: dict[str, Any], most: int) -> list[str]:
+    lines = []
+    unreadable = [[f"{name}: {reason}"] for name, reason in report["unreadable"].items()]
+    for title, groups in (
+        ("\nunreadable files", unreadable),
+        ("pictures that come out in one colour", [[name] for name in report["flat"]]),
+        ("files of several pictures, of which the first is used", [[name] for name in report["several"]]),
+        ("equal pictures that are stored more than once", report["duplicates"]),
+        ("of these, in both train and test", report["across_splits"]),
+        ("of these, under two labels", report["across_labels"]),
+    ):
+        lines += [f"{title}: {len(groups):,}", *("  " + " = ".join(map(printable, group)) for group in groups[:most])]
+        lines += [f"  … and {len(groups) - most:,} more"] if len(groups) > most else []
+    return lines

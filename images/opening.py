@@ -1,0 +1,407 @@
+"""A data set, opened: its files listed, decoded and divided into training, validation and test images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from images.decode import Rules, try_decode
+from images.folders import ImageSet, Listing, some
+from images.labels import list_images
+from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
+from images.stores import ImageStore, open_store
+from option_kinds import parse_shares
+from utils import UserError, log, printable
+
+Split = dict[str, tuple[str, str]]  # path: (class, part), as in split.csv
+
+
+@dataclass
+class Subset:
+    """Some images of a store: listing positions and their labels, in evaluation order."""
+
+    store: ImageStore
+    listing: Listing
+    positions: np.ndarray
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = np.array([self.listing[position][1] for position in self.positions], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def keep(self, count: int) -> None:
+        """Cuts the subset to at most `count` images, spread evenly over it."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        self.positions = self.positions[chosen]
+        self.labels = self.labels[chosen]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.listing[position][0] for position in self.positions]
+
+
+@dataclass
+class DataSet:
+    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
+
+    root: Path
+    classes: list[str]
+    subsets: dict[str, Subset]  # train, validation and test, or test alone
+    fingerprint: str
+    unreadable: list[str]
+    rules: Rules = field(default_factory=Rules)  # by which the files became pixels
+    listed: Listing = field(default_factory=list)  # all files, those that cannot be read among them
+
+    @property
+    def train(self) -> Subset:
+        return self.subsets["train"]
+
+    @property
+    def validation(self) -> Subset:
+        return self.subsets["validation"]
+
+    @property
+    def test(self) -> Subset:
+        return self.subsets["test"]
+
+    def names(self, subset: Subset) -> list[str]:
+        """The files of a subset, relative to the data folder, with slashes on every system."""
+        return [relative(path, self.root) for path in subset.paths]
+
+    def split(self) -> Iterator[list[str]]:
+        """The rows of split.csv: path, class and part of every file; one that cannot be read has no part."""
+        yield ["path", "class", "part"]
+        parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
+        for path, label in self.listed:
+            yield [relative(path, self.root), self.classes[label], parts.get(path, "")]
+
+
+@dataclass
+class Opening:
+    """How files are opened: what is kept decoded and where, and by which rules they become pixels."""
+
+    cache: str = "auto"
+    workers: int | None = None
+    pin: bool = False  # prepare batches in page-locked memory for a CUDA device
+    cache_limit: float = math.inf  # GB
+    rules: Rules = field(default_factory=Rules)
+    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
+
+    def store(self, listing: Listing, root: Path, limit: int) -> ImageStore:
+        return open_store(
+            [path for path, _ in listing],
+            root,
+            limit=limit,
+            cache=self.cache,
+            workers=self.workers,
+            pin=self.pin,
+            rules=self.rules,
+            own_window=self.own_window,
+            cache_limit=self.cache_limit,
+        )
+
+
+def relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()
+
+
+def open_data_set(
+    data_dir: str | Path,
+    *,
+    image_size: int,
+    seed: int,
+    labels: str | None = None,
+    group: str | None = None,
+    split: str | None = None,
+    recorded: Split | None = None,
+    begun_before: bool = False,
+    keep_larger: bool = False,
+    skip_unreadable: bool = False,
+    opening: Opening | None = None,
+) -> DataSet:
+    """Finds, decodes and divides the images below `data_dir`.
+
+    `labels` and `group` are those of `list_images`; `split` is shares, or a split.csv to follow; `recorded` is the
+    split of a run that goes on, and `begun_before` says that its version wrote none. `keep_larger` keeps up to 1.5
+    times `image_size` pixels of training images, for random crops to choose from. Raises UserError for anything wrong
+    with the data.
+    """
+    opening = opening or Opening()
+    image_set = list_images(data_dir, labels=labels, group=group)
+    shares, follow = _asked(split, recorded)
+    if split and shares is None:  # a file decides about all images, whatever folder they lie in
+        _merge(image_set)
+    if follow is not None:
+        _keep(image_set, follow, strictly=recorded is not None)
+    for sentence in image_set.remarks():
+        log.info(sentence)
+    opened = _open_parts(image_set, opening, image_size, image_size * 3 // 2 if keep_larger else image_size)
+    _report_unreadable(opened.bad, skip_unreadable)
+    pool = opened.subsets["train"]
+    missing = [name for name in PARTS[1:] if name not in opened.subsets]
+    if missing or follow:
+        together = _joined(pool, image_set.groups)
+        parts = _parts(pool, image_set, follow)
+        if (parts < 0).any() and begun_before:
+            parts[:] = 0
+            parts[hold_out_as_before(pool.labels, seed)] = 1
+        elif (parts < 0).any():
+            fresh = divide(
+                pool.labels,
+                seed=seed,
+                shares=shares,
+                with_test="test" in missing,
+                together=together,
+                grouped=bool(image_set.groups),
+            )
+            parts = extend(parts, fresh, together)
+        opened.divide(parts, missing, image_size)
+    subsets = {name: opened.subsets[name] for name in PARTS}
+    _refuse_empty(subsets, image_set)
+    _warn_of_leaks(subsets, image_set)
+    return DataSet(
+        image_set.root,
+        image_set.classes,
+        subsets,
+        opened.fingerprint(),
+        [str(path) for path in opened.bad],
+        opened.opening.rules,
+        [entry for listing in image_set.parts.values() for entry in listing],
+    )
+
+
+def open_test_set(
+    data_dir: str | Path,
+    *,
+    image_size: int,
+    known: Sequence[str],
+    labels: str | None = None,
+    recorded: Split | None = None,
+    same_place: bool = False,
+    skip_unreadable: bool = False,
+    opening: Opening | None = None,
+) -> DataSet:
+    """The images to test a trained model on, whose classes are `known`.
+
+    These are the test images that the run's split `recorded`, if `data_dir` is where it was trained (`same_place`, or
+    all of them are there and nothing else is called a test part); or else the test part; or else all images.
+    """
+    opening = opening or Opening()
+    image_set = list_images(data_dir, labels=labels, known=known)
+    listing = image_set.test or image_set.train
+    tested = {name for name, (_, part) in (recorded or {}).items() if part == "test"}
+    there = {name for name in tested if (image_set.root / name).is_file()}
+    if there and (same_place or (there == tested and not image_set.test)):
+        everything = [entry for part in image_set.parts.values() for entry in part]
+        listing = [(path, label) for path, label in everything if relative(path, image_set.root) in there]
+        image_set.notes.append(f"tested: the {len(listing):,} images that the run's split.csv calls its test part")
+        if len(there) < len(tested):
+            image_set.notes.append(
+                f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
+            )
+    image_set = replace(image_set, train=[], validation=None, test=listing)
+    for sentence in image_set.remarks():
+        log.info(sentence)
+    opened = _open_parts(image_set, opening, image_size, image_size)
+    _report_unreadable(opened.bad, skip_unreadable)
+    if not len(opened.subsets["test"]):
+        raise UserError(f"no readable image is left in {printable(data_dir)}.")
+    _say_absent(opened.subsets, image_set)
+    bad = [str(path) for path in opened.bad]
+    return DataSet(image_set.root, image_set.classes, opened.subsets, opened.fingerprint(), bad, opening.rules, listing)
+
+
+def _asked(split: str | None, recorded: Split | None) -> tuple[tuple[float, ...] | None, Split | None]:
+    """What --split says, as shares or as a split to follow; a run's own goes before either."""
+    if split and not is_split_file(split):
+        return parse_shares(split), recorded
+    return None, recorded or (read_split(Path(split)) if split else None)
+
+
+def is_split_file(split: str) -> bool:
+    return split.lower().endswith(".csv")
+
+
+def _merge(image_set: ImageSet) -> None:
+    image_set.train = [entry for listing in image_set.parts.values() for entry in listing]
+    image_set.test = None
+    image_set.validation = None
+
+
+def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
+    """Leaves out what a split leaves out: files without a part, and `strictly` those that it does not name."""
+    names = {path: relative(path, image_set.root) for listing in image_set.parts.values() for path, _ in listing}
+    gone = sorted(follow.keys() - set(names.values()))
+    if gone and strictly:
+        raise UserError(
+            f"{len(gone):,} images of the run's split.csv are not in {printable(image_set.root)}, such as "
+            f"{printable(gone[0])}. Restore them, or start another --checkpoint_name."
+        )
+    image_set.notes += [f"{len(gone):,} images of --split are gone, such as {printable(gone[0])}"] if gone else []
+    added = [name for name in names.values() if name not in follow]
+    if added:
+        fate = "left out" if strictly else "divided as if the split were new"
+        image_set.notes.append(f"{len(added):,} images are not in split.csv, such as {printable(added[0])}: {fate}")
+
+    def wanted(path: Path) -> bool:
+        entry = follow.get(names[path])
+        return not strictly if entry is None else bool(strictly or entry[1])
+
+    for name, listing in image_set.parts.items():
+        setattr(image_set, name, [entry for entry in listing if wanted(entry[0])] or None)
+    if not image_set.train:
+        raise UserError(f"--split calls no image in {printable(image_set.root)} a training image.")
+
+
+@dataclass
+class _Opened:
+    """The stores of a data set's parts, and what can be read of them."""
+
+    image_set: ImageSet
+    opening: Opening
+    limit: int  # of training images
+    subsets: dict[str, Subset] = field(default_factory=dict)
+    bad: dict[Path, str] = field(default_factory=dict)
+    crc32: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def divide(self, parts: np.ndarray, missing: list[str], image_size: int) -> None:
+        """Makes subsets of the training images by `parts`, indices of PARTS. What is not trained on is kept smaller."""
+        pool = self.subsets["train"]
+        for number, name in enumerate(PARTS):
+            if name != "train" and name not in missing:
+                continue
+            positions = pool.positions[parts == number]
+            subset = Subset(pool.store, pool.listing, positions)
+            if name != "train" and self.limit != image_size and len(positions):
+                listing = [pool.listing[position] for position in positions]
+                store = self.opening.store(listing, self.image_set.root, image_size)
+                subset = Subset(store, listing, np.arange(len(listing)))
+            self.subsets[name] = subset
+
+    def fingerprint(self) -> str:
+        """What tells these images from others: classes, names and pixels of all listed files."""
+        found = hashlib.sha256(json.dumps(self.image_set.classes).encode())
+        for name, listing in self.image_set.parts.items():
+            names = [os.path.relpath(path, self.image_set.root) for path, _ in listing]
+            found.update(json.dumps([name, names]).encode())
+            found.update(self.crc32[name].tobytes())
+        return found.hexdigest()[:16]
+
+
+def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_limit: int) -> _Opened:
+    """A store for each part. The windows of deep pictures come from the first one, the training images."""
+    opened = _Opened(image_set, opening, train_limit)
+    for name, listing in image_set.parts.items():
+        store = opened.opening.store(listing, image_set.root, train_limit if name == "train" else image_size)
+        opened.opening = replace(opened.opening, rules=store.rules, own_window=False)
+        opened.bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
+        opened.subsets[name] = Subset(store, listing, np.setdiff1d(np.arange(len(listing)), list(store.unreadable)))
+        opened.crc32[name] = store.crc32
+    return opened
+
+
+def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
+    if not bad:
+        return
+    lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
+    if len(bad) > 10:
+        lines.append(f"  and {len(bad) - 10} more")
+    head = f"{len(bad)} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
+    if not skip:
+        lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
+        raise UserError("\n".join([f"{head}:", *lines]))
+    log.warning("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+
+
+def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
+    """Which images of a pool must stay together: equal pictures, and those of one group."""
+    paths = pool.paths
+
+    def look(place: int) -> bytes | None:
+        return digest(try_decode(paths[place], 512, pool.store.rules))
+
+    same = same_pictures(pool.store.crc32[pool.positions], look)
+    if same:
+        copies = sum(len(places) - 1 for places in same)
+        log.info(f"{copies:,} images are copies of others: kept on one side of the split (prepare --check lists them)")
+    return same + in_groups(groups.get(path) for path in paths)
+
+
+def _parts(pool: Subset, image_set: ImageSet, follow: Split | None) -> np.ndarray:
+    """The part of each image of the pool, an index of PARTS, as a split says; -1 where it says nothing."""
+    said = [(follow or {}).get(relative(path, image_set.root), ("", ""))[1] for path in pool.paths]
+    return np.array([PARTS.index(part) if part else -1 for part in said], np.int64)
+
+
+def _refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    for name, subset in subsets.items():
+        if not len(subset):
+            raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
+    empty = sorted(set(range(len(image_set.classes))) - set(subsets["train"].labels.tolist()))
+    if empty:
+        raise UserError(f"no readable train image is left in {printable(image_set.classes[empty[0]])}.")
+    counts = Counter(subsets["train"].labels.tolist())
+    (most, large), (least, small) = counts.most_common()[0], counts.most_common()[-1]
+    if large > 10 * small:
+        log.info(
+            f"{printable(image_set.classes[most])} has {large / small:.0f} times as many training images as "
+            f"{printable(image_set.classes[least])}. Rare classes may be learnt better with --sampler balanced or "
+            "--class_weights balanced, and chosen by with --best_by balanced_accuracy."
+        )
+    _say_absent({name: subset for name, subset in subsets.items() if name != "train"}, image_set)
+
+
+def _say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    for name, subset in subsets.items():
+        absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
+        if absent:
+            names = some([image_set.classes[label] for label in absent])
+            log.info(f"no {name} image of {names}: tested with support 0, and left out of averages over classes")
+
+
+def _warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    """Warns of pictures, or groups, that a given test or validation part shares with the training images."""
+    train = subsets["train"]
+    for name in PARTS[1:]:
+        other = subsets[name]
+        if other.listing is getattr(image_set, name):  # not split off
+            copies = _copies(train, other)
+            if copies:
+                log.warning(
+                    f"{len(copies):,} {name} images are also training images, such as {printable(copies[0])}: "
+                    "the accuracy on them says nothing (prepare --check lists them)."
+                )
+        known = image_set.groups
+        groups = [{known[path] for path in subset.paths if path in known} for subset in (train, other)]
+        shared = groups[0] & groups[1]
+        if shared:
+            log.warning(
+                f"{len(shared):,} groups have images on both sides, training and {name}, such as {min(shared)}."
+            )
+
+
+def _copies(train: Subset, other: Subset) -> list[Path]:
+    """The images of another part whose picture is one of all that the training images were taken from.
+
+    Equal checksums may be chance, so these files are looked at again.
+    """
+    theirs = other.store.crc32[other.positions]
+    both = np.intersect1d(train.store.crc32, theirs)
+    both = both[both > 0]
+    if not len(both):
+        return []
+    rules = train.store.rules
+    paths = [train.listing[place][0] for place in np.flatnonzero(np.isin(train.store.crc32, both))]
+    known = {digest(try_decode(path, 512, rules)) for path in paths}
+    suspects = [other.paths[place] for place in np.flatnonzero(np.isin(theirs, both))]
+    return [path for path in suspects if digest(try_decode(path, 512, rules)) in known]

@@ -1,0 +1,650 @@
+"""Own pictures: layouts, kinds of files, tables of labels, the split, and that all commands see the same pixels.
+
+Tables are those that LibreOffice Calc 7.4 saved (tests/tables), photographs those of scikit-learn and, where it is
+installed, scikit-image. Run: pytest tests/test_pictures.py
+"""
+
+import csv
+import io
+import os
+import shutil
+import struct
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image, features
+
+from commands import predict
+from dataset import Batches, Opening, balanced, open_data_set
+from distributed import Ranks
+from images.cache import caches, limit_caches
+from images.check import check, format_check
+from images.decode import Rules, decode, read_header, try_decode
+from images.folders import find_image_set, find_images, part_of
+from images.labels import find_labelled, list_images, read_table
+from images.split import divide, extend, hold_out, same_pictures, united
+from transforms import Preprocess
+from utils import UserError
+
+TABLES = Path(__file__).parent / "tables"
+CPU = torch.device("cpu")
+
+
+def draw(path, seed=0, size=(12, 10), **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def classes(root, names=("cat", "dog"), count=10, first=0, size=(12, 10)):
+    for label, name in enumerate(names):
+        for index in range(count):
+            draw(root / name / f"{index:03}.png", first + 1000 * label + index, size)
+    return root
+
+
+def opened(root, size=16, **options):
+    return open_data_set(root, image_size=size, seed=options.pop("seed", 42), opening=Opening(workers=1), **options)
+
+
+def rows_of(file):
+    with open(file, newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def names(subset, root):
+    return {path.relative_to(root).as_posix() for path in subset.paths}
+
+
+# -------------------------------------------------------------------------------------- layouts
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        *((name, "train") for name in ("train", "training", "Train", "TRAIN", "Training set", "train_images")),
+        *((name, "validation") for name in ("val", "valid", "validation", "Valid", "val-set")),
+        *((name, "test") for name in ("test", "testing", "eval", "Testing", "TEST_DATA", "seg_test")),
+        *((name, None) for name in ("trains", "data", "set", "images", "attest", "cat", "")),
+    ],
+)
+def test_parts_by_any_usual_name(name, part):
+    assert part_of(name) == part
+
+
+@pytest.mark.parametrize("train, validation, test", [("Training", None, "Testing"), ("TRAIN", "Valid", "eval")])
+def test_folders_of_parts(tmp_path, train, validation, test):
+    for name in filter(None, (train, validation, test)):
+        classes(tmp_path / name, count=5)
+    found = find_image_set(tmp_path)
+    assert {path.parts[-3] for path, _ in found.train} == {train}
+    assert {path.parts[-3] for path, _ in found.test} == {test}
+    assert {path.parts[-3] for path, _ in found.validation or []} == ({validation} if validation else set())
+
+
+@pytest.mark.parametrize("inner", [".", "pets", "train"])
+def test_one_folder_of_class_folders_is_split_in_three(tmp_path, inner):
+    root = tmp_path / "pets"
+    classes(root / inner, names=("cat", "dog", "emu"), count=20)
+    data = opened(root)
+    assert [len(data.subsets[name]) for name in ("train", "validation", "test")] == [42, 9, 9]
+    assert all(np.bincount(subset.labels).tolist() == [len(subset) // 3] * 3 for subset in data.subsets.values())
+    assert len({path for subset in data.subsets.values() for path in subset.paths}) == 60
+    other = opened(root, seed=7)
+    assert names(other.test, root) == names(data.test, root)  # runs of any seed can be compared
+    assert names(other.validation, root) != names(data.validation, root)
+    shares = opened(root, split="50,25,25")
+    assert [len(shares.subsets[name]) for name in ("train", "validation", "test")] == [30, 15, 15]
+
+
+def test_two_folders_for_one_part_are_refused(tmp_path):
+    for name in ("train", "Training", "test"):
+        classes(tmp_path / name, count=2)
+    with pytest.raises(UserError, match="both (Training and train|train and Training) could hold the train images"):
+        find_image_set(tmp_path)
+
+
+def test_what_does_not_fit_is_listed_with_what_it_would_be(tmp_path):
+    classes(tmp_path / "photos" / "2024", count=3)
+    draw(tmp_path / "loose.png")
+    (tmp_path / "labels.csv").write_text("a,b\n")
+    with pytest.raises(UserError) as refused:
+        find_image_set(tmp_path)
+    text = str(refused.value)
+    assert "photos/: 6 images in 1 folders, would be no part and no class" in text
+    assert "--labels labels.csv" not in text and "labels.csv: a table of labels?" in text
+    assert "1 images without a class folder" in text and "Three ways" in text
+
+
+def test_flat_parts_are_no_classes(tmp_path):
+    for name in ("train", "test"):
+        draw(tmp_path / name / "1.png")
+    with pytest.raises(UserError, match=r"train/: 1 images in 0 folders"):
+        find_image_set(tmp_path)
+
+
+def test_a_class_called_train_is_a_class(tmp_path):
+    assert find_image_set(classes(tmp_path, names=("bus", "car", "train"))).classes == ["bus", "car", "train"]
+
+
+def test_classes_absent_from_a_part_are_said(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    classes(tmp_path / "train", names=("cat", "dog", "emu"), count=10)
+    classes(tmp_path / "test", names=("cat", "dog"), count=3)
+    data = opened(tmp_path)
+    assert np.bincount(data.test.labels, minlength=3).tolist() == [3, 3, 0]
+    assert any("no test image of emu: tested with support 0" in text for text in caplog.messages)
+
+
+# -------------------------------------------------------------------------------- kinds of files
+SUFFIXES = [
+    *(".jpg", ".jfif", ".jpe", ".JPG", ".png", ".bmp", ".gif", ".tif", ".webp", ".tga", ".ppm", ".pbm", ".jp2"),
+    *(".ico", ".pcx", ".sgi", ".dds", ".avif", ".qoi"),
+]
+
+
+def can_write(suffix):
+    kind = Image.registered_extensions().get(suffix.lower())
+    return kind in Image.SAVE and (suffix != ".avif" or features.check("avif"))
+
+
+def test_every_suffix_of_pillow_counts_and_the_rest_is_said(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    Image.init()
+    written = [suffix for suffix in SUFFIXES if can_write(suffix)]
+    assert len(written) >= 16
+    for number, suffix in enumerate(written):
+        path = tmp_path / "cat" / f"{number}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("1" if suffix == ".pbm" else "RGB", (8, 8)).save(path)
+    shutil.copy(tmp_path / "cat" / "0.jpg", tmp_path / "cat" / "photo")  # by its content
+    for number, name in enumerate(("notes.txt", "a.xml", "b.XML", "c.pdf", "README")):
+        (tmp_path / "cat" / name).write_bytes(b"%PDF-1.4" if number == 3 else b"no picture")
+    (tmp_path / "cat" / "Thumbs.db").write_bytes(b"")
+    draw(tmp_path / "dog" / "1.png")
+    found = find_image_set(tmp_path)
+    assert len(found.train) == len(written) + 2
+    assert found.passed_over == Counter({".xml": 2, ".txt": 1, ".pdf": 1, "without a suffix": 1})
+    assert found.remarks() == ["passed over as no images: 2 .xml, 1 .pdf, 1 .txt, 1 without a suffix"]
+    report = check(tmp_path)
+    assert report["unreadable"] == {} and report["passed_over"][".xml"] == 2
+    assert "passed over: .xml: 2, " in format_check(report)
+
+
+def test_links_are_followed_and_loops_end(tmp_path):
+    outside = classes(tmp_path / "elsewhere", names=("more",), count=3)
+    root = classes(tmp_path / "data", count=2)
+    (root / "cat" / "linked").symlink_to(outside / "more")
+    (root / "emu").symlink_to(outside / "more", target_is_directory=True)
+    (root / "dog" / "loop").symlink_to(root / "dog")
+    (root / "dog" / "gone.png").symlink_to(root / "nothing.png")
+    found = find_image_set(root)
+    assert Counter(found.classes[label] for _, label in found.train) == {"cat": 5, "emu": 3, "dog": 3}
+    assert try_decode(root / "dog" / "gone.png", None) == "a link to a file that does not exist"
+    assert len(list(find_images(root))) == 8  # the folder that is linked twice is walked once
+
+
+def damage_exif(path):
+    """Puts an EXIF block that nobody can read into a file whose pixels stay as they are."""
+    content = path.read_bytes()
+    block = b"II*\0\xff\xff\xff\x7f garbage"
+    if path.suffix == ".png":
+        chunk = b"eXIf" + block
+        whole = struct.pack(">I", len(block)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+        path.write_bytes(content[:33] + whole + content[33:])
+    elif path.suffix == ".jpg":
+        path.write_bytes(
+            content[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 8) + b"Exif\0\0" + block + content[2:]
+        )
+    else:
+        Image.open(io.BytesIO(content)).save(path, lossless=True, exif=b"Exif\0\0 no TIFF at all")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
+def test_an_orientation_that_cannot_be_read_is_none(tmp_path, suffix):
+    root = classes(tmp_path, count=4)
+    broken = draw(root / "cat" / f"broken{suffix}", 3, **({"lossless": True} if suffix == ".webp" else {}))
+    sound = decode(broken)
+    damage_exif(broken)
+    assert np.array_equal(decode(broken), sound)
+    assert check(tmp_path)["unreadable"] == {}
+    assert read_header(broken, Rules()).size == (10, 12)
+    opened(tmp_path)
+
+
+def test_one_limit_for_every_command(tmp_path):
+    root = classes(tmp_path, count=3)
+    draw(root / "cat" / "large.png", size=(300, 200))
+    assert check(root, rules=Rules(max_megapixels=0.06))["unreadable"] == {}
+    reason = check(root, rules=Rules(max_megapixels=0.05))["unreadable"]["cat/large.png"]
+    assert "larger than --max_megapixels allows" in reason
+    assert try_decode(root / "cat" / "large.png", 16, Rules(max_megapixels=0.05)) == reason
+    with pytest.raises(UserError, match="larger than --max_megapixels allows"):
+        open_data_set(root, image_size=16, seed=1, opening=Opening(rules=Rules(max_megapixels=0.05)))
+    Image.new("L", (12000, 10000)).save(root / "cat" / "photo.png")  # 120 megapixels, as today's telephones take
+    assert decode(root / "cat" / "photo.png", 16).shape == (16, 16, 3)
+
+
+def test_heic_is_read_by_its_plugin_or_names_it(tmp_path, monkeypatch):
+    plugin = pytest.importorskip("pillow_heif")
+    path = tmp_path / "cat" / "photo.heic"
+    path.parent.mkdir()
+    picture = Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).astype(np.uint8).reshape(64, 64, 3))
+    plugin.from_pillow(picture).save(path)
+    assert [found.name for found in find_images(tmp_path)] == ["photo.heic"]
+    with monkeypatch.context() as patch:
+        patch.setitem(__import__("sys").modules, "pillow_heif", None)
+        for kind in ("HEIF", "AVIF_BY_HEIF"):
+            patch.delitem(Image.OPEN, kind, raising=False)
+        patch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
+        assert "pip install pillow-heif" in try_decode(path, None)
+    assert np.abs(decode(path).astype(int) - np.asarray(picture)).mean() < 6
+
+
+def test_a_shape_that_is_only_opacity_is_seen(tmp_path):
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6, 3] = 255
+    for colour in (0, 128):
+        pixels[..., :3] = colour
+        Image.fromarray(pixels).save(tmp_path / "drawing.png")
+        assert sorted(np.unique(decode(tmp_path / "drawing.png"))) == [colour, 255]
+
+
+def deep(root, values, kind):
+    for name in ("cat", "dog"):
+        for index in range(6):
+            path = root / name / f"{index}.{'png' if kind == np.uint16 else 'tif'}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            drawn = np.random.default_rng(index + len(name)).permutation(values).reshape(16, -1)
+            Image.fromarray(drawn.astype(kind)).save(path)
+    return root
+
+
+@pytest.mark.parametrize(
+    "values, kind, mode",
+    [
+        (np.linspace(0, 4095, 4096), np.uint16, "I;16"),  # a 12-bit X-ray
+        (np.linspace(-1000, 2000, 4096), np.int32, "I"),  # a slice of a CT in Hounsfield units
+        (np.linspace(-1, 1, 4096), np.float32, "F"),
+    ],
+)
+def test_deep_grey_pictures_keep_their_levels(tmp_path, values, kind, mode):
+    root = deep(tmp_path, values, kind)
+    data = open_data_set(root, image_size=256, seed=1, opening=Opening(workers=1, own_window=True))
+    assert data.rules.windows == {mode: pytest.approx((values.min(), values.max()))}
+    array = data.train.store.array
+    assert len(np.unique(array[0])) >= 250 and array.min() == 0 and array.max() == 255
+    assert np.array_equal(decode(data.test.paths[0], 256, data.rules), data.test.store.array[data.test.positions[0]])
+    report = check(root)
+    assert report["windows"] == {mode: [values.min(), pytest.approx(values.max())]} and report["flat"] == []
+    narrow = Rules(windows={mode: (values.min() - 2, values.min() - 1)})
+    assert len(check(root, rules=narrow)["flat"]) == 12  # named, before a training learns nothing
+
+
+def test_a_window_holds_for_training_evaluation_and_prediction(tmp_path, run):
+    root = deep(tmp_path / "data", np.linspace(0, 4095, 4096), np.uint16)
+    runs = tmp_path / "runs"
+    assert tiny.train(root, runs, "--window=100,3000", "--split=50,25,25", "--image_size=64") == 0
+    config = tiny.config(runs / "run")
+    assert config["dataset"]["windows"]["I;16"] == [100.0, 3000.0]
+    assert torch.load(runs / "run" / "best_model.pt", weights_only=True)["windows"]["I;16"] == [100.0, 3000.0]
+    tested = {row["path"]: row for row in rows_of(runs / "run" / "predictions.csv")}
+    status, _, err = run(
+        ["predict", root, f"--checkpoint_dir={runs}", "--checkpoint_name=run", f"--csv={tmp_path / 'out.csv'}"]
+    )
+    assert status == 0, err
+    found = {Path(row["path"]).relative_to(root).as_posix(): row for row in rows_of(tmp_path / "out.csv")}
+    for path, row in tested.items():
+        assert float(found[path]["cat"]) == pytest.approx(float(row["cat"]), abs=1e-5)
+
+
+def test_several_pictures_in_a_file_are_said_once(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    root = classes(tmp_path, count=4)
+    frames = [Image.new("RGB", (12, 10), (shade, 0, 0)) for shade in (10, 200)]
+    frames[0].save(root / "cat" / "moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(root / "cat" / "pages.tif", save_all=True, append_images=frames[1:])
+    assert decode(root / "cat" / "moving.gif")[0, 0].tolist() == [10, 0, 0]
+    opened(root)
+    assert [text for text in caplog.messages if "several pictures" in text] == [
+        "2 files hold several pictures: the first of each is used"
+    ]
+    assert check(root)["several"] == ["cat/moving.gif", "cat/pages.tif"]
+
+
+def test_the_pictures_of_other_packages(tmp_path):
+    skimage = pytest.importorskip("skimage")
+    folder = Path(skimage.__file__).parent / "data"
+    (tmp_path / "science").symlink_to(folder)
+    sklearn = pytest.importorskip("sklearn.datasets")
+    (tmp_path / "photos").symlink_to(Path(sklearn.__file__).parent / "images")
+    found = find_image_set(tmp_path)
+    assert Counter(label for _, label in found.train)[0] == 2
+    assert {".py", ".txt"} <= found.passed_over.keys()
+    report = check(tmp_path)
+    assert report["sizes"]["640x427"] >= 2
+    for name, reason in report["unreadable"].items():  # of a kind that Pillow does not read: the same everywhere
+        assert try_decode(tmp_path / name, None) == reason
+    assert len(report["unreadable"]) <= 1
+
+
+# ------------------------------------------------------------- the same pixels, whatever stands beside
+@pytest.mark.parametrize("cache", ["memory", "none"])
+@pytest.mark.parametrize("sizes", [[(16, 16)], [(16, 16), (256, 256)], [(30, 12), (64, 64), (70, 20)]])
+def test_evaluation_sees_of_a_file_what_prediction_sees(tmp_path, sizes, cache):
+    root = tmp_path / "data"
+    for number in range(24):
+        draw(root / "test" / ("cat", "dog")[number % 2] / f"{number}.png", number, sizes[number % len(sizes)])
+        draw(root / "train" / ("cat", "dog")[number % 2] / f"{number}.png", 100 + number, sizes[0])
+    data = open_data_set(root, image_size=64, seed=1, opening=Opening(cache, 1))
+    preprocess = Preprocess(CPU, 64)
+    tested = Batches(data.test, preprocess, 7, 2).evaluation()
+    pixels = torch.cat([images for images, *_ in tested])
+    for path, seen in zip(data.test.paths, pixels, strict=True):
+        alone = preprocess(*predict._boxed([decode(path, 64)], CPU))
+        assert torch.equal(alone[0], seen)
+    together = preprocess(*predict._boxed([decode(path, 64) for path in data.test.paths], CPU))
+    assert torch.equal(together, pixels)
+
+
+def test_validation_sees_no_larger_picture_than_the_test(tmp_path):
+    """Random crops choose from larger pictures; what is validated is read as what is tested."""
+    root = classes(tmp_path, count=10, size=(90, 80))
+    data = opened(root, 32, keep_larger=True)
+    assert data.train.store.array.shape[1:3] == (48, 48)
+    for subset in (data.validation, data.test):
+        expected = [decode(path, 32) for path in subset.paths]
+        assert np.array_equal(subset.store.array[subset.positions], expected)
+
+
+@pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "none"])
+def test_pictures_of_several_sizes_train(tmp_path, kind):
+    root = tmp_path
+    for number in range(24):
+        draw(root / ("cat", "dog")[number % 2] / f"{number}.png", number, [(16, 20), (60, 30), (100, 90)][number % 3])
+    data = opened(root, 32, keep_larger=kind == "crop")
+    batches = Batches(data.train, Preprocess(CPU, 32), 5, 2, augment=kind)
+    for images, *_ in (piece for pieces in batches.epoch(0) for piece in pieces):
+        assert images.shape[1:] == (3, 32, 32) and images.isfinite().all() and images.std() > 0.3
+
+
+# -------------------------------------------------------------------------------------- the split
+def test_equal_pictures_are_on_one_side(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    root = classes(tmp_path, count=30)
+    for index in range(10):
+        shutil.copy(root / "cat" / f"{index:03}.png", root / "cat" / f"copy{index}.png")
+        with Image.open(root / "dog" / f"{index:03}.png") as image:
+            image.save(root / "dog" / f"again{index}.tif")  # other bytes, the same picture
+    for seed in range(3):
+        data = opened(root, seed=seed)
+        sides = {path.stem: name for name, subset in data.subsets.items() for path in subset.paths}
+        by_path = {f"{p.parent.name}/{p.stem}": n for n, subset in data.subsets.items() for p in subset.paths}
+        assert len(by_path) == 80 and sides
+        for index in range(10):
+            assert by_path[f"cat/copy{index}"] == by_path[f"cat/{index:03}"]
+            assert by_path[f"dog/again{index}"] == by_path[f"dog/{index:03}"]
+    assert any("20 images are copies of others" in text for text in caplog.messages)
+
+
+def test_a_test_picture_that_is_trained_on_is_a_warning(tmp_path, caplog):
+    for part in ("train", "test"):
+        classes(tmp_path / part, count=6, first=10_000 * len(part))
+    shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "leak.png")
+    opened(tmp_path)
+    assert any("1 test images are also training images" in text and "leak.png" in text for text in caplog.messages)
+
+
+def test_groups_stay_together(tmp_path):
+    for number in range(120):
+        name = ("cat", "dog")[number % 2]
+        draw(tmp_path / name / f"patient{number // 6:02}_{number}.png", number)
+    for seed in range(3):
+        data = opened(tmp_path, seed=seed, group=r"patient(\d+)")
+        sides = {}
+        for name, subset in data.subsets.items():
+            assert len(subset) >= 10 and len(set(subset.labels)) == 2
+            for path in subset.paths:
+                assert sides.setdefault(path.name[:9], name) == name
+        assert len(sides) == 20
+    with pytest.raises(UserError, match="fits no file name, such as"):
+        opened(tmp_path, group="video")
+    with pytest.raises(UserError, match="no regular expression"):
+        opened(tmp_path, group="(")
+
+
+def test_units_join_what_any_list_joins():
+    assert united([[0, 3], [4, 3], [5, 6]], 7).tolist() == [0, 1, 2, 0, 0, 5, 5]
+
+
+@pytest.mark.parametrize("counts", [[2, 2], [2, 2, 2], [3, 2, 40], [1, 50, 50], [2, 1000], [1, 2, 2, 1, 3]])
+@pytest.mark.parametrize("with_test", [False, True])
+def test_a_class_of_two_gives_one(counts, with_test):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    for seed in range(5):
+        parts = divide(labels, seed=seed, with_test=with_test)
+        for label, count in enumerate(counts):
+            inside = parts[labels == label]
+            assert (inside == 0).any(), "every class is trained on"
+            assert count == 1 or (inside > 0).any(), "a class of two holds one out"
+        assert set(parts) == ({0, 1, 2} if with_test else {0, 1})
+
+
+def test_what_cannot_be_split_says_why():
+    with pytest.raises(UserError, match="a class needs two images"):
+        divide(np.array([0, 1, 2]), seed=1)
+    with pytest.raises(UserError, match="a class needs two images"):
+        divide(np.array([0, 0, 1]), seed=1, together=[[0, 1]])
+    with pytest.raises(UserError, match="three shares"):
+        divide(np.repeat([0, 1], 20), seed=1, shares=(80, 20), with_test=True)
+
+
+def test_what_a_split_says_stays_and_copies_follow():
+    recorded = np.array([2, 0, -1, -1, 1])
+    assert extend(recorded, np.array([0, 1, 1, 0, 0]), [[0, 2]]).tolist() == [2, 0, 2, 0, 1]
+
+
+def test_equal_checksums_are_not_enough():
+    sums = np.array([7, 7, 7, 0, 0, 9], np.uint32)
+    assert same_pictures(sums, lambda place: b"a" if place < 2 else b"b") == [[0, 1]]
+
+
+@pytest.mark.parametrize("size", [3000])
+def test_shares_are_kept_in_large_sets(size):
+    labels = np.random.default_rng(0).integers(0, 10, size)
+    held = hold_out(labels, 0.15, 3, np.arange(size))
+    assert abs(len(held) - 0.15 * size) <= 1
+    assert np.abs(np.bincount(labels[held]) / np.bincount(labels) - 0.15).max() < 0.01
+
+
+# ------------------------------------------------------------------------------ labels in a table
+FRUIT = ["Apfel", "Birne, reif", "Äpfel", "Birne, reif"]
+
+
+def fruit(root):
+    for number in range(1, 5):
+        draw(root / "bilder" / f"{number:04}.jpg", number)
+    return root
+
+
+@pytest.mark.parametrize("name", ["semicolon", "utf16_tab", "windows", "quoted"])
+def test_tables_as_a_spreadsheet_saves_them(tmp_path, name):
+    found = find_labelled(fruit(tmp_path), TABLES / f"{name}.csv", group="Gruppe")
+    assert found.classes == sorted(set(FRUIT))
+    assert [found.classes[label] for _, label in found.train] == FRUIT
+    assert [path.name for path, _ in found.train] == ["0001.jpg", "0002.jpg", "0003.jpg", "0004.jpg"]
+    assert sorted(found.groups.values()) == ["p1", "p1", "p2", "p2"]
+
+
+def test_numbers_that_lost_their_zeros_are_found_and_sorted_as_numbers(tmp_path):
+    found = find_labelled(fruit(tmp_path), TABLES / "lost_zeros.csv")
+    assert found.classes == ["2", "3", "11"] and [label for _, label in found.train] == [1, 2, 1, 0]
+
+
+EXCEL = [
+    b"\xef\xbb\xbfid;label\r\n0001;a\r\n0002;b\r\n0003;a\r\n0004;b\r\n",  # CSV UTF-8, in a country of semicolons
+    "\ufeffid\tlabel\r\n0001\ta\r\n0002\tb\r\n0003\ta\r\n0004\tb\r\n".encode("utf-16-le"),  # Unicode text
+    b"sep=,\r\nid,label\r\n0001,a\r\n0002,b\r\n0003,a\r\n0004,b\r\n",
+    b"bilder\\0001.jpg,a\r\nbilder\\0002.jpg,b\r\nbilder\\0003.JPG,a\r\nbilder\\0004.jpg,b",  # Windows paths, no header
+    b"0001.jpg,a,p1\n0002.jpg,b,p2\n0003.jpg,a,p3\n0004.jpg,b,p4\n",
+    b"label,file,width\na,0001.jpg,12\nb,0002.jpg,12\na,0003.jpg,12\nb,0004.jpg,12\n\n ,,\n",
+    b'Image,Id\n"0001.jpg","a"\n"0002.jpg","b"\n"0003.jpg","a"\n"0004.jpg","b"\n',  # Id is the label
+]
+
+
+@pytest.mark.parametrize("content", EXCEL, ids=range(len(EXCEL)))
+def test_tables_in_the_forms_of_excel_and_kaggle(tmp_path, content):
+    fruit(tmp_path)
+    (tmp_path / "labels.csv").write_bytes(content)
+    found = find_labelled(tmp_path, "labels.csv")
+    assert found.classes == ["a", "b"] and [label for _, label in found.train] == [0, 1, 0, 1]
+
+
+def test_kaggles_table_beside_its_folders(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    for number in range(40):
+        draw(tmp_path / "train" / f"{number:x}f.jpg", number)
+        draw(tmp_path / "test" / f"{number:x}e.jpg", 100 + number)
+    rows = [f"{number:x}f,{('beagle', 'poodle')[number % 2]}" for number in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["id,breed", *rows, "gone,beagle"]))
+    (tmp_path / "sample_submission.csv").write_text("id,beagle,poodle\n")
+    data = opened(tmp_path, labels="train.csv")
+    assert data.classes == ["beagle", "poodle"]
+    assert [len(data.subsets[name]) for name in ("train", "validation", "test")] == [28, 6, 6]
+    assert "train.csv: images from 'id', classes from 'breed'" in caplog.messages
+    assert "1 rows of train.csv name no image that is there, such as gone" in caplog.messages
+    assert "40 images have no row in train.csv, such as test/0e.jpg: left out" in caplog.messages
+
+
+def test_parts_and_groups_of_a_table(tmp_path):
+    rows = []
+    for number in range(30):
+        draw(tmp_path / f"{number}.png", number)
+        rows.append(f"{number}.png;{'ab'[number % 2]};{('Training', 'Training', 'TEST')[number % 3]};{number // 2}")
+    (tmp_path / "t.csv").write_text("\n".join(["image;label;split;group", *rows]))
+    data = opened(tmp_path, labels="t.csv")
+    assert {int(path.stem) for path in data.test.paths} == set(range(2, 30, 3))
+    assert len(data.train) + len(data.validation) == 20
+    assert not {int(path.stem) // 2 for path in data.train.paths} & {int(p.stem) // 2 for p in data.validation.paths}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("id,label\n0001,a\n0001,b\n0002,b\n", "two labels: a and b"),
+        ("id,label\n9991,a\n9992,b\n", "no cell names an image"),
+        ("id,label\n0001,a\n0002,a\n", "labels one class, a: two are needed"),
+        ("id,healthy,rust\n0001,1,0\n0002,0,1\n", "which column is the label, of healthy, rust"),
+        ("id,label,split\n0001,a,train\n0002,b,somewhere\n", "'somewhere' is no part"),
+        ("only\n0001\n", "at least two columns"),
+        ("", "at least two columns"),
+        (b"PK\x03\x04 xlsx", "save it as CSV"),
+        (None, "cannot be read"),
+    ],
+)
+def test_wrong_tables_are_named(tmp_path, content, message):
+    fruit(tmp_path)
+    if content is not None:
+        (tmp_path / "t.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=message):
+        find_labelled(tmp_path, "t.csv")
+
+
+def test_a_name_in_two_folders_needs_its_folder(tmp_path):
+    for folder in ("a", "b"):
+        for number in range(3):
+            draw(tmp_path / folder / f"{number}.png", number)
+    (tmp_path / "t.csv").write_text("file,label\n0.png,x\n1.png,y\n")
+    with pytest.raises(UserError, match="may mean .*Name the folder, too"):
+        find_labelled(tmp_path, "t.csv")
+    (tmp_path / "t.csv").write_text("file,label\na/0.png,x\nb/0.png,y\n./a/1.png,y\n")
+    assert [path.parent.name for path, _ in find_labelled(tmp_path, "t.csv").train] == ["a", "a", "b"]
+
+
+def test_a_column_of_groups_or_a_pattern(tmp_path):
+    fruit(tmp_path)
+    (tmp_path / "t.csv").write_text("id,label,Patient ID\n0001,a,p\n0002,b,p\n0003,a,q\n0004,b,q\n")
+    assert sorted(list_images(tmp_path, labels="t.csv", group="patient_id").groups.values()) == ["p", "p", "q", "q"]
+    found = list_images(tmp_path, labels="t.csv", group=r"000(\d)")
+    assert sorted(found.groups.values()) == ["1", "2", "3", "4"]
+    assert read_table(tmp_path / "t.csv")[0] == ["id", "label", "Patient ID"]
+
+
+# ------------------------------------------------------------------------------------- few and uneven
+def test_a_last_batch_of_one_joins_the_one_before(tmp_path):
+    root = classes(tmp_path / "train", count=11)
+    classes(tmp_path / "test", count=2)
+    data = opened(root.parent)
+    data.train.keep(17)
+    for accumulate, ranks in ((1, 1), (2, 1), (1, 2)):
+        sizes = [
+            [sum(len(labels) for _, labels, weight, _ in pieces if weight) for pieces in batches.epoch(0)]
+            for rank in range(ranks)
+            for batches in [
+                Batches(data.train, Preprocess(CPU, 16), 4, 2, accumulate=accumulate, ranks=Ranks(rank, rank, ranks))
+            ]
+        ]
+        assert np.sum(sizes, 0).tolist() == [4, 4, 4, 5]
+    batches = Batches(data.train, Preprocess(CPU, 16), 4, 2)
+    assert batches.updates_per_epoch == 4 and [batches.images_in(update) for update in range(4)] == [4, 4, 4, 5]
+    data.train.keep(1)
+    assert Batches(data.train, Preprocess(CPU, 16), 4, 2).updates_per_epoch == 1
+    data.train.keep(1)
+    assert Batches(data.train, Preprocess(CPU, 16), 1, 2).updates_per_epoch == 1
+
+
+def test_a_balanced_epoch_holds_each_class_equally_often():
+    labels = np.repeat([0, 1, 2], [40, 3, 17])
+    order = np.random.default_rng(1).permutation(60)
+    found = balanced(order, labels, 3)
+    assert np.bincount(labels[found]).tolist() == [20, 20, 20]
+    times = np.bincount(found, minlength=60)
+    assert times[labels == 1].tolist() == [7, 7, 6] or sorted(times[labels == 1]) == [6, 7, 7]
+    assert times[labels == 0].max() == 1  # of many, each at most once
+    assert not np.array_equal(balanced(np.random.default_rng(2).permutation(60), labels, 3), found)
+    assert len(set(labels[found[:10]])) == 3  # mixed, not class by class
+
+
+def test_balanced_sampling_depends_on_position_and_is_shared_by_ranks(tmp_path):
+    root = classes(tmp_path, names=("cat",), count=40)
+    classes(tmp_path, names=("dog",), count=6, first=5000)
+    data = opened(root)
+    preprocess = Preprocess(CPU, 16)
+
+    def labels(first=0, ranks=1):
+        found = []
+        for rank in range(ranks):
+            batches = Batches(data.train, preprocess, 8, 2, seed=3, sampler="balanced", ranks=Ranks(rank, rank, ranks))
+            found.append([[p[1].tolist() for p in pieces if p[2]] for pieces in batches.epoch(1, first)])
+        return [sum((part for rank in found for part in rank[update]), []) for update in range(len(found[0]))]
+
+    whole = labels()
+    assert labels(first=2) == whole[2:] and labels(ranks=2) == whole
+    counts = Counter(label for update in whole for label in update)
+    assert abs(counts[0] - counts[1]) <= 1
+
+
+# ------------------------------------------------------------------------------------------- caches
+def test_caches_are_limited_the_oldest_go_first(tmp_path):
+    root = classes(tmp_path, count=8)
+    for number, size in enumerate((16, 12, 10)):
+        opened(root, size)
+        for cache in caches(root / ".cache")[number:]:
+            os.utime(cache.file.with_suffix(".json"), (number, number))
+            os.utime(cache.file, (number, number))
+    first, second, third = caches(root / ".cache")
+    limit_caches(root / ".cache", second.size + third.size, keep=third.file)
+    assert caches(root / ".cache") == [second, third]
+    limit_caches(root / ".cache", 1, keep=third.file)
+    assert caches(root / ".cache") == [third]
+
+
+def test_a_cache_limit_that_is_too_small_streams(tmp_path):
+    root = classes(tmp_path, count=8)
+    tight = open_data_set(root, image_size=16, seed=1, opening=Opening(workers=0, cache_limit=1e-7))
+    assert type(tight.train.store).__name__ == "StreamedImages"
+    assert tight.fingerprint == open_data_set(root, image_size=16, seed=1).fingerprint
