@@ -86,8 +86,8 @@ class Execution:
 
     def _finish(self, update: bool) -> None:
         """The tool's own backward pass, and update, for a step that only returns its loss."""
-        losses = {name: loss for name, loss in losses_in(self.result).items() if loss.requires_grad}
-        scaler = self.subject.update_scaler(self.precision) if update else None
+        losses: dict[str, Any] = {name: loss for name, loss in losses_in(self.result).items() if loss.requires_grad}
+        scaler: Any = self.subject.update_scaler(self.precision) if update else None
         self._busy = True
         parts = self.subject.models if not self.subject.single else {}
         by_name = bool(losses) and len(losses) > 1 and losses.keys() <= parts.keys()

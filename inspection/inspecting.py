@@ -249,7 +249,7 @@ class Inspection:
 
     def _subject_record(self, execution: Execution) -> dict[str, Any]:
         subject = self.subject
-        models = {
+        models: dict[str, dict[str, Any]] = {
             name: {
                 "class": type(core(model)).__name__,
                 "parameters": sum(parameter.numel() for parameter in model.parameters()),
