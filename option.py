@@ -529,7 +529,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
-    get = vars(options).get
+    get: Callable[..., Any] = vars(options).get
     comparing = options.command == "compare"
     epochs = get("epochs", math.inf)
     name = Path(get("checkpoint_name") or ".")

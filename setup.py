@@ -17,8 +17,8 @@ from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "amp_train"
-FOLDERS = sorted(file.parent.relative_to(ROOT) for file in ROOT.glob("[a-z]*/**/__init__.py"))
-FOLDERS = [folder for folder in FOLDERS if folder.parts[0] not in ("build", "tests")]
+PARTS = [file.parent for file in ROOT.glob("[a-z]*/__init__.py")]  # of the package: folders that say so
+FOLDERS = sorted(file.parent.relative_to(ROOT) for part in PARTS for file in part.rglob("__init__.py"))
 OWN = {file.stem for file in ROOT.glob("*.py")} - {"setup"} | {folder.parts[0] for folder in FOLDERS}
 GENERATED = {
     "__init__.py": f'"""amp-train, installed: the modules of a checkout, below one name."""\n\n'

@@ -29,7 +29,7 @@ FORMS = (
     "make() returns (model, batch, loss) with loss(outputs, batch), or (model, batch, step) with step(model, batch), "
     "or a dictionary with model or models, batch, loss or step, optimizer or optimizers, and scaler"
 )
-ALIASES: dict[Any, Any] = {"models": "model", "optimizer": "optimizers"}
+ALIASES = {"models": "model", "optimizer": "optimizers"}
 KEYS = ("model", "batch", "loss", "step", "optimizers", "scaler")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -164,7 +164,6 @@ def _reason(error: BaseException, file: Path) -> str:
 
 def arguments_of(made: Any) -> dict[str, Any]:
     """What make() returned as the arguments of inspect_step."""
-    parts: dict[str, Any]
     if isinstance(made, Mapping):
         parts = {ALIASES.get(str(name), str(name)): value for name, value in made.items()}
         unknown = [name for name in parts if name not in KEYS]

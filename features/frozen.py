@@ -93,7 +93,7 @@ class FrozenNetwork:
         batches = self.batches
         was_training = self.model.training
         self.model.eval()
-        kept = None
+        kept: Any = None
         with torch.no_grad(), self._bar() as bar:
             for images, _, places in batches.evaluation():
                 views = [images, images.flip(3)] if self.mirrored else [images]
@@ -115,7 +115,7 @@ class FrozenNetwork:
 class KeptBatches(Batches):
     """As Batches, but of the inputs of a head, float32 (count, features), in place of images."""
 
-    source: FrozenNetwork | None = field(default=None, kw_only=True)
+    source: FrozenNetwork = field(kw_only=True)
 
     def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
         return self.source.batches.first_images(most)
