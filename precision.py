@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +109,19 @@ def card_of(device: torch.device) -> Card:
         return INTEL_GPU
     if device.type == "mps":
         return apple_chip(chip_name())
-    return processor({name for name, has in torch.cpu.get_capabilities().items() if has})
+    return processor(cpu_instructions())
+
+
+def cpu_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The processor's instructions, as torch.cpu.get_capabilities names them; PyTorch 2.10 has no such function."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has}
+    renamed = {"avx512f": "avx512_f", "asimd": "neon", "asimdhp": "fp16_arith"}  # what Linux calls them
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # on x86, on ARM
+                return {renamed.get(flag, flag) for flag in line.partition(":")[2].split()}
+    return set()
 
 
 def chip_name() -> str:

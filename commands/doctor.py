@@ -13,7 +13,6 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from dataset import Batches, Opening, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import build_model
-from precision import card_of, sensible_precisions
+from precision import card_of, cpu_instructions, sensible_precisions
 from precision_table import PRECISIONS, label_of
 from transforms import Preprocess
 from utils import RunError, choose_device, device_name, linux_memory, refuse_missing_folders, write_text
@@ -128,7 +127,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found = {**_cuda(device), **found}
     elif device.type == "cpu":
-        found = {"instructions": _instructions(torch.cpu.get_capabilities()), **found}
+        found = {"instructions": _instructions(cpu_instructions()), **found}
     return {
         "device": str(device),
         "name": device_name(device),
@@ -155,9 +154,9 @@ def _numbers(card: Card) -> dict[str, Any]:
     }
 
 
-def _instructions(capabilities: Mapping[str, Any]) -> str:
+def _instructions(flags: set[str]) -> str:
     """Those of a processor's instructions that matter here."""
-    return " ".join(name for name in INSTRUCTIONS if capabilities.get(name))
+    return " ".join(name for name in INSTRUCTIONS if name in flags)
 
 
 def _cuda(device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from inspection.probe import Probe
 from inspection.roofline import Operator, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
-from precision import sensible_precisions
+from precision import cpu_instructions, sensible_precisions
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
 from utils import RunError, choose_device, device_name, log, write_text
 
@@ -38,7 +38,7 @@ def climb(
     """
     batch, remark = fitting_batch(device, image_size, batch_size)
     request = {"device": str(device), "model_name": model_name, "image_size": image_size, "batch_size": batch}
-    flags = {name for name, has in torch.cpu.get_capabilities().items() if has} if device.type == "cpu" else set()
+    flags = cpu_instructions() if device.type == "cpu" else set()
     ladder = _Ladder(device, request)
     try:
         for rung in rungs_for(device, sensible_precisions(device), flags):

@@ -149,3 +149,17 @@ def test_bfloat16_products_inside_float32_can_be_turned_on_and_off():
     for on, mode in ((True, "bf16"), (False, "ieee")):
         bfloat16_products(on)
         assert torch.backends.mkldnn.conv.fp32_precision == torch.backends.mkldnn.matmul.fp32_precision == mode
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512f avx512_bf16", {"fpu", "avx2", "avx512_f", "avx512_bf16"}),
+        ("Features\t: fp asimd asimdhp sve bf16", {"fp", "neon", "fp16_arith", "sve", "bf16"}),
+    ],
+)
+def test_an_older_pytorch_learns_the_instructions_from_linux(line, expected, tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\n{line}\nbugs : none\n")
+    assert precision.cpu_instructions(tmp_path / "cpuinfo") == expected
+    assert precision.cpu_instructions(tmp_path / "nowhere") == set()
