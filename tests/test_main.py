@@ -61,6 +61,7 @@ METRICS = {
     "grad_norm",
     "elapsed",
     "skips",
+    "image_size",
 }
 RESULT = {
     "test_acc",
@@ -83,6 +84,7 @@ RESULT = {
     "train_seconds",
     "skipped_updates",
     "calibration_error",
+    "tta",
 }
 
 

@@ -6,6 +6,7 @@ installed, scikit-image. Run: pytest tests/test_pictures.py
 
 import csv
 import io
+import json
 import os
 import shutil
 import struct
@@ -648,3 +649,202 @@ def test_a_cache_limit_that_is_too_small_streams(tmp_path):
     tight = open_data_set(root, image_size=16, seed=1, opening=Opening(workers=0, cache_limit=1e-7))
     assert type(tight.train.store).__name__ == "StreamedImages"
     assert tight.fingerprint == open_data_set(root, image_size=16, seed=1).fingerprint
+
+
+# ------------------------------------------------------------------------------ by the command line
+TINY = ["--image_size=16", "--batch_size=8", "--epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def pets(tmp_path_factory):
+    """A run on one folder of class folders: (data folder, folder of runs)."""
+    folder = tmp_path_factory.mktemp("pets")
+    root = classes(folder / "pets", names=("cat", "dog", "emu"), count=20)
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        assert tiny.train(root, folder / "runs", *TINY, "--best_by=macro_f1", "--sampler=balanced") == 0
+    return root, folder / "runs"
+
+
+def tested(run, root, runs, *more):
+    status, out, err = run(
+        ["evaluate", f"--data_dir={root}", f"--checkpoint_dir={runs}", "--checkpoint_name=run", *more]
+    )
+    assert status == 0, err
+    return out
+
+
+def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, tmp_path, run):
+    root, runs = pets
+    rows = rows_of(runs / "run" / "split.csv")
+    assert Counter(row["part"] for row in rows) == {"train": 42, "validation": 9, "test": 9}
+    assert all(row["path"].split("/")[0] == row["class"] for row in rows)
+    grown = shutil.copytree(root, tmp_path / "pets")
+    classes(grown, names=("cat", "dog", "emu"), count=24, first=0)
+    shutil.rmtree(grown / ".cache", ignore_errors=True)
+    out = tested(run, grown, runs, f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}")
+    assert "tested: the 9 images that the run's split.csv calls its test part" in out
+    expected = {row["path"]: row for row in rows_of(runs / "run" / "predictions.csv")}
+    found = {row["path"]: row for row in rows_of(tmp_path / "out.csv")}
+    assert found.keys() == expected.keys() == {row["path"] for row in rows if row["part"] == "test"}
+    for path, row in found.items():
+        assert float(row["confidence"]) == pytest.approx(float(expected[path]["confidence"]), abs=1e-5)
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["test_acc"] == json.loads((runs / "run" / "result.json").read_text())["test_acc"]
+
+
+def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
+    root, runs = pets
+    tiny.leave_out_pictures(monkeypatch)
+    shutil.copytree(root, tmp_path / "pets")
+    shutil.copytree(runs, tmp_path / "runs")
+    before = (tmp_path / "runs" / "run" / "split.csv").read_text()
+    draw(tmp_path / "pets" / "cat" / "added.png", 77)
+    words = (*TINY, "--best_by=macro_f1", "--sampler=balanced", "--resume")
+    assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 0
+    assert (tmp_path / "runs" / "run" / "split.csv").read_text() == before
+    next((tmp_path / "pets" / "emu").iterdir()).unlink()
+    assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 2
+
+
+def test_a_new_run_may_follow_a_split_and_divide_what_is_new(pets, tmp_path):
+    root, runs = pets
+    grown = classes(shutil.copytree(root, tmp_path / "pets"), names=("cat", "dog", "emu"), count=40)
+    recorded = {row["path"]: row["part"] for row in rows_of(runs / "run" / "split.csv")}
+    data = opened(grown, split=str(runs / "run" / "split.csv"))
+    now = {name: part for part, subset in data.subsets.items() for name in data.names(subset)}
+    assert {name: now[name] for name in recorded} == recorded
+    assert len(now) == 120 and set(Counter(now.values())) == {"train", "validation", "test"}
+
+
+def test_evaluation_on_new_data_writes_what_a_training_writes(pets, tmp_path, run):
+    _, runs = pets
+    new = classes(tmp_path / "new", names=("cat", "emu", "fox"), count=5, first=90_000)
+    out = tested(run, new, runs, f"--out={tmp_path / 'out'}")
+    assert "left out, as the model does not know them: fox" in out
+    assert "no test image of dog: tested with support 0" in out
+    for name in ("predictions.csv", "result.json", "confusion_matrix.png", "mistakes.png", "report.html"):
+        assert (tmp_path / "out" / name).stat().st_size > 100, name
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["per_class"]["dog"]["support"] == 0 and np.sum(result["confusion"]) == 10
+    assert result["balanced_acc"] == pytest.approx(
+        50 * (result["per_class"]["cat"]["recall"] + result["per_class"]["emu"]["recall"]), abs=1e-3
+    )
+    status, _, err = run(
+        ["evaluate", f"--data_dir={new}", f"--checkpoint_dir={runs}", "--checkpoint_name=run", f"--out={runs / 'run'}"]
+    )
+    assert status == 2 and "is a run's folder" in err
+    (new / "only").mkdir()
+    (new / "cat").rename(new / "only" / "test")
+    status, _, err = run(
+        ["evaluate", f"--data_dir={new / 'only'}", f"--checkpoint_dir={runs}", "--checkpoint_name=run"]
+    )
+    assert status == 2 and "none of the classes that the model knows: there are test, it knows cat, dog, emu" in err
+
+
+def test_evaluation_of_a_test_folder_alone(pets, tmp_path, run):
+    _, runs = pets
+    classes(tmp_path / "Testing", names=("cat", "dog", "emu"), count=3, first=50_000)
+    assert "of 9," in tested(run, tmp_path, runs)
+
+
+def test_prediction_of_lists_and_lines_and_subfolders(pets, tmp_path, run, monkeypatch):
+    root, runs = pets
+    given = [f"--checkpoint_dir={runs}", "--checkpoint_name=run", f"--csv={tmp_path / 'out.csv'}"]
+    status, out, err = run(["predict", root, *given])
+    assert status == 0, err
+    assert Counter(row["folder"] for row in rows_of(tmp_path / "out.csv")) == {"cat": 20, "dog": 20, "emu": 20}
+    assert "cat/: 20 images: " in out and "60 images: " in out
+    (root / "list.txt").write_text("cat/000.png\n\ndog/001.png\ncat/absent.png\n")
+    status, out, err = run(["predict", f"@{root / 'list.txt'}", *given])
+    (root / "list.txt").unlink()
+    assert status == 0 and "2 images: " in out and "absent.png: the file does not exist" in out, err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{root / 'emu'}\n"))
+    status, out, err = run(["predict", "-", *given])
+    assert status == 0 and "20 images: " in out, err
+
+
+def test_a_stopped_prediction_keeps_its_rows(pets, tmp_path, run, monkeypatch):
+    root, runs = pets
+    real = try_decode
+    seen = []
+
+    def decode_some(path, *more):
+        seen.append(path)
+        if len(seen) > 40:
+            raise KeyboardInterrupt
+        return real(path, *more)
+
+    monkeypatch.setattr(predict, "try_decode", decode_some)
+    status, _, err = run(
+        [
+            *("predict", root, f"--checkpoint_dir={runs}", "--checkpoint_name=run", "--batch_size=4"),
+            *("--num_workers=1", f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}"),
+        ]
+    )
+    rows = rows_of(tmp_path / "out.csv")
+    assert status == 130 and f"stopped after {len(rows)} predictions" in err and 0 < len(rows) < 60
+    assert len(json.loads((tmp_path / "out.json").read_text())) == len(rows)
+
+
+def test_check_and_clean_by_the_command_line(tmp_path, run):
+    root = classes(tmp_path / "data", count=3)
+    opened(root)
+    status, out, _ = run(["prepare", "--check", f"--data_dir={root}", f"--json={tmp_path / 'check.json'}"])
+    assert status == 0 and "a training splits validation and test images off" in out
+    assert json.loads((tmp_path / "check.json").read_text())["counts"] == {"train": {"cat": 3, "dog": 3}}
+    status, out, _ = run(["prepare", "--clean", f"--data_dir={root}"])
+    assert status == 0 and "1 caches removed" in out and caches(root / ".cache") == []
+
+
+def test_audit_finds_labels_that_were_swapped(tmp_path, run, monkeypatch):
+    root = tiny.draw(tmp_path / "data", train=90, test=6)
+    train = root / "seg_train" / "seg_train"
+    swapped = sorted((train / "coast").iterdir())[:3]
+    for place, path in enumerate(swapped):
+        path.rename(train / "town" / f"swapped{place}.png")
+    shutil.copy(sorted((train / "field").iterdir())[0], train / "town" / "twice.png")
+    tiny.leave_out_pictures(monkeypatch)
+    words = tiny.words(root, tmp_path / "runs", "--epochs=5", "--folds=2", name="look")[1:]
+    status, out, err = run(["audit", *words])
+    assert status == 0, err
+    folder = tmp_path / "runs" / "look"
+    report = json.loads((folder / "audit.json").read_text())
+    assert report["images"] == 91 and len(report["folds"]) == 2
+    assert [sorted(Path(name).name for name in group) for group in report["copies_under_two_labels"]] == [
+        sorted([sorted((train / "field").iterdir())[0].name, "twice.png"])
+    ]
+    assert "same picture: " in out and (folder / "doubtful.png").exists() and (folder / "report.html").exists()
+    folds = [rows_of(folder / f"fold-{number}" / "predictions.csv") for number in (1, 2)]
+    assert len({row["path"] for rows in folds for row in rows}) == 91  # each image once, by a model without it
+    if report["accuracy"] > 80:
+        first = [Path(row["path"]).name for row in rows_of(folder / "doubtful.csv")[:8]]
+        assert {"swapped0.png", "swapped1.png", "swapped2.png"} <= set(first)
+    status, _, err = run(["audit", *words, "--folds=3"])
+    assert status == 2 and "an audit of other images, or of other --folds" in err
+
+
+def test_confident_learning_by_hand():
+    """Two classes, thresholds 0.8 (of labels 0) and 0.6: the third image is confidently of the other class."""
+    from reports.doubt import find_doubtful
+
+    probabilities = np.array([[1.0, 0.0], [0.9, 0.1], [0.2, 0.8], [0.4, 0.6], [0.3, 0.7], [0.5, 0.5]])
+    labels = np.array([0, 0, 0, 1, 1, 1])
+    found = find_doubtful(probabilities, labels)
+    assert found.order.tolist() == [2] and found.suggested.tolist() == [0, 0, 1, 1, 1, 1]
+    assert found.margin[2] == pytest.approx(-0.6)
+    assert found.joint.tolist() == [[2, 1], [0, 3]]
+
+
+def test_confident_learning_is_cleanlabs():
+    filtering = pytest.importorskip("cleanlab.filter")
+    from reports.doubt import find_doubtful
+
+    random = np.random.default_rng(5)
+    labels = random.integers(0, 4, 400)
+    logits = random.normal(size=(400, 4)) + 2 * np.eye(4)[np.where(random.random(400) < 0.1, (labels + 1) % 4, labels)]
+    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    theirs = filtering.find_label_issues(labels, probabilities, filter_by="confident_learning", n_jobs=1)
+    ours = np.zeros(400, bool)
+    ours[find_doubtful(probabilities, labels).order] = True
+    assert np.array_equal(ours, theirs) and ours.sum() > 20
