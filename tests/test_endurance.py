@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from images.stores import StreamedImages
+from images.stores import open_store
 from runs.folder import RunDirectory
 
 EPOCHS = int(os.environ.get("ENDURANCE", "30"))
@@ -81,11 +81,11 @@ def test_streaming_workers_do_not_grow(tmp_path):
         path = tmp_path / f"{index:05}.png"
         os.link(tmp_path / "image.png", path)
         paths.append(path)
-    store = StreamedImages(paths, (8, 8), np.zeros(FILES, np.uint32), {}, workers=2, pin=False)
+    store = open_store(paths, tmp_path, limit=8, cache="none", workers=2)
     batches = np.array_split(np.arange(FILES), FILES // 200)
     memory = []
     for _ in range(6):
-        assert sum(len(batch) for batch in store.batches(batches)) == FILES
+        assert sum(len(images) for images, _ in store.batches(batches)) == FILES
         workers = store._loader._iterator._workers
         memory.append([resident(worker.pid) for worker in workers] + [resident(os.getpid())])
     print(
