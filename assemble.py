@@ -20,7 +20,7 @@ from torch import nn
 
 import option
 from dataset import Batches, DataSet, Opening, Subset, open_data_set, open_test_set
-from distributed import Ranks
+from distributed import Ranks, share_cores
 from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
@@ -38,7 +38,7 @@ from model import (
     load_weights,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from option_kinds import ALL
+from option_kinds import ALL, seconds_of
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import identity, load_checkpoint
 from runs.folder import RunDirectory
@@ -85,7 +85,10 @@ class Setup:
         name = self.options.device
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
-        return choose_device(name, self.ranks.local_rank)
+        device = choose_device(name, self.ranks.local_rank)
+        if device.type == "cpu":
+            share_cores(self.ranks)
+        return device
 
     @cached_property
     def demo(self) -> DemoSize | None:
@@ -316,6 +319,7 @@ class Setup:
             label_smoothing=options.label_smoothing,
             class_weights=self._class_weights(data),
             best_by=options.best_by,
+            max_seconds=seconds_of(options.max_time) if options.max_time else None,
             clip_grad_norm=options.clip_grad_norm,
             log_interval=options.log_interval,
             checkpoint_every=options.checkpoint_every,

@@ -43,8 +43,16 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE."""
-        return cls(*(int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE. Raises UserError if they make no sense."""
+        size = _from_environment("WORLD_SIZE", 1)
+        if size <= 1:  # a rank that was left over means nothing
+            return cls()
+        rank = _from_environment("RANK", 0)
+        if rank >= size:
+            raise UserError(
+                f"RANK={rank} cannot be: the processes of this job are 0 to {size - 1} (WORLD_SIZE={size})."
+            )
+        return cls(rank, _from_environment("LOCAL_RANK", 0), size)
 
     @property
     def is_first(self) -> bool:
@@ -78,6 +86,13 @@ class Ranks:
         shared = [make() if self.is_first else None]
         dist.broadcast_object_list(shared)
         return shared[0]
+
+
+def _from_environment(name: str, default: int) -> int:
+    text = os.environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise UserError(f"the environment variable {name}={printable(text)} is no whole number: unset it.")
+    return int(text)
 
 
 _meeting = ""  # names the attempt that this process has joined
@@ -236,9 +251,9 @@ def _watch(ends: tuple[socket.socket, socket.socket], numbers: set[int], heard: 
 
 
 # ------------------------------------------------------------------------------------ errors
-def say_once(message: str) -> None:
+def say_once(message: str, ranks: Ranks) -> None:
     """Prints to stderr; in a job of several only the first process to fail does, so that its reason stands alone."""
-    if Ranks.from_environment().size == 1 or _is_first_to_fail():
+    if ranks.size == 1 or _is_first_to_fail():
         print(wrapped(message, sys.stderr), file=sys.stderr, flush=True)
 
 
@@ -341,11 +356,3 @@ def _shortened(text: str) -> str:
     line = next((line for line in text.splitlines() if line.strip()), "no reason given")
     line = line.partition("] ")[2] if line.startswith("[") else line
     return printable(line.partition(". This is")[0].rstrip(". ")[:200])
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether `error` says that another process of the job is gone, rather than that the program is wrong."""
-    return in_words(error) is not None
-
-
-LOST_RANK = _MEANING["lost"]

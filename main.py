@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import io
+import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import distributed
 import option
 import utils
 from distributed import Ranks
-from utils import RunError, Stopped, UserError, log, printable
+from machine import allow_more_files
+from runs.logs import Logs, refuse_missing_packages
+from terminal import duration, open_streams
+from utils import RunError, Stopped, UserError, log, printable, read_json
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -30,25 +35,32 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command line; returns its exit status (0 done, 1 failed, 2 wrong input, 130 and 143 stopped)."""
-    ranks = Ranks.from_environment()
+    """Runs one command line; returns its exit status.
+
+    0 done, 1 failed, 2 wrong input, 124 out of --max_time, 128 + n stopped by signal n (130 by Ctrl-C).
+    """
+    ranks = Ranks()
     options = Namespace(command="")
     try:
+        ranks = Ranks.from_environment()
         options = option.parse(argv, fit_demo=demo_that_fits)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))
         utils.keep_freed_memory()
-        signal.signal(signal.SIGTERM, _terminate)
+        allow_more_files()
+        utils.on_stop(_terminate)
+        if ranks.size > 1:
+            distributed.watch_signals(utils.STOP_SIGNALS, utils.heard)
         distributed.join(ranks)
         call(entry(options.command), options, ranks)
         return 0
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt, Stopped) as error:
         status, reason = explain(error, options)
         if not reason:
             raise
         signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends one to all when the first has failed
-        distributed.say_once(reason if isinstance(error, Stopped) else f"error: {reason}")
+        distributed.say_once(reason if isinstance(error, Stopped) else f"error: {reason}", ranks)
         return status
     finally:
         distributed.leave(ranks)
@@ -56,14 +68,18 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console command `amp-train`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
+    lost = open_streams()
+    os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
+    if any(action.startswith("error") for action in sys.warnoptions):
+        warnings.resetwarnings()  # what a library warns of is no error of the user's
+        warnings.simplefilter("ignore")
     status = main(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError:  # the reader of a pipe went away; Python would say so once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(status)
+    error = lost()
+    if error is not None:
+        print(f"error: the output is not complete: {error.strerror}.", file=sys.stderr)
+    for worker in multiprocessing.active_children():  # they leave SIGTERM to this process: Python would wait for ever
+        worker.kill()
+    sys.exit(status or (1 if error else 0))
 
 
 def entry(command: str) -> Callable[..., None]:
@@ -86,6 +102,10 @@ def entry(command: str) -> Callable[..., None]:
         from commands.audit import audit
 
         return audit
+    if command == "report":
+        from commands.report import report
+
+        return report
     if command == "doctor":
         from commands.doctor import doctor
 
@@ -126,9 +146,11 @@ def train(setup: Setup) -> None:
         data = setup.data(resuming=earlier.resuming)
         trainer = setup.trainer(data, run)
         begin_or_resume(setup, trainer, data, earlier)
-        with epoch_log(trainer, tensorboard=options.tensorboard) as trainer.on_epoch:
+        with opened_logs(setup, trainer) as logs:
+            trainer.on_epoch = partial(report_epoch, trainer, logs)
             trainer.train()
             finish(setup, trainer, data)
+            show(run, logs)
 
 
 def demo_that_fits(device: str) -> dict[str, Any]:
@@ -141,8 +163,7 @@ def demo_that_fits(device: str) -> dict[str, Any]:
 
 def announce(setup: Setup) -> None:
     """Says what will be trained, where and in which precision, and why in that one."""
-    if setup.options.tensorboard:
-        _summary_writer()  # a missing package is found before the training, not after it
+    refuse_missing_packages(_log_names(setup))
     precision = setup.precision
     if setup.demo:
         log.info(setup.demo.why)
@@ -169,9 +190,10 @@ def opened(setup: Setup) -> Iterator[RunDirectory]:
     except Exception as error:
         status, reason = explain(error, setup.options)
         earlier = any(run.file(name).exists() for name in ("last.pt", "result.json"))
-        if reason and (status == 1 or (status == 2 and not earlier)):
+        if reason and not isinstance(error, NotDrawn) and (status == 1 or (status == 2 and not earlier)):
             with contextlib.suppress(RunError):  # the disk may be the failure
-                run.write_json("failure.json", {"precision": setup.precision.name, "reason": reason.splitlines()[0]})
+                failure = {"precision": setup.precision.name, "reason": reason.splitlines()[0]}
+                run.write_json("failure.json", failure | getattr(error, "record", {}))
         raise
     finally:
         run.close()
@@ -195,7 +217,10 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
 
     config = setup.config(data)
     if earlier.resuming:
+        begun_in = earlier.config.get("precision")
         resume.restore(trainer, data, model_name=setup.options.model, was=earlier.config["dataset"])
+        if setup.precision.name != begun_in:  # only after its validation overflowed
+            setup.run.write_json("config.json", config | {"begun_in": begun_in})
     else:  # only here is everything known to be right: a mistake must not cost an earlier run
         resume.remove_results(setup.run)
         setup.run.write_json("config.json", config)
@@ -209,50 +234,48 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
 
 
 @contextlib.contextmanager
-def epoch_log(trainer: Trainer, *, tensorboard: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What is called after each epoch: a line on the terminal and, where asked for, TensorBoard's scalars."""
-    run = trainer.run
-    events = _summary_writer()(run.file("tensorboard")) if tensorboard and run.writes else None
-
-    def report(line: dict[str, Any]) -> None:
-        scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
-        loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
-        log.info(
-            f"epoch {line['epoch']:>3}/{trainer.epochs}  train {loss} {line['train_acc']:5.1f}%  "
-            f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}"
-        )
-        if events is not None:
-            for name, value in line.items():
-                if isinstance(value, (int, float)) and name != "epoch":
-                    events.add_scalar(name, value, line["epoch"])
-            events.flush()
-
-    yield report
-    if events is not None:
-        from images.decode import decode
-
-        for file in (run.file("confusion_matrix.png"), run.file("mistakes.png")):
-            if file.exists():
-                events.add_image(file.stem, decode(file), dataformats="HWC")
-        events.close()
-
-
-def _summary_writer() -> Any:
+def opened_logs(setup: Setup, trainer: Trainer) -> Iterator[Logs]:
+    """The logs that --log names, which are told how the training ended."""
+    names = _log_names(setup) if setup.run.writes else []
+    logs = Logs(names, setup.run.path, options=vars(setup.options), history=trainer.progress.history, warn=log.warning)
+    ending = "failed"
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter
+        yield logs
+        ending = "finished"
+    except NotDrawn:
+        ending = "finished"
+        raise
+    except (Stopped, KeyboardInterrupt):
+        ending = "stopped"
+        raise
+    finally:
+        logs.close(ending)
+
+
+def _log_names(setup: Setup) -> list[str]:
+    options = setup.options
+    return list(dict.fromkeys([*(options.log or []), *(["tensorboard"] if options.tensorboard else [])]))
+
+
+def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
+    """Tells the terminal and the logs how an epoch went, and how long the rest will take."""
+    scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
+    loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
+    left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.epochs else ""
+    log.info(
+        f"epoch {line['epoch']:>3}/{trainer.epochs}  train {loss} {line['train_acc']:5.1f}%  "
+        f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}{left}"
+    )
+    logs.epochs(trainer.progress.history)
 
 
 def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
-    """Tests the best epoch once; writes the result, the predictions, the pictures and the page; prints the summary."""
+    """Tests the best epoch once; writes the predictions and the result; prints the summary."""
     import torch
 
     from commands.evaluate import test_result
     from evaluate import evaluate, probabilities
     from reports import tables
-    from reports.draw import draw_run
     from reports.results import steady_rate
     from runs.checkpoint import load_checkpoint
 
@@ -276,9 +299,33 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
     run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
-    draw_run(run.path)
+    run.file("failure.json").unlink(missing_ok=True)
     print(tables.summary(result))
     log.info(f"results: {run.path}")
+
+
+class NotDrawn(RunError):
+    """The run is finished and its results are written, but its pictures are not."""
+
+
+def show(run: RunDirectory, logs: Logs) -> None:
+    """Draws the pictures and the page, last of all: whatever goes wrong here, the results are on disk."""
+    if not run.writes:
+        return
+    try:
+        from reports.draw import draw_run
+
+        draw_run(run.path)
+    except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
+        reason = printable(f"{type(error).__name__}: {error}")[:300]
+        raise NotDrawn(
+            f"the results are in {printable(run.path)}, but the pictures could not be drawn ({reason}).\nOnce that is "
+            f"mended: python main.py report --checkpoint_dir {printable(run.path.parent)} "
+            f"--checkpoint_name {printable(run.path.name)}"
+        ) from None
+    finally:
+        pictures = (run.file(name) for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"))
+        logs.result(read_json(run.file("result.json")), pictures)
 
 
 def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
@@ -301,9 +348,12 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
         return 1, _memory_advice(options)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave it out."
-    if Ranks.from_environment().size > 1 and distributed.is_lost_connection(error):
-        return 1, distributed.LOST_RANK
-    return 1, ""
+    return 1, _of_other_processes(error)
+
+
+def _of_other_processes(error: BaseException) -> str:
+    """What an error says of the other processes of a job; nothing if there are none, or if it says nothing of them."""
+    return (distributed.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
 
 
 def _memory_advice(options: Namespace) -> str:
@@ -317,7 +367,11 @@ def _memory_advice(options: Namespace) -> str:
 
 
 def _terminate(number: int, _frame: object) -> None:
-    raise Stopped(number, "terminated; what was saved before can go on with --resume")
+    utils.heard.set()
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    name = signal.Signals(number).name
+    raise Stopped(number, f"stopped by {name}; what was saved before can go on with --resume")
 
 
 if __name__ == "__main__":

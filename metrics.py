@@ -33,6 +33,12 @@ def figure(line: dict[str, Any], name: str) -> float:
     return sign * line[column]
 
 
+class BadValidation(RunError):
+    """The validation gave no finite loss, though the training did: the next attempt may use another precision."""
+
+    record = {"kind": "validation overflowed"}  # in failure.json, for runs/resume.py
+
+
 class UpdateRecord:
     """What one update leaves on the device: nothing here waits for it."""
 
@@ -130,6 +136,21 @@ class Meter:
         if self.scaler.is_enabled():
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
         return shown
+
+    def bad_validation(self, at: Progress) -> BadValidation:
+        """The end of a run whose validation loss is not finite after an epoch that trained well."""
+        last = self.folder / "last.pt"
+        overflow = (
+            "Values beyond 65,504, float16's largest, are the usual cause. Go on with --resume --amp_dtype bfloat16."
+        )
+        growth = "Weights that grew too large are the usual cause: a lower --learning_rate, or --clip_grad_norm."
+        return BadValidation(
+            f"the validation loss is not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
+            f"is saved; a resume begins with this validation.\n"
+            f"{overflow if self.precision.name == 'amp-fp16' else growth}\nWhat each precision makes of the weights: "
+            f"main.py evaluate --checkpoint_name {self.folder.name} --checkpoint {last} "
+            f"--precisions fp32,{self.precision.name}"
+        )
 
     def not_finite(self, what: str, at: Progress, update: int) -> RunError:
         """The end of a run whose `what` is not finite, in words."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from typing import Any, NoReturn
 
 from precision_table import PRECISIONS
 from utils import UserError
+
+LOGS = ("tensorboard", "wandb", "mlflow")
 
 # The role of an option: what it says about a run, from which follows where it may differ.
 CALL = "call"  # about this call alone: no other run takes it from a config
@@ -55,7 +58,7 @@ class Option:
                 return value
             raise UserError(f"argument --{name}: invalid value: {value!r}")
         convert = self.kind.get("type", str)
-        if convert is str and not isinstance(value, str):
+        if convert in (str, path) and not isinstance(value, str):
             raise UserError(f"argument --{name}: invalid value: {value!r}")
         try:
             found = convert(",".join(map(str, value)) if isinstance(value, list) else str(value))
@@ -82,7 +85,7 @@ class Parser(argparse.ArgumentParser):
     """Suggests the option that was meant and raises UserError, where argparse would print and exit."""
 
     def __init__(self, known: Sequence[str], **options: Any):
-        width = min(100, max(60, shutil.get_terminal_size((100, 24)).columns))
+        width = min(100, max(40, shutil.get_terminal_size((100, 24)).columns))
         formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width)
         super().__init__(allow_abbrev=False, formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
         self.known = known
@@ -186,6 +189,33 @@ def window(text: str) -> str:
     return text
 
 
+def path(text: str) -> str:
+    """A file or folder, `~` and `$VAR` resolved; what exists under just this name is meant so."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty, but must name a file or folder")
+    return text if os.path.lexists(text) else os.path.expanduser(os.path.expandvars(text))
+
+
+def max_time(text: str) -> str:
+    """`3h30m`, `90m`, `45s`, `1d12h`."""
+    if not re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or not seconds_of(text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be days, hours, minutes and seconds such as 3h30m")
+    return text
+
+
+def seconds_of(text: str) -> int:
+    """The seconds of a duration such as 3h30m."""
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    return sum(int(amount) * units[unit] for amount, unit in re.findall(r"(\d+)([dhms])", text))
+
+
+def log_list(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not set(names) <= set(LOGS):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(LOGS)}, separated by commas")
+    return list(dict.fromkeys(names))
+
+
 def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
     return {"choices": choices, **more}
 
@@ -196,8 +226,8 @@ AUGMENT = {"metavar": "LIST", "type": augmentations}
 EPOCHS = {"metavar": "N|all", "type": epochs_or_all}
 FLAG = {"action": "store_true"}
 SWITCH = {"action": argparse.BooleanOptionalAction}
-DIR = {"metavar": "DIR"}
-FILE = {"metavar": "FILE"}
+DIR = {"metavar": "DIR", "type": path}
+FILE = {"metavar": "FILE", "type": path}
 NAME = {"metavar": "NAME"}
 COUNT = whole(1)
 SEED = whole(0, 2**63)
@@ -214,4 +244,6 @@ ALPHA = number(
     "0 (off) or between 0.001 and 1000",
 )
 EVERY = {"metavar": "10m|500u", "type": checkpoint_every}
+TIME = {"metavar": "3h30m", "type": max_time}
 LIST = {"metavar": "LIST", "type": precision_list}
+LOG = {"metavar": "LIST", "type": log_list}

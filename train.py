@@ -24,7 +24,8 @@ from model import Forward, Network
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
-from utils import Interrupted, Stopped, StopSignal, progress, seed_everything
+from terminal import duration
+from utils import Interrupted, StopSignal, progress, seed_everything
 
 
 def update_weights(
@@ -83,6 +84,7 @@ class Trainer:
     log_interval: int = 20
     checkpoint_every: str | None = None
     patience: int | None = None
+    max_seconds: InitVar[float | None] = None  # of this process, in all
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
     record: dict[str, Any] = field(default_factory=dict)  # what a checkpoint says of its run
     criterion: nn.Module = field(init=False)
@@ -90,11 +92,15 @@ class Trainer:
     scheduler: LRScheduler = field(init=False)
     progress: Progress = field(init=False, default_factory=Progress)
     meter: Meter = field(init=False)
-    stop: StopSignal = field(init=False, default_factory=StopSignal)
+    stop: StopSignal = field(init=False)
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
+    epoch_begun: float = field(init=False, default_factory=time.perf_counter)  # less what was done before a resume
     last_save: float = field(init=False, default_factory=time.monotonic)
 
-    def __post_init__(self, label_smoothing: float, class_weights: torch.Tensor | None) -> None:
+    def __post_init__(
+        self, label_smoothing: float, class_weights: torch.Tensor | None, max_seconds: float | None
+    ) -> None:
+        self.stop = StopSignal(max_seconds)
         self.criterion = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=label_smoothing)
         self.scaler = self.precision.grad_scaler()
         self.scheduler = self.make_scheduler(done=0)
@@ -119,9 +125,8 @@ class Trainer:
         self.run.write_metrics(self.progress.history)  # as last.pt knows it, whatever ended an earlier process
         self.run.flush()
         if self._must_stop():  # the signal came while the last epoch was being finished
-            raise Stopped(
-                self.stop.number or 15,
-                f"stopped after the last epoch; saved in {self.run.path}. Test it with the same command and --resume.",
+            raise self.stop.stopped(
+                f"stopped after the last epoch; saved in {self.run.path}. Test it with the same command and --resume."
             )
 
     @property
@@ -140,7 +145,7 @@ class Trainer:
         batches = self.batches
         if self.network.begin_epoch(at.epoch) or batches.grows_in(at.epoch):
             self.meter.warming = True
-        begun = time.perf_counter() - at.epoch_seconds
+        begun = self.epoch_begun = time.perf_counter() - at.epoch_seconds
         batches.seconds_waited = at.epoch_waited
         with self._bar() as bar:
             for micro_batches in batches.epoch(at.epoch, at.update):
@@ -183,11 +188,16 @@ class Trainer:
         at = self.progress
         try:
             found = self._validate()
+            if not found.is_finite:
+                raise self.meter.bad_validation(at)
         except Interrupted:
             self._save_and_stop()
             raise
-        if not found.is_finite:
-            raise self.meter.not_finite("validation loss", at, self.batches.updates_per_epoch)
+        except Exception:  # what is wrong with a validation must not cost the epoch's training
+            with contextlib.suppress(Exception):
+                self._save()
+                self.run.flush()
+            raise
         at.elapsed = self.seconds
         line = self.meter.line(at, found, self.batches.device) | {"image_size": self.batches.size_in(at.epoch)}
         best = max((figure(earlier, self.best_by) for earlier in at.history), default=-math.inf)
@@ -224,14 +234,25 @@ class Trainer:
         counts = [self.batches.images_in(update) for update in range(at.update - self.meter.unread, at.update)]
         self.meter.read(at, self.network.trained_names(), counts)
         if self.batches.ranks.is_first:
-            bar.set_postfix(self.meter.readings(at), refresh=False)
+            bar.set_postfix(self.meter.readings(at) | {"run": f"{duration(self.seconds_left())} left"}, refresh=False)
+
+    def seconds_left(self) -> float:
+        """How long the run will still take if nothing stops it, at the speed of its last epochs or, in the first one,
+        of its updates so far."""
+        at = self.progress
+        if not at.history:
+            left = self.epochs * self.batches.updates_per_epoch - self.updates_done
+            return left * (time.perf_counter() - self.epoch_begun) / max(1, at.update)
+        ends = [0.0, *(line["elapsed"] for line in at.history)][-4:]
+        epoch = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return epoch * max(0.0, self.epochs - at.epoch - at.update / self.batches.updates_per_epoch)
 
     def _out_of_patience(self) -> bool:
         return self.patience is not None and self.progress.epoch - self.progress.best_epoch >= self.patience
 
     def _must_stop(self) -> bool:
-        """Whether a signal came to any rank. They ask one another on the CPU, so no device is waited for."""
-        return self.batches.ranks.any(self.stop.number is not None)
+        """Whether any rank had a signal or is out of time. They ask one another on the CPU: no device is waited for."""
+        return self.batches.ranks.any(self.stop.asked())
 
     def _save(self) -> None:
         """Hands last.pt, with the run as it stands, to the thread that writes it."""
@@ -246,10 +267,9 @@ class Trainer:
         self.run.flush()
         if self._must_stop():
             at = self.progress
-            raise Stopped(
-                self.stop.number or 15,
+            raise self.stop.stopped(
                 f"stopped in epoch {at.epoch + 1} after update {at.update} of {self.batches.updates_per_epoch}; "
-                f"saved in {self.run.path}. Go on with the same command and --resume.",
+                f"saved in {self.run.path}. Go on with the same command and --resume."
             )
 
     def _save_is_due(self) -> bool:
@@ -275,7 +295,7 @@ class Trainer:
         """Goes on from what `state()` gave. The schedule is rebuilt and replayed, not loaded."""
         self.network.load_state(state)
         load_moments(self.optimizer, state["optimizer"], self.network.model.parameters())
-        if self.scaler.is_enabled():  # a disabled scaler's state is {}, which an enabled one refuses
+        if self.scaler.is_enabled() and state["scaler"]:  # a disabled scaler's state is {}, which it would refuse
             self.scaler.load_state_dict(state["scaler"])
         at = Progress.restored(state["progress"])
         if not (0 <= at.epoch <= self.epochs and 0 <= at.update <= self.batches.updates_per_epoch):

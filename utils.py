@@ -1,4 +1,4 @@
-"""This process: errors a user reads, device, seed, ranks, memory, stop signal, files and terminal.
+"""This process: errors a user reads, device, seed, stop signal, files and what it says.
 
 What every other file needs and none of them owns; torch is imported only where it is used, so that
 `--help` and data preparation stay instant. Knows nothing of models, data or training.
@@ -6,6 +6,7 @@ What every other file needs and none of them owns; torch is imported only where 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import ctypes
@@ -18,16 +19,31 @@ import shutil
 import signal
 import sys
 import textwrap
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from machine import GPUS
+from machine import cores as cores
+from machine import device_name as device_name
+from machine import linux_memory as linux_memory
+from machine import peak_memory as peak_memory
+from machine import reset_peak_memory as reset_peak_memory
 
 if TYPE_CHECKING:
     import torch
     from tqdm import tqdm
 
+STARTED = time.monotonic()  # of this process
+OUT_OF_TIME = 124  # the exit status of timeout(1), too
+# What terminals and schedulers send when a program is to end soon. Windows has SIGBREAK and few of the others.
+STOP_SIGNALS = frozenset(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+    if hasattr(signal, name)
+)
+heard = threading.Event()  # set once a handler of this program has had a signal
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # of a disk, of a quota (Windows has none)
 
 
@@ -43,12 +59,15 @@ class Interrupted(Exception):
     """Work was left half done because a signal asked to stop; what it made so far is of no use."""
 
 
-class Stopped(Exception):
-    """The run was stopped by a signal after saving: exit status 128 + `signal_number`."""
+class Stopped(BaseException):
+    """The run was stopped after saving: by a signal, exit status 128 + `signal_number`, or by --max_time, 124.
 
-    def __init__(self, signal_number: int, message: str):
+    Like KeyboardInterrupt no Exception: what deals with bad images and the like must not swallow it.
+    """
+
+    def __init__(self, signal_number: int | None, message: str):
         super().__init__(message)
-        self.exit_status = 128 + signal_number
+        self.exit_status = OUT_OF_TIME if signal_number is None else 128 + signal_number
 
 
 def keep_freed_memory() -> None:
@@ -106,25 +125,6 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
     return device
 
 
-def device_name(device: torch.device) -> str:
-    """The marketing name of the device, for tables and records."""
-    if device.type in GPUS:
-        import torch
-
-        return getattr(torch, device.type).get_device_name(device)
-    if device.type == "cpu":
-        with contextlib.suppress(OSError):
-            for line in Path("/proc/cpuinfo").read_text().splitlines():
-                if line.startswith("model name"):
-                    return f"{line.split(':', 1)[1].strip()}, {cores()} core{'s' * (cores() > 1)}"
-    return platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def seed_everything(*numbers: int) -> None:
     """Seeds torch's default generators on every device with a number derived from `numbers`.
 
@@ -147,74 +147,68 @@ def fold(*numbers: int) -> int:
     return state >> 1
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak: the allocator's on CUDA and XPU, the process's on Linux (where the kernel allows it)."""
-    if device.type in GPUS:
-        import torch
-
-        getattr(torch, device.type).reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
-    if device.type in GPUS:
-        import torch
-
-        gpu = getattr(torch, device.type)
-        return {
-            "peak_memory_mb": round(gpu.max_memory_allocated(device) / 2**20, 1),
-            "reserved_memory_mb": round(gpu.max_memory_reserved(device) / 2**20, 1),
-            "memory_kind": f"{device.type.upper()} allocated",
-        }
-    resident = round(_resident_peak() / 2**20, 1)
-    return {"peak_memory_mb": resident, "reserved_memory_mb": None, "memory_kind": "process resident peak"}
-
-
-def _resident_peak() -> int:
-    """The process's resident peak in bytes, mapped cache files included."""
-    peak = linux_memory("/proc/self/status", "VmHWM")
-    if peak is not None:
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def linux_memory(file: str, name: str) -> int | None:
-    """Bytes that a line `name` of /proc/meminfo or /proc/self/status says; None where there is no such file."""
-    with contextlib.suppress(OSError):
-        for line in Path(file).read_text().splitlines():
-            if line.startswith(f"{name}:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the CPU's, CUDA's, cuBLAS's or cuDNN's memory ran out."""
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-class StopSignal:
-    """Turns the first SIGINT or SIGTERM into a flag that the loop reads; a second one ends at once."""
+def on_stop(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
+    """Makes `handler` hear every signal that means "stop soon"; returns the earlier handlers.
 
-    def __init__(self) -> None:
+    SIGHUP stays ignored if it is: nohup ignores it, so that a run outlives its terminal.
+    """
+    numbers = [number for number in STOP_SIGNALS if not _is_nohup(number)]
+    return {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
+
+
+def _is_nohup(number: int) -> bool:
+    return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) is signal.SIG_IGN
+
+
+class StopSignal:
+    """Turns the first signal to stop, or the end of the time, into a flag that the loop reads.
+
+    A second signal ends the process at once. `seconds` is how long this process may take in all.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
         self.number: int | None = None
+        self._seconds = seconds
+        self._asked = 0.0
+        self._longest = 0.0  # time between two questions
 
     def __enter__(self) -> StopSignal:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = on_stop(self._handle)
+        self._asked = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def asked(self) -> bool:
+        """Whether to stop now: after a signal, or if the time would run out before one could ask again and save."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._asked)
+        self._asked = now
+        return self.number is not None or self.out_of_time
+
+    @property
+    def out_of_time(self) -> bool:
+        if self._seconds is None:
+            return False
+        needed = 2 * self._longest + min(30.0, 0.05 * self._seconds)
+        return self._asked - STARTED + needed >= self._seconds
+
+    def stopped(self, message: str) -> Stopped:
+        """The end of the run, with why in front; another process of the job may have had the signal."""
+        if self.number is None and self.out_of_time:
+            return Stopped(None, f"--max_time is up: {message}")
+        return Stopped(self.number or signal.SIGTERM, message)
+
     def _handle(self, number: int, _frame: object) -> None:
+        heard.set()
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
@@ -279,10 +273,32 @@ def reading(file: Path) -> Iterator[None]:
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError where it is missing or damaged."""
     with reading(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = read_text(file)
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            line = text.splitlines()[error.lineno - 1 :][:1]
+            raise UserError(
+                f"{printable(file)} is damaged, no valid JSON in line {error.lineno} ({error.msg}): "
+                f"{printable(''.join(line).strip())[:80]}\nJSON wants straight double quotes, no comma after the last "
+                "entry, and \\\\ or / in paths."
+            ) from None
         if not isinstance(content, dict):
             raise TypeError("no JSON object")
         return content
+
+
+def read_text(file: Path) -> str:
+    """A text file as any editor may have saved it: UTF-8, UTF-16 with its mark, else, said so, Windows-1252."""
+    raw = file.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252")  # which knows no five of its 256 bytes
+        log.warning(f"{printable(file)} is not UTF-8: read as Windows-1252. Save it as UTF-8 if names look wrong.")
+        return text
 
 
 def remove(*paths: Path) -> None:
@@ -350,16 +366,31 @@ def start_logging(*, quiet: bool) -> None:
 
 def is_first_rank() -> bool:
     """Whether this is the one process of a job that prints and writes."""
-    return int(os.environ.get("RANK") or 0) == 0
+    return (os.environ.get("WORLD_SIZE") or "1") == "1" or (os.environ.get("RANK") or "0") == "0"
 
 
 def shows_bars() -> bool:
     """Whether this process draws bars: not with --quiet, off a terminal, or on a rank but the first."""
-    return sys.stderr.isatty() and is_first_rank() and log.getEffectiveLevel() < logging.WARNING
+    seen = _in_notebook() or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
+    return seen and is_first_rank() and log.getEffectiveLevel() < logging.WARNING
+
+
+def _in_notebook() -> bool:
+    """Whether this runs inside a notebook's kernel, whose pages a bar of text would fill."""
+    shell = sys.modules.get("IPython")
+    return shell is not None and hasattr(shell.get_ipython(), "kernel")
 
 
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr, without colours, where `shows_bars`."""
-    from tqdm import tqdm
+    """A bar on stderr, without colours; a line now and then if nobody sees bars, and nothing with --quiet.
 
-    return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, disable=not shows_bars(), **options)
+    tqdm itself knows a notebook, where the bar is a widget.
+    """
+    if shows_bars():
+        from tqdm.auto import tqdm
+
+        return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options)
+    from progress import Lines
+
+    silent = not is_first_rank() or log.getEffectiveLevel() >= logging.WARNING
+    return Lines(iterable, say=log.info, disable=silent, **options)

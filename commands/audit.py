@@ -20,6 +20,7 @@ from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
 from option import precision_words
+from option_kinds import seconds_of
 from reports.audit import report_audit
 from utils import UserError, cores, log, printable, progress, write_text
 
@@ -41,6 +42,7 @@ def audit(
     max_megapixels: float,
     seed: int,
     overwrite: bool,
+    max_time: str | None,
 ) -> None:
     """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "audit")
@@ -68,7 +70,7 @@ def audit(
         _write_once(file, text, overwrite)
         words = [*setup.training_words(), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
         planned.append(plan(folder / f"fold-{fold + 1}", precision, words, overwrite=overwrite))
-    train_all(planned)
+    train_all(planned, max_seconds=seconds_of(max_time) if max_time else None)
     copies = [[names[place] for place in places] for places in same if len(set(own[places])) > 1]
     report_audit([run.folder for run in planned], folder, Path(data_dir), copies)
 

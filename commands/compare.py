@@ -22,9 +22,24 @@ from typing import TYPE_CHECKING, Any
 from commands.ladder import climb_and_report
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
+from option_kinds import seconds_of
 from precision import named_precision, sensible_precisions
-from reports import page, pictures, results, tables, text
-from utils import RunError, Stopped, UserError, choose_device, log, own_command, printable, remove, write_text
+from reports import results, tables, text
+from utils import (
+    OUT_OF_TIME,
+    STARTED,
+    STOP_SIGNALS,
+    RunError,
+    Stopped,
+    UserError,
+    choose_device,
+    log,
+    on_stop,
+    own_command,
+    printable,
+    remove,
+    write_text,
+)
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -57,6 +72,7 @@ def compare(
     seed: int,
     seeds: int,
     overwrite: bool,
+    max_time: str | None,
     report_only: bool,
     runs: list[str] | None,
 ) -> None:
@@ -79,24 +95,34 @@ def compare(
             [seed + extra for extra in range(seeds)],
             setup.training_words(),
             overwrite=overwrite,
+            max_seconds=seconds_of(max_time) if max_time else None,
         )
-    report_runs(run_folders(folder), folder)
+    failed = report_runs(run_folders(folder), folder)
+    if failed and not report_only:
+        raise RunError(f"not all runs finished; the table shows the others. {'; '.join(failed)}.")
 
 
 def run_all(
-    folder: Path, precisions: list[str], seeds: list[int], words: list[str], *, overwrite: bool = False
+    folder: Path,
+    precisions: list[str],
+    seeds: list[int],
+    words: list[str],
+    *,
+    overwrite: bool = False,
+    max_seconds: int | None = None,
 ) -> None:
     """Trains every precision with every seed below `folder`; what is finished with these options is kept.
 
     `words` are the training options that all runs share. A run that fails is recorded and leaves the others standing.
     Raises UserError, before anything is trained, where a folder holds a run with other options or there are no
-    images, Stopped when a signal ended a run, and at the end RunError where one that was to be replaced still stands.
+    images, Stopped when a signal or the end of `max_seconds` ended a run, and at the end RunError where one that was to
+    be replaced still stands.
     """
     planned = []
     for seed, name in itertools.product(seeds, precisions):
         place = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
         planned.append(plan(place, name, [*words, *precision_words(name), f"--seed={seed}"], overwrite=overwrite))
-    train_all(planned)
+    train_all(planned, max_seconds=max_seconds)
 
 
 def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
@@ -108,7 +134,7 @@ def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Pla
     return Planned(run, precision, own, options["device"], state, options["epochs"] - done)
 
 
-def train_all(planned: list[Planned]) -> None:
+def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None:
     """Trains what is not finished, each in a fresh process. Raises as `run_all` does."""
     kept = []
     for run in [run for run in planned if run.state != "finished"][:1]:
@@ -120,9 +146,12 @@ def train_all(planned: list[Planned]) -> None:
         if run.state != "finished":
             remove(run.folder / "failure.json")  # an earlier attempt's
             earlier = _written(run.folder / "result.json")
-            reason = _train(run, sum(later.epochs for later in planned[number:]))
-            if reason and earlier and _written(run.folder / "result.json") == earlier:  # nothing was replaced
+            reason = _train(run, sum(later.epochs for later in planned[number:]), max_seconds)
+            now = _written(run.folder / "result.json")
+            if reason and earlier and now == earlier:  # nothing was replaced
                 kept.append(f"{run.folder.name} ({reason})")
+            elif reason and now:  # what went wrong came after the results: the run has said it
+                log.warning(f"{run.folder.name} is finished, but ended with {reason}")
             elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
                 run.folder.mkdir(parents=True, exist_ok=True)
                 failure = {"precision": run.precision, "reason": reason}
@@ -133,28 +162,32 @@ def train_all(planned: list[Planned]) -> None:
         )
 
 
-def _train(run: Planned, epochs_later: int) -> str | None:
+def _train(run: Planned, epochs_later: int, max_seconds: int | None) -> str | None:
     """Runs one training in a process and says now and then how long all will take; the reason where it failed."""
     try:
         named_precision(run.precision, choose_device(run.device, use=False))
     except UserError as error:
         log.info(str(error))
         return str(error).splitlines()[0]
-    before, since = (_epochs(run.folder), 0) if run.state == "begun" else (0, time.time())
+    before = _epochs(run.folder) if run.state == "begun" else 0
+    earlier = _written(run.folder / "metrics.jsonl")
+    words = [*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]
+    if max_seconds is not None:
+        words.append(f"--max_time={max(1, round(max_seconds - (time.monotonic() - STARTED)))}s")
     started = time.monotonic()
     said = 0
     clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    for status in _process([*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]):  # noqa: B007
-        done = _epochs(run.folder, since) - before
+    for status in _process(words):  # noqa: B007
+        done = 0 if _written(run.folder / "metrics.jsonl") == earlier else _epochs(run.folder) - before
         left = run.epochs - done + epochs_later
         if left and done > said and (not said or done - said >= run.epochs / 4):
             seconds = (time.monotonic() - started) / done * left
             print(clear, end="")  # the run's bar, which comes again
             log.info(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
             said = done
-    if status in (130, 143):
+    if status == OUT_OF_TIME or status - 128 in STOP_SIGNALS:
         raise Stopped(
-            status - 128,
+            None if status == OUT_OF_TIME else status - 128,
             f"comparison stopped in {run.folder.name}; the same command, without --overwrite, goes on from there.",
         )
     if status > 128:
@@ -192,12 +225,10 @@ def _written(file: Path) -> int | None:
     return None
 
 
-def _epochs(run: Path, since: float = 0) -> int:
-    """How many epochs metrics.jsonl holds; none where it was last written before `since`."""
+def _epochs(run: Path) -> int:
+    """How many epochs metrics.jsonl holds."""
     with contextlib.suppress(OSError):
-        file = run / "metrics.jsonl"
-        if file.stat().st_mtime >= since:
-            return file.read_bytes().count(b"\n")
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
     return 0
 
 
@@ -207,10 +238,9 @@ def _process(words: list[str]) -> Iterator[int]:
     sys.stdout.flush()
     command = [*own_command(), "train", *words]
     child = subprocess.Popen(command, start_new_session=True)
-    numbers = (signal.SIGINT, signal.SIGTERM)
     # On Windows the console has sent it to the child, too.
     hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
-    previous = [signal.signal(number, hand_on) for number in numbers]
+    previous = on_stop(hand_on)
     try:
         while child.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -218,7 +248,7 @@ def _process(words: list[str]) -> Iterator[int]:
             yield 0
         yield child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
-        for number, handler in zip(numbers, previous, strict=True):
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
@@ -227,11 +257,11 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted({file.parent for name in ("config.json", "failure.json") for file in folder.glob(f"*/{name}")})
 
 
-def report_runs(directories: list[Path], folder: Path) -> None:
+def report_runs(directories: list[Path], folder: Path) -> list[str]:
     """Writes performance_table.md, comparison.json, comparison.png, reliability.png and report.html into `folder` and
-    prints the table. A directory may also be one of runs.
+    prints the table. A directory may also be one of runs. Returns the runs that failed, each with its reason.
 
-    Raises UserError where a directory holds no run, RunError where no run is finished.
+    Raises UserError where a directory holds no run, RunError where no run is finished or the pictures cannot be drawn.
     """
     runs = [results.read_run(run) for directory in directories for run in run_folders(directory) or [directory]]
     if not runs:
@@ -244,8 +274,18 @@ def report_runs(directories: list[Path], folder: Path) -> None:
     finished = [run for run in runs if run["result"]]
     if not finished:
         raise RunError("no run of the comparison finished; the reasons are in the table.")
-    pictures.comparison_picture(runs, comparison, folder / "comparison.png")
     first = [next(run for run in finished if run["label"] == row["label"]) for row in comparison["rows"] if row["runs"]]
-    pictures.reliability_curve(first, folder / "reliability.png")
-    page.html_comparison(folder, first, comparison, folder / "report.html")
+    try:
+        from reports import page, pictures
+
+        pictures.comparison_picture(runs, comparison, folder / "comparison.png")
+        pictures.reliability_curve(first, folder / "reliability.png")
+        page.html_comparison(folder, first, comparison, folder / "report.html")
+    except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
+        reason = printable(f"{type(error).__name__}: {error}")[:300]
+        raise RunError(
+            f"the table is in {printable(folder)}, but the pictures could not be drawn ({reason}).\n"
+            "Once that is mended: the same command with --report_only"
+        ) from None
     print(f"\nresults: {folder}")
+    return [f"{run['directory'].name}: {run['failure'] or 'not finished'}" for run in runs if not run["result"]]

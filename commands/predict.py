@@ -27,7 +27,7 @@ from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
 from precision import Precision
 from transforms import Preprocess
-from utils import Stopped, UserError, cores, log, printable, progress, refuse_missing_folders
+from utils import RunError, Stopped, UserError, cores, log, printable, progress, refuse_missing_folders
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -92,7 +92,8 @@ def predict_files(
 ) -> int:
     """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
 
-    Raises UserError where an input does not exist or no image is readable, Stopped where a signal ended it.
+    Raises UserError where an input does not exist or no image is readable, RunError at the end where some are not,
+    Stopped where a signal ended it.
     """
     _refuse_missing(inputs)
     table = Table(classes, top_k, sheet=sheet)
@@ -120,6 +121,9 @@ def predict_files(
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
+    if table.unreadable:
+        total = table.count + table.unreadable
+        raise RunError(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
     return table.count
 
 

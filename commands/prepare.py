@@ -42,6 +42,7 @@ def prepare(
     data_dir: str,
     demo: bool,
     archive: str | None,
+    archive_encoding: str | None,
     download: bool,
     clean: bool,
     train_images: int,
@@ -58,7 +59,7 @@ def prepare(
         draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed)
         print(f"{train_images + test_images:,} demo scenes are in {folder}")
     elif archive:
-        extract_archive(Path(archive), folder)
+        extract_archive(Path(archive), folder, encoding=archive_encoding)
         print(f"{archive} is unpacked in {folder}")
     elif download:
         download_from_kaggle(folder)
@@ -72,6 +73,9 @@ def prepare(
         print(format_check(report))
         if json:
             write_text(Path(json), dumps(report, indent=1))
+        if report["unreadable"]:
+            count = len(report["unreadable"])
+            raise RunError(f"{count:,} {'image' if count == 1 else 'images'} cannot be read: repair or remove them.")
 
 
 def _clean(folder: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator
@@ -65,16 +66,25 @@ class _OtherShape(Exception):
 
 
 def cache_folder(root: Path) -> Path:
-    """Where decoded images are kept: inside the data folder, or the user's cache where that is read-only."""
+    """Where decoded images are kept: inside the data folder, or the user's cache where that is read-only.
+
+    There may be no home, or one that this process may not enter: then in the folder for temporary files, if any.
+    """
     inside = root / ".cache"
+    places = [inside]
+    if os.environ.get("XDG_CACHE_HOME"):
+        places.append(Path(os.environ["XDG_CACHE_HOME"], "amp-train"))
+    with suppress(RuntimeError):  # no HOME, and no entry for this user
+        places.append(Path.home() / ".cache" / "amp-train")
     with suppress(OSError):
-        inside.mkdir(exist_ok=True)
-        if os.access(inside, os.W_OK):
-            return inside
-    outside = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "amp-train"
-    with suppress(OSError):
-        outside.mkdir(parents=True, exist_ok=True)
-    return outside
+        places.append(Path(tempfile.gettempdir(), f"amp-train-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"))
+    for place in places:
+        with suppress(OSError):
+            place.mkdir(mode=0o700 if place is places[-1] else 0o777, parents=place is not inside, exist_ok=True)
+            own = not hasattr(os, "getuid") or place is inside or place.stat().st_uid == os.getuid()
+            if own and os.access(place, os.W_OK | os.X_OK):
+                return place
+    return inside
 
 
 @contextmanager

@@ -9,11 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import signal
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,7 +35,8 @@ from images.cache import (
     survey,
 )
 from images.decode import Rules, ahead, try_decode
-from utils import RunError, cores, linux_memory, log, printable
+from machine import available_memory, cores, free_files, shared_memory
+from utils import STOP_SIGNALS, RunError, log, printable
 
 # uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says
 # how high and wide each is. None: all fill it.
@@ -80,7 +85,10 @@ class StreamedImages:
             pin_memory=pin,
             persistent_workers=workers > 0,
             worker_init_fn=_quiet_worker,
+            collate_fn=_as_it_is,
         )
+        self._pin = pin
+        self._said = False
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """As `DecodedImages.batches`. Raises RunError where a file can no longer be read."""
@@ -88,7 +96,19 @@ class StreamedImages:
         for positions, batch in zip(batches, self._loader, strict=True):
             if isinstance(batch, str):
                 raise RunError(f"{batch}\nRestore the file, then go on with --resume.")
+            if isinstance(batch, np.ndarray):
+                self._say_pipes()
+                batch = torch.from_numpy(batch)
+                batch = batch.pin_memory() if self._pin else batch
             yield batch, None if self.shapes is None else self.shapes[positions]
+
+    def _say_pipes(self) -> None:
+        if not self._said:
+            self._said = True
+            log.info(
+                "note: there is too little shared memory (/dev/shm) for the loading workers' batches, so they come "
+                "through pipes, which is slower: give a container more, docker run --shm-size=1g or --ipc=host"
+            )
 
 
 ImageStore = DecodedImages | StreamedImages
@@ -101,8 +121,12 @@ class _Files(torch.utils.data.Dataset):
     limit: int
     rules: Rules
 
-    def __getitem__(self, batch: list[int]) -> torch.Tensor | str:
-        """A batch, or why it cannot be made: an exception would bring its worker's traceback along."""
+    def __getitem__(self, batch: list[int]) -> torch.Tensor | np.ndarray | str:
+        """A batch, or why it cannot be made: an exception would bring its worker's traceback along.
+
+        It is a tensor, which a worker passes on in shared memory, if that has room; PyTorch would wait for ever for
+        one that has not. An array goes through a pipe.
+        """
         images = torch.zeros((len(batch), *self.box, 3), dtype=torch.uint8)
         for place, position in enumerate(batch):
             image = try_decode(self.paths[position], self.limit, self.rules)
@@ -112,12 +136,38 @@ class _Files(torch.utils.data.Dataset):
             if height > self.box[0] or width > self.box[1]:
                 return f"{printable(self.paths[position])} is another picture than it was"
             images.numpy()[place, :height, :width] = image
-        return images
+        return images if _fits_shared_memory(images.nbytes) else images.numpy()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _fits_shared_memory(size: int) -> bool:
+    """Whether a worker can pass on `size` bytes through shared memory, and the others may do so at the same time."""
+    worker = torch.utils.data.get_worker_info()
+    if worker is None or not sys.platform.startswith("linux"):
+        return True
+    files = free_files()
+    if (files is not None and files < 16) or not os.access("/dev/shm", os.W_OK):
+        return False
+    return (shared_memory() or 0) > (worker.num_workers + 1) * (size + 2**16)
+
+
+def _can_share() -> bool:
+    """Whether this machine lets processes share locks and send one another files: worker processes need both."""
+    try:
+        torch.multiprocessing.Lock()
+        tempfile.gettempdir()
+    except OSError:
+        return False
+    return True
 
 
 def _quiet_worker(_worker: int) -> None:
     """Signals to the whole group are the main process's to handle; a second SIGTERM still ends a worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in STOP_SIGNALS - {signal.SIGTERM}:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -162,11 +212,14 @@ def open_store(
     if kept.array is not None:
         return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
     shape = kept.shape(len(paths))
+    if workers and not _can_share():
+        workers = 0
+        log.info("note: no worker processes can be had here (no shared memory, or no folder for temporary files)")
     log.info(f"images: {described(shape)}, streamed through {workers} workers")
     return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
 
 
 def _is_streamed(cache: str, size: int, cache_limit: float) -> bool:
     """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or for the caches."""
-    memory = linux_memory("/proc/meminfo", "MemAvailable") or 4 * 2**30
+    memory = available_memory() or 4 * 2**30
     return cache == "none" or (cache == "auto" and size > min(0.6 * memory, cache_limit * 2**30))

@@ -74,7 +74,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 def read_predictions(file: Path) -> dict[str, Any]:
     """predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N],
     probabilities [N, classes]}. Raises UserError where it is missing or damaged."""
-    with reading(file), open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
+    with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header, *rows = csv.reader(lines)
         numbers = np.array([row[3:] for row in rows], dtype=float).reshape(len(rows), len(header) - 3)
         if len(header) < 5 or not np.isfinite(numbers).all():

@@ -53,6 +53,7 @@ class Logs:
         self._folder = folder
         self._warn = warn
         self._state = _read_state(folder / STATE)
+        self._told: set[str] = set()  # names of an epoch's numbers
         self._adapters: dict[str, Adapter] = {}
         for name in names:
             own = self._state.setdefault(name, {"epoch": 0})
@@ -62,6 +63,7 @@ class Logs:
 
     def epochs(self, history: list[dict[str, Any]]) -> None:
         """Tells each log the epochs that it does not have yet, whoever was stopped before it could."""
+        self._told |= set(history[-1] if history else ())
         for name, adapter in list(self._adapters.items()):
             own = self._state[name]
             with self._guarded(name):
@@ -73,7 +75,8 @@ class Logs:
                 write_text(self._folder / STATE, json.dumps(self._state))
 
     def result(self, values: dict[str, Any], pictures: Iterable[Path]) -> None:
-        """Tells the numbers of the test and shows the pictures that are there."""
+        """Tells the numbers of the test, less those that an epoch has under the same name, and shows the pictures."""
+        values = {name: value for name, value in values.items() if name not in self._told}
         files = [file for file in pictures if file.exists()]
         for name, adapter in list(self._adapters.items()):
             with self._guarded(name):

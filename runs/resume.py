@@ -7,18 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from option import MAY_DIFFER_ON_RESUME, read_config
+from option import MAY_DIFFER_ON_RESUME, named, read_config
+from option_kinds import PRECISION
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
-from utils import UserError, is_out_of_memory, log, printable
+from utils import UserError, is_out_of_memory, log, printable, read_json
 
 if TYPE_CHECKING:
     from dataset import DataSet
     from train import Trainer
 
+OVERFLOW = "validation overflowed"  # in failure.json
+_PRECISION = named(PRECISION)
+
 WRITTEN = (  # by a run, the files first that make it look finished
     "result.json",
     "failure.json",
+    "logs.json",
     "last.pt",
     "best_model.pt",
     "metrics.jsonl",
@@ -58,7 +63,7 @@ def find_earlier(
         raise UserError(f"{printable(last)} does not exist: nothing to resume. Start without --resume.")
     if resume and last.exists():
         stored = read_config(run.file("config.json"))
-        _refuse_changed(stored["options"], options)
+        _refuse_changed(stored["options"], options, may_differ=_PRECISION if overflowed(run) else frozenset())
         return Earlier(True, stored)
     if not overwrite and not (resume and not run.file("result.json").exists()):
         _refuse_existing(run)  # --resume auto may meet a run that ended before its first last.pt: it begins anew
@@ -77,11 +82,17 @@ def _refuse_existing(run: RunDirectory) -> None:
         )
 
 
-def _refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
+def overflowed(run: RunDirectory) -> bool:
+    """Whether the run ended with a validation that its precision could not compute: it may go on in another one."""
+    file = run.file("failure.json")
+    return file.exists() and read_json(file).get("kind") == OVERFLOW
+
+
+def _refuse_changed(stored: dict[str, Any], current: dict[str, Any], *, may_differ: frozenset[str]) -> None:
     """Raises UserError naming every difference in options that would make another run of a resumed one."""
     changed = [
         f"  --{name}: begun with {stored[name]}, now {current[name]}"
-        for name in sorted(stored.keys() & current.keys() - MAY_DIFFER_ON_RESUME)
+        for name in sorted(stored.keys() & current.keys() - MAY_DIFFER_ON_RESUME - may_differ)
         if stored[name] != current[name]
     ]
     if changed:
@@ -94,7 +105,8 @@ def remove_results(run: RunDirectory) -> None:
     if run.writes:
         for name in WRITTEN:
             run.file(name).unlink(missing_ok=True)
-        shutil.rmtree(run.file("tensorboard"), ignore_errors=True)  # two runs' events would be drawn as one
+        for name in ("tensorboard", "wandb"):  # two runs' events would be drawn as one
+            shutil.rmtree(run.file(name), ignore_errors=True)
 
 
 def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, Any]) -> None:
@@ -109,7 +121,8 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
             f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
-    if state.get("precision") != trainer.precision.name:  # "auto" is another one on another device
+    changed = state.get("precision") != trainer.precision.name  # "auto" is another one on another device
+    if changed and not trainer.batches.ranks.share(lambda: overflowed(run)):
         raise UserError(
             f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
             f"{trainer.precision.name}. Choose with --amp_dtype and --device, or start another run."
@@ -123,8 +136,13 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
-    if run.writes:
+    if run.writes and not changed:  # else last.pt still says the other precision
         run.file("failure.json").unlink(missing_ok=True)
+    if changed:
+        log.warning(
+            f"this run was begun in {printable(state['precision'])} and goes on in {trainer.precision.name}, because "
+            f"its validation overflowed after {trainer.progress.epoch} epochs: it is no run of one precision"
+        )
     log.info(f"resuming after {trainer.progress.epoch} epochs and {trainer.progress.update} updates")
 
 

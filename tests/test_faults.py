@@ -138,12 +138,12 @@ def test_interrupt_while_decoding(data, tmp_path, monkeypatch, said):
     decoded = []
     original = decode.try_decode
 
-    def slow(path, size):
+    def slow(path, limit, rules):
         decoded.append(path)
         if len(decoded) == 5:
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.002)
-        return original(path, size)
+        return original(path, limit, rules)
 
     monkeypatch.setattr(cache, "try_decode", slow)
     many = tiny.draw(tmp_path / "many", train=400)

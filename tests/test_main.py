@@ -256,8 +256,9 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     found.Reload()
     lines = metrics(tmp_path / "run")
     tags = found.Tags()
-    assert set(tags["images"]) == {"confusion_matrix", "mistakes"}
-    assert set(tags["scalars"]) == METRICS - {"epoch", "skips"}
+    assert set(tags["images"]) == {"learning_curve", "confusion_matrix", "mistakes"}
+    of_the_test = {"test_acc", "test_loss", "best_epoch", "best_val_acc", "calibration_error"}
+    assert set(tags["scalars"]) == METRICS - {"epoch", "skips"} | of_the_test | {"total_seconds", "train_seconds"}
     for name in ("learning_rate", "loss_scale", "val_acc"):
         values = [(event.step, event.value) for event in found.Scalars(name)]
         assert values == [(line["epoch"], pytest.approx(line[name])) for line in lines]
@@ -423,7 +424,7 @@ def test_predict_writes_csv_json_and_a_sheet(trained, scenes_folder, tmp_path, r
             "--batch_size=7",
         ]
     )
-    assert status == 0, err
+    assert status == 1 and "1 of 19 files could not be read" in err
     assert "18 images" in out and "broken.jpg" in out
     rows = json.loads(files["json"].read_text())
     with open(files["csv"], newline="") as file:
@@ -850,19 +851,26 @@ def test_as_a_program_it_exits_with_the_status_and_no_bar(tmp_path):
 
 def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
     """And not for --quiet; they have no colours, whatever NO_COLOR says."""
+    from progress import Lines
     from utils import progress
 
     utils.start_logging(quiet=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    assert progress(total=1).disable
+    with progress(total=1) as lines:
+        assert isinstance(lines, Lines) and not lines.disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     bar = progress(total=1)
-    assert not bar.disable and bar.colour is None
+    assert not bar.disable and bar.colour is None and not isinstance(bar, Lines)
     bar.close()
+    monkeypatch.setenv("TERM", "dumb")
+    with progress(total=1) as lines:
+        assert isinstance(lines, Lines)
+    monkeypatch.setenv("TERM", "xterm")
     utils.start_logging(quiet=True)
     assert progress(total=1).disable
     utils.start_logging(quiet=False)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert progress(total=1).disable
 
 

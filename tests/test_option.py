@@ -24,7 +24,7 @@ TRAINING = (
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
     " --class_weights --sampler --best_by"
 )
-RECORDING = "--log_interval --resume --overwrite --checkpoint_every --verify_resume --tensorboard"
+RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every --verify_resume --log --tensorboard"
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
@@ -35,11 +35,12 @@ OPTIONS = {
     "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
     "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs",
     "audit": f"{ALL} --folds",
+    "report": "--checkpoint_dir --checkpoint_name --quiet",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
     "--strict",
-    "prepare": "--data_dir --download --archive --demo --check --train_images --test_images --seed --clean --labels "
-    "--window --max_megapixels --json",
+    "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
+    "--clean --labels --window --max_megapixels --json",
     "export": f"{RUN} --tta --checkpoint --out",
 }
 SEED_DEFAULTS = {

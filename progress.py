@@ -1,0 +1,54 @@
+"""Progress for those who see no bar: log files, pipes, schedulers. tqdm counts, and a thread says how far it is."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from tqdm import tqdm
+
+from terminal import duration
+
+EVERY = 30.0  # seconds between two lines
+
+
+class Lines(tqdm):
+    """A bar for those who see no bar: a line every `EVERY` seconds, also while nothing moves."""
+
+    monitor_interval = 0  # tqdm's own thread speaks up only if updates come
+
+    def __init__(self, iterable: Any = None, *, say: Callable[[str], None], **options: Any):
+        options |= {"mininterval": 1, "file": io.StringIO(), "leave": False}
+        self._closed = threading.Event()
+        super().__init__(iterable, **options)
+        if not self.disable:
+            threading.Thread(target=self._speak, args=(say,), daemon=True).start()
+
+    def _speak(self, say: Callable[[str], None]) -> None:
+        while not self._closed.wait(EVERY):
+            say(self._line())
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Shows nothing; tqdm has noted the rate by now."""
+        return True
+
+    def _line(self) -> str:
+        facts = self.format_dict
+        done, total, rate = facts["n"], facts["total"], facts["rate"]
+        if rate is None and facts["elapsed"]:
+            rate = (done - facts["initial"]) / facts["elapsed"]
+        share = f"{100 * done / total:.0f} %" if total else f"{done:,}"
+        unit = facts["unit"].strip()
+        parts = [f"{facts['prefix'].rstrip(': ')} {share}".strip()]
+        if rate:
+            amount = tqdm.format_sizeof(rate, divisor=1000) if facts["unit_scale"] else f"{rate:,.1f} "
+            parts.append(f"{amount}{unit if unit == 'B' else f'{unit}s'}/s")
+        if rate and total:
+            parts.append(f"{duration((total - done) / rate)} left")
+        return ", ".join([*parts, *filter(None, [facts["postfix"]])])
+
+    def close(self) -> None:
+        self._closed.set()
+        super().close()
