@@ -55,7 +55,7 @@ def prepare(
     """The command: puts a data set on disk, or reports on the one that is there."""
     folder = Path(data_dir)
     if demo:
-        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed)
+        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed, workers=cores())
         print(f"{train_images + test_images:,} demo scenes are in {folder}")
     elif archive:
         extract_archive(Path(archive), folder)
