@@ -1,7 +1,8 @@
 """Everything worth measuring on a GPU, in one command: draws full-size scenes, then runs the project's own tools.
 
-Throughput of each precision, plain and compiled; how long the GPU idles (doctor); the 2020 recipe (256 px,
-batch 256, 120 epochs) with AMP from end to end; the comparison table. All output is kept in one file.
+The tests that only a GPU can pass; the ladder of ResNet-18 and ResNet-50 with its bounds; other libraries in turn;
+throughput of each precision, plain and compiled; how long the GPU idles (doctor); the 2020 recipe (256 px, batch 256,
+120 epochs) with AMP from end to end; a resume that must be exact; the comparison table. All output is kept in one file.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --images 240 --image_size 64 --batch_size 32 --epochs 1 --updates 2
@@ -38,9 +39,11 @@ def main() -> None:
     ]
     data = f"--data_dir={arguments.data_dir}"
     precisions = "fp32,tf32,amp-fp16,amp-bf16" if arguments.device.startswith("cuda") else "fp32,amp-bf16"
-    train = [data, *shape, "--pretrained=0", f"--checkpoint_dir={arguments.checkpoint_dir}", "--overwrite"]
+    kept = [f"--checkpoint_dir={arguments.checkpoint_dir}"]
+    train = [data, *shape, "--pretrained=0", *kept, "--overwrite"]
     with open(arguments.out, "w", encoding="utf-8") as out:
         for command in (
+            ["tests/test_cuda.py"],
             [
                 "main.py",
                 "prepare",
@@ -49,6 +52,9 @@ def main() -> None:
                 f"--train_images={arguments.images}",
                 f"--test_images={arguments.images // 5}",
             ],
+            ["main.py", "compare", "--ladder", *shape, *kept, "--checkpoint_name=gpu_ladder18"],
+            ["main.py", "compare", "--ladder", "--model=resnet50", *shape, *kept, "--checkpoint_name=gpu_ladder50"],
+            ["benchmarks/peers.py", data, *shape, f"--updates={arguments.updates}"],
             [
                 "benchmarks/throughput.py",
                 data,
@@ -59,6 +65,7 @@ def main() -> None:
             ],
             ["main.py", "doctor", data, *shape],
             ["main.py", "train", "--amp", *train, f"--epochs={arguments.epochs}", "--checkpoint_name=gpu_amp"],
+            ["main.py", "train", "--amp", *train, "--verify_resume"],
             ["main.py", "compare", *train, f"--epochs={arguments.compare_epochs}", "--checkpoint_name=gpu_comparison"],
         ):
             run(command, out)
@@ -70,8 +77,12 @@ def run(command: list[str], out) -> None:
     print(title, end="", flush=True)
     out.write(title)
     script, *words = command
+    start = ["-m", "pytest"] if script.startswith("tests/") else []
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), *words], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, *start, str(ROOT / script), *words],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     for line in process.stdout:
         print(line, end="", flush=True)

@@ -26,7 +26,7 @@ from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
-from utils import FULL, RunError, UserError, printable, progress, refuse_missing_folders, write_text
+from utils import FULL, RunError, UserError, cores, printable, progress, refuse_missing_folders, write_text
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
 SPARE = 64 * 2**20  # bytes to leave free on the disk
@@ -56,7 +56,7 @@ def prepare(
     """The command: puts a data set on disk, or reports on the one that is there."""
     folder = Path(data_dir)
     if demo:
-        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed)
+        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed, workers=cores())
         print(f"{train_images + test_images:,} demo scenes are in {folder}")
     elif archive:
         extract_archive(Path(archive), folder, encoding=archive_encoding)

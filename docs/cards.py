@@ -28,8 +28,8 @@ which `python docs/cards.py` writes this page). Where the table and your own tim
   (torchao, Transformer Engine) have no convolutions, so no precision here uses it.
 - **gives NaN**: reported for these cards in float16 convolutions. `--amp` refuses them; `--amp_dtype float16` insists.
   T500, MX450 and MX550 are listed because they carry the same chip as the T550 and the GTX 1650.
-- **The fraction of a CPU that has `avx512_fp16`** computes float16 natively, and PyTorch still trains more slowly with
-  it than in FP32: `doctor` times a convolution, forward and backward, and reports the ratio as "float16".
+- **A CPU with `avx512_fp16`** computes float16 natively, but that does not make float16 the faster type for training:
+  `doctor` times a convolution, forward and backward, and reports the ratio to FP32 in its row "float16".
 - A precision may be listed for a card that the PyTorch you have no longer supports: wheels for CUDA 13 begin at compute
   capability 7.5. PyTorch warns when it meets an older card.
 

@@ -7,11 +7,14 @@ import json
 
 import pytest
 import torch
+from conftest import SMALL
 from torch import nn
 
 from commands import ladder
+from distributed import Ranks
 from inspection.roofline import Operator
 from inspection.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
+from model import Network
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
 from utils import RunError
 
@@ -237,6 +240,37 @@ def test_every_rung_trains_and_gives_its_evidence(changes):
     assert sum(one.flops for one in found["operators"]) > 1e6 and found["measured"]["convolutions"] > 0
     assert ("bfloat16" in found["rates"]) == ("precision" in changes)
     assert isinstance(bench.update, Loop2020) == ("loop" not in changes)
+
+
+def test_cuda_graphs_ask_the_compiler_and_mark_each_step(monkeypatch):
+    """Evaluation keeps what it computes, so only the training's forward pass may be replayed from graphs."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
+    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), graphs=True)
+    assert [options["mode"] for options in asked] == ["reduce-overhead", None]
+    network.forward(torch.ones(4, 2))
+    assert asked[2:] == ["step"]
+    network.evaluate(torch.ones(4, 2))
+    assert asked[3:] == []
+
+
+def test_cuda_graphs_need_a_gpu(run, scenes_folder, tmp_path):
+    words = ["--cuda_graphs", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path}", *SMALL]
+    status, _, err = run(words)
+    assert status == 2 and "--cuda_graphs needs --device cuda" in err
+
+
+def test_the_command_writes_its_files_and_refuses_what_makes_no_sense(run, tmp_path, monkeypatch, climb):
+    found = climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 3.0)
+    monkeypatch.setattr(ladder, "climb", lambda device, **asked: found if asked["model_name"] == "resnet18" else None)
+    status, out, err = run(["compare", "--ladder", "--model=resnet18", f"--checkpoint_dir={tmp_path}"])
+    assert status == 0, err
+    assert "of bound" in out and found["why"][:30] in out
+    assert {file.name for file in (tmp_path / "comparison").iterdir()} == {"ladder.json", "ladder.md", "ladder.png"}
+    assert json.loads((tmp_path / "comparison" / "ladder.json").read_text())["why"] == found["why"]
+    status, _, err = run(["compare", "--ladder", "--model=resnet19"])
+    assert status == 2 and "resnet18" in err
 
 
 def test_images_kept_on_the_device_are_the_same_ones():
