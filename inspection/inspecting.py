@@ -207,7 +207,7 @@ class Inspection:
         amp = next((precision for precision in some if precision.amp), None)
         base = ran[0] if not self.precisions[ran[0]].amp else None
         gain = payoff.product_gain(amp) if amp is not None else None
-        ceiling = payoff.amdahl(self.traces[base], speed[base]["seconds"], gain) if base else None
+        ceiling = payoff.amdahl(self.traces[base], speed[base]["shortest"], gain) if base else None
         failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
         return {
             "speed": speed,

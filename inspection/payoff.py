@@ -131,7 +131,7 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
     """Which precision to take, and why in whole sentences."""
     base, *others = [name for name in speed if name not in failed]
     peaks = {row["precision"]: row["peak"] for row in memory}
-    gains = {name: speed[base]["seconds"] / speed[name]["seconds"] for name in others}
+    gains = {name: speed[base]["shortest"] / speed[name]["shortest"] for name in others}
     savings = {name: peaks[base] / peaks[name] if peaks.get(base) and peaks.get(name) else None for name in others}
     words = [f"{name} does not run: {reason}" for name, reason in failed.items()]
     if not others:
