@@ -31,6 +31,7 @@ RULES = {
     "in-place-product": "a product runs in float32 because autocast skips in-place and out= forms",
     "custom-operator": "a custom operator runs in float32 because autocast does not know it",
     "custom-function": "a custom autograd function computes in float32: it has no custom_fwd and custom_bwd",
+    "attention-in-float32": "PyTorch's own attention computes in float32, because no fused kernel takes this call",
     "not-on-lists": "a product runs in float32 because it is not on autocast's lists",
     "float64": "float64 is at work, which autocast leaves alone",
     "autocast-no-effect": "autocast is on, but nothing runs in 16 bits",

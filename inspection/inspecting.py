@@ -203,16 +203,18 @@ class Inspection:
         some = [self.precisions[name] for name in ran]
         with self.subject.kept():
             speed = payoff.measure_speed(self.subject, some, self._prepare, ambient=self.ambient)
+            roof = payoff.bounds(self.subject, some, speed, ambient=self.ambient)
         self.subject.forget()
         amp = next((precision for precision in some if precision.amp), None)
         base = ran[0] if not self.precisions[ran[0]].amp else None
-        gain = payoff.product_gain(amp) if amp is not None else None
-        ceiling = payoff.amdahl(self.traces[base], speed[base]["seconds"], gain) if base else None
+        rates = roof["rates"] if roof else {}
+        gain = rates[str(amp.dtype).removeprefix("torch.")] / rates["float32"] if amp is not None and roof else None
+        ceiling = payoff.amdahl(self.traces[base], speed[base]["shortest"], gain) if base else None
         failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
         return {
             "speed": speed,
             "amdahl": ceiling,
-            "roofline": None,
+            "roofline": roof,
             "recommendation": payoff.recommend(speed, memory, failed),
         }
 

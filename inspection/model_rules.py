@@ -23,6 +23,8 @@ WHY = {
     "in-place-product": "autocast casts neither in-place operators nor those with out=",
     "custom-operator": "it is a custom operator without an autocast rule, so it takes what it is given",
     "custom-function": "it runs in a custom autograd function's backward, where autocast is off",
+    "attention-in-float32": "PyTorch's attention has no fused kernel for this call (on CPUs, with dropout), and its "
+    "formula computes 16 bits in float32",
     "not-on-lists": "it is not on autocast's lists, so it keeps the type of its input",
     "float64": "its inputs are float64, which autocast leaves alone",
     "forward": "its forward ran in float32",
@@ -32,6 +34,7 @@ HELP = {
     "in-place-product": ["the form that returns a new tensor, such as torch.addmm instead of addmm_ or out="],
     "custom-operator": ["torch.library.register_autocast(operator, device, dtype)"],
     "custom-function": ["@torch.amp.custom_fwd(device_type=...) on forward and @torch.amp.custom_bwd(...) on backward"],
+    "attention-in-float32": ["no dropout inside the attention, or another device"],
     "not-on-lists": ["cast its inputs by hand, if its kernel knows 16 bits"],
     "float64": ["float32 inputs: numpy makes float64 unless told otherwise"],
 }
@@ -51,7 +54,7 @@ def why_float32(product: Product) -> str:
         return "autocast-off"
     if product.op.endswith("_") or product.out_form:
         return "in-place-product"
-    return "not-on-lists"
+    return "attention-in-float32" if "attention" in product.function else "not-on-lists"
 
 
 def wide_products(trace: Trace) -> list[dict[str, Any]]:
@@ -96,7 +99,8 @@ def model_findings(trace: Trace, precision: str, device: str) -> list[Finding]:
         rule = row["reason"]
         if cast is not None and rule == "autocast-off":
             message += f" Its input was made float32 at {cast}."
-        found.append(Finding(rule, message, HELP[rule], place, row["module"], row["op"], precision, level_of(place)))
+        level = "note" if rule == "attention-in-float32" else level_of(place)
+        found.append(Finding(rule, message, HELP[rule], place, row["module"], row["op"], precision, level))
     for (place, function), count in trace.round_trips.items():
         message = f"float32 is asked for here, and {function} casts straight back to 16 bits ({count} in a step)."
         cure = ["leave the cast out: autocast casts what needs float32 by itself"]

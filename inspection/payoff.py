@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from inspection import roofline
 from inspection.execution import Execution
 from inspection.subject import Subject
-from inspection.tracing import Trace
+from inspection.tracing import Trace, eager
 from precision import Precision
 
 ROUNDS = 7
@@ -97,16 +98,37 @@ def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device)
     return {"casts": dict(phases), "bytes": size, "seconds": seconds}
 
 
-def product_gain(precision: Precision) -> float | None:
-    """How many times faster the device multiplies square matrices in `precision` than in float32."""
-    if not precision.amp:
-        return None
-    seconds = {}
-    for dtype in (torch.float32, precision.dtype):
-        left, right = (torch.randn(SIDE, SIDE, device=precision.device).to(dtype) for _ in range(2))
-        # The shortest of some runs: whatever else runs on the machine can only make one longer.
-        seconds[dtype] = min(timed(partial(torch.matmul, left, right), precision.device, 5))
-    return seconds[torch.float32] / seconds[precision.dtype]
+def bounds(
+    subject: Subject, precisions: list[Precision], speed: dict[str, dict[str, Any]], *, ambient: bool
+) -> dict[str, Any] | None:
+    """The least time an update could take on this device by its operators' work and traffic, and the share reached.
+
+    Keys: rates (FLOP/s of a square product by type), bandwidth (bytes per second), precisions (bound_seconds and
+    share of the measured update), words. None if the operators cannot be counted.
+    """
+    device = subject.device
+    rates = {}
+    for dtype in dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]):
+        rates[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(device, dtype, size=SIDE)
+    found: dict[str, dict[str, float]] = {}
+    bandwidth = None
+    for precision in precisions:
+        execution = Execution(subject, precision, ambient=ambient)
+        try:
+            with eager():
+                operators = roofline.count_step(partial(execution.run, update=True), device)
+        except RuntimeError:  # FLOPs of an operator that two ways of counting see differently
+            return None
+        finally:
+            execution.put_back()
+        if bandwidth is None:
+            megabytes = roofline.typical_megabytes(operators)
+            bandwidth = roofline.copy_bandwidth(device, megabytes=max(1.0, megabytes))
+        bound = roofline.roofline(operators, rates=rates, bandwidth=bandwidth)["bound_seconds"]
+        found[precision.name] = {"bound_seconds": bound, "share": bound / speed[precision.name]["shortest"]}
+    shares = ", ".join(f"{row['share']:.0%} in {name}" for name, row in found.items())
+    words = f"Of the roofline's rate (products as fast as a large one, traffic as fast as a copy) it reaches {shares}."
+    return {"rates": rates, "bandwidth": bandwidth, "precisions": found, "words": words}
 
 
 def amdahl(trace: Trace, update_seconds: float, gain: float | None) -> dict[str, float | None]:
@@ -131,7 +153,7 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
     """Which precision to take, and why in whole sentences."""
     base, *others = [name for name in speed if name not in failed]
     peaks = {row["precision"]: row["peak"] for row in memory}
-    gains = {name: speed[base]["seconds"] / speed[name]["seconds"] for name in others}
+    gains = {name: speed[base]["shortest"] / speed[name]["shortest"] for name in others}
     savings = {name: peaks[base] / peaks[name] if peaks.get(base) and peaks.get(name) else None for name in others}
     words = [f"{name} does not run: {reason}" for name, reason in failed.items()]
     if not others:

@@ -119,6 +119,11 @@ def diffusion():
     return model, batch, lambda outputs, batch: functional.mse_loss(outputs.sample, batch["noise"])
 
 
+def encoder():
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    return nn.TransformerEncoder(layer, 1), torch.randn(2, 256, 32), lambda outputs, batch: outputs.square().mean()
+
+
 class Checkpointed(nn.Module):
     def __init__(self, reentrant):
         super().__init__()
@@ -175,6 +180,7 @@ ZOO = {
     "gpt2": gpt,
     "llama with checkpointing": llama,
     "lstm": lstm,
+    "encoder with dropout": encoder,
     "unet3d": unet3d,
     "diffusion": diffusion,
     "checkpoint": lambda: checkpointed(False),
