@@ -124,7 +124,7 @@ def train(setup: Setup) -> None:
     with opened(setup) as run:
         earlier = find_earlier(setup)
         data = setup.data(resuming=earlier.resuming)
-        trainer = setup.trainer(data, run)
+        trainer = setup.trainer(data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
         with epoch_log(trainer, tensorboard=options.tensorboard) as trainer.on_epoch:
             trainer.train()
@@ -143,6 +143,10 @@ def announce(setup: Setup) -> None:
     """Says what will be trained, where and in which precision, and why in that one."""
     if setup.options.tensorboard:
         _summary_writer()  # a missing package is found before the training, not after it
+    if setup.options.safetensors:
+        from commands.export import require_safetensors
+
+        require_safetensors()
     precision = setup.precision
     if setup.demo:
         log.info(setup.demo.why)
@@ -193,7 +197,7 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
     """Goes on from last.pt, or begins a new run in place of what the folder held."""
     from runs import resume
 
-    config = setup.config(data)
+    config = setup.config(data, trainer.network.model.constructor_options)
     if earlier.resuming:
         resume.restore(trainer, data, model_name=setup.options.model, was=earlier.config["dataset"])
     else:  # only here is everything known to be right: a mistake must not cost an earlier run
@@ -276,6 +280,10 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
     run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
+    if setup.options.safetensors:
+        from commands.export import write_safetensors
+
+        write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
     draw_run(run.path)
     print(tables.summary(result))
     log.info(f"results: {run.path}")
