@@ -33,18 +33,22 @@ from model import (
     avoid_in_place,
     build_model,
     check_input_size,
+    empty_model,
     head_name,
     known_model,
-    load_weights,
+    preprocessing,
+    rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
 from option_kinds import ALL, seconds_of
 from precision import Precision, choose_precision, sensible_precisions
-from runs.checkpoint import identity, load_checkpoint
+from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer
 from transforms import Preprocess
 from utils import UserError, choose_device, cores, device_name, log, printable, seed_everything
+
+NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")
 
 
 def demo_size(device_name: str) -> DemoSize | None:
@@ -85,7 +89,13 @@ class Setup:
         name = self.options.device
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
-        device = choose_device(name, self.ranks.local_rank)
+        try:
+            device = choose_device(name, self.ranks.local_rank)
+        except UserError:
+            if "device" not in self.options.recorded:
+                raise
+            device = choose_device("auto", self.ranks.local_rank)
+            log.info(f"note: {name}, which was recorded, is not available here: computing on {device}")
         if device.type == "cpu":
             share_cores(self.ranks)
         return device
@@ -103,7 +113,20 @@ class Setup:
     @cached_property
     def precision(self) -> Precision:
         options = self.options
-        return choose_precision(self.device, amp=options.amp, amp_dtype=options.amp_dtype, tf32=options.tf32)
+        asked = {"amp": options.amp, "amp_dtype": options.amp_dtype, "tf32": options.tf32}
+        recorded = self._uses_checkpoint and {name for name in asked if asked[name] not in (False, "auto")}
+        advice = recorded and recorded <= options.recorded
+        if advice and self.device.type == "cpu" != options.recorded_on and options.amp_dtype == "float16":
+            asked["amp_dtype"] = "auto"  # on CPUs float16 takes many times as long
+        try:
+            precision = choose_precision(self.device, **asked)
+        except UserError:
+            if not advice:
+                raise
+            precision = choose_precision(self.device, amp=options.amp and self.device.type != "cuda")
+        if advice and (asked["amp_dtype"] != options.amp_dtype or options.tf32 and precision.name != "tf32"):
+            log.info(f"note: the precision that was recorded is for another device: computing in {precision.label}")
+        return precision
 
     @cached_property
     def run(self) -> RunDirectory:
@@ -126,12 +149,30 @@ class Setup:
             runs = sorted(path.parent.name for path in Path(self.options.checkpoint_dir).glob("*/best_model.pt"))
             known = f"Runs there: {', '.join(map(printable, runs))}." if runs else "No run is there yet."
             raise UserError(f"{printable(file)} does not exist. Name a run with --checkpoint_name. {known}")
-        return load_checkpoint(file)
+        return as_tested(load_checkpoint(file))
+
+    @property
+    def _uses_checkpoint(self) -> bool:
+        options = self.options
+        if options.command in ("train", "compare"):
+            return False
+        return options.command != "inspect" or bool(options.checkpoint or options.checkpoint_name)
 
     def _as_trained(self, name: str) -> Any:
         """An option that says how images are read; where it was left open, as the checkpoint says."""
         asked = getattr(self.options, name)
-        return self.checkpoint[name] if asked is None else asked
+        if asked is not None:
+            return asked
+        return self.checkpoint[name] if self._uses_checkpoint else option.options_of("train")[name].default
+
+    @cached_property
+    def reading(self) -> dict[str, Any]:
+        """Mean, std and interpolation with which images become the model's input: as recorded, or the model's own."""
+        normalize = self._as_trained("normalize")
+        if self._uses_checkpoint and normalize == self.checkpoint["normalize"]:
+            return {name: self.checkpoint[name] for name in ("mean", "std", "interpolation")}
+        own = preprocessing(self.checkpoint["model_name"] if self._uses_checkpoint else self.options.model)
+        return own if normalize == "imagenet" else {**own, "mean": [0.0] * 3, "std": [1.0] * 3}
 
     def training_words(self) -> list[str]:
         """The training options as words of a command line, less what each run of a comparison sets itself."""
@@ -157,7 +198,7 @@ class Setup:
             begun_before=resuming and recorded is None,
             keep_larger="crop" in options.augment.split(","),
             skip_unreadable=options.skip_unreadable,
-            opening=self._opening(Rules(options.max_megapixels, windows_of(options.window)), options.window == "data"),
+            opening=self._opening(self._rules(windows_of(options.window)), options.window == "data"),
         )
         if len(data.train) < options.batch_size:
             log.info(f"--batch_size {options.batch_size} is more than there are training images: one update an epoch")
@@ -188,7 +229,10 @@ class Setup:
         """By which a trained model's images are read: as it was trained, unless asked otherwise."""
         options = self.options
         windows = windows_of(options.window) if options.window else self.checkpoint.get("windows", {})
-        return Rules(options.max_megapixels, windows)
+        return self._rules(windows)
+
+    def _rules(self, windows: dict[str, tuple[float, float]]) -> Rules:
+        return Rules(self.options.max_megapixels, windows, self.reading["interpolation"])
 
     def _opening(self, rules: Rules, own_window: bool) -> Opening:
         options = self.options
@@ -221,9 +265,8 @@ class Setup:
 
     @property
     def preprocess(self) -> Preprocess:
-        return Preprocess(
-            self.device, self._as_trained("image_size"), self._as_trained("normalize"), self.options.channels_last
-        )
+        size = self._as_trained("image_size")
+        return Preprocess(self.device, size, channels_last=self.options.channels_last, **self.reading)
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False, **more: Any) -> Batches:
         own = ("seed", "accumulate", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
@@ -242,7 +285,12 @@ class Setup:
         seed_everything(options.seed)  # of the new head, or of all weights
         return self.placed(
             build_model(
-                options.model, class_count, pretrained=bool(options.pretrained), pretrained_path=options.pretrained_path
+                options.model,
+                class_count,
+                pretrained=bool(options.pretrained),
+                pretrained_path=options.pretrained_path,
+                weights=options.weights,
+                image_size=self._as_trained("image_size"),
             )
         )
 
@@ -254,16 +302,19 @@ class Setup:
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:
         """The model of a checkpoint, on the device, in evaluation mode."""
-        model = build_model(checkpoint["model_name"], len(checkpoint["classes"]), pretrained=False)
-        load_weights(model, checkpoint["model"], source="the checkpoint", new_head=False)
-        model = self.placed(model).eval()
+        model = self.placed(rebuild_model(checkpoint)).eval()
         return WithMirrorImage(model) if getattr(self.options, "tta", "none") == "flip" else model
 
-    def trainer(self, data: DataSet, run: RunDirectory, *, epochs: int | None = None) -> Trainer:
-        """Everything a training needs, wired together; for `epochs`, or as many as the options say."""
+    def trainer(
+        self, data: DataSet, run: RunDirectory, *, epochs: int | None = None, resumed: dict[str, Any] | None = None
+    ) -> Trainer:
+        """Everything a training needs, wired together; for `epochs`, or as many as the options say.
+
+        A run that is `resumed`, from what its config.json says, needs no weights to start from: last.pt holds them.
+        """
         options = self.options
         epochs = epochs or options.epochs
-        model = self._trainable(data)
+        model = self._trainable(data, resumed)
         batches = self.batches(data, data.train, train=True, epochs=epochs)
         validation = self.batches(data, data.validation)
         head = head_name(model)
@@ -324,7 +375,7 @@ class Setup:
             log_interval=options.log_interval,
             checkpoint_every=options.checkpoint_every,
             patience=options.patience,
-            record=self._identity(data),
+            record=self._identity(data, model),
         )
 
     def _class_weights(self, data: DataSet) -> torch.Tensor | None:
@@ -334,7 +385,7 @@ class Setup:
         counts = numpy.bincount(data.train.labels, minlength=len(data.classes))
         return torch.from_numpy(len(data.train) / (len(counts) * counts)).float().to(self.device)
 
-    def _trainable(self, data: DataSet) -> nn.Module:
+    def _trainable(self, data: DataSet, resumed: dict[str, Any] | None) -> nn.Module:
         """The model to train. Raises UserError where it cannot be trained with these batches on these processes."""
         options = self.options
         ranks = self.ranks.size
@@ -343,7 +394,13 @@ class Setup:
                 f"--batch_size {options.batch_size} is too small for {ranks} processes with {options.accumulate} "
                 "micro-batches each: every micro-batch needs an image."
             )
-        model = self.model(len(data.classes))
+        if resumed is None:
+            model = self.model(len(data.classes))
+        else:
+            told = resumed.get("model_options")
+            model = self.placed(
+                empty_model(options.model, len(data.classes), told, pretrained=bool(options.pretrained))
+            )
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
         check_input_size(
@@ -362,20 +419,22 @@ class Setup:
             )
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
-    def _identity(self, data: DataSet) -> dict[str, Any]:
+    def _identity(self, data: DataSet, model: nn.Module) -> dict[str, Any]:
         return identity(
             classes=data.classes,
             model_name=self.options.model,
+            model_options=model.constructor_options,
             image_size=self.options.image_size,
             normalize=self.options.normalize,
+            reading=self.reading,
             precision=self.precision.name,
             fingerprint=data.fingerprint,
             windows={mode: list(window) for mode, window in data.rules.windows.items()},
         )
 
-    def config(self, data: DataSet) -> dict[str, Any]:
+    def config(self, data: DataSet, model_options: dict[str, Any]) -> dict[str, Any]:
         """What config.json records: every option, versions, device and data."""
-        options = {name: value for name, value in vars(self.options).items() if name not in ("command", "evaluate")}
+        options = {name: value for name, value in vars(self.options).items() if name not in NOT_RECORDED}
         if self.options.command == "train":
             options["checkpoint_name"] = self.run.path.relative_to(self.options.checkpoint_dir).as_posix()
         else:
@@ -390,6 +449,7 @@ class Setup:
                 "numpy": numpy.__version__,
                 "pillow": PIL.__version__,
             },
+            "model_options": model_options,
             "device": self.device.type,
             "device_name": device_name(self.device),
             "threads": torch.get_num_threads(),

@@ -125,7 +125,7 @@ class Batches:
 
         uint8 (count, side, side, 3) and class indices (count,), or probabilities (count, classes) after MixUp.
         """
-        mean, std = self.preprocess.mean_and_deviation
+        mean, std = (self.preprocess.mean, self.preprocess.std)
         shown = []
         targets = []
         for images, labels, *_ in next(self.epoch(0, 0, 1)):

@@ -144,7 +144,7 @@ def train(setup: Setup) -> None:
     with opened(setup) as run:
         earlier = find_earlier(setup)
         data = setup.data(resuming=earlier.resuming)
-        trainer = setup.trainer(data, run)
+        trainer = setup.trainer(data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
         with opened_logs(setup, trainer) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)
@@ -164,6 +164,10 @@ def demo_that_fits(device: str) -> dict[str, Any]:
 def announce(setup: Setup) -> None:
     """Says what will be trained, where and in which precision, and why in that one."""
     refuse_missing_packages(_log_names(setup))
+    if setup.options.safetensors:
+        from commands.export import require_safetensors
+
+        require_safetensors()
     precision = setup.precision
     if setup.demo:
         log.info(setup.demo.why)
@@ -215,7 +219,7 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
     """Goes on from last.pt, or begins a new run in place of what the folder held."""
     from runs import resume
 
-    config = setup.config(data)
+    config = setup.config(data, trainer.network.model.constructor_options)
     if earlier.resuming:
         begun_in = earlier.config.get("precision")
         resume.restore(trainer, data, model_name=setup.options.model, was=earlier.config["dataset"])
@@ -300,6 +304,10 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
     run.file("failure.json").unlink(missing_ok=True)
+    if setup.options.safetensors:
+        from commands.export import write_safetensors
+
+        write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
     print(tables.summary(result))
     log.info(f"results: {run.path}")
 

@@ -1,73 +1,120 @@
-"""A torchvision classifier with a new head, from ImageNet weights, a file, or scratch.
+"""A classifier with a new head, from published weights, a file, or scratch, and what a training makes of it.
 
-One function builds every model the package trains, and says in words what is wrong with weights that
-do not fit. Knows nothing of data, precision or training.
+One function builds every model the package trains, another builds it again from what a checkpoint recorded. Where
+weights come from is in pretrained/. Knows nothing of data, precision or the training loop.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
-import pickle
-import re
-import urllib.error
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torchvision import models
 
 from distributed import Ranks
-from utils import UserError, printable, shows_bars
-
-# These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out.
-_AUXILIARY = {"inception_v3": ("AuxLogits.",), "googlenet": ("aux1.", "aux2.")}
-
-
-def model_names() -> list[str]:
-    """Names of torchvision's image classification models."""
-    return models.list_models(module=models)
+from pretrained import timm_models, torchvision_models
+from pretrained.fitting import Fit, Weights, fitted, load_weights, read_weights
+from utils import UserError, log, printable
 
 
 def known_model(name: str) -> str:
-    """torchvision's name of a classifier in any spelling. Raises UserError where it has none of that name."""
-    key = name.lower()
-    if key not in model_names():
-        close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
-        raise UserError(f"--model {name} is not a torchvision classifier. Did you mean {', '.join(close)}?")
-    return key
+    """The name of a classifier in any spelling, as its package has it: `resnet18`, `timm:resnet18`.
+
+    Raises UserError where there is none of that name.
+    """
+    return timm_models.known_name(name) if timm_models.is_timm(name) else torchvision_models.known_name(name)
 
 
 def build_model(
-    name: str, class_count: int, *, pretrained: bool = True, pretrained_path: str | Path | None = None
+    name: str,
+    class_count: int,
+    *,
+    pretrained: bool = True,
+    pretrained_path: str | Path | None = None,
+    weights: str | None = None,
+    image_size: int | None = None,
 ) -> nn.Module:
-    """A torchvision classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
+    """A classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
 
-    `pretrained_path` (a state dict file or a checkpoint of this package) wins over `pretrained`
-    (torchvision's ImageNet weights). A head for another number of classes is left as initialised.
+    `pretrained_path`, a file in any form that pretrained/ reads, wins over `pretrained`: the published weights, of
+    which `weights` names others than the default ones. A head for another number of classes is left as initialised.
+    Models of a fixed size are built for `image_size` pixels, their position embeddings interpolated. What the
+    constructor was told beside the weights is the result's attribute `constructor_options`.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
     key = known_model(name)
-    options = {"aux_logits": False, "init_weights": True} if key in _AUXILIARY else {}
-    model = models.get_model(key, num_classes=class_count, **options)
-    ignored = _AUXILIARY.get(key, ())
-    if pretrained_path is not None:
-        load_weights(model, read_state_dict(pretrained_path), source=str(pretrained_path), ignored=ignored)
-    elif pretrained:
-        original = _imagenet_model(key)
-        load_weights(model, original.state_dict(), source="ImageNet weights", ignored=ignored)
-        if key in _AUXILIARY:
-            model.transform_input = original.transform_input  # their files were trained on another normalisation
+    package = timm_models if timm_models.is_timm(key) else torchvision_models
+    file = None if pretrained_path is None else read_weights(pretrained_path)
+    model, ignored = package.build(key, class_count, image_size, file, pretrained=pretrained, weights=weights)
+    if file is not None:
+        _fill(model, file, key, ignored)
     return model
 
 
+def rebuild_model(checkpoint: dict[str, Any]) -> nn.Module:
+    """The model of a checkpoint with its weights: built with what its constructor was told when it was trained."""
+    name = checkpoint["model_name"]
+    model = empty_model(name, len(checkpoint["classes"]), checkpoint["model_options"], pretrained=False)
+    load_weights(model, checkpoint["model"], source="the checkpoint")
+    return model
+
+
+def empty_model(name: str, class_count: int, options: dict[str, Any] | None, *, pretrained: bool) -> nn.Module:
+    """The model that `build_model` made, for weights that are still to come.
+
+    `options` are its `constructor_options`; None: as version 0.1 built it, which did not record them.
+    """
+    key = known_model(name)
+    if options is None:
+        options = torchvision_models.options_before_recording(key, pretrained=pretrained)
+    package = timm_models if timm_models.is_timm(key) else torchvision_models
+    return package.create(key, class_count, options)
+
+
+def preprocessing(name: str) -> dict[str, Any]:
+    """How images are made a model's input: `mean` and `std` of each channel, of values from 0 to 1, and the
+    `interpolation` with which they are resized."""
+    key = known_model(name)
+    return timm_models.preprocessing(key) if timm_models.is_timm(key) else torchvision_models.preprocessing()
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the layers that make the logits; timm's distilled models have two."""
+    return timm_models.head_names(model) or (torchvision_models.head_name(model),)
+
+
 def head_name(model: nn.Module) -> str:
-    """The name of the layer that makes the logits: the last linear or convolution layer."""
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
+    """The name of the layer that makes the logits, the first where there are two."""
+    return head_names(model)[0]
+
+
+def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...]) -> None:
+    """Puts the weights of a user's file into `model` and says how they were found."""
+    timm = timm_models.is_timm(key)
+    package = timm_models if timm else torchvision_models
+    head = head_names(model)
+    file.places = {place: package.with_todays_names(state, model) for place, state in file.places.items()}
+    fit = fitted(file, model, head)
+    state = fit.state if timm else torchvision_models.resized(fit.state, model)
+    notes = load_weights(
+        model, state, source=file.source, ignored=ignored, head=head, advice=lambda: _advice(file, fit, key)
+    )
+    described = "; ".join(filter(None, [fit.described(), *notes]))
+    log.info(f"weights: {printable(file.source)}{f' ({described})' if described else ''}")
+
+
+def _advice(file: Weights, fit: Fit, key: str) -> str:
+    """The model that a file's weights would fit, as torchvision's of the same kind show or as the file says."""
+    found = None if timm_models.is_timm(key) else torchvision_models.who_fits(fit.state, key)
+    if found:
+        return f"They fit --model {found}."
+    if file.saved_from and file.saved_from.lower() != key:
+        return f"The file says that its model is {printable(file.saved_from)}: name the --model that this is."
+    return "Name the --model they were saved from, or use --pretrained 0."
 
 
 def avoid_in_place(model: nn.Module) -> nn.Module:
@@ -106,114 +153,12 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> 
     try:
         twin(torch.empty(smallest_piece, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
+        images = "image" if smallest_piece == 1 else "images"
         raise UserError(
             f"--image_size {image_size}: {type(model).__name__} cannot train on a micro-batch of {smallest_piece} "
-            f"such images ({str(error).splitlines()[0]}).\nUse another --image_size "
-            "(224 suits every model) or a --batch_size that leaves no single image over."
+            f"such {images} ({str(error).splitlines()[0]}).\nUse another --image_size "
+            f"({timm_models.own_size(model) or 224} suits it) or a --batch_size that leaves no single image over."
         ) from None
-
-
-def _imagenet_model(key: str) -> nn.Module:
-    """The classifier of 1,000 classes as torchvision's own constructor loads it.
-
-    Published files are old: many hold no batch counters, or names of layers from before they were renamed. Only
-    their constructors know. They would also run code that a file holds, so it is read without that first.
-    """
-    weights = models.get_model_weights(key).DEFAULT
-    try:
-        weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
-        return models.get_model(key, weights=weights, progress=False)
-    except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
-        raise UserError(
-            f"the ImageNet weights of {key} could not be loaded: {(str(error) or repr(error)).splitlines()[0]}"
-            "\nThree ways out:"
-            f"\n  put {weights.url}\n    at {file} (delete a damaged file there)"
-            "\n  name a state dict you have with --pretrained_path FILE"
-            "\n  train from scratch with --pretrained 0"
-        ) from None
-
-
-def load_file(path: str | Path) -> Any:
-    """What `torch.save` wrote to `path`, tensors and plain types only, on the CPU.
-
-    Raises UserError for a missing or damaged file and for a pickle that would run code.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on odd pickles: what matters is an error
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{printable(path)} does not exist.") from None
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        TypeError,
-        IndexError,
-    ) as error:
-        if isinstance(error, pickle.UnpicklingError) and re.search("weights_only|Unsupported", str(error), re.I):
-            raise UserError(
-                f"{printable(path)} was refused: it holds more than tensors and plain types, and loading "
-                "it could run code. Use a file that holds a state dict only."
-            ) from None
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise UserError(f"{printable(path)} is damaged or not a PyTorch file ({reason}).") from None
-
-
-def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """The state dict in `path`: bare, or under `model` or `state_dict`, with or without DDP's `module.`."""
-    content = load_file(path)
-    for key in ("model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
-        raise UserError(f"{printable(path)} holds no state dict (names to tensors).")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def load_weights(
-    model: nn.Module,
-    state: dict[str, torch.Tensor],
-    *,
-    source: str,
-    ignored: tuple[str, ...] = (),
-    new_head: bool = True,
-) -> None:
-    """Loads `state` into `model`, except, with `new_head`, a head for another number of classes.
-
-    Raises UserError with the offending names where anything else is missing, unknown or of another shape.
-    """
-    own = model.state_dict()
-    head = head_name(model)
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(ignored)}
-    shapes = {
-        name: f"{tuple(state[name].shape)}, needs {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
-    }
-    replaced = {name for name in shapes if new_head and name.rpartition(".")[0] == head}
-    problems = [f"  {name}: shape {shapes[name]}" for name in sorted(shapes.keys() - replaced)]
-    problems += [f"  {name}: missing" for name in sorted(own.keys() - state.keys())]
-    problems += [f"  {name}: unknown" for name in sorted(state.keys() - own.keys())]
-    if problems:
-        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise UserError(
-            "\n".join(
-                [
-                    f"the weights in {printable(source)} do not fit this {type(model).__name__}:",
-                    *problems[:10],
-                    *more,
-                    "Name the --model they were saved from, or use --pretrained 0.",
-                ]
-            )
-        )
-    own.update({name: tensor for name, tensor in state.items() if name not in replaced})
-    model.load_state_dict(own)  # `own` knows the versions of its layers, which MNASNet's loader asks for
 
 
 class Network:

@@ -127,7 +127,7 @@ DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mp
 TTA = Option(
     one_of("none", "flip"), "none", "flip: compute each test image and its mirror image, and average their logits"
 )
-MODEL = Option(NAME, "ResNet18", "name of a torchvision classification model")
+MODEL = Option(NAME, "ResNet18", "a classification model of torchvision, or of timm as timm:NAME")
 LABELS = Option(FILE, None, "table of labels: a column of paths or ids, one of labels; CSV of any program", PLACE)
 MEGAPIXELS = Option({**POSITIVE, "metavar": "N"}, 179.0, "refuse images of more megapixels than this", START)
 WINDOW = Option(
@@ -154,7 +154,7 @@ OPTIONS = {
         "normalize": Option(
             one_of("imagenet", "none"),
             "imagenet",
-            "imagenet: subtract ImageNet's mean, divide by its deviation; none: values from 0 to 1",
+            "imagenet: by the mean and deviation that the model's ImageNet weights saw; none: values from 0 to 1",
         ),
         "cache": Option(
             one_of("auto", "memory", "none"),
@@ -189,7 +189,8 @@ OPTIONS = {
         "model": MODEL,
         "num_classes": Option(whole(2), None, "number of classes (default: counted from the folders)"),
         "pretrained": Option(one_of(1, 0, type=int), 1, "1: start from ImageNet weights; 0: from random ones", START),
-        "pretrained_path": Option(FILE, None, "start from the weights in this file", START),
+        "weights": Option(NAME, None, "set of torchvision's ImageNet weights (default: DEFAULT, its best)", START),
+        "pretrained_path": Option(FILE, None, "start from the weights in this file, whoever wrote it", START),
     },
     "device and precision": {
         "device": DEVICE,
@@ -279,6 +280,7 @@ OPTIONS = {
         "verify_resume": Option(FLAG, False, "prove on a short run that resuming is exact", CALL),
         "log": Option(LOG, None, "also log to these: tensorboard, wandb, mlflow, separated by commas", HANDLING),
         "tensorboard": Option(FLAG, False, "the same as --log tensorboard", HANDLING),
+        "safetensors": Option(FLAG, False, "also write the best weights as best_model.safetensors", HANDLING),
     },
     "testing": {"evaluate": Option(FLAG, False, "do what the command evaluate does", CALL)},
     "a finished run": {
@@ -364,6 +366,7 @@ OPTIONS = {
         "tta": TTA,
         "checkpoint": Option(FILE, None, "checkpoint to export (default: best_model.pt of the run)", CALL),
         "out": Option(FILE, None, "file to write (default: model.onnx in the run's folder)", CALL),
+        "safetensors": Option(FLAG, False, "write the weights as best_model.safetensors instead of ONNX", CALL),
     },
 }
 _TRAINING = ("run", "data", "model", "device and precision", "training", "recording and resuming")
@@ -388,6 +391,8 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "predict": _AS_TRAINED,
     "inspect": {
         "pretrained": 0,
+        "image_size": None,
+        "normalize": None,
         "amp": False,
         "channels_last": True,
         "accumulate": 1,
@@ -478,7 +483,8 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
     known = options_of(command)
     typed = vars(build_parser(command, also=also).parse_args(words))
     defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
-    stored = _stored_options(command, defaults | typed)
+    config = _stored_config(command, defaults | typed)
+    stored = _stored_options(command, config)
     preset = PRESETS[typed["preset"]] if "preset" in typed and "preset" in known else {}
     if "labels" not in typed and typed.get("data_dir", stored.get("data_dir")) != stored.get("data_dir"):
         stored.pop("labels", None)  # the table of another folder
@@ -491,20 +497,23 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
     if "start_size" in preset and "start_size" not in typed:
         room = merged["start_size"] < merged["image_size"] and merged["epochs"] > 1
         merged["start_size"] = merged["start_size"] if room else 0
-    options = argparse.Namespace(**merged, command=command)
+    recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
+    options = argparse.Namespace(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
     _check_together(options)
     return options
 
 
-def _stored_options(command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """Options recorded in --config FILE, or by the named run for the commands that use one, each checked."""
+def _stored_config(command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What --config FILE holds, or what the named run recorded for the commands that use one."""
     file = Path(given.get("checkpoint_dir") or "", given.get("checkpoint_name") or "", "config.json")
     if given.get("config"):
-        stored = read_config(Path(given["config"]))["options"]
-    elif command in OWN_DEFAULTS and file.exists():
-        stored = read_config(file)["options"]
-    else:
-        return {}
+        return read_config(Path(given["config"]))
+    return read_config(file) if command in OWN_DEFAULTS and file.exists() else {"options": {}}
+
+
+def _stored_options(command: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The options in a config.json that `command` takes from there, each checked."""
+    stored = config["options"]
     roles = (CALL, PRECISION) if command == "compare" else (CALL,)
     wanted = {name: option for name, option in options_of(command).items() if option.role not in roles}
     try:
@@ -565,6 +574,12 @@ def _check_together(options: argparse.Namespace) -> None:
         (
             get("cuda_graphs") and get("accumulate", 1) > 1,
             "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
+        ),
+        (
+            get("weights")
+            and "weights" not in options.recorded
+            and (get("pretrained_path") or not get("pretrained", 1)),
+            "--weights chooses among published weights: it goes with neither --pretrained_path nor --pretrained 0.",
         ),
         (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
         (

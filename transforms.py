@@ -23,25 +23,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class Preprocess:
     """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
 
-    `normalize` is "imagenet" (mean and deviation of ImageNet) or "none" (values 0 to 1).
+    `mean` and `std` are those of each channel, of values from 0 to 1; `interpolation` is bilinear or bicubic.
     """
 
     device: torch.device
     image_size: int
-    normalize: str = "imagenet"
+    mean: Sequence[float] = IMAGENET_MEAN
+    std: Sequence[float] = IMAGENET_STD
+    interpolation: str = "bilinear"
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        mean, std = self.mean_and_deviation
-        deviation = torch.tensor(std)
+        deviation = torch.tensor(self.std, dtype=torch.float32)
+        mean = torch.tensor(self.mean, dtype=torch.float32)
         # A whole row of pixels: a last dimension of three would not be vectorised.
         self._factor = (1 / (255 * deviation)).repeat(self.image_size).to(self.device)
-        self._offset = (-torch.tensor(mean) / deviation).repeat(self.image_size).to(self.device)
-
-    @property
-    def mean_and_deviation(self) -> tuple[Sequence[float], Sequence[float]]:
-        """What is subtracted from each channel, and what it is divided by, for values from 0 to 1."""
-        return (IMAGENET_MEAN, IMAGENET_STD) if self.normalize == "imagenet" else ((0.0,) * 3, (1.0,) * 3)
+        self._offset = (-mean / deviation).repeat(self.image_size).to(self.device)
 
     def __call__(self, images: torch.Tensor, shapes: np.ndarray | None = None) -> torch.Tensor:
         """uint8 (count, height, width, 3) to float32 (count, 3, size, size); `shapes` as `unified` takes them."""
@@ -54,7 +51,7 @@ class Preprocess:
             return images
         if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
             images = images.float()
-        return F.interpolate(images, (self.image_size, self.image_size), mode="bilinear", antialias=True)
+        return F.interpolate(images, (self.image_size, self.image_size), mode=self.interpolation, antialias=True)
 
     def unified(self, images: torch.Tensor, shapes: np.ndarray, side: int | None = None) -> torch.Tensor:
         """Images of several sizes to (count, 3, side, side), each as `resized` would alone; default: the model's side.
@@ -80,7 +77,7 @@ class Preprocess:
         if self.device.type != "cpu":
             images = images.float()
         size = (min(height, most), min(width, most))
-        return F.interpolate(images, size, mode="bilinear", antialias=True)
+        return F.interpolate(images, size, mode=self.interpolation, antialias=True)
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""

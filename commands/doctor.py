@@ -24,7 +24,7 @@ from cards import EMULATED, NONE, Card
 from dataset import Batches, Opening, open_data_set
 from inspection.inspector import paragraph, table
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
-from model import build_model
+from model import known_model
 from precision import card_of, cpu_instructions, sensible_precisions
 from precision_table import PRECISIONS, label_of
 from transforms import Preprocess
@@ -76,8 +76,7 @@ def examine(
     Raises UserError for an unknown model or wrong data, RunError where not even FP32 runs.
     """
     started = time.perf_counter()
-    with torch.device("meta"):
-        build_model(model_name, 2, pretrained=False)  # an unknown name is refused before anything is measured
+    known_model(model_name)  # an unknown name is refused before anything is measured
     if batch_size is None and device.type == "cuda":  # an FP32 update of ResNet-18 takes 42 MB an image of 256 pixels
         free = 0.6 * torch.cuda.mem_get_info(device)[0]
         batch_size = min(256, 2 ** int(math.log2(max(8, free / (42 * 2**20)))))

@@ -52,6 +52,7 @@ def evaluate_run(
     seconds = time.perf_counter() - started
     if setup.ranks.is_first:
         training = {
+            "epoch_name": "Epoch" if "progress" in checkpoint else "Best epoch",
             "best_epoch": checkpoint["epoch"],
             "best_val_acc": checkpoint["val_acc"],
             "total_seconds": seconds,

@@ -110,7 +110,9 @@ def read_notes(file: Path, count: int) -> Kept | None:
         kept = Kept(
             (int(notes["box"][0]), int(notes["box"][1])),
             Rules(
-                float(notes["max_megapixels"]), {mode: (low, high) for mode, (low, high) in notes["windows"].items()}
+                float(notes["max_megapixels"]),
+                {mode: (low, high) for mode, (low, high) in notes["windows"].items()},
+                str(notes["interpolation"]),
             ),
             None if shapes is None else np.array(shapes, np.int64).reshape(count, 2),
             int(notes["several"]),
@@ -220,6 +222,7 @@ def write_notes(file: Path, kept: Kept) -> None:
         "shapes": None if kept.shapes is None else kept.shapes.tolist(),
         "max_megapixels": kept.rules.max_megapixels,
         "windows": kept.rules.windows,
+        "interpolation": kept.rules.interpolation,
         "several": kept.several,
         "crc32": kept.crc32.tolist(),
         "unreadable": kept.unreadable,

@@ -21,8 +21,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
-_ORIENTATION = 0x0112
-_UPRIGHT = {
+ORIENTATION = 0x0112
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,11 +40,12 @@ class Rules:
     """How files become pixels: the largest picture in megapixels, and the windows of deep grey pictures.
 
     `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white; modes that it lacks
-    take the range of their type.
+    take the range of their type. `interpolation` is Pillow's bilinear or bicubic, which resizes.
     """
 
     max_megapixels: float = 179.0  # where Pillow itself, too, refuses a file as a decompression bomb
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
+    interpolation: str = "bilinear"
 
     def window(self, mode: str) -> tuple[float, float]:
         low, high = self.windows.get(mode, TYPE_WINDOWS[mode])
@@ -64,7 +65,7 @@ def windows_of(text: str) -> dict[str, tuple[float, float]]:
     return dict.fromkeys(TYPE_WINDOWS, (low, high))
 
 
-DECODER = f"rgb uint8, bilinear, upright, on white; Pillow {PIL.__version__}; v2"
+DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v2"
 
 
 def deep_mode(mode: str) -> str | None:
@@ -99,15 +100,15 @@ def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> 
     """Decodes the first picture of a file to RGB uint8 (height, width, 3), upright by its EXIF orientation.
 
     One that is larger than `limit` pixels on any side is resized to `limit` square, by Pillow's antialiased
-    bilinear filter; a smaller one is kept as it is. Raises OSError, ValueError or another of Pillow's errors for
+    filter; a smaller one is kept as it is. Raises OSError, ValueError or another of Pillow's errors for
     what is not a whole image, or is larger than `rules` allow.
     """
     rules = rules or Rules()
     with _open(path, rules) as image:
         image.load()
-        rgb = _to_rgb(_upright(image), rules)
+        rgb = to_rgb(upright(image), rules.window)
         if limit is not None and max(rgb.size) > limit:
-            rgb = rgb.resize((limit, limit), Image.Resampling.BILINEAR)
+            rgb = rgb.resize((limit, limit), Image.Resampling[rules.interpolation.upper()])
         return np.asarray(rgb)
 
 
@@ -145,22 +146,23 @@ def _early_orientation(image: Image.Image) -> int:
     """The EXIF orientation that can be read without decoding: 1 where it stands behind the pixels, or is damaged."""
     with suppress(Exception):
         if "exif" in image.info or image.format != "PNG":
-            return int(image.getexif().get(_ORIENTATION, 1))
+            return int(image.getexif().get(ORIENTATION, 1))
     return 1
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
     """The picture turned as its EXIF orientation says; one that cannot be read is no orientation."""
     orientation = 1
     with suppress(Exception):
-        orientation = int(image.getexif().get(_ORIENTATION, 1))
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        orientation = int(image.getexif().get(ORIENTATION, 1))
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image, rules: Rules) -> Image.Image:
+def to_rgb(image: Image.Image, window: Callable[[str], tuple[float, float]]) -> Image.Image:
+    """A picture of any mode as RGB; `window` gives for a deep grey mode the values of black and white."""
     deep = deep_mode(image.mode)
     if deep:  # Pillow's own conversion would clip at 255
-        low, high = rules.window(deep)
+        low, high = window(deep)
         values = np.nan_to_num(np.asarray(image, np.float64), nan=low)
         grey = np.rint((values - low) * (255 / max(high - low, 1e-300))).clip(0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

@@ -116,7 +116,8 @@ class Bench:
         torch.backends.cudnn.benchmark = True
         reset_peak_memory(self.device)
         self.memory_before = peak_memory(self.device)["peak_memory_mb"]
-        model = build_model(model_name, 6, pretrained=False).to(self.device).to(memory_format=torch.channels_last)
+        model = build_model(model_name, 6, pretrained=False, image_size=image_size)
+        model = model.to(self.device).to(memory_format=torch.channels_last)
         self.update = update = Update(model, named_precision(precision, self.device))
         self.updates = endless(_random_batches(self.device, image_size, batch_size))
         self.joules = energy_counter(self.device)

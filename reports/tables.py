@@ -30,7 +30,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
         *([flip] if result.get("tta") == "flip" else []),
         *_balanced(result),
-        ("Best epoch", str(result["best_epoch"]), f"validation accuracy {result['best_val_acc']:.2f} %"),
+        (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
@@ -55,6 +55,10 @@ def class_rows(result: dict[str, Any]) -> list[list[str]]:
         total = sum(row["support"] for row in result["per_class"].values())
         rows.append(["macro average", *(f"{100 * result['macro'][key]:.2f}" for key in SHARES), f"{total:,.0f}"])
     return rows
+
+
+def _validation(accuracy: float | None) -> str:
+    return "not validated" if accuracy is None else f"validation accuracy {accuracy:.2f} %"
 
 
 def summary(result: dict[str, Any]) -> str:

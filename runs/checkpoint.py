@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from model import load_file
+from pretrained import torchvision_models
+from pretrained.files import load_file
 from runs.writing import replace_file
-from utils import UserError, printable
+from utils import UserError, log, printable, read_json
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
 NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
@@ -64,22 +65,28 @@ def identity(
     *,
     classes: list[str],
     model_name: str,
+    model_options: dict[str, Any],
     image_size: int,
     normalize: str,
+    reading: dict[str, Any],
     precision: str,
     fingerprint: str,
     windows: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
     """What every checkpoint says of itself, enough to use it without its run's folder.
 
-    `windows` gives for a mode of deep grey pictures the values that were black and white.
+    `model_options` are the arguments of the model's constructor beside the number of classes, `reading` the mean,
+    std and interpolation with which images become its input. `windows` gives for a mode of deep grey pictures the
+    values that were black and white.
     """
     return {
         "format": 1,
         "classes": classes,
         "model_name": model_name,
+        "model_options": model_options,
         "image_size": image_size,
         "normalize": normalize,
+        **reading,
         "precision": precision,
         "fingerprint": fingerprint,
         "windows": windows or {},
@@ -138,14 +145,58 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
         value is None  # of an earlier version
         or (isinstance(value, dict) and all(len(pair) == 2 and pair[0] <= pair[1] for pair in value.values()))
     ),
+    "model_options": lambda value: isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()])),
+    "mean": lambda value: _are_numbers(value),
+    "std": lambda value: _are_numbers(value) and min(value) > 0,
+    "interpolation": lambda value: value in ("bilinear", "bicubic"),
 }
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str)) or (
+        isinstance(value, (list, tuple)) and _are_numbers(value, None)
+    )
+
+
+def _are_numbers(values: Any, count: int | None = 3) -> bool:
+    right = isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values)
+    return right and count in (None, len(values))
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
     content = load_file(file)
+    if isinstance(content, dict):
+        content = _completed(content, file)
     if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
         raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
     if not all(weight.isfinite().all() for weight in content["model"].values()):
         raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
     return content
+
+
+def _completed(content: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A checkpoint with what it did not say yet in version 0.1: how its model was built and how images were read."""
+    imagenet = content.get("normalize") != "none"
+    reading = torchvision_models.preprocessing() | ({} if imagenet else {"mean": [0.0] * 3, "std": [1.0] * 3})
+    if "model_options" in content or not isinstance(content.get("model_name"), str):
+        return {**reading, **content}
+    try:
+        options = read_json(file.with_name("config.json"))["options"]
+        pretrained = bool(options["pretrained"]) and not options["pretrained_path"]
+    except (UserError, KeyError, TypeError):
+        pretrained = True  # as is the default
+    told = torchvision_models.options_before_recording(content["model_name"].lower(), pretrained=pretrained)
+    return {**reading, **content, "model_options": told}
+
+
+def as_tested(content: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as it is used; of last.pt the averaged weights if there are any, its epoch and its accuracy."""
+    if "progress" not in content:
+        return content
+    progress = content["progress"]
+    last = progress["history"][-1] if progress["history"] else {}
+    if content["ema"] is not None:
+        log.info("last.pt: its averaged weights (EMA) are used, as they were validated")
+    weights = content["model"] if content["ema"] is None else content["ema"]
+    return {**content, "model": weights, "epoch": progress["epoch"], "val_acc": last.get("val_acc")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ WRITTEN = (  # by a run, the files first that make it look finished
     "logs.json",
     "last.pt",
     "best_model.pt",
+    "best_model.safetensors",
+    "model.onnx",
     "metrics.jsonl",
     "metrics.csv",
     "predictions.csv",
@@ -63,6 +66,7 @@ def find_earlier(
         raise UserError(f"{printable(last)} does not exist: nothing to resume. Start without --resume.")
     if resume and last.exists():
         stored = read_config(run.file("config.json"))
+        _refuse_longer(run, stored["options"], options)
         _refuse_changed(stored["options"], options, may_differ=_PRECISION if overflowed(run) else frozenset())
         return Earlier(True, stored)
     if not overwrite and not (resume and not run.file("result.json").exists()):
@@ -86,6 +90,22 @@ def overflowed(run: RunDirectory) -> bool:
     """Whether the run ended with a validation that its precision could not compute: it may go on in another one."""
     file = run.file("failure.json")
     return file.exists() and read_json(file).get("kind") == OVERFLOW
+
+
+def _refuse_longer(run: RunDirectory, stored: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raises UserError, with the command that goes on from its weights, where a finished run is to be longer."""
+    epochs = current.get("epochs")
+    if not run.file("result.json").exists() or not epochs or epochs <= stored.get("epochs", epochs):
+        return
+    name = f"{run.path.name}_longer"
+    words = ["python", "main.py", "--config", run.file("config.json"), "--checkpoint_dir", current["checkpoint_dir"]]
+    words += ["--checkpoint_name", name, "--pretrained_path", run.file("best_model.pt")]
+    words += ["--epochs", epochs - stored["epochs"]]
+    raise UserError(
+        f"{printable(run.path)} is finished: its learning rate schedule ended with epoch {stored['epochs']}, so more "
+        "epochs would be another run.\nGo on from its best weights, with a schedule of its own:\n  "
+        + printable(shlex.join(map(str, words)))
+    )
 
 
 def _refuse_changed(stored: dict[str, Any], current: dict[str, Any], *, may_differ: frozenset[str]) -> None:

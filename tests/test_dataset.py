@@ -260,7 +260,7 @@ def test_resizing_on_the_device_is_torchvisions(side):
 
 def test_normalize_none_leaves_values_between_zero_and_one(scenes_folder):
     data = opened(scenes_folder, 33)
-    batches = Batches(data.test, Preprocess(CPU, 33, "none"), 8, 6)
+    batches = Batches(data.test, Preprocess(CPU, 33, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)), 8, 6)
     images = torch.cat([images for images, *_ in batches.evaluation()])
     assert 0 <= images.min() < 0.2 and 0.8 < images.max() <= 1.000001
     assert_within_two_levels(images, torchvisions(data.test.paths, 33, normalize=False), (1, 1, 1))

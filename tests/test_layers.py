@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("commands", "features", "images", "inspection", "reports", "runs")
+FOLDERS = ("commands", "features", "images", "inspection", "pretrained", "reports", "runs")
 
 
 def module_name(path: Path) -> str:

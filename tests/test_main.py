@@ -23,7 +23,7 @@ import option
 import utils
 from commands import compare
 from images import demo
-from model import load_file
+from pretrained.files import load_file
 from reports import page, pictures
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]

@@ -3,7 +3,6 @@
 No network: ImageNet files are made here and found where torch.hub looks. Run it alone: pytest tests/test_model.py
 """
 
-import pickle
 import urllib.error
 from collections import OrderedDict
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 from torchvision import models
 
-from model import build_model, check_input_size, head_name, load_file, load_weights, model_names, read_state_dict
+from model import build_model, check_input_size, head_names
+from pretrained.torchvision_models import names
 from utils import UserError
 
-WITHOUT_COUNTERS = {"resnet18", "googlenet"}  # published before BatchNorm counted its batches
+WITHOUT_COUNTERS = {"resnet18", "densenet121"}  # published before BatchNorm counted its batches
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def test_an_unknown_name_is_answered_with_likely_ones():
 
 
 def test_only_classifiers_are_offered():
-    names = model_names()
-    assert {"resnet18", "resnet50", "vit_b_16", "inception_v3"} <= set(names)
-    assert not [name for name in names if "rcnn" in name or "deeplab" in name or name.startswith("raft")]
+    known = names()
+    assert {"resnet18", "resnet50", "vit_b_16", "inception_v3"} <= set(known)
+    assert not [name for name in known if "rcnn" in name or "deeplab" in name or name.startswith("raft")]
 
 
 # ------------------------------------------------------------------------------------- families
@@ -89,7 +89,7 @@ def test_every_family_trains_a_head_of_its_own(name, side):
     logits.square().sum().backward()
     without = [parameter for parameter, tensor in model.named_parameters() if tensor.grad is None]
     assert without == []
-    head = model.get_submodule(head_name(model))
+    head = model.get_submodule(head_names(model)[0])
     assert head.weight.shape[0] == 6 and head.weight.grad.abs().sum() > 0
 
 
@@ -114,7 +114,7 @@ def test_a_size_that_a_model_cannot_train_on_is_refused_before_training(name, si
 def test_imagenet_weights_fill_all_but_the_head(imagenet, monkeypatch, name, options):
     state = imagenet(name, **options)
     model = build_model(name, 6)
-    head = head_name(model)
+    head = head_names(model)[0]
     for key, tensor in model.state_dict().items():
         if key.rpartition(".")[0] == head:
             assert tensor.shape[0] == 6
@@ -131,7 +131,7 @@ def test_the_download_has_a_bar_where_other_bars_are_shown(monkeypatch, shown):
 
     asked = []
     monkeypatch.setattr(models.WeightsEnum, "get_state_dict", get_state_dict)
-    monkeypatch.setattr("model.shows_bars", lambda: shown)
+    monkeypatch.setattr("pretrained.torchvision_models.shows_bars", lambda: shown)
     build_model("squeezenet1_1", 6)
     assert any(asked) == shown
 
@@ -169,71 +169,3 @@ def test_a_damaged_imagenet_file_is_one_message(imagenet, content):
     imagenet("squeezenet1_1", content)
     message = refused(build_model, "squeezenet1_1", 6)
     assert "delete a damaged file" in message and "--pretrained 0" in message
-
-
-# --------------------------------------------------------------------------------- a file of one's own
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state},
-        lambda state: {"model": state, "epoch": 3},
-        lambda state: {f"module.{name}": tensor for name, tensor in state.items()},
-    ],
-    ids=["bare", "state_dict", "checkpoint", "module."],
-)
-@pytest.mark.parametrize("classes", [6, 1000])
-def test_pretrained_path_takes_what_people_have(tmp_path, wrap, classes):
-    torch.manual_seed(2)
-    state = models.squeezenet1_1(num_classes=classes).state_dict()
-    torch.save(wrap(state), tmp_path / "weights.pt")
-    found = build_model("squeezenet1_1", 6, pretrained_path=tmp_path / "weights.pt").state_dict()
-    head = {"classifier.1.weight", "classifier.1.bias"}
-    assert all(torch.equal(found[name], state[name]) for name in found if classes == 6 or name not in head)
-    assert found["classifier.1.weight"].shape[0] == 6
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path):
-    state = models.resnet18(num_classes=6).state_dict()
-    del state["layer1.0.conv1.weight"]
-    state["extra.weight"] = torch.zeros(1)
-    state["conv1.weight"] = torch.zeros(64, 3, 3, 3)
-    message = refused(load_weights, models.resnet18(num_classes=6), state, source="a file")
-    for line in (
-        "conv1.weight: shape (64, 3, 3, 3), needs (64, 3, 7, 7)",
-        "layer1.0.conv1.weight: missing",
-        "extra.weight: unknown",
-        "--model",
-    ):
-        assert line in message
-    torch.save(models.resnet50(num_classes=6).state_dict(), tmp_path / "other.pt")
-    message = refused(build_model, "resnet18", 6, pretrained_path=tmp_path / "other.pt")
-    assert "more" in message and len(message.splitlines()) <= 14
-
-
-class Hostile:
-    def __reduce__(self):
-        return print, ("run",)
-
-
-@pytest.mark.parametrize(
-    "content, named",
-    [
-        (b"", "damaged"),
-        (b"text", "damaged"),
-        (pickle.dumps({"a": Hostile()}, protocol=2), "refused"),
-        (None, "does not exist"),
-    ],
-    ids=["empty", "text", "hostile", "absent"],
-)
-def test_a_bad_file_is_one_message(tmp_path, content, named):
-    file = tmp_path / "weights.pt"
-    if content is not None:
-        file.write_bytes(content)
-    assert named in refused(load_file, file)
-
-
-@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1], torch.zeros(2)])
-def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "weights.pt")
-    assert "no state dict" in refused(read_state_dict, tmp_path / "weights.pt")

@@ -16,7 +16,7 @@ from utils import UserError
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
 DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
 DATA += " --labels --group --split --window --max_megapixels --cache_limit"
-MODEL = "--model --num_classes --pretrained --pretrained_path"
+MODEL = "--model --num_classes --pretrained --weights --pretrained_path"
 DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile --cuda_graphs"
 TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
@@ -24,7 +24,10 @@ TRAINING = (
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
     " --class_weights --sampler --best_by"
 )
-RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every --verify_resume --log --tensorboard"
+RECORDING = (
+    "--log_interval --resume --overwrite --max_time --checkpoint_every --verify_resume --log --tensorboard "
+    "--safetensors"
+)
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
@@ -41,7 +44,7 @@ OPTIONS = {
     "--strict",
     "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
     "--clean --labels --window --max_megapixels --json",
-    "export": f"{RUN} --tta --checkpoint --out",
+    "export": f"{RUN} --tta --checkpoint --out --safetensors",
 }
 SEED_DEFAULTS = {
     "model": "ResNet18",

@@ -1,0 +1,178 @@
+"""Files of PyTorch and safetensors, whoever wrote them, read without running what they hold.
+
+What cannot be read is refused with the reason and with what would work. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import pickle
+import re
+import shlex
+import types
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils import UserError, printable
+
+_DAMAGE = (
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    TypeError,
+    IndexError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
+
+
+# -------------------------------------------------------------------------------------------- files
+def load_file(path: str | Path) -> Any:
+    """What a file of PyTorch or safetensors holds, tensors and plain types only, on the CPU.
+
+    TorchScript archives give their attributes as one dictionary. Raises UserError, with what would work instead,
+    for a missing or damaged file, another format, and a pickle that would run code.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise UserError(_folder_advice(path))
+        kind = _kind(path)
+        if kind == "safetensors":
+            return _read_safetensors(path)
+        if kind == "torchscript":
+            from pretrained.torchscript import read_torchscript
+
+            return read_torchscript(path)
+        if kind in _OTHER_FORMATS:
+            raise UserError(f"{printable(path)} is {kind}, {_OTHER_FORMATS[kind]}")
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_types()):
+            warnings.simplefilter("ignore")  # remarks on odd pickles: what matters is an error
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{printable(path)} does not exist.") from None
+    except _DAMAGE as error:
+        raise UserError(_why_unreadable(path, error)) from None
+
+
+_OTHER_FORMATS = {
+    "a program of torch.export": "not weights: load it with torch.export.load and save its state_dict.",
+    "an HDF5 file (Keras)": "which PyTorch cannot read: convert it to a PyTorch state dict first.",
+    "a NumPy archive": "which holds no names that PyTorch gave: convert it to a PyTorch state dict first.",
+    "text": "not weights (perhaps a web page that was saved, or a pointer of Git LFS): download the file itself.",
+    "empty": "0 bytes long: it is damaged; download or copy it again.",
+}
+
+
+def _kind(path: Path) -> str:
+    """What a file is by its content, whatever its name says."""
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if not head:
+        return "empty"
+    if head[8:9] == b"{" and 0 < int.from_bytes(head[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    if head.startswith(b"\x89HDF"):
+        return "an HDF5 file (Keras)"
+    if head.startswith(b"\x93NUMPY"):
+        return "a NumPy archive"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] or name for name in archive.namelist()}
+        if "constants.pkl" in names:
+            return "torchscript"
+        if any("exported_program" in name or name.startswith("models/") for name in names):
+            return "a program of torch.export"
+        if any(name.endswith(".npy") for name in names):
+            return "a NumPy archive"
+    if head.lstrip()[:1] in (b"<", b"{") or head.startswith(b"version https://git-lfs"):
+        return "text"
+    return "pickle"
+
+
+def _folder_advice(path: Path) -> str:
+    suffixes = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
+    files = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
+    inside = f"Name a file in it: {', '.join(map(printable, files[:5]))}." if files else "No file of weights is in it."
+    return f"{printable(path)} is a folder. {inside}"
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(f"{printable(path)} needs a package: pip install safetensors") from None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+    except SafetensorError as error:
+        raise UserError(f"{printable(path)} is a damaged safetensors file ({error}).") from None
+
+
+def _plain_types() -> list[Any]:
+    """Types that hold data and do nothing, which training programs leave in their checkpoints.
+
+    argparse's Namespace (torchvision's reference code, timm), paths, versions, and the numbers that NumPy gives.
+    """
+    import numpy as np
+
+    types_ = [
+        types.SimpleNamespace,
+        (types.SimpleNamespace, "argparse.Namespace"),
+        collections.deque,
+        torch.torch_version.TorchVersion,
+    ]
+    types_ += [np.dtype, np.ndarray, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}, type(np.dtype("U1"))]
+    for name, path in (("PosixPath", pathlib.PurePosixPath), ("WindowsPath", pathlib.PureWindowsPath)):
+        types_ += [(path, f"{module}.{name}") for module in ("pathlib", "pathlib._local")]
+    core = np._core if hasattr(np, "_core") else np.core  # since NumPy 2, and before
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since NumPy 2
+        types_ += [(getattr(core.multiarray, name), f"{module}.{name}") for name in ("scalar", "_reconstruct")]
+    for package in ("lightning.fabric.utilities.data", "lightning_fabric.utilities.data"):
+        types_ += [(dict, f"{package}.AttributeDict")]
+    for package in ("lightning.pytorch.utilities.parsing", "pytorch_lightning.utilities.parsing"):
+        types_ += [(dict, f"{package}.AttributeDict")]
+    return types_
+
+
+def _why_unreadable(path: Path, error: BaseException) -> str:
+    """One sentence on what is wrong with a file, and the line that makes it readable where one can."""
+    text = str(error)
+    name = printable(path)
+    found = re.search(r"GLOBAL ([\w.<>]+)|function <?([^>]+)>?|module (\S+) is blocked", text)
+    if isinstance(error, pickle.UnpicklingError) and found:
+        what = next(group for group in found.groups() if group)
+        return (
+            f"{name} was refused: it holds {printable(what)}, which is more than tensors and plain types, and loading "
+            f"it could run code.\nIf you trust its source, save its weights alone, where that code can be imported:\n"
+            f"  {_resaving_line(path)}"
+        )
+    with open(path, "rb") as file:
+        pickled = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if "legacy .tar" in text or pickled and "Unsupported operand" in text:
+        form = "in PyTorch's format of before 2017" if "tar" in text else "with a newer pickle protocol"
+        return (
+            f"{name} was refused: it was saved {form}, which cannot be read without the risk of running code.\nIf you "
+            f"trust its source, save it again:\n  {_resaving_line(path)}"
+        )
+    reason = (text.splitlines() or [type(error).__name__])[0][:120]
+    return f"{name} is damaged or not a PyTorch file ({printable(reason)})."
+
+
+def _resaving_line(path: Path) -> str:
+    """A command that saves the weights of a trusted file alone, whatever it keeps them under."""
+    code = (
+        f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
+        "c = next((c[k] for k in ('state_dict', 'model', 'model_state_dict', 'net') "
+        "if isinstance(c, dict) and k in c), c); torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pt')"
+    )
+    return f"python -c {shlex.quote(code) if chr(34) in code else chr(34) + code + chr(34)}"

@@ -1,0 +1,255 @@
+"""What of a file of weights fits a model, and by which names.
+
+`read_weights` opens a file, `fitted` finds in it what a model needs, `load_weights` puts it there or says in words
+why it does not fit. Knows nothing of how models are built.
+"""
+
+from __future__ import annotations
+
+import collections
+import re
+import types
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pretrained.files import load_file
+from utils import UserError, printable
+
+State = dict[str, torch.Tensor]
+
+# Segments that wrappers put into names: DDP and DataParallel, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Entries that belong to no network: the average's and a profiler's counters, losses and metrics beside the network.
+_COUNTERS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged|total_ops|total_params)$")
+_BESIDE = re.compile(r"(criterion|loss|metric|accuracy|acc|auroc|f1)", re.I)
+
+
+@dataclass
+class Weights:
+    """The content of a file of weights: every dictionary of tensors in it by where it stands, and what it says."""
+
+    source: str
+    places: dict[str, State]
+    saved_from: str | None = None  # the model's name, where the file says it
+    options: dict[str, Any] = field(default_factory=dict)  # what its model was built with beside its weights
+
+
+def read_weights(path: str | Path) -> Weights:
+    """A file of weights. Raises UserError where it cannot be read or holds no state dict."""
+    content = load_file(path)
+    places = dict(_state_dicts(content))
+    if not places:
+        raise UserError(f"{printable(path)} holds no state dict (names to tensors).{_contents(content)}")
+    options = content.get("model_options") if isinstance(content, dict) else None
+    return Weights(str(path), places, _saved_from(content), dict(options) if isinstance(options, dict) else {})
+
+
+def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, State]]:
+    """Dictionaries of tensors by name, at any key of a checkpoint that is not an optimizer's or the like."""
+    if not isinstance(content, dict):
+        return
+    tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
+    if len(tensors) > len(content) / 2:
+        state = type(content)(tensors) if isinstance(content, collections.OrderedDict) else tensors
+        if hasattr(content, "_metadata"):
+            state._metadata = content._metadata
+        yield place, state
+    for key, value in content.items():
+        if depth and isinstance(key, str) and not re.search("optimizer|sched|scaler|callback|loop|hyper", key):
+            yield from _state_dicts(value, f"{place}.{key}" if place else key, depth - 1)
+
+
+def _contents(content: Any) -> str:
+    """What a file holds instead of weights."""
+    if isinstance(content, dict) and content:
+        return f" It holds: {', '.join(printable(key) for key in list(content)[:8])}."
+    return f" It holds a {type(content).__name__}."
+
+
+def _saved_from(content: Any) -> str | None:
+    """The name of the model in a checkpoint, as timm, torchvision's reference code or this program records it."""
+    if not isinstance(content, dict):
+        return None
+    args = content.get("args", content.get("hyper_parameters"))
+    args = vars(args) if isinstance(args, types.SimpleNamespace) else args
+    for table, key in ((content, "model_name"), (content, "arch"), (args, "model"), (args, "arch")):
+        if isinstance(table, dict) and isinstance(table.get(key), str):
+            return table[key]
+    return None
+
+
+@dataclass
+class Fit:
+    """The part of a file that a model can use, by the model's own names, and how it was found."""
+
+    state: State
+    place: str = ""
+    prefix: str = ""
+    by_order: bool = False
+    matched: int = 0
+
+    def described(self) -> str:
+        """How the entries were found, in words; empty where nothing had to be looked for."""
+        parts = [f"entry {printable(self.place)}"] if self.place else []
+        parts += [f"names without {printable(self.prefix)!r}"] if self.prefix else []
+        if "ema" in self.place.lower() or "ema" in self.prefix.lower():
+            parts += ["the averaged weights (EMA)"]
+        if self.by_order:
+            parts += ["its names are another program's: entries are matched by order and shape, one to one"]
+        return ", ".join(parts)
+
+
+def fitted(weights: Weights, model: nn.Module, head: tuple[str, ...]) -> Fit:
+    """What of `weights` fits `model` best: which of its dictionaries, without which prefix, or entry by entry.
+
+    Averaged weights win over others that fit as well.
+    """
+    own = model.state_dict()
+    fits = [_without_prefix(state, own, place) for place, state in weights.places.items()]
+    best = max(fits, key=lambda fit: (fit.matched, "ema" in fit.place.lower()))
+    needed = [name for name in own if not _COUNTERS.search(name) and not _belongs(name, head)]
+    if best.matched < len(needed) / 2:
+        for place, state in sorted(weights.places.items(), key=lambda item: "ema" not in item[0].lower()):
+            ordered = _by_order(state, own, head)
+            if ordered is not None:
+                return Fit(ordered, place, by_order=True, matched=len(ordered))
+    return best
+
+
+def _belongs(name: str, modules: Iterable[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def _without_prefix(state: State, own: State, place: str) -> Fit:
+    """The entries of `state` without wrappers' segments and without the prefix that leaves most of `own`'s names."""
+    wrappers = _WRAPPERS - {segment for name in own for segment in name.split(".")}
+    clean = {".".join(part for part in name.split(".") if part not in wrappers): name for name in state}
+    votes: collections.Counter[str] = collections.Counter()
+    for name, original in clean.items():
+        parts = name.split(".")
+        for start in range(len(parts)):
+            rest = ".".join(parts[start:])
+            if rest in own and own[rest].shape == state[original].shape:
+                votes[".".join(parts[:start])] += 1
+    prefix = max(votes, key=lambda prefix: (votes[prefix], "ema" in prefix.lower(), -len(prefix)), default="")
+    start = f"{prefix}." if prefix else ""
+    chosen = {name.removeprefix(start): state[old] for name, old in clean.items() if name.startswith(start)}
+    return Fit(_with_versions(chosen, state, start), place, prefix, matched=votes[prefix])
+
+
+def _with_versions(chosen: State, state: State, start: str) -> State:
+    """`chosen` with the versions of layers that `state` knows, which say how an old file is to be read."""
+    versions = getattr(state, "_metadata", None)
+    result = collections.OrderedDict(chosen)
+    if versions:
+        cleaned = {
+            ".".join(part for part in name.split(".") if part not in _WRAPPERS): v for name, v in versions.items()
+        }
+        module = start.removesuffix(".")
+        kept = {name: v for name, v in cleaned.items() if not module or name == module or name.startswith(start)}
+        result._metadata = {name.removeprefix(module).removeprefix("."): v for name, v in kept.items()}
+    return result
+
+
+def _by_order(state: State, own: State, head: tuple[str, ...]) -> State | None:
+    """`state` under `own`'s names where both list the same layers: kinds and shapes equal, one by one, in order.
+
+    So are the weights of the 2020 tutorial's networks (features.4.0.norm1.weight) and of EfficientNets' first
+    implementation in PyTorch (_blocks.0._bn1.weight) found. The head may have another number of classes.
+    """
+    theirs = [(name, tensor) for name, tensor in state.items() if not _COUNTERS.search(name)]
+    ours = [(name, tensor) for name, tensor in own.items() if not _COUNTERS.search(name)]
+    if len(theirs) != len(ours):
+        return None
+    for (their_name, tensor), (our_name, wanted) in zip(theirs, ours, strict=True):
+        if their_name.rpartition(".")[2] != our_name.rpartition(".")[2]:
+            return None
+        if tensor.shape != wanted.shape and not (_belongs(our_name, head) and tensor.dim() == wanted.dim()):
+            return None
+    return collections.OrderedDict((ours[i][0], theirs[i][1]) for i in range(len(ours)))
+
+
+# ------------------------------------------------------------------------------------------ loading
+def load_weights(
+    model: nn.Module,
+    state: State,
+    *,
+    source: str,
+    ignored: tuple[str, ...] = (),
+    head: tuple[str, ...] = (),
+    advice: Callable[[], str] = lambda: "",
+) -> list[str]:
+    """Loads `state` into `model`; what of the `head` it lacks, or has for other classes, is left as initialised.
+
+    Returns notes on what was left. Raises UserError with the offending names where anything else is missing,
+    unknown or of another shape, and where a value is not finite.
+    """
+    own = model.state_dict()
+    versions = getattr(state, "_metadata", None) or getattr(own, "_metadata", None)
+    drawn = {name for name, _ in model.named_buffers()} - own.keys()  # computed by constructors, not kept
+    state = {
+        name: tensor
+        for name, tensor in state.items()
+        if not _belongs(name, ignored) and name not in drawn and not _is_beside(name, own)
+    }
+    state, notes = _with_head(state, own, head)
+    problems = _problems(state, own, head)
+    if problems:
+        more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
+        start = f"the weights in {printable(source)} do not fit this {type(model).__name__}:"
+        raise UserError("\n".join(filter(None, [start, *problems[:10], *more, advice()])))
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"the weights in {printable(source)} are not finite ({name}): their training diverged.")
+    own.update(state)
+    own._metadata = versions
+    model.load_state_dict(own)
+    return notes
+
+
+def _is_beside(name: str, own: State) -> bool:
+    """Whether an entry belongs to no network: a counter that the model lacks, or a loss's or a metric's tensor."""
+    first = name.partition(".")[0]
+    layers = {own_name.partition(".")[0] for own_name in own}
+    return name not in own and (bool(_COUNTERS.search(name)) or first not in layers and bool(_BESIDE.match(first)))
+
+
+def _with_head(state: State, own: State, head: tuple[str, ...]) -> tuple[State, list[str]]:
+    """`state` with entries of the head only where they fit, and what was done with the others.
+
+    A head inside a Sequential (fc.1.weight) is taken for the model's own where its shape is the same.
+    """
+    theirs = {name: tensor for name, tensor in state.items() if _belongs(name, head)}
+    others = {name: tensor for name, tensor in state.items() if name not in theirs}
+    fitting = {name: tensor for name, tensor in theirs.items() if name in own and own[name].shape == tensor.shape}
+    if len(head) == 1 and theirs and not fitting:
+        for name in ("weight", "bias"):
+            inner = [
+                t for key, t in theirs.items() if key.endswith(f".{name}") and t.shape == own[f"{head[0]}.{name}"].shape
+            ]
+            if len(inner) == 1:
+                fitting[f"{head[0]}.{name}"] = inner[0]
+    wanted = {name for name in own if _belongs(name, head)}
+    if fitting.keys() >= wanted:
+        return {**others, **fitting}, []
+    if not head:
+        return state, []
+    classes = [len(tensor) for name, tensor in theirs.items() if name.endswith("weight") and tensor.dim() > 1]
+    reason = f"their head is for {classes[-1]:,} classes" if classes else "they have no head"
+    return others, [f"{reason}: the model starts with a new one"]
+
+
+def _problems(state: State, own: State, head: tuple[str, ...]) -> list[str]:
+    lines = [
+        f"  {name}: shape {tuple(state[name].shape)}, needs {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if own[name].shape != state[name].shape
+    ]
+    missing = sorted(name for name in own.keys() - state.keys() if not _COUNTERS.search(name))
+    lines += [f"  {name}: missing" for name in missing if not _belongs(name, head)]
+    return lines + [f"  {printable(name)}: unknown" for name in sorted(state.keys() - own.keys())]

@@ -1,0 +1,266 @@
+"""A run goes anywhere: onto machines without its device, into other programs, and on from any of its checkpoints."""
+
+import json
+import re
+import shutil
+
+import pytest
+import tiny
+import torch
+from torchvision import models
+
+import main
+import option
+from model import build_model
+from pretrained.files import load_file
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Scenes whose test images are copies of the validation images."""
+    folder = tmp_path_factory.mktemp("data")
+    drawn = tiny.draw(folder / "drawn", train=24, test=9)
+    (folder / "train").parent.mkdir(exist_ok=True)
+    shutil.move(drawn / "seg_train" / "seg_train", folder / "train")
+    shutil.move(drawn / "seg_test" / "seg_test", folder / "val")
+    shutil.copytree(folder / "val", folder / "test")
+    shutil.rmtree(drawn)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+
+
+def call(capsys, *words):
+    """Runs a command line; returns its exit status and all that it said."""
+    capsys.readouterr()
+    status = main.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def same_loss(run):
+    """Whether the test, on copies of the validation images, gave the best epoch's validation loss to the last bit."""
+    result = json.loads((run / "result.json").read_text())
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return result["test_loss"] == lines[result["best_epoch"] - 1]["val_loss"]
+
+
+# ------------------------------------------------------------ the tested network is the trained one
+FAMILIES = {
+    "alexnet": 64,
+    "squeezenet1_1": 33,
+    "mobilenet_v2": 33,
+    "mobilenet_v3_small": 33,
+    "shufflenet_v2_x0_5": 33,
+    "mnasnet0_5": 33,
+    "densenet121": 33,
+    "efficientnet_b0": 33,
+    "regnet_y_400mf": 33,
+    "resnet18": 33,
+    "convnext_tiny": 33,
+    "swin_t": 33,
+    "vit_b_32": 64,
+    "timm:test_resnet": 32,
+    "timm:test_vit": 64,
+}
+
+
+@pytest.mark.parametrize("name, side", FAMILIES.items(), ids=list(FAMILIES))
+def test_the_tested_network_is_the_trained_one(data, tmp_path, name, side):
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
+    assert tiny.train(data, tmp_path, f"--model={name}", f"--image_size={side}", "--epochs=1", "--batch_size=12") == 0
+    assert same_loss(tmp_path / "run")
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Puts an ImageNet file of a model where torch.hub looks for it."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+
+    def place(name):
+        torch.manual_seed(1)
+        state = models.get_model(name, num_classes=1000, init_weights=False).state_dict()
+        file = tmp_path / "hub" / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rsplit("/", 1)[-1]
+        torch.save(state, file)
+        return file
+
+    return place
+
+
+@pytest.mark.parametrize("name, side", [("googlenet", 33), ("inception_v3", 75)])
+def test_what_a_constructor_decides_is_kept(data, tmp_path, published, name, side):
+    """`transform_input`, which ImageNet weights turn on and no state dict holds."""
+    file = published(name)
+    words = [f"--model={name}", f"--image_size={side}", "--pretrained=1", "--epochs=1", "--batch_size=12"]
+    assert tiny.train(data, tmp_path, *words) == 0
+    best = tmp_path / "run" / "best_model.pt"
+    assert load_file(best)["model_options"]["transform_input"] is True
+    assert same_loss(tmp_path / "run")
+    for source in (file, best):  # the published file by hand, and a run's own
+        assert build_model(name, 3, pretrained_path=source).transform_input is True
+    other = tmp_path / "other.pt"
+    torch.save(load_file(file), other)
+    assert build_model(name, 3, pretrained_path=other).transform_input is False
+    assert build_model(name, 3, pretrained=False).transform_input is False
+
+
+def test_a_checkpoint_of_before_still_knows_what_its_constructor_decided(data, tmp_path, published, capsys):
+    published("googlenet")
+    words = ["--model=googlenet", "--image_size=33", "--pretrained=1", "--epochs=1", "--batch_size=12"]
+    assert tiny.train(data, tmp_path, *words) == 0
+    best = tmp_path / "run" / "best_model.pt"
+    content = load_file(best)
+    expected = json.loads((tmp_path / "run" / "result.json").read_text())["test_acc"]
+    for name in ("model_options", "mean", "std", "interpolation"):
+        del content[name]
+    torch.save(content, best)
+    status, said = call(
+        capsys, "evaluate", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"
+    )
+    assert status == 0 and f"{expected:.2f} %" in said
+
+
+# ------------------------------------------------------------------------------------ other machines
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished run with averaged weights."""
+    runs = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        assert tiny.train(data, runs, "--ema=0.5", "--safetensors") == 0
+    return runs / "run"
+
+
+ELSEWHERE = {
+    "cuda:1": {"device": "cuda:1"},
+    "tf32": {"device": "cuda", "tf32": True},
+    "float16": {"device": "cuda:1", "amp": True, "amp_dtype": "float16"},
+    "16 workers": {"num_workers": 16},
+}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict", "inspect", "export"])
+@pytest.mark.parametrize("recorded", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_what_was_recorded_is_advice(finished, data, tmp_path, capsys, command, recorded):
+    if torch.cuda.is_available() or command == "export" and recorded != ELSEWHERE["float16"]:
+        pytest.skip("for machines without a GPU; exporting takes long")
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    config = json.loads((run / "config.json").read_text())
+    config["options"] |= recorded
+    config["device"] = "cuda"
+    (run / "config.json").write_text(json.dumps(config))
+    words = [command, f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    if command == "export":
+        pytest.importorskip("onnxscript")
+    else:
+        words.append(f"--data_dir={data}")
+    more = {"predict": [data / "test"], "inspect": [f"--out={tmp_path / 'seen'}", "--precisions=fp32"]}
+    status, said = call(capsys, *words, *more.get(command, []))
+    assert status == 0, said
+    assert ("note: " in said) == (command in ("evaluate", "predict") and recorded != ELSEWHERE["16 workers"]) or (
+        command == "inspect"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("typed", ["--device=cuda:1", "--tf32"])
+def test_what_is_typed_is_an_order(finished, data, capsys, typed):
+    words = ["evaluate", f"--data_dir={data}", f"--checkpoint_dir={finished.parent}", "--checkpoint_name=run", typed]
+    status, said = call(capsys, *words)
+    assert status == 2 and typed.partition("=")[0] in said
+
+
+# --------------------------------------------------------------------------------- every checkpoint
+def test_last_pt_is_used_with_its_averaged_weights(finished, data, tmp_path, capsys):
+    last = finished / "last.pt"
+    content = load_file(last)
+    averaged = tmp_path / "averaged.pt"
+    torch.save({**content, "model": content["ema"], "ema": None}, averaged)
+    tables = []
+    for file in (last, averaged):
+        status, said = call(
+            capsys, "predict", data / "test", f"--checkpoint={file}", "--device=cpu", f"--csv={tmp_path / 'x.csv'}"
+        )
+        assert status == 0 and ("EMA" in said) == (file is last)
+        tables.append((tmp_path / "x.csv").read_text())
+    assert tables[0] == tables[1]
+    assert not all(torch.equal(tensor, content["ema"][name]) for name, tensor in content["model"].items())
+    status, said = call(capsys, "evaluate", f"--data_dir={data}", f"--checkpoint={last}", "--device=cpu")
+    assert status == 0 and "Epoch" in said and "Best epoch" not in said
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(data, tmp_path, capsys):
+    start = tmp_path / "start.pt"
+    torch.manual_seed(5)
+    torch.save(models.shufflenet_v2_x0_5(num_classes=3).state_dict(), start)
+    words = [f"--pretrained_path={start}"]
+    assert tiny.train(data, tmp_path, *words, name="straight") == 0
+    assert tiny.train(data, tmp_path, *words, "--epochs=2", name="stopped") == 0
+    start.unlink()
+    (tmp_path / "stopped" / "result.json").unlink()
+    assert tiny.train(data, tmp_path, *words, "--resume", name="stopped") == 0, capsys.readouterr().err
+    assert tiny.outcome(tmp_path / "stopped") == tiny.outcome(tmp_path / "straight")
+
+
+def test_a_finished_run_that_is_to_be_longer_is_answered_with_the_command(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path, "--epochs=1") == 0
+    assert tiny.train(data, tmp_path, "--epochs=3", "--resume") == 2
+    line = capsys.readouterr().err.splitlines()[-1].split()
+    assert line[:2] == ["python", "main.py"]
+    status, said = call(capsys, *line[2:])
+    assert status == 0, said
+    options = tiny.config(tmp_path / "run_longer")["options"]
+    assert options["epochs"] == 2 and options["model"] == "shufflenet_v2_x0_5"
+
+
+# ------------------------------------------------------------------------------------- other programs
+def test_best_model_loads_as_the_readme_says(finished):
+    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(import torch, torchvision\n.*?)```", readme, re.DOTALL)
+    names = {}
+    exec(program.replace("checkpoint/baseline", str(finished)), names)
+    weights = load_file(finished / "best_model.pt")["model"]
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in names["model"].state_dict().items())
+
+
+def test_safetensors_hold_the_weights_and_how_to_use_them(finished, tmp_path, capsys):
+    safe_open = pytest.importorskip("safetensors").safe_open
+    best = load_file(finished / "best_model.pt")
+    written = tmp_path / "again.safetensors"
+    status, said = call(
+        capsys, "export", f"--checkpoint={finished / 'best_model.pt'}", "--safetensors", f"--out={written}"
+    )
+    assert status == 0, said
+    for file in (finished / "best_model.safetensors", written):
+        with safe_open(file, "pt") as content:
+            facts = content.metadata()
+            assert all(torch.equal(content.get_tensor(name), tensor) for name, tensor in best["model"].items())
+        assert json.loads(facts["classes"]) == best["classes"] and facts["image_size"] == "36"
+        assert json.loads(facts["mean"]) == list(best["mean"]) and facts["interpolation"] == "bilinear"
+
+
+def test_without_the_package_safetensors_are_refused_before_training(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+    assert tiny.train(data, tmp_path, "--safetensors") == 2
+    assert "pip install safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_names_of_weights_are_checked(data, tmp_path, capsys):
+    assert tiny.train(data, tmp_path, "--pretrained=1", "--weights=IMAGENET1K_V9") == 2
+    assert "IMAGENET1K_V1" in capsys.readouterr().err
+    assert tiny.train(data, tmp_path, "--weights=IMAGENET1K_V1") == 2  # with --pretrained 0
+    assert "--weights" in capsys.readouterr().err
+
+
+def test_a_recorded_option_is_known_as_such(finished):
+    words = ["evaluate", f"--checkpoint_dir={finished.parent}", "--checkpoint_name=run", "--batch_size=4"]
+    options = option.parse(words)
+    assert "image_size" in options.recorded and "batch_size" not in options.recorded
+    assert options.recorded_on == "cpu"

@@ -1,0 +1,118 @@
+"""Export: the printed program gives what `predict` gives, whatever the image; families and batch sizes.
+
+EXPORT_FAMILIES=1 exports one model of each family, which takes some minutes; without it three small ones stand for all.
+"""
+
+import json
+import os
+import textwrap
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import main
+from commands.export import FromPixels, export_onnx
+from model import build_model
+from utils import RunError
+
+for package in ("onnx", "onnxruntime", "onnxscript"):
+    pytest.importorskip(package)
+
+FEW = {"shufflenet_v2_x0_5": 64, "squeezenet1_1": 64}
+MANY = {
+    "vit_b_32": 64,
+    "swin_t": 64,
+    "maxvit_t": 224,
+    "efficientnet_b0": 64,
+    "densenet121": 64,
+    "inception_v3": 96,
+    "googlenet": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "mobilenet_v3_small": 64,
+    "timm:efficientnet_lite0": 64,
+    "timm:test_vit": 160,
+}
+FAMILIES = {**FEW, **(MANY if os.environ.get("EXPORT_FAMILIES") else {})}
+
+
+def checkpoint(name, side, interpolation="bilinear"):
+    return {
+        "model_name": name,
+        "classes": list("abcdef"),
+        "image_size": side,
+        "normalize": "imagenet",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "interpolation": interpolation,
+    }
+
+
+@pytest.mark.parametrize("name, side", FAMILIES.items(), ids=list(FAMILIES))
+def test_families_and_batch_sizes(tmp_path, name, side):
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = build_model(name, 6, pretrained=False, image_size=side).eval()
+    said = export_onnx(model, checkpoint(name, side), tmp_path / "model.onnx")
+    assert "agree" in said
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    network = FromPixels(model, checkpoint(name, side))
+    for count in (1, 2, 5):
+        images = np.random.default_rng(count).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        assert np.abs(session.run(None, {"images": images})[0] - expected).max() < 1e-4
+
+
+def test_what_cannot_be_exported_is_one_sentence_with_the_models_name(tmp_path):
+    class Odd(torch.nn.Module):
+        def forward(self, images):
+            return torch.from_numpy(images.numpy()[:, 0, 0, :6])
+
+    with pytest.raises(RunError) as error:
+        export_onnx(Odd(), checkpoint("resnet18", 32), tmp_path / "model.onnx")
+    assert "resnet18 cannot be exported" in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def pictures(folder):
+    """One picture of each kind that is easily read in another way."""
+    numbers = np.random.default_rng(3)
+    colours = Image.fromarray(numbers.integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    palette = colours.quantize(16)
+    palette.info["transparency"] = 3
+    alpha = colours.copy()
+    alpha.putalpha(Image.fromarray(numbers.integers(0, 256, (50, 70), dtype=np.uint8)))
+    colours.save(folder / "plain.png")
+    colours.save(folder / "turned.jpg", exif=turned)
+    Image.fromarray(numbers.integers(0, 65536, (50, 70), dtype=np.uint16)).save(folder / "deep.png")
+    palette.save(folder / "palette.png", transparency=3)
+    alpha.save(folder / "alpha.png")
+    colours.convert("CMYK").save(folder / "cmyk.jpg")
+    colours.convert("L").save(folder / "grey.png")
+
+
+def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+    data = tiny.draw(tmp_path / "data")
+    assert tiny.train(data, tmp_path, "--model=squeezenet1_1", "--pretrained=0") == 0
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    pictures(folder)
+    run = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    assert main.main(["predict", str(folder), *run, "--device=cpu", f"--json={tmp_path / 'answers.json'}"]) == 0
+    capsys.readouterr()
+    assert main.main(["export", *run]) == 0
+    program = textwrap.dedent(capsys.readouterr().out.partition("\n\n")[2])
+    answers = json.loads((tmp_path / "answers.json").read_text())
+    assert len(answers) == 7
+    for answer in answers:
+        printed = []
+        exec(program.replace("x.jpg", answer["path"]), {"print": printed.append})
+        assert np.abs(printed[0][0] - list(answer["probabilities"].values())).max() < 1e-4, answer["path"]
