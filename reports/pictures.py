@@ -140,31 +140,30 @@ def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) ->
 
 
 def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path, *, title: str) -> None:
-    """Counts and row percentages of the test images; above 20 classes the colours alone speak."""
+    """Counts and row percentages of the test images; of many classes an overview, and the most frequent confusions."""
+    if len(classes) > 30:
+        confused_classes(np.array(confusion), classes, path, title=title)
+        return
     counts = np.array(confusion)
     number = len(classes)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    size = min(20, number * (0.85 if number <= 8 else 0.62 if number <= 20 else max(0.15, 9 / number)))
-    small = 10 if number <= 8 else 8 if number <= 20 else 5
+    size = number * (0.85 if number <= 8 else 0.62)
+    small = 10 if number <= 8 else 8
     with picture(path, size + 3.2, size + 2.2) as figure:
         figure.suptitle(fit(title, 50), x=0.01, ha="left", fontsize=12)
         axes = figure.add_subplot()
-        # The square root keeps the few errors visible beside the full diagonal.
-        image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100))
-        every = range(0, number, math.ceil(number / 100))
-        names = [fit(classes[place], 18) for place in every]
+        image = _shares(axes, share)
+        names = [fit(name, 18) for name in classes]
         axes.set_xticks(
-            every,
+            range(number),
             names,
             fontsize=small,
             rotation=90 if number > 8 else 40,
             ha="center" if number > 8 else "right",
             rotation_mode="anchor" if number <= 8 else "default",
         )
-        axes.set_yticks(every, names, fontsize=small)
-        axes.set(xlabel="predicted class", ylabel="true class")
-        axes.grid(False)
-        for row, place in np.ndindex(counts.shape) if number <= 20 else ():
+        axes.set_yticks(range(number), names, fontsize=small)
+        for row, place in np.ndindex(counts.shape):
             count = counts[row, place]
             percent = share[row, place]
             axes.text(
@@ -177,6 +176,47 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
                 color="white" if percent > 35 else INK if count else FAINT,
             )
         figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
+
+
+def _shares(axes: Axes, share: np.ndarray) -> Any:
+    """Row percentages as colours; the square root keeps the few errors visible beside the full diagonal."""
+    image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    axes.set(xlabel="predicted class", ylabel="true class")
+    axes.grid(False)
+    return image
+
+
+def confused_classes(counts: np.ndarray, classes: list[str], path: Path, *, title: str, most: int = 25) -> None:
+    """An overview of a matrix of many classes, each cell the largest of those that it stands for, beside bars of the
+    `most` frequent confusions."""
+    number = len(classes)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    step = math.ceil(number / 200)
+    edges = range(0, number, step)
+    coarse = np.maximum.reduceat(np.maximum.reduceat(share, edges, 0), edges, 1)
+    wrong = counts - np.diag(np.diag(counts))
+    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place]]
+    with picture(path, 15, 7.6) as figure:
+        figure.suptitle(fit(f"{title}, {number:,} classes", 110), x=0.01, ha="left", fontsize=12)
+        overview, bars = figure.subplots(1, 2, width_ratios=[1.15, 1])
+        image = _shares(overview, coarse)
+        ticks = np.linspace(0, len(coarse) - 1, 12).astype(int)
+        names = [fit(classes[tick * step], 16) for tick in ticks]
+        overview.set_xticks(ticks, names, fontsize=8, rotation=60, ha="right", rotation_mode="anchor")
+        overview.set_yticks(ticks, names, fontsize=8)
+        figure.colorbar(image, ax=overview, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
+        values = [int(wrong[pair]) for pair in pairs]
+        bars.barh(range(len(pairs)), values, color=BLUE)
+        labels = [f"{fit(classes[true], 22)} as {fit(classes[other], 22)}" for true, other in pairs]
+        bars.set_yticks(range(len(pairs)), labels, fontsize=8)
+        for place, (pair, value) in enumerate(zip(pairs, values, strict=True)):
+            bars.text(value, place, f" {value:,} ({share[pair]:.0f} %)", va="center", fontsize=8)
+        bars.set(title="Most frequent confusions" if pairs else "No confusion", xlabel="images (% of the true class)")
+        bars.margins(x=0.2)
+        bars.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        bars.invert_yaxis()
+        bars.grid(False, axis="y")
 
 
 def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
