@@ -200,12 +200,22 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
         resume.remove_results(setup.run)
         setup.run.write_json("config.json", config)
         setup.run.write_csv("split.csv", data.split())
+        show_first_batch(setup, trainer, data)
     if earlier.config:
         resume.say_differences(earlier.config, config)
     log.info(
         f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
         f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {setup.run.path}"
     )
+
+
+def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
+    """Draws batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
+    if setup.run.writes:
+        from reports.pictures import batch
+
+        images, labels = trainer.batches.first_images(24)
+        batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
 
 
 @contextlib.contextmanager
@@ -250,10 +260,11 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     import torch
 
     from commands.evaluate import test_result
+    from commands.explain import explain_mistakes
     from evaluate import evaluate, probabilities
     from reports import tables
     from reports.draw import draw_run
-    from reports.results import steady_rate
+    from reports.results import EXPLANATIONS, steady_rate
     from runs.checkpoint import load_checkpoint
 
     run = setup.run
@@ -276,6 +287,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
     run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
     run.write_json("result.json", result)
+    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, probabilities(found.logits)))
     draw_run(run.path)
     print(tables.summary(result))
     log.info(f"results: {run.path}")

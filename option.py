@@ -295,6 +295,7 @@ OPTIONS = {
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
+        "explain": Option(FILE, None, "write a PNG that shows what in each image spoke for its class (Grad-CAM)", CALL),
     },
     "comparison": {
         "precisions": Option(

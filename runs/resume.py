@@ -31,6 +31,8 @@ WRITTEN = (  # by a run, the files first that make it look finished
     "reliability.png",
     "report.html",
     "parity.json",
+    "batch.png",
+    "explanations.json",
 )
 
 

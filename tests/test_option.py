@@ -32,7 +32,7 @@ ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 OPTIONS = {
     "train": f"{ALL} --evaluate",
     "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",
-    "predict": f"{TRAINED} --top_k --csv --json --contact_sheet",
+    "predict": f"{TRAINED} --top_k --csv --json --contact_sheet --explain",
     "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs",
     "audit": f"{ALL} --folds",
     "doctor": "--device --model --image_size --batch_size --data_dir --json",
