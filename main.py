@@ -156,7 +156,7 @@ def prove_resume(setup: Setup) -> None:
     from commands.verify_resume import verify
 
     options = setup.options
-    verify(setup, checkpoint_dir=options.checkpoint_dir, batch_size=options.batch_size, epochs=options.epochs)
+    verify(setup, checkpoint_dir=options.checkpoint_dir, batch_size=setup.update_shape[0], epochs=options.epochs)
 
 
 @contextlib.contextmanager
@@ -323,6 +323,8 @@ def _memory_advice(options: Namespace) -> str:
     accumulate = getattr(options, "accumulate", 1)
     if options.command not in ("train", "compare"):
         return f"out of memory at --batch_size {batch}: use a smaller one."
+    if isinstance(batch, str):
+        return f"out of memory at --batch_size {batch}: memory was taken since. Try --resume auto."
     smaller = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
     way = smaller if batch >= 2 * accumulate else "use a smaller --image_size"
     return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}; --amp needs less, too."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from option import MAY_DIFFER_ON_RESUME, read_config
+from option_kinds import images_asked
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from utils import UserError, is_out_of_memory, log, printable
@@ -81,6 +82,8 @@ def _refuse_existing(run: RunDirectory) -> None:
 
 def _refuse_changed(stored: dict[str, Any], current: dict[str, Any]) -> None:
     """Raises UserError naming every difference in options that would make another run of a resumed one."""
+    if isinstance(current.get("batch_size"), str):  # auto: as this run chose when it began
+        current = current | {"batch_size": images_asked(current["batch_size"]), "accumulate": stored.get("accumulate")}
     changed = [
         f"  --{name}: begun with {stored[name]}, now {current[name]}"
         for name in sorted(stored.keys() & current.keys() - MAY_DIFFER_ON_RESUME)

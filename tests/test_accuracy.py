@@ -21,7 +21,10 @@ from distributed import Ranks
 from features.activation_maps import activation_maps
 from model import WithMirrorImage, head_name
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
+from precision import Precision
+from runs import fitting
 from transforms import Preprocess, growing_sizes
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -439,3 +442,69 @@ def test_maps_of_networks_of_all_kinds(name):
     maps = activation_maps(made.eval(), images, torch.tensor([0, 2]))
     assert maps.shape == (2, size, size) and maps.isfinite().all()
     assert maps.min() >= 0 and 0.5 < maps.max() <= 1
+
+
+# ------------------------------------------------------------------------- --batch_size auto
+def test_auto_asks_for_what_would_be_without_it():
+    assert parse("--batch_size=auto").batch_size == "auto:256"
+    assert parse("--batch_size=auto", "--demo").batch_size == "auto:64"
+    assert parse("--batch_size=auto", "--preset=scratch").batch_size == "auto:64"
+    assert parse("--batch_size=auto:512").batch_size == "auto:512"
+    assert "leave one of the two out" in refused("--batch_size=auto", "--accumulate=2")
+    assert "argument --batch_size" in refused("--batch_size=automatic")
+
+
+MEGABYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "expected"),
+    [(10**6, 1, 100), (500, 1, 32), (250, 1, 16), (500, 2, 16), (40, 1, 2), (20, 1, 0)],
+)
+def test_what_fits_follows_from_small_updates(monkeypatch, free, processes, expected):
+    """An update takes 10 MB, and 10 MB an image; of the free memory 80 % may be used."""
+    done = []
+    monkeypatch.setattr(fitting, "available_memory", lambda: free * MEGABYTE)
+    monkeypatch.setattr(fitting, "linux_memory", lambda *_: 0)
+    monkeypatch.setattr(fitting, "peak_memory", lambda _: {"peak_memory_mb": 10 + 10 * done[-1]})
+    assert fitting._by_growth(done.append, 100, 0, CPU, processes) == expected
+    assert max(done) <= 16
+
+
+def test_a_gpu_is_filled_until_it_refuses(monkeypatch):
+    def update(count):
+        if count > 20:
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(fitting, "reset_peak_memory", lambda _: None)
+    assert fitting._by_trial(update, 100, 0, CPU, 1) == 16
+    assert fitting._by_trial(lambda _: None, 100, 0, CPU, 1) == 100
+
+
+def test_auto_is_recorded_and_a_resume_repeats_it(squares, tmp_path, monkeypatch, run):
+    words = ("--model=tiny_classifier", "--batch_size=auto:8", "--epochs=3")
+    monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 3)
+    assert tiny.train(squares, tmp_path, *words) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert (stored["batch_size"], stored["accumulate"]) == (8, 3)
+    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--accumulate=3", "--epochs=3", name="typed") == 0
+    whole = tiny.outcome(tmp_path / "typed")
+    tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
+    monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 1 / 0)
+    assert tiny.train(squares, tmp_path, *words, "--resume") == 0
+    tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
+    status, _, errors = run(tiny.words(squares, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
+    assert status == 2 and "--batch_size: begun with 8, now 9" in errors
+
+
+def test_auto_tries_a_real_network_in_the_memory_that_is_there(monkeypatch):
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fp32 = Precision("fp32", CPU, "a test")
+    assert fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU) == 24
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(fitting, "available_memory", lambda: 2 * 45 * MEGABYTE)  # its weights alone take 45
+    with pytest.raises(UserError, match="not even 2 images fit"):
+        fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU)
