@@ -489,8 +489,10 @@ def test_auto_is_recorded_and_a_resume_repeats_it(squares, tmp_path, monkeypatch
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert (stored["batch_size"], stored["accumulate"]) == (8, 3)
     assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--accumulate=3", "--epochs=3", name="typed") == 0
-    whole = tiny.outcome(tmp_path / "typed")
-    tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
+    whole = tiny.outcome(tmp_path / "run")
+    typed = tiny.outcome(tmp_path / "typed")
+    weights = [name for name in typed if name.startswith("/last.pt/model/")]
+    assert weights and all(typed[name] == whole[name] for name in weights)
     monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 1 / 0)
     assert tiny.train(squares, tmp_path, *words, "--resume") == 0
     tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
