@@ -157,8 +157,9 @@ class Setup:
             skip_unreadable=options.skip_unreadable,
             opening=self._opening(Rules(options.max_megapixels, windows_of(options.window)), options.window == "data"),
         )
-        if len(data.train) < options.batch_size:
-            log.info(f"--batch_size {options.batch_size} is more than there are training images: one update an epoch")
+        batch_size = images_asked(options.batch_size)
+        if len(data.train) < batch_size:
+            log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")
         return self._agreed(data, classes)
 
     def test_data(self) -> DataSet:

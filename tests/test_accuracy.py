@@ -305,6 +305,7 @@ def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path,
         return forward(self, images)
 
     monkeypatch.setattr(tiny.Classifier, "forward", watched)
+    monkeypatch.setattr("commands.explain.explain_mistakes", lambda *_: {})
     assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
     # 19 training images and their mirror images, 5 to validate, 6 to test, and two trials of a single image
     assert sum(seen) - 2 * 19 - 5 - 6 <= 6
