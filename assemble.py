@@ -40,9 +40,10 @@ from model import (
     rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from option_kinds import ALL, seconds_of
+from option_kinds import ALL, images_asked, seconds_of
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
+from runs.fitting import micro_batch_that_fits
 from runs.folder import RunDirectory
 from train import Trainer
 from transforms import Preprocess
@@ -200,8 +201,9 @@ class Setup:
             skip_unreadable=options.skip_unreadable,
             opening=self._opening(self._rules(windows_of(options.window)), options.window == "data"),
         )
-        if len(data.train) < options.batch_size:
-            log.info(f"--batch_size {options.batch_size} is more than there are training images: one update an epoch")
+        batch_size = images_asked(options.batch_size)
+        if len(data.train) < batch_size:
+            log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")
         return self._agreed(data, classes)
 
     def test_data(self) -> DataSet:
@@ -268,12 +270,41 @@ class Setup:
         size = self._as_trained("image_size")
         return Preprocess(self.device, size, channels_last=self.options.channels_last, **self.reading)
 
+    @cached_property
+    def update_shape(self) -> tuple[int, int]:
+        """Images in one update, and its micro-batches: as asked; for auto as this run chose before, or as fit."""
+        options = self.options
+        count = images_asked(options.batch_size)
+        if count == options.batch_size:
+            return count, getattr(options, "accumulate", 1)
+        return count, self.ranks.share(lambda: self._chosen_before() or self._micro_batches(count))
+
+    def _chosen_before(self) -> int | None:
+        """What a run that is resumed recorded."""
+        if self.options.resume is None or not self.run.file("last.pt").exists():
+            return None
+        return option.read_config(self.run.file("config.json"))["options"].get("accumulate")
+
+    def _micro_batches(self, count: int) -> int:
+        share = -(-count // self.ranks.size)
+        model = self.model(self.options.num_classes or 1000)
+        size = self.options.image_size
+        fits = micro_batch_that_fits(model, size, share, self.precision, self.device, processes=self.ranks.size)
+        number = -(-share // fits)
+        log.info(f"--batch_size auto: {count} images in an update, in {number} micro-batches of at most {fits}")
+        return number
+
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False, **more: Any) -> Batches:
-        own = ("seed", "accumulate", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
+        size, micro_batches = self.update_shape
+        own = ("seed", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
+        if train:
+            more["accumulate"] = micro_batches
+        elif size != self.options.batch_size:  # auto: what does not fit at once in training is not tried here
+            size = -(-size // micro_batches)
         return Batches(
             subset,
             self.preprocess,
-            self.options.batch_size,
+            size,
             len(data.classes),
             ranks=self.ranks,
             **{name: getattr(self.options, name) for name in own} | more,
@@ -389,9 +420,10 @@ class Setup:
         """The model to train. Raises UserError where it cannot be trained with these batches on these processes."""
         options = self.options
         ranks = self.ranks.size
-        if options.batch_size < ranks * options.accumulate:
+        batch_size, accumulate = self.update_shape
+        if batch_size < ranks * accumulate:
             raise UserError(
-                f"--batch_size {options.batch_size} is too small for {ranks} processes with {options.accumulate} "
+                f"--batch_size {batch_size} is too small for {ranks} processes with {accumulate} "
                 "micro-batches each: every micro-batch needs an image."
             )
         if resumed is None:
@@ -403,16 +435,14 @@ class Setup:
             )
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
-        check_input_size(
-            model, options.start_size or options.image_size, max(1, left_over // (ranks * options.accumulate))
-        )
+        check_input_size(model, options.start_size or options.image_size, max(1, left_over // (ranks * accumulate)))
         if options.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
             raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
         if not options.sync_batchnorm or ranks == 1:
             return model
         if self.device.type != "cuda":
             raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
-        if options.accumulate > 1 or left_over < ranks:
+        if accumulate > 1 or left_over < ranks:
             raise UserError(
                 "--sync_batchnorm needs the same number of micro-batches on each process: leave out --accumulate, "
                 f"and choose a --batch_size whose last batch holds more than {left_over} images."
@@ -436,6 +466,7 @@ class Setup:
         """What config.json records: every option, versions, device and data."""
         options = {name: value for name, value in vars(self.options).items() if name not in NOT_RECORDED}
         if self.options.command == "train":
+            options["batch_size"], options["accumulate"] = self.update_shape
             options["checkpoint_name"] = self.run.path.relative_to(self.options.checkpoint_dir).as_posix()
         else:
             options["model"] = self.checkpoint["model_name"]

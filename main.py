@@ -181,7 +181,7 @@ def prove_resume(setup: Setup) -> None:
     from commands.verify_resume import verify
 
     options = setup.options
-    verify(setup, checkpoint_dir=options.checkpoint_dir, batch_size=options.batch_size, epochs=options.epochs)
+    verify(setup, checkpoint_dir=options.checkpoint_dir, batch_size=setup.update_shape[0], epochs=options.epochs)
 
 
 @contextlib.contextmanager
@@ -229,12 +229,22 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any)
         resume.remove_results(setup.run)
         setup.run.write_json("config.json", config)
         setup.run.write_csv("split.csv", data.split())
+        show_first_batch(setup, trainer, data)
     if earlier.config:
         resume.say_differences(earlier.config, config)
     log.info(
         f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
         f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {setup.run.path}"
     )
+
+
+def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
+    """Draws batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
+    if setup.run.writes:
+        from reports.pictures import batch
+
+        images, labels = trainer.batches.first_images(24)
+        batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
 
 
 @contextlib.contextmanager
@@ -278,9 +288,10 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     import torch
 
     from commands.evaluate import test_result
+    from commands.explain import explain_mistakes
     from evaluate import evaluate, probabilities
     from reports import tables
-    from reports.results import steady_rate
+    from reports.results import EXPLANATIONS, steady_rate
     from runs.checkpoint import load_checkpoint
 
     run = setup.run
@@ -308,6 +319,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet) -> None:
         from commands.export import write_safetensors
 
         write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
+    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, probabilities(found.logits)))
     print(tables.summary(result))
     log.info(f"results: {run.path}")
 
@@ -369,6 +381,8 @@ def _memory_advice(options: Namespace) -> str:
     accumulate = getattr(options, "accumulate", 1)
     if options.command not in ("train", "compare"):
         return f"out of memory at --batch_size {batch}: use a smaller one."
+    if isinstance(batch, str):
+        return f"out of memory at --batch_size {batch}: memory was taken since. Try --resume auto."
     smaller = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
     way = smaller if batch >= 2 * accumulate else "use a smaller --image_size"
     return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}; --amp needs less, too."

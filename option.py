@@ -17,8 +17,10 @@ from option_kinds import (
     ALL,
     ALPHA,
     AUGMENT,
+    AUTO,
     CALL,
     COUNT,
+    COUNT_OR_AUTO,
     DIR,
     EPOCHS,
     EVERY,
@@ -214,7 +216,9 @@ OPTIONS = {
             "scratch: random weights, small images first; probe: only a new head, for machines without a GPU",
             START,
         ),
-        "batch_size": Option(COUNT, 256, "number of images in one update"),
+        "batch_size": Option(
+            COUNT_OR_AUTO, 256, "number of images in one update; auto: as without it, in micro-batches that fit"
+        ),
         "accumulate": Option(
             COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
         ),
@@ -308,6 +312,7 @@ OPTIONS = {
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
+        "explain": Option(FILE, None, "write a PNG that shows what in each image spoke for its class (Grad-CAM)", CALL),
     },
     "comparison": {
         "precisions": Option(
@@ -497,6 +502,9 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
     if "start_size" in preset and "start_size" not in typed:
         room = merged["start_size"] < merged["image_size"] and merged["epochs"] > 1
         merged["start_size"] = merged["start_size"] if room else 0
+    if merged.get("batch_size") == AUTO:
+        merged["batch_size"] = f"{AUTO}:{(defaults | preset | demo | stored)['batch_size']}"
+        merged |= {} if "accumulate" in typed else {"accumulate": 1}  # one that is stored was chosen elsewhere
     recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
     options = argparse.Namespace(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
     _check_together(options)
@@ -552,14 +560,19 @@ def read_config(file: Path) -> dict[str, Any]:
 def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
     get: Callable[..., Any] = vars(options).get
+    automatic = isinstance(get("batch_size"), str)
     comparing = options.command == "compare"
     epochs = get("epochs", math.inf)
     name = Path(get("checkpoint_name") or ".")
     sources = OPTIONS["one of these"]
     for wrong, message in (
         (
-            get("accumulate", 1) > (get("batch_size") or 1),
+            not automatic and get("accumulate", 1) > (get("batch_size") or 1),
             "--accumulate cannot be larger than --batch_size: a micro-batch needs at least one image.",
+        ),
+        (
+            automatic and get("accumulate", 1) > 1,
+            "--batch_size auto chooses --accumulate itself: leave one of the two out.",
         ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
         (

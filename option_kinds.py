@@ -148,6 +148,19 @@ def augmentations(text: str) -> str:
     return ",".join(name for name in AUGMENTATIONS if name in names - {"flip"}) or "flip"
 
 
+def count_or_auto(text: str) -> int | str:
+    """A count, `auto`, or `auto:COUNT`."""
+    name, _, count = text.partition(":")
+    if name != AUTO:
+        return COUNT["type"](text)
+    return f"{AUTO}:{COUNT['type'](count)}" if count else AUTO
+
+
+def images_asked(batch_size: int | str) -> int:
+    """The images in one update of `--batch_size`, which may be `auto:COUNT`."""
+    return int(str(batch_size).removeprefix(f"{AUTO}:"))
+
+
 def epochs_or_all(text: str) -> int | str:
     return text if text == ALL else whole(0)["type"](text)
 
@@ -221,6 +234,8 @@ def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
 
 
 ALL = "all"
+AUTO = "auto"
+COUNT_OR_AUTO = {"metavar": "N|auto", "type": count_or_auto}
 AUGMENTATIONS = ("none", "flip", "upright", "crop", "trivial", "randaugment", "augmix", "jitter", "erasing")
 AUGMENT = {"metavar": "LIST", "type": augmentations}
 EPOCHS = {"metavar": "N|all", "type": epochs_or_all}

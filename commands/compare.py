@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from commands.ladder import climb_and_report
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
-from option_kinds import seconds_of
+from option_kinds import images_asked, seconds_of
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
 from utils import (
@@ -67,7 +67,7 @@ def compare(
     ladder: bool,
     model: str,
     image_size: int,
-    batch_size: int,
+    batch_size: int | str,
     precisions: list[str] | None,
     seed: int,
     seeds: int,
@@ -79,7 +79,7 @@ def compare(
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
     if ladder:
-        climb_and_report(device, folder, model_name=model, image_size=image_size, batch_size=batch_size)
+        climb_and_report(device, folder, model_name=model, image_size=image_size, batch_size=images_asked(batch_size))
         return
     if runs:
         report_runs([Path(run) for run in runs], folder)

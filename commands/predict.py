@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from commands.explain import explain_predictions
 from evaluate import probabilities
 from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
@@ -47,9 +48,10 @@ def predict(
     csv: str | None,
     json: str | None,
     contact_sheet: str | None,
+    explain: str | None,
 ) -> None:
     """The command: classifies files and folders with a trained run."""
-    refuse_missing_folders(csv, json, contact_sheet)
+    refuse_missing_folders(csv, json, contact_sheet, explain)
     checkpoint = setup.checkpoint
     predict_files(
         setup.trained(checkpoint),
@@ -64,6 +66,7 @@ def predict(
         csv_file=csv,
         json_file=json,
         sheet=contact_sheet,
+        explain=explain,
     )
 
 
@@ -89,6 +92,7 @@ def predict_files(
     csv_file: str | None,
     json_file: str | None,
     sheet: str | None,
+    explain: str | None = None,
 ) -> int:
     """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
 
@@ -96,7 +100,7 @@ def predict_files(
     Stopped where a signal ended it.
     """
     _refuse_missing(inputs)
-    table = Table(classes, top_k, sheet=sheet)
+    table = Table(classes, top_k, sheet=sheet, samples=bool(sheet or explain))
     pool = ThreadPoolExecutor(max(1, workers))
     bar = progress(desc="predicting", unit="image", delay=2)
     try:
@@ -121,6 +125,8 @@ def predict_files(
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
+    if explain:
+        explain_predictions(model, table.on_sheet, preprocess, rules, Path(explain))
     if table.unreadable:
         total = table.count + table.unreadable
         raise RunError(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
@@ -189,6 +195,7 @@ class Table:
     classes: list[str]
     top_k: int
     sheet: str | None = None
+    samples: bool = False  # whether a few images are kept, for a sheet
     count: int = 0
     unreadable: int = 0
     lines: list[tuple[str, str]] = field(default_factory=list)
@@ -223,7 +230,7 @@ class Table:
             if len(self.lines) < SHOWN:
                 top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
                 self.lines.append((_short(row["path"]), "  ".join(top)))
-            if self.sheet and self.count % self.stride == 0:
+            if self.samples and self.count % self.stride == 0:
                 self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
             self.counts[name] += 1
             if item.folder in self.folders or len(self.folders) <= FOLDERS:

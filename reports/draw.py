@@ -7,7 +7,8 @@ from pathlib import Path
 from images.decode import Rules
 from precision_table import label_of
 from reports import page, pictures
-from reports.results import read_run
+from reports.results import EXPLANATIONS, read_run
+from utils import read_json
 
 
 def draw_run(directory: Path) -> None:
@@ -25,5 +26,7 @@ def draw_run(directory: Path) -> None:
     pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title=title)
     images = Path(run["options"].get("data_dir", ""))
     rules = Rules(windows=run["config"]["dataset"].get("windows") or {})
-    pictures.gallery(directory / "predictions.csv", images, directory / "mistakes.png", rules=rules)
+    file = directory / EXPLANATIONS
+    maps = read_json(file) if file.exists() else {}
+    pictures.gallery(directory / "predictions.csv", images, directory / "mistakes.png", rules=rules, maps=maps)
     page.html_report(directory, directory / "report.html")

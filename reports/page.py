@@ -47,7 +47,11 @@ img{display:block;box-sizing:border-box;max-width:100%;margin:1rem 0;background:
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
     "learning_curve.png": ("Learning curve", 960),
     "confusion_matrix.png": ("Confusion matrix of the test images", 620),
-    "mistakes.png": ("The wrongest test images: predicted class with its confidence, and true class", 960),
+    "mistakes.png": (
+        "The wrongest test images: predicted class with its confidence, true class, and where the network saw it",
+        960,
+    ),
+    "batch.png": ("The first training images as the network sees them", 960),
     "reliability.png": ("Calibration: a calibrated model is right in 80 % of the images it is 80 % sure of", 560),
 }
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import matplotlib.style
 import numpy as np
 from matplotlib import font_manager
@@ -23,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from images.decode import Rules, try_decode
-from reports.results import column, read_predictions, run_calibration
+from reports.results import column, most_confidently_wrong, read_predictions, run_calibration
 from reports.text import fit, time_unit
 from utils import atomic_write
 
@@ -322,41 +323,103 @@ def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarra
 
 
 def labelled_sheet(
-    paths: list[Path], captions: list[str], path: Path, *, most: int = 60, heading: str = "", rules: Rules | None = None
+    images: Sequence[Path | np.ndarray],
+    captions: list[str],
+    path: Path,
+    *,
+    most: int = 60,
+    heading: str = "",
+    across: int = 6,
+    rules: Rules | None = None,
 ) -> None:
-    """A contact sheet of image files with a caption over each; at most `most`, evenly chosen."""
-    chosen = np.linspace(0, len(paths) - 1, min(most, len(paths))).astype(int)
-    columns = min(6, max(3, len(chosen)))
+    """A contact sheet of image files or RGB arrays with a caption over each; at most `most`, evenly chosen."""
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
+    columns = min(across, max(3, len(chosen)))
     rows = max(1, math.ceil(len(chosen) / columns))
-    with picture(path, 1.85 * columns, 2.2 * rows + 0.5 * bool(heading)) as figure:
+    with picture(path, 1.85 * 6 / across * columns, 2.2 * rows + 0.5 * bool(heading)) as figure:
         figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold")
         grid = figure.subplots(rows, columns, squeeze=False).flat
         for axes in grid:
             axes.axis("off")
         for axes, place in zip(figure.axes, chosen, strict=False):
-            pixels = load_picture(paths[place], 224, rules)
+            image = images[place]
+            pixels = load_picture(image, 224, rules) if isinstance(image, Path) else image
             axes.imshow(np.full((100, 100, 3), 232, dtype=np.uint8) if pixels is None else pixels)
             if pixels is None:
-                text = f"cannot be read:\n{fit(paths[place].name, 18)}"
+                text = f"cannot be read:\n{fit(image.name, 18)}"
                 axes.text(50, 50, text, ha="center", va="center", fontsize=7)
-            caption = "\n".join(fit(line, 24) for line in captions[place].split("\n"))
+            caption = "\n".join(fit(line, 24 * 6 // across) for line in captions[place].split("\n"))
             axes.set_title(caption, fontsize=8.5, fontweight="normal", loc="center")
 
 
-def gallery(predictions_csv: Path, data_root: Path, path: Path, *, count: int = 24, rules: Rules | None = None) -> None:
+def batch(images: np.ndarray, labels: np.ndarray, classes: list[str], path: Path) -> None:
+    """Images uint8 (count, side, side, 3) as the network sees them, with their classes.
+
+    `labels` are class indices (count,), or after MixUp and CutMix probabilities (count, classes).
+    """
+    if labels.ndim == 1:
+        captions = [classes[label] for label in labels]
+    else:
+        captions = [
+            "\n".join(f"{100 * row[place]:.0f} % {classes[place]}" for place in np.argsort(-row)[:2] if row[place] > 0)
+            for row in labels
+        ]
+    side = images.shape[1]
+    heading = f"The first {len(images)} training images as the network sees them, {side} × {side} pixels"
+    labelled_sheet(list(images), captions, path, heading=heading)
+
+
+def with_map(pixels: np.ndarray, values: list[list[int]]) -> np.ndarray:
+    """An RGB image beside itself with a class activation map (rows of 0 to 255) over it: where it is bright."""
+    size = (pixels.shape[1], pixels.shape[0])
+    smooth = np.asarray(Image.fromarray(np.array(values, np.uint8)).resize(size, Image.Resampling.BILINEAR))
+    colours = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3]
+    grey = pixels.mean(2, keepdims=True)
+    gap = np.full((pixels.shape[0], 4, 3), 255)
+    return np.hstack([pixels, gap, 0.45 * grey + 0.55 * colours]).astype(np.uint8)
+
+
+def explained_sheet(
+    paths: list[Path],
+    captions: list[str],
+    maps: Sequence[list[list[int]] | None],
+    path: Path,
+    *,
+    heading: str = "",
+    rules: Rules | None = None,
+) -> None:
+    """A contact sheet with each image's class activation map beside it; an image without a map stands alone."""
+    images: list[Path | np.ndarray] = []
+    for file, values in zip(paths, maps, strict=True):
+        pixels = load_picture(file, 224, rules)
+        images.append(file if pixels is None or values is None else with_map(pixels, values))
+    labelled_sheet(images, captions, path, heading=heading, across=3, rules=rules)
+
+
+def gallery(
+    predictions_csv: Path,
+    data_root: Path,
+    path: Path,
+    *,
+    count: int = 24,
+    rules: Rules | None = None,
+    maps: dict[str, list[list[int]]] | None = None,
+) -> None:
     """The test images that were wrong with the highest confidence, at most `count`, with their predicted and their
-    true class. Paths in the file are taken below `data_root`."""
+    true class, and beside them their class activation `maps`. Paths are taken below `data_root`."""
     table = read_predictions(Path(predictions_csv))
-    wrong = [
-        place
-        for place in np.argsort(-table["confidence"], kind="stable")
-        if table["labels"][place] != table["predicted"][place]
-    ][:count]
+    differ = np.array(table["labels"]) != np.array(table["predicted"])
+    wrong = most_confidently_wrong(np.asarray(table["confidence"]), differ, count)
     captions = [
         f"{fit(table['predicted'][place], 14)} {100 * table['confidence'][place]:.0f} %\ntrue: {table['labels'][place]}"
         for place in wrong
     ]
-    heading = f"The {len(wrong)} most confidently wrong test images" if wrong else "No test image was wrong"
-    labelled_sheet(
-        [Path(data_root) / table["paths"][place] for place in wrong], captions, path, heading=heading, rules=rules
-    )
+    names = [table["paths"][place] for place in wrong]
+    files = [Path(data_root) / name for name in names]
+    heading = f"The {len(wrong)} most confidently wrong test images" if len(wrong) else "No test image was wrong"
+    if not maps or not len(wrong):
+        labelled_sheet(files, captions, path, heading=heading, rules=rules)
+        return
+    heading += ", and what spoke for the predicted class (bright)"
+    found = [maps.get(name) for name in names]
+    explained_sheet(files, captions, found, path, heading=heading, rules=rules)

@@ -31,6 +31,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return [line | {"epoch": int(line["epoch"])} for line in metrics]
 
 
+EXPLANATIONS = "explanations.json"  # file name of a test image: a class activation map of 0 to 255, 32 by 32
+
+
 def read_run(directory: str | Path) -> dict[str, Any]:
     """What a run's folder holds: directory, config, options, metrics, result (None where it is not finished), failure
     (its reason or None), and of the run its label, model, precision, device_name and seed.
@@ -97,6 +100,12 @@ def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
 def steady_rate(metrics: list[dict[str, Any]]) -> float:
     """Median images/s of the epochs after the first, which pays for warm-up; the first where it is the only one."""
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
+
+
+def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = 24) -> np.ndarray:
+    """Places of at most `count` wrong predictions, the most confident first, as six digits of confidence tell."""
+    order = np.argsort(-np.round(confidence, 6), kind="stable")
+    return order[wrong[order]][:count]
 
 
 def wilson(right: int, total: int) -> tuple[float, float]:

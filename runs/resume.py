@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from option import MAY_DIFFER_ON_RESUME, named, read_config
-from option_kinds import PRECISION
+from option_kinds import PRECISION, images_asked
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from utils import UserError, is_out_of_memory, log, printable, read_json
@@ -39,6 +39,8 @@ WRITTEN = (  # by a run, the files first that make it look finished
     "reliability.png",
     "report.html",
     "parity.json",
+    "batch.png",
+    "explanations.json",
 )
 
 
@@ -110,6 +112,8 @@ def _refuse_longer(run: RunDirectory, stored: dict[str, Any], current: dict[str,
 
 def _refuse_changed(stored: dict[str, Any], current: dict[str, Any], *, may_differ: frozenset[str]) -> None:
     """Raises UserError naming every difference in options that would make another run of a resumed one."""
+    if isinstance(current.get("batch_size"), str):  # auto: as this run chose when it began
+        current = current | {"batch_size": images_asked(current["batch_size"]), "accumulate": stored.get("accumulate")}
     changed = [
         f"  --{name}: begun with {stored[name]}, now {current[name]}"
         for name in sorted(stored.keys() & current.keys() - MAY_DIFFER_ON_RESUME - may_differ)

@@ -5,9 +5,11 @@ Run it alone: pytest tests/test_accuracy.py
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from test_option import parse, refused
 from test_train import CPU, subset
 from torch import nn
@@ -16,9 +18,13 @@ from torchvision import models
 import option
 from dataset import Batches
 from distributed import Ranks
+from features.activation_maps import activation_maps
 from model import WithMirrorImage, head_name
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
+from precision import Precision
+from runs import fitting
 from transforms import Preprocess, growing_sizes
+from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +305,7 @@ def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path,
         return forward(self, images)
 
     monkeypatch.setattr(tiny.Classifier, "forward", watched)
+    monkeypatch.setattr("commands.explain.explain_mistakes", lambda *_: {})
     assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
     # 19 training images and their mirror images, 5 to validate, 6 to test, and two trials of a single image
     assert sum(seen) - 2 * 19 - 5 - 6 <= 6
@@ -346,3 +353,161 @@ def test_the_logits_of_an_image_and_its_mirror_image_are_the_same():
     images = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(model(images), model(images.flip(3)))
     torch.testing.assert_close(model(images), (model.model(images) + model.model(images.flip(3))) / 2)
+
+
+# ------------------------------------------------------------------- what the network sees, and where
+def test_a_batch_is_drawn_as_the_network_sees_it():
+    batches = fed("crop", start_size=0)
+    pixels, labels = batches.first_images(5)
+    assert (pixels.shape, pixels.dtype, len(labels)) == ((5, 16, 16, 3), np.uint8, 5)
+    seen = next(next(batches.epoch(0)))[0][:5]
+    again = batches.preprocess.normalized(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    assert (again - seen).abs().max() < 0.02  # half a step of 255, over ImageNet's deviation
+    pixels, labels = fed("flip", mixup=0.5, accumulate=2).first_images(50)
+    assert labels.shape == (8, 3) and torch.allclose(labels.sum(1), torch.ones(8))
+
+
+def test_a_run_has_the_picture_of_a_batch_and_maps_of_its_mistakes(scenes_folder, tmp_path, run, monkeypatch):
+    monkeypatch.undo()  # pictures are drawn here
+    tiny.register_classifier()
+    words = tiny.words(scenes_folder, tmp_path, "--model=resnet18", "--tta=flip", "--cutmix=1", "--epochs=1")
+    assert run(words)[0] == 0
+    folder = tmp_path / "run"
+    with Image.open(folder / "batch.png") as image:
+        assert image.width > 300
+    maps = json.loads((folder / "explanations.json").read_text())
+    rows = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()[1:]]
+    wrong = [row for row in rows if row[1] != row[2]]
+    assert set(maps) == {row[0] for row in wrong}
+    for values in maps.values():
+        array = np.array(values)
+        assert array.shape == (32, 32) and array.min() >= 0 and 200 <= array.max() <= 255
+    page = (folder / "report.html").read_text()
+    assert "as the network sees them" in page and "where the network saw it" in page
+    place = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run", f"--explain={tmp_path / 'why.png'}"]
+    some = sorted(scenes_folder.glob("seg_test/seg_test/*/*"))[:3]
+    status, out, errors = run(["predict", *some, *place])
+    assert status == 0, errors
+    with Image.open(tmp_path / "why.png") as image:
+        assert image.width > 300
+
+
+class Bright(nn.Module):
+    """Its logit of class 1 is the brightness of the image's lower right quarter, behind layers that keep places."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(3, 1, 1, bias=False)
+        self.relu = nn.ReLU()
+        nn.init.ones_(self.layer.weight)
+
+    def forward(self, images):
+        found = self.relu(self.layer(images))
+        return torch.stack([-found.mean((1, 2, 3)), found.mean((1, 2, 3))], 1)
+
+
+def test_a_map_is_bright_where_the_class_comes_from():
+    images = torch.zeros(2, 3, 16, 16)
+    images[0, :, 8:, 8:] = 1
+    images[1, :, :8, :8] = 1
+    maps = activation_maps(Bright().eval(), images, torch.tensor([1, 1]))
+    assert torch.equal(maps > 0.5, images[:, 0] > 0)
+    against = activation_maps(Bright().eval(), images, torch.tensor([0, 0]))
+    assert against.max() == 0  # what speaks against a class is cut off
+
+
+def test_maps_agree_with_those_of_the_package_grad_cam():
+    reference = pytest.importorskip("pytorch_grad_cam")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=5).eval()
+    images = torch.randn(3, 3, 96, 96)
+    classes = [1, 4, 0]
+    cam = reference.GradCAM(model=model, target_layers=[model.layer4[-1]])
+    expected = torch.from_numpy(cam(images, [ClassifierOutputTarget(index) for index in classes]))
+    found = activation_maps(model, images, torch.tensor(classes))
+    lowest = found.amin((1, 2), keepdim=True)  # the package stretches each map to begin at 0
+    stretched = (found - lowest) / (found.amax((1, 2), keepdim=True) - lowest)
+    torch.testing.assert_close(stretched, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin_t", "densenet121", "mobilenet_v3_small", "squeezenet1_1"])
+def test_maps_of_networks_of_all_kinds(name):
+    torch.manual_seed(0)
+    size = 32 if name == "vit" else 96
+    made = models.VisionTransformer(32, 8, 2, 2, 24, 48, num_classes=3) if name == "vit" else getattr(models, name)()
+    if name == "vit":
+        nn.init.normal_(made.heads.head.weight)  # it begins at zero, where no place speaks for any class
+    images = torch.randn(2, 3, size, size)
+    maps = activation_maps(made.eval(), images, torch.tensor([0, 2]))
+    assert maps.shape == (2, size, size) and maps.isfinite().all()
+    assert maps.min() >= 0 and 0.5 < maps.max() <= 1
+
+
+# ------------------------------------------------------------------------- --batch_size auto
+def test_auto_asks_for_what_would_be_without_it():
+    assert parse("--batch_size=auto").batch_size == "auto:256"
+    assert parse("--batch_size=auto", "--demo").batch_size == "auto:64"
+    assert parse("--batch_size=auto", "--preset=scratch").batch_size == "auto:64"
+    assert parse("--batch_size=auto:512").batch_size == "auto:512"
+    assert "leave one of the two out" in refused("--batch_size=auto", "--accumulate=2")
+    assert "argument --batch_size" in refused("--batch_size=automatic")
+
+
+MEGABYTE = 2**20
+
+
+@pytest.mark.parametrize(
+    ("free", "processes", "expected"),
+    [(10**6, 1, 100), (500, 1, 32), (250, 1, 16), (500, 2, 16), (40, 1, 2), (20, 1, 0)],
+)
+def test_what_fits_follows_from_small_updates(monkeypatch, free, processes, expected):
+    """An update takes 10 MB, and 10 MB an image; of the free memory 80 % may be used."""
+    done = []
+    monkeypatch.setattr(fitting, "available_memory", lambda: free * MEGABYTE)
+    monkeypatch.setattr(fitting, "linux_memory", lambda *_: 0)
+    monkeypatch.setattr(fitting, "peak_memory", lambda _: {"peak_memory_mb": 10 + 10 * done[-1]})
+    assert fitting._by_growth(done.append, 100, 0, CPU, processes) == expected
+    assert max(done) <= 16
+
+
+def test_a_gpu_is_filled_until_it_refuses(monkeypatch):
+    def update(count):
+        if count > 20:
+            raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(fitting, "reset_peak_memory", lambda _: None)
+    assert fitting._by_trial(update, 100, 0, CPU, 1) == 16
+    assert fitting._by_trial(lambda _: None, 100, 0, CPU, 1) == 100
+
+
+def test_auto_is_recorded_and_a_resume_repeats_it(squares, tmp_path, monkeypatch, run):
+    words = ("--model=tiny_classifier", "--batch_size=auto:8", "--epochs=3")
+    monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 3)
+    assert tiny.train(squares, tmp_path, *words) == 0
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
+    assert (stored["batch_size"], stored["accumulate"]) == (8, 3)
+    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--accumulate=3", "--epochs=3", name="typed") == 0
+    whole = tiny.outcome(tmp_path / "run")
+    typed = tiny.outcome(tmp_path / "typed")
+    weights = [name for name in typed if name.startswith("/last.pt/model/")]
+    assert weights and all(typed[name] == whole[name] for name in weights)
+    monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 1 / 0)
+    assert tiny.train(squares, tmp_path, *words, "--resume") == 0
+    tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
+    status, _, errors = run(tiny.words(squares, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
+    assert status == 2 and "--batch_size: begun with 8, now 9" in errors
+
+
+def test_auto_tries_a_real_network_in_the_memory_that_is_there(monkeypatch):
+    torch.manual_seed(0)
+    model = models.resnet18(num_classes=5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fp32 = Precision("fp32", CPU, "a test")
+    assert fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU) == 24
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    monkeypatch.setattr(fitting, "available_memory", lambda: 2 * 45 * MEGABYTE)  # its weights alone take 45
+    with pytest.raises(UserError, match="not even 2 images fit"):
+        fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU)

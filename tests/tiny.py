@@ -204,6 +204,7 @@ def leave_out_pictures(patch) -> None:
         (pictures, "learning_curve"),
         (pictures, "confusion_matrix"),
         (pictures, "gallery"),
+        (pictures, "batch"),
         (page, "html_report"),
     ):
         patch.setattr(owner, name, lambda *_, **__: None)
