@@ -34,7 +34,7 @@ def model_names() -> list[str]:
 
 
 def known_model(name: str) -> str:
-    """torchvision's name of a classifier in any spelling. Raises UserError where it has none of that name."""
+    """torchvision's name of a classifier in any spelling. Raises UserError if it has none of that name."""
     key = name.lower()
     if key not in model_names():
         close = difflib.get_close_matches(key, model_names(), 3) or ["resnet18", "resnet50"]
@@ -98,7 +98,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, updates: 
 
 
 def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
-    """Raises UserError where `model` cannot train on `smallest_piece` images of `image_size` pixels.
+    """Raises UserError if `model` cannot train on `smallest_piece` images of `image_size` pixels.
 
     Tried on the meta device, which computes shapes only.
     """

@@ -90,7 +90,7 @@ def run_all(
 
     `words` are the training options that all runs share. A run that fails is recorded and leaves the others standing.
     Raises UserError, before anything is trained, where a folder holds a run with other options or there are no
-    images, Stopped when a signal ended a run, and at the end RunError where one that was to be replaced still stands.
+    images, Stopped when a signal ended a run, and at the end RunError if one that was to be replaced still stands.
     """
     planned = []
     for seed, name in itertools.product(seeds, precisions):
@@ -100,7 +100,7 @@ def run_all(
 
 
 def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
-    """One training in the folder `run`. Raises UserError where that holds a run with other options."""
+    """One training in the folder `run`. Raises UserError if that holds a run with other options."""
     own = [*words, f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}"]
     options = vars(parse(own))
     state = "new" if overwrite else _state(run, options)
@@ -163,7 +163,7 @@ def _train(run: Planned, epochs_later: int) -> str | None:
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:
-    """`new`, `begun` or `finished`. Raises UserError where the folder holds a run with other options."""
+    """`new`, `begun` or `finished`. Raises UserError if the folder holds a run with other options."""
     if not (run / "config.json").exists():
         return "new"
     stored = read_config(run / "config.json")["options"]
@@ -186,7 +186,7 @@ def _state(run: Path, options: dict[str, Any]) -> str:
 
 
 def _written(file: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None where it is not there."""
+    """When a file was last written, in nanoseconds; None if it is not there."""
     with contextlib.suppress(OSError):
         return file.stat().st_mtime_ns
     return None
@@ -231,7 +231,7 @@ def report_runs(directories: list[Path], folder: Path) -> None:
     """Writes performance_table.md, comparison.json, comparison.png, reliability.png and report.html into `folder` and
     prints the table. A directory may also be one of runs.
 
-    Raises UserError where a directory holds no run, RunError where no run is finished.
+    Raises UserError if a directory holds no run, RunError if no run is finished.
     """
     runs = [results.read_run(run) for directory in directories for run in run_folders(directory) or [directory]]
     if not runs:

@@ -55,7 +55,7 @@ class FromPixels(nn.Module):
 def export_onnx(model: nn.Module, checkpoint: dict, file: Path) -> str:
     """Writes `file`, checked with ONNX Runtime on random images of two sizes; returns what to tell the user.
 
-    Raises UserError where the packages are missing, RunError where the two disagree by more than TOLERANCE.
+    Raises UserError if the packages are missing, RunError if the two disagree by more than TOLERANCE.
     """
     try:
         import onnx

@@ -92,7 +92,7 @@ def predict_files(
 ) -> int:
     """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
 
-    Raises UserError where an input does not exist or no image is readable, Stopped where a signal ended it.
+    Raises UserError if an input does not exist or no image is readable, Stopped if a signal ended it.
     """
     _refuse_missing(inputs)
     table = Table(classes, top_k, sheet=sheet)
@@ -236,7 +236,7 @@ class Table:
                 log.warning(f"cannot be read, skipped: {printable(item.path)}: {printable(reason)}")
 
     def report(self) -> None:
-        """Draws the sheet and prints the first lines and the counts. Raises UserError where there is nothing."""
+        """Draws the sheet and prints the first lines and the counts. Raises UserError if there is nothing."""
         if self.unreadable > 10:
             log.warning(f"and {self.unreadable - 10:,} more cannot be read")
         if not self.count:

@@ -23,7 +23,7 @@ from utils import UserError, printable, read_json, reading
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The epochs of metrics.jsonl. Raises UserError where it is missing or damaged."""
+    """The epochs of metrics.jsonl. Raises UserError if it is missing or damaged."""
     with reading(file):
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if any(isinstance(value, (str, dict)) for line in metrics for value in line.values()):
@@ -32,7 +32,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
-    """What a run's folder holds: directory, config, options, metrics, result (None where it is not finished), failure
+    """What a run's folder holds: directory, config, options, metrics, result (None if it is not finished), failure
     (its reason or None), and of the run its label, model, precision, device_name and seed.
 
     Raises UserError naming the file that is missing or damaged.
@@ -73,7 +73,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 def read_predictions(file: Path) -> dict[str, Any]:
     """predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N],
-    probabilities [N, classes]}. Raises UserError where it is missing or damaged."""
+    probabilities [N, classes]}. Raises UserError if it is missing or damaged."""
     with reading(file), open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
         header, *rows = csv.reader(lines)
         numbers = np.array([row[3:] for row in rows], dtype=float).reshape(len(rows), len(header) - 3)
@@ -123,7 +123,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
 
 def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The calibration of a run's test predictions; None where it wrote none."""
+    """The calibration of a run's test predictions; None if it wrote none."""
     file = run["directory"] / "predictions.csv"
     if not file.exists():
         return None
@@ -133,7 +133,7 @@ def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
-    """Exact McNemar test of two predictions.csv on the images both list; None where they share none: a two-sided
+    """Exact McNemar test of two predictions.csv on the images both list; None if they share none: a two-sided
     binomial test on the images that exactly one of the two gets right."""
     if not (reference.exists() and other.exists()):
         return None

@@ -43,7 +43,7 @@ class Progress:
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
-        """What a checkpoint says. Raises TypeError and ValueError where fields are unknown or missing."""
+        """What a checkpoint says. Raises TypeError and ValueError if fields are unknown or missing."""
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")
@@ -142,7 +142,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
+    """A checkpoint that this program wrote. Raises UserError if it is missing, damaged or another's."""
     content = load_file(file)
     if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
         raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
