@@ -144,7 +144,7 @@ class Setup:
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
-        """The checkpoint to use. UserError where there is none."""
+        """The checkpoint to use. UserError if there is none."""
         file = self.checkpoint_file
         if not file.exists():
             runs = sorted(path.parent.name for path in Path(self.options.checkpoint_dir).glob("*/best_model.pt"))
@@ -180,9 +180,9 @@ class Setup:
         return option.training_words(self.options)
 
     def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
-        """The data set, decoded; the demo's scenes are drawn first where they are missing.
+        """The data set, decoded; the demo's scenes are drawn first if they are missing.
 
-        A run that goes on keeps its split. Raises UserError where there are others than `classes`, those of a
+        A run that goes on keeps its split. Raises UserError if there are others than `classes`, those of a
         checkpoint.
         """
         options = self.options
@@ -246,7 +246,7 @@ class Setup:
             self.ranks.share(self.draw_demo)  # the others wait for the first
 
     def _recorded(self, folder: Path) -> Split | None:
-        """The split that a run's folder records; None where an earlier version wrote none."""
+        """The split that a run's folder records; None if an earlier version wrote none."""
         file = folder / "split.csv"
         return self.ranks.share(lambda: read_split(file) if file.exists() else None)
 
@@ -410,7 +410,7 @@ class Setup:
         )
 
     def _class_weights(self, data: DataSet) -> torch.Tensor | None:
-        """Inverse frequencies of the classes, of mean 1 over the training images; None where all weigh the same."""
+        """Inverse frequencies of the classes, of mean 1 over the training images; None if all weigh the same."""
         if self.options.class_weights == "none":
             return None
         counts = numpy.bincount(data.train.labels, minlength=len(data.classes))

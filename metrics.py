@@ -96,7 +96,7 @@ class Meter:
         """Reads what the updates since the last reading left on the device: the only wait for it.
 
         `parameters` names those that are trained, `batch_sizes` are the images of each update that was not read.
-        Raises RunError where the run cannot go on.
+        Raises RunError if the run cannot go on.
         """
         begun = at.update - len(self._unread)
         records = torch.stack(self._unread)
@@ -181,7 +181,7 @@ class Meter:
     def line(self, at: Progress, found: Evaluation, device: torch.device) -> dict[str, Any]:
         """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds, memory MB."""
         memory = peak_memory(device)
-        if not (self.warming and at.steady):  # such an epoch counts only where there is no other
+        if not (self.warming and at.steady):  # such an epoch counts only if there is no other
             at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
             at.steady = not self.warming
         sums = at.sums

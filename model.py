@@ -145,7 +145,7 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, updates: 
 
 
 def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
-    """Raises UserError where `model` cannot train on `smallest_piece` images of `image_size` pixels.
+    """Raises UserError if `model` cannot train on `smallest_piece` images of `image_size` pixels.
 
     Tried on the meta device, which computes shapes only.
     """

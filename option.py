@@ -548,7 +548,7 @@ def precision_words(name: str) -> list[str]:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A run's config.json. Raises UserError where it is missing or damaged."""
+    """A run's config.json. Raises UserError if it is missing or damaged."""
     config = read_json(file)
     with reading(file):
         parts = config["options"], config.setdefault("versions", {}), config.setdefault("dataset", {})

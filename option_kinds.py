@@ -50,7 +50,7 @@ class Option:
         return self.kind.get("action") is argparse.BooleanOptionalAction
 
     def checked(self, name: str, value: Any) -> Any:
-        """A value from a file, as strictly as if it had been typed. Raises UserError where it does not fit."""
+        """A value from a file, as strictly as if it had been typed. Raises UserError if it does not fit."""
         if value is None and self.default is None:
             return None
         if self.is_flag:

@@ -60,7 +60,7 @@ def choose_precision(
 
     On CUDA this also sets cuDNN's and cuBLAS's float32 mode, because convolutions there use TF32
     unless told not to: an FP32 baseline must not be TF32 by accident.
-    Raises UserError where the device cannot do what is asked.
+    Raises UserError if the device cannot do what is asked.
     """
     card = card_of(device)
     _refuse_impossible(device, card, amp=amp, amp_dtype=amp_dtype, tf32=tf32)

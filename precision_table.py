@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Regime:
-    """One numeric regime. `amp_dtype` is autocast's 16-bit type by torch's name; None where autocast is off."""
+    """One numeric regime. `amp_dtype` is autocast's 16-bit type by torch's name; None if autocast is off."""
 
     label: str
     amp_dtype: str | None = None

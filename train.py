@@ -111,7 +111,7 @@ class Trainer:
     def train(self, *, stop_after: int | None = None) -> None:
         """Trains from where the run stands to its end, or until `stop_after` updates are done in all.
 
-        Raises Stopped after a signal, with everything saved, and RunError where the run cannot go on.
+        Raises Stopped after a signal, with everything saved, and RunError if the run cannot go on.
         """
         self.last_save = time.monotonic()
         self.begun = time.perf_counter() - self.progress.elapsed
@@ -261,7 +261,7 @@ class Trainer:
         self.run.save({"last.pt": self.state()})
 
     def _save_and_stop(self) -> None:
-        """Saves where the run stands; raises Stopped where a signal asked for it."""
+        """Saves where the run stands; raises Stopped if a signal asked for it."""
         self._save()
         self.run.write_metrics(self.progress.history)
         self.run.flush()

@@ -96,7 +96,7 @@ def own_command() -> list[str]:
 def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.device:
     """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`, ...).
 
-    Without `use` a process that only starts others takes no memory on a GPU. Raises UserError where this machine or
+    Without `use` a process that only starts others takes no memory on a GPU. Raises UserError if this machine or
     this build of PyTorch has no such device.
     """
     import torch
@@ -241,7 +241,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces a text file whole. Raises UserError where it cannot stand there, RunError where the disk fails."""
+    """Replaces a text file whole. Raises UserError if it cannot stand there, RunError if the disk fails."""
     try:
         with atomic_write(file) as handle:
             handle.write(text.encode("utf-8", "surrogateescape"))
@@ -253,7 +253,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def refuse_missing_folders(*files: str | None) -> None:
-    """Raises UserError where a file that is to be written has no folder: before the work, not after it."""
+    """Raises UserError if a file that is to be written has no folder: before the work, not after it."""
     for file in files:
         if file and not Path(file).parent.is_dir():
             raise UserError(f"{printable(file)} cannot be written: there is no such folder.")
@@ -271,7 +271,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is missing or damaged."""
+    """The object in a JSON file. Raises UserError if it is missing or damaged."""
     with reading(file):
         text = read_text(file)
         try:

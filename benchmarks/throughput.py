@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def measure(sides: list[str], rounds: int, rates: dict[str, list[float]], facts: dict[str, dict]) -> None:
-    """Lets some sides take turns. Raises RuntimeError where one ends early."""
+    """Lets some sides take turns. Raises RuntimeError if one ends early."""
     children = {side: start(side) for side in sides}
     for side, child in children.items():  # each has been setting itself up since it was started
         facts[side] = answer(child)  # what it measured while warming up

@@ -140,7 +140,7 @@ def _table(names: list[str], classes: list[str], parts: list[str], others: list[
 
 
 def _write_once(file: Path, text: str, overwrite: bool) -> None:
-    """Writes a fold. Raises UserError where runs of another cut stand there."""
+    """Writes a fold. Raises UserError if runs of another cut stand there."""
     if file.exists() and not overwrite:
         with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             if lines.read() != text:

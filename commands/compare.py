@@ -126,7 +126,7 @@ def run_all(
 
 
 def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
-    """One training in the folder `run`. Raises UserError where that holds a run with other options."""
+    """One training in the folder `run`. Raises UserError if that holds a run with other options."""
     own = [*words, f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}"]
     options = vars(parse(own))
     state = "new" if overwrite else _state(run, options)
@@ -196,7 +196,7 @@ def _train(run: Planned, epochs_later: int, max_seconds: int | None) -> str | No
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:
-    """`new`, `begun` or `finished`. Raises UserError where the folder holds a run with other options."""
+    """`new`, `begun` or `finished`. Raises UserError if the folder holds a run with other options."""
     if not (run / "config.json").exists():
         return "new"
     stored = read_config(run / "config.json")["options"]
@@ -219,7 +219,7 @@ def _state(run: Path, options: dict[str, Any]) -> str:
 
 
 def _written(file: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None where it is not there."""
+    """When a file was last written, in nanoseconds; None if it is not there."""
     with contextlib.suppress(OSError):
         return file.stat().st_mtime_ns
     return None

@@ -73,7 +73,7 @@ def examine(
 
     Without `image_size` (pixels) and `batch_size` a CPU is tried with 32 images of 128 pixels, a GPU with as many
     of 256 pixels as fit, up to 256. The loader is timed too where `data_dir` names a data set.
-    Raises UserError for an unknown model or wrong data, RunError where not even FP32 runs.
+    Raises UserError for an unknown model or wrong data, RunError if not even FP32 runs.
     """
     started = time.perf_counter()
     known_model(model_name)  # an unknown name is refused before anything is measured
@@ -239,7 +239,7 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
 
 
 def _joules(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
-    """Joules for one image: the median over rounds; None where nothing counts them."""
+    """Joules for one image: the median over rounds; None if nothing counts them."""
     counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
     return statistics.median(counted) / batch_size if counted else None
 

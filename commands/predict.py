@@ -247,7 +247,7 @@ class Table:
                 log.warning(f"cannot be read, skipped: {printable(item.path)}: {printable(reason)}")
 
     def report(self) -> None:
-        """Draws the sheet and prints the first lines and the counts. Raises UserError where there is nothing."""
+        """Draws the sheet and prints the first lines and the counts. Raises UserError if there is nothing."""
         if self.unreadable > 10:
             log.warning(f"and {self.unreadable - 10:,} more cannot be read")
         if not self.count:

@@ -92,7 +92,7 @@ def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = Non
 
     `encoding` is the code page of names that the archive does not mark as Unicode. Nothing is written before every
     name and size was found harmless; an interrupted extraction starts anew. Raises UserError for a missing, damaged,
-    hostile or unsuitable archive and where `data_dir` holds data already, RunError where the disk is full.
+    hostile or unsuitable archive and if `data_dir` holds data already, RunError if the disk is full.
     """
     archive = Path(archive)
     data_dir = Path(data_dir)
@@ -162,8 +162,8 @@ def _unpack(
 def download_from_kaggle(data_dir: Path) -> None:
     """Fetches Intel Image Classification with kagglehub and puts it in place as `extract_archive` does.
 
-    Raises UserError where kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError
-    where there is no network or Kaggle fails otherwise.
+    Raises UserError if kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError
+    if there is no network or Kaggle fails otherwise.
     """
     data_dir = Path(data_dir)
     try:

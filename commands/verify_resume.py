@@ -53,7 +53,7 @@ def verify(setup: Setup, *, checkpoint_dir: str, batch_size: int, epochs: int) -
 def shortened(data: DataSet, batch_size: int) -> None:
     """Cuts the data to epochs of three updates, the last of them ragged, and a small validation.
 
-    Raises UserError where the data is too small for that.
+    Raises UserError if the data is too small for that.
     """
     if len(data.train) <= 2 * batch_size:
         raise UserError(

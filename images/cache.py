@@ -37,7 +37,7 @@ def file_state(path: Path) -> tuple[int, int, int]:
 class Kept:
     """What is known of a listing's images once each was read: KEY.json, beside the images themselves in KEY.npy.
 
-    `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None where all fill it.
+    `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None if all fill it.
     `several` counts the files that hold more pictures than the first.
     """
 
@@ -103,7 +103,7 @@ def only_builder(file: Path) -> Iterator[None]:
 
 
 def read_notes(file: Path, count: int) -> Kept | None:
-    """What KEY.json says of `count` images; None where there is none, or another's."""
+    """What KEY.json says of `count` images; None if there is none, or another's."""
     try:
         notes = json.loads(file.with_suffix(".json").read_text())
         shapes = notes["shapes"]
@@ -189,7 +189,7 @@ def _bar(paths: list[Path], what: str) -> Any:
 
 
 def build_cache(file: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
-    """Decodes every image into a cache file, or into memory where there is no room; streamed ones are only checked."""
+    """Decodes every image into a cache file, or into memory if there is no room; streamed ones are only checked."""
     remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
     started = time.perf_counter()

@@ -48,7 +48,7 @@ def check(
     `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep grey pictures,
     `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several pictures), and
     lists of groups of equal pictures: `duplicates`, and of these `across_splits` and `across_labels`. Files are named
-    relative to `data_dir`. Raises UserError where that holds no data set.
+    relative to `data_dir`. Raises UserError if that holds no data set.
     """
     images = list_images(data_dir, labels=labels)
     rules = rules or Rules()

@@ -85,7 +85,7 @@ class Header:
 
 
 def read_header(path: Path, rules: Rules) -> Header | None:
-    """The header of an image file; None where there is none to read."""
+    """The header of an image file; None if there is none to read."""
     with suppress(Exception), _open(path, rules) as image:  # Pillow's readers raise many kinds for a damaged file
         turned = image.format != "TIFF" and _early_orientation(image) >= 5  # of a TIFF Pillow says the upright size
         width, height = reversed(image.size) if turned else image.size

@@ -39,7 +39,7 @@ WAYS = (
 class ImageSet:
     """The files of a data set: (path, label) lists, labels indexing `classes`.
 
-    `validation` or `test` is None where it is to be split off `train`. `groups` names for a path the images that
+    `validation` or `test` is None if it is to be split off `train`. `groups` names for a path the images that
     must stay together. `passed_over` counts the files that are no images, by suffix; `notes` are sentences to say.
     """
 
@@ -75,7 +75,7 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
     """Lists the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
 
     With `known`, the classes of a trained model, only these are listed, nothing needs to be there to train on, and
-    a folder of class folders is listed as `train`. Raises UserError where there is no data, fewer than two classes,
+    a folder of class folders is listed as `train`. Raises UserError if there is no data, fewer than two classes,
     an empty class, or a class in another part that the training images lack.
     """
     root = Path(data_dir)
@@ -103,14 +103,14 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
 
 
 def part_of(name: str) -> str | None:
-    """The part of a data set that a name means ("Training set": "train"); None where it means none."""
+    """The part of a data set that a name means ("Training set": "train"); None if it means none."""
     plain = re.sub(r"[\W_]+", "", name.casefold())
     plain = re.sub(r"(?<=.)(dataset|data|set|images|imgs)$", "", plain)
     return next((part for part, names in PART_NAMES.items() if plain in names), None)
 
 
 def _find_parts(root: Path) -> dict[str, Path]:
-    """The folders of class folders that are called after a part. Raises UserError where two claim the same one."""
+    """The folders of class folders that are called after a part. Raises UserError if two claim the same one."""
     found: dict[str, list[Path]] = {}
     for folder in _subfolders(root):
         part = part_of(folder.name)
@@ -136,7 +136,7 @@ def _without_doubling(folder: Path) -> Path:
 
 
 def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> Path:
-    """The folder of class folders, which is `root` itself or its double. Raises UserError where it is none."""
+    """The folder of class folders, which is `root` itself or its double. Raises UserError if it is none."""
     folder = _without_doubling(root) if root.is_dir() else root
     names = [path.name for path in _subfolders(folder) if _holds_images(path)] if folder.is_dir() else []
     if known and names:
@@ -199,7 +199,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _list_part(folder: Path, image_set: ImageSet, part: str | None, *, alone: bool = False) -> Listing:
-    """The images of one part by class. `part` is None where unknown classes are only noted, not refused.
+    """The images of one part by class. `part` is None if unknown classes are only noted, not refused.
 
     A class may be absent from all parts but the training images.
     """

@@ -37,7 +37,7 @@ def list_images(
     """The images of a data set: labelled by a table where one is named, or else by their class folders.
 
     `group` is a column of the table, or a regular expression whose find in a file's path names its group. `known` are
-    the classes of a trained model. Raises UserError where there are none to train on, or to test.
+    the classes of a trained model. Raises UserError if there are none to train on, or to test.
     """
     if labels:
         image_set = find_labelled(data_dir, labels, group=group, known=known)
@@ -61,7 +61,7 @@ def find_labelled(
     """The images below `data_dir` that a table labels: a column of paths or ids, one of labels, optionally part, group.
 
     `table` is taken from the working folder, or else from `data_dir`. `group` names the column of groups. With
-    `known`, the classes of a trained model, rows of other classes are left out. Raises UserError where the table
+    `known`, the classes of a trained model, rows of other classes are left out. Raises UserError if the table
     cannot be read, names no image, or gives an image two labels.
     """
     root = Path(data_dir)
@@ -216,7 +216,7 @@ def _rank(name: str, names: Sequence[str | None]) -> int:
 
 
 def _named(plain: list[str], places: list[int], names: Sequence[str | None]) -> int | None:
-    """The place of the likeliest of `names`; None where no column has one."""
+    """The place of the likeliest of `names`; None if no column has one."""
     named = [place for place in places if plain[place] in names]
     return min(named, key=lambda place: _rank(plain[place], names), default=None)
 
@@ -262,7 +262,7 @@ class _Found:
 
 
 def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
-    """Sorts the entries into parts and says what is missing or surplus. Raises UserError where too little is left."""
+    """Sorts the entries into parts and says what is missing or surplus. Raises UserError if too little is left."""
     file = printable(found.file.name)
     for what, names in (("name no image that is there", found.missing), ("have no label", found.unlabelled)):
         if names:

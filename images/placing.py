@@ -50,7 +50,7 @@ def building(data_dir: Path, source: str) -> Iterator[Path]:
 
 
 def finish_interrupted(data_dir: Path) -> str | None:
-    """Moves a whole data set into place, its training images last, and returns its source; None where there is none.
+    """Moves a whole data set into place, its training images last, and returns its source; None if there is none.
 
     Also called first of all, to end what a stop between two moves left undone.
     """

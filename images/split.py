@@ -131,7 +131,7 @@ def divide(
     """The part of each image, an index of PARTS: validation and, with `with_test`, test held out of the others.
 
     `shares` are percentages of training, validation and test (of training and validation where nothing is to be
-    tested); `together` lists images that must stay on one side. Raises UserError where nothing can be held out.
+    tested); `together` lists images that must stay on one side. Raises UserError if nothing can be held out.
     """
     shares = shares or (SHARES if with_test else (80.0, 20.0))
     units = united(together, len(labels))
@@ -184,7 +184,7 @@ def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
 
 
 def read_split(file: Path) -> dict[str, tuple[str, str]]:
-    """A split.csv as {path: (class, part)}; a part may be empty: left out. Raises UserError where it is damaged."""
+    """A split.csv as {path: (class, part)}; a part may be empty: left out. Raises UserError if it is damaged."""
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = {row["path"]: (row["class"], row["part"]) for row in csv.DictReader(lines)}
         wrong = {part for _, part in rows.values()} - {*PARTS, ""}

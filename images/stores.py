@@ -91,7 +91,7 @@ class StreamedImages:
         self._said = False
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """As `DecodedImages.batches`. Raises RunError where a file can no longer be read."""
+        """As `DecodedImages.batches`. Raises RunError if a file can no longer be read."""
         self._order[:] = [batch.tolist() for batch in batches]
         for positions, batch in zip(batches, self._loader, strict=True):
             if isinstance(batch, str):

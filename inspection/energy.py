@@ -1,4 +1,4 @@
-"""Joules that this machine's own counters report: NVML on CUDA, RAPL on a processor. Nothing where there are none.
+"""Joules that this machine's own counters report: NVML on CUDA, RAPL on a processor. Nothing if there are none.
 
 NVML needs the package nvidia-ml-py and a Volta card or later; RAPL's files are often readable by root alone.
 Knows nothing of what the energy is spent on.

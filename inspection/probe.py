@@ -240,7 +240,7 @@ class Probe:
         theirs.close()  # so that the end of the process is seen as the end of the pipe
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        """The answer of the bench's method `question`. Raises RunError where it fails, hangs or dies."""
+        """The answer of the bench's method `question`. Raises RunError if it fails, hangs or dies."""
         try:
             self._pipe.send((question, arguments))
             if not self._pipe.poll(PATIENCE):

@@ -25,7 +25,7 @@ def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[li
     """Writes doubtful.csv, doubtful.png, audit.json and report.html into `folder`, and prints the summary.
 
     `runs` are the folds' folders, `copies` groups of files whose picture is the same and whose labels differ. Raises
-    RunError where a fold did not finish.
+    RunError if a fold did not finish.
     """
     found = [read_run(run) for run in runs]
     failed = [run["directory"].name for run in found if not run["result"]]

@@ -14,7 +14,7 @@ from utils import read_json
 def draw_run(directory: Path) -> None:
     """Draws learning_curve.png, confusion_matrix.png, mistakes.png, reliability.png and report.html.
 
-    Raises UserError where a file that they are drawn from is missing or damaged.
+    Raises UserError if a file that they are drawn from is missing or damaged.
     """
     run = read_run(directory)
     result = run["result"]

@@ -23,7 +23,7 @@ from utils import UserError, printable, read_json, reading
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The epochs of metrics.jsonl. Raises UserError where it is missing or damaged."""
+    """The epochs of metrics.jsonl. Raises UserError if it is missing or damaged."""
     with reading(file):
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if any(isinstance(value, (str, dict)) for line in metrics for value in line.values()):
@@ -35,7 +35,7 @@ EXPLANATIONS = "explanations.json"  # file name of a test image: a class activat
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
-    """What a run's folder holds: directory, config, options, metrics, result (None where it is not finished), failure
+    """What a run's folder holds: directory, config, options, metrics, result (None if it is not finished), failure
     (its reason or None), and of the run its label, model, precision, device_name and seed.
 
     Raises UserError naming the file that is missing or damaged.
@@ -132,7 +132,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
 
 def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The calibration of a run's test predictions; None where it wrote none."""
+    """The calibration of a run's test predictions; None if it wrote none."""
     file = run["directory"] / "predictions.csv"
     if not file.exists():
         return None
@@ -142,7 +142,7 @@ def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
-    """Exact McNemar test of two predictions.csv on the images both list; None where they share none: a two-sided
+    """Exact McNemar test of two predictions.csv on the images both list; None if they share none: a two-sided
     binomial test on the images that exactly one of the two gets right."""
     if not (reference.exists() and other.exists()):
         return None

@@ -44,7 +44,7 @@ class Progress:
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
-        """What a checkpoint says. Raises TypeError and ValueError where fields are unknown or missing."""
+        """What a checkpoint says. Raises TypeError and ValueError if fields are unknown or missing."""
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")
@@ -164,7 +164,7 @@ def _are_numbers(values: Any, count: int | None = 3) -> bool:
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint that this program wrote. Raises UserError where it is missing, damaged or another's."""
+    """A checkpoint that this program wrote. Raises UserError if it is missing, damaged or another's."""
     content = load_file(file)
     if isinstance(content, dict):
         content = _completed(content, file)

@@ -38,7 +38,7 @@ class RunDirectory:
     def open(self) -> None:
         """Makes the folder, locks it, and clears what a killed run left half-written.
 
-        Raises UserError where it is no folder or another live process holds it, RunError where the disk is
+        Raises UserError if it is no folder or another live process holds it, RunError if the disk is
         full or read-only.
         """
         if not self.writes:
@@ -113,7 +113,7 @@ class RunDirectory:
             self._writing = self._writer.submit(write_checkpoints, copies)
 
     def flush(self) -> None:
-        """Waits until every checkpoint handed over is on disk; raises RunError where that failed."""
+        """Waits until every checkpoint handed over is on disk; raises RunError if that failed."""
         writing = self._writing
         self._writing = None
         if writing is not None:

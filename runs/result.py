@@ -30,7 +30,7 @@ NUMBERS = (
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """A finished run's result. Raises UserError where the file is missing or damaged."""
+    """A finished run's result. Raises UserError if the file is missing or damaged."""
     result = read_json(file)
     with reading(file):
         check_result(result)

@@ -48,7 +48,7 @@ WRITTEN = (  # by a run, the files first that make it look finished
 class Earlier:
     """What a run begins from: whether it goes on from last.pt, and the config.json it was begun with.
 
-    For a new run `config` is that of --config; empty where there is none.
+    For a new run `config` is that of --config; empty if there is none.
     """
 
     resuming: bool
@@ -60,7 +60,7 @@ def find_earlier(
 ) -> Earlier:
     """What is there to begin from.
 
-    Raises UserError where there is nothing to resume, where the options would make it another run, and where a new
+    Raises UserError if there is nothing to resume, if the options would make it another run, and if a new
     run would replace one.
     """
     last = run.file("last.pt")
@@ -77,7 +77,7 @@ def find_earlier(
 
 
 def _refuse_existing(run: RunDirectory) -> None:
-    """Raises UserError where the folder holds a run already."""
+    """Raises UserError if the folder holds a run already."""
     present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
     if present:
         kind = "finished" if "result.json" in present else "begun"

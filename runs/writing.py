@@ -14,7 +14,7 @@ from utils import FULL, RunError, atomic_write, printable
 def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
     """Replaces a file whole by what `fill` writes, about `size` bytes.
 
-    Raises RunError where the disk is full or the folder is gone.
+    Raises RunError if the disk is full or the folder is gone.
     """
     try:
         with atomic_write(path) as file:
