@@ -19,14 +19,13 @@ import torchvision
 from torch import nn
 
 import option
-from dataset import Batches, DataSet, Opening, Subset, open_data_set, open_test_set
-from distributed import Ranks, share_cores
+from dataset import Batches
+from distributed import Ranks
 from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
-from images.opening import Split
+from images.opening import DataSet, Opening, Split, Subset, open_data_set, open_test_set
 from images.split import read_split
-from machine import GPUS
 from model import (
     Network,
     WithMirrorImage,
@@ -45,9 +44,11 @@ from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.fitting import micro_batch_that_fits
 from runs.folder import RunDirectory
+from system.machine import GPUS, cores, device_name
+from system.meeting import share_cores
 from train import Trainer
 from transforms import Preprocess
-from utils import UserError, choose_device, cores, device_name, log, printable, seed_everything
+from utils import UserError, choose_device, log, printable, seed_everything
 
 NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")
 

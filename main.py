@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import distributed
 import option
 import utils
 from distributed import Ranks
-from machine import allow_more_files
 from runs.logs import Logs, refuse_missing_packages
-from terminal import duration, open_streams
-from utils import RunError, Stopped, UserError, log, printable, read_json
+from system import meeting
+from system.files import read_json
+from system.machine import allow_more_files
+from system.terminal import duration, open_streams
+from utils import RunError, Stopped, UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup
-    from dataset import DataSet
+    from images.opening import DataSet
     from runs.folder import RunDirectory
     from train import Trainer
 
@@ -51,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
         allow_more_files()
         utils.on_stop(_terminate)
         if ranks.size > 1:
-            distributed.watch_signals(utils.STOP_SIGNALS, utils.heard)
-        distributed.join(ranks)
+            meeting.watch_signals(utils.STOP_SIGNALS, utils.heard)
+        meeting.join(ranks)
         call(entry(options.command), options, ranks)
         return 0
     except (Exception, KeyboardInterrupt, Stopped) as error:
@@ -60,10 +61,10 @@ def main(argv: Sequence[str]) -> int:
         if not reason:
             raise
         signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends one to all when the first has failed
-        distributed.say_once(reason if isinstance(error, Stopped) else f"error: {reason}", ranks)
+        meeting.say_once(reason if isinstance(error, Stopped) else f"error: {reason}", ranks)
         return status
     finally:
-        distributed.leave(ranks)
+        meeting.leave(ranks)
 
 
 def run() -> None:
@@ -373,7 +374,7 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
 
 def _of_other_processes(error: BaseException) -> str:
     """What an error says of the other processes of a job; nothing if there are none, or if it says nothing of them."""
-    return (distributed.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
+    return (meeting.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
 
 
 def _memory_advice(options: Namespace) -> str:

@@ -16,7 +16,8 @@ from evaluate import Evaluation
 from model import Forward
 from precision import Precision
 from runs.checkpoint import Progress
-from utils import RunError, log, peak_memory, reset_peak_memory
+from system.machine import peak_memory, reset_peak_memory
+from utils import RunError, log
 
 # The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
 FIGURES = {

@@ -52,7 +52,8 @@ from option_kinds import (
     window,
 )
 from precision_table import PRECISIONS
-from utils import UserError, read_json, reading
+from system.files import read_json, reading
+from utils import UserError
 
 VERSION = "0.1.0"
 COMMANDS = {

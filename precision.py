@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from cards import INTEL_GPU, NATIVE, Card, amd_card, apple_chip, nvidia_card, processor
 from precision_table import PRECISIONS, Regime, name_of
+from system.cards import INTEL_GPU, NATIVE, Card, amd_card, apple_chip, nvidia_card, processor
 from utils import UserError
 
 
@@ -100,7 +100,7 @@ def _refuse_impossible(device: torch.device, card: Card, *, amp: bool, amp_dtype
 
 
 def card_of(device: torch.device) -> Card:
-    """What the device computes with, from the table in cards.py."""
+    """What the device computes with, from the table in system/cards.py."""
     if device.type == "cuda" and torch.version.hip:
         return amd_card(torch.cuda.get_device_properties(device).gcnArchName)
     if device.type == "cuda":

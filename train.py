@@ -24,7 +24,7 @@ from model import Forward, Network
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
-from terminal import duration
+from system.terminal import duration
 from utils import Interrupted, StopSignal, progress, seed_everything
 
 

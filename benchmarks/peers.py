@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     if unknown:
         parser.error(f"--sides {sorted(unknown)[0]}: choose from {','.join(SIDES)}")
     if arguments.workers is None:
-        from utils import cores
+        from system.machine import cores
 
         arguments.workers = min(16, cores())
     return arguments
@@ -491,7 +491,8 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], failed:
     import torch
 
     from option import VERSION
-    from utils import choose_device, device_name
+    from system.machine import device_name
+    from utils import choose_device
 
     device = choose_device(arguments.device)
     versions = {

@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from system import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -54,8 +56,8 @@ def measure(data_dir: str, cache: str, image_size: int) -> dict[str, float]:
     """Opens the data, feeds all training images once; seconds, images/s, and MB of resident peak."""
     import torch
 
-    import utils
-    from dataset import Batches, Opening, open_data_set
+    from dataset import Batches
+    from images.opening import Opening, open_data_set
     from transforms import Preprocess
 
     started = time.perf_counter()
@@ -67,7 +69,7 @@ def measure(data_dir: str, cache: str, image_size: int) -> dict[str, float]:
         for _ in pieces:
             pass
     seconds = time.perf_counter() - started
-    memory = utils.peak_memory(torch.device("cpu"))["peak_memory_mb"]
+    memory = machine.peak_memory(torch.device("cpu"))["peak_memory_mb"]
     return {"open": opened, "epoch": seconds, "rate": len(data.train) / seconds, "memory": memory}
 
 

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from system import machine
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -185,16 +187,16 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     piece = list(next(loader))
     resident = iter(lambda: piece, None)
     updates(loader, 2)
-    utils.reset_peak_memory(setup.device)
+    machine.reset_peak_memory(setup.device)
 
     def answer_to(word: str) -> dict:
         if word == "round":
             return {"": updates(loader, arguments.updates), " bound": updates(resident, arguments.updates)}
         piece.clear()  # what the compute bound held is no part of the loop
-        utils.reset_peak_memory(setup.device)
+        machine.reset_peak_memory(setup.device)
         updates(loader, 2)
         facts = {
-            **utils.peak_memory(setup.device),
+            **machine.peak_memory(setup.device),
             "matmul_flops": matrix_product_rate(setup.device, trainer.precision),
         }
         trainer.network.model.eval()
@@ -303,7 +305,7 @@ def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Ca
         return count * arguments.batch_size / (time.perf_counter() - started)
 
     updates(2)
-    return lambda word: {"": updates(arguments.updates)} if word == "round" else utils.peak_memory(device), {}
+    return lambda word: {"": updates(arguments.updates)} if word == "round" else machine.peak_memory(device), {}
 
 
 def matrix_product_rate(device, precision) -> float:
@@ -326,7 +328,8 @@ def matrix_product_rate(device, precision) -> float:
 def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: dict[str, dict]) -> None:
     import torch
 
-    from utils import choose_device, device_name
+    from system.machine import device_name
+    from utils import choose_device
 
     medians = {figure: statistics.median(values) for figure, values in rates.items()}
     base = medians.get("tutorial")

@@ -22,7 +22,9 @@ from images.split import PARTS, digest, hold_out, in_groups, united
 from option import precision_words
 from option_kinds import seconds_of
 from reports.audit import report_audit
-from utils import UserError, cores, log, printable, progress, write_text
+from system.files import write_text
+from system.machine import cores
+from utils import UserError, log, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup

@@ -25,6 +25,7 @@ from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_wor
 from option_kinds import images_asked, seconds_of
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
+from system.files import remove, write_text
 from utils import (
     OUT_OF_TIME,
     STARTED,
@@ -37,8 +38,6 @@ from utils import (
     on_stop,
     own_command,
     printable,
-    remove,
-    write_text,
 )
 
 if TYPE_CHECKING:

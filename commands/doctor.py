@@ -20,15 +20,19 @@ from typing import Any
 import torch
 import torchvision
 
-from cards import EMULATED, NONE, Card
-from dataset import Batches, Opening, open_data_set
-from inspection.inspector import paragraph, table
+from dataset import Batches
+from images.opening import Opening, open_data_set
 from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import known_model
 from precision import card_of, cpu_instructions, sensible_precisions
 from precision_table import PRECISIONS, label_of
+from reports.page import table
+from reports.text import paragraph
+from system.cards import EMULATED, NONE, Card
+from system.files import refuse_missing_folders, write_text
+from system.machine import device_name, linux_memory
 from transforms import Preprocess
-from utils import RunError, choose_device, device_name, linux_memory, refuse_missing_folders, write_text
+from utils import RunError, choose_device
 
 ROUNDS = 5
 ROUND_SECONDS = 1.0

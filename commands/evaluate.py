@@ -13,20 +13,13 @@ from reports.draw import draw_run
 from reports.results import calibration
 from runs.folder import RunDirectory
 from runs.writing import csv_text, prediction_rows
-from utils import (
-    UserError,
-    device_name,
-    log,
-    peak_memory,
-    printable,
-    refuse_missing_folders,
-    reset_peak_memory,
-    write_text,
-)
+from system.files import refuse_missing_folders, write_text
+from system.machine import device_name, peak_memory, reset_peak_memory
+from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup
-    from dataset import DataSet
+    from images.opening import DataSet
 
 
 def evaluate_run(

@@ -19,7 +19,8 @@ from transforms import Preprocess
 from utils import UserError, log, printable
 
 if TYPE_CHECKING:
-    from dataset import Batches, DataSet
+    from dataset import Batches
+    from images.opening import DataSet
 
 
 def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, probabilities: np.ndarray) -> dict[str, Any]:

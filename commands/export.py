@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from images import decode
 from images.decode import Rules
-from utils import RunError, UserError, atomic_write, log, printable, refuse_missing_folders
+from system.files import atomic_write, refuse_missing_folders
+from utils import RunError, UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup

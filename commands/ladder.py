@@ -19,7 +19,9 @@ from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import cpu_instructions, sensible_precisions
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
-from utils import RunError, choose_device, device_name, log, write_text
+from system.files import write_text
+from system.machine import device_name
+from utils import RunError, choose_device, log
 
 ROUNDS = 5
 ROUND_SECONDS = 1.0

@@ -27,8 +27,10 @@ from evaluate import probabilities
 from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
 from precision import Precision
+from system.files import refuse_missing_folders
+from system.machine import cores
 from transforms import Preprocess
-from utils import RunError, Stopped, UserError, cores, log, printable, progress, refuse_missing_folders
+from utils import RunError, Stopped, UserError, log, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup

@@ -26,7 +26,9 @@ from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
-from utils import FULL, RunError, UserError, cores, printable, progress, refuse_missing_folders, write_text
+from system.files import FULL, refuse_missing_folders, write_text
+from system.machine import cores
+from utils import RunError, UserError, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
 SPARE = 64 * 2**20  # bytes to leave free on the disk

@@ -11,12 +11,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from cards import markdown_table  # noqa: E402 (found beside this folder)
+from system.cards import markdown_table  # noqa: E402 (found beside this folder)
 
 PAGE = """# Which precision on my card?
 
-`python main.py doctor` shows the row of your device and times it; `--amp` chooses by the same table (`cards.py`, from
-which `python docs/cards.py` writes this page). Where the table and your own timing disagree, believe the timing.
+`python main.py doctor` shows the row of your device and times it. `--amp` chooses by the same table, which stands in
+`system/cards.py`; `python docs/cards.py` writes this page. Where the table and your own timing disagree,
+believe the timing.
 
 {table}
 

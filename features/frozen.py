@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from dataset import Batches, MicroBatch
-from machine import available_memory
 from precision import Precision
+from system.machine import available_memory
 from utils import log, progress
 
 

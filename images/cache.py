@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from images.decode import Header, Rules, ahead, deep_mode, read_header, try_decode, value_range
-from utils import atomic_write, lock, log, progress, remove
+from system.files import atomic_write, lock, remove
+from utils import log, progress
 
 
 def file_state(path: Path) -> tuple[int, int, int]:

@@ -13,7 +13,8 @@ from images.decode import Rules, ahead, read_header, try_decode
 from images.folders import ImageSet
 from images.labels import list_images
 from images.split import digest
-from utils import cores, printable, progress
+from system.machine import cores
+from utils import printable, progress
 
 
 @dataclass(frozen=True)

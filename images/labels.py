@@ -12,7 +12,8 @@ from pathlib import Path
 
 from images.folders import ImageSet, Listing, find_image_set, find_images, part_of
 from images.split import groups_by_pattern
-from utils import UserError, printable, reading
+from system.files import reading
+from utils import UserError, printable
 
 # Names of columns, the likeliest first; case, blanks and punctuation do not count.
 _PATH: tuple[str, ...] = (

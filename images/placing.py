@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from utils import FULL, RunError, UserError, lock, printable
+from system.files import FULL, lock
+from utils import RunError, UserError, printable
 
 
 @contextlib.contextmanager

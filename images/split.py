@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import UserError, reading
+from system.files import reading
+from utils import UserError
 
 PARTS = ("train", "validation", "test")
 SHARES = (70.0, 15.0, 15.0)  # of one folder, in percent; beside a test folder 80 and 20

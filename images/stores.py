@@ -35,7 +35,7 @@ from images.cache import (
     survey,
 )
 from images.decode import Rules, ahead, try_decode
-from machine import available_memory, cores, free_files, shared_memory
+from system.machine import available_memory, cores, free_files, shared_memory
 from utils import STOP_SIGNALS, RunError, log, printable
 
 # uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says

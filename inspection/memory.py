@@ -16,7 +16,7 @@ from inspection.execution import Execution
 from inspection.subject import Subject, tensors_in
 from inspection.tracing import eager
 from precision import Precision
-from utils import linux_memory
+from system.machine import linux_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 

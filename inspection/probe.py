@@ -23,16 +23,17 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dataset import Batches, Subset
+from dataset import Batches
+from images.opening import Subset
 from images.stores import DecodedImages
 from inspection.energy import energy_counter
-from machine import GPUS
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
+from system.machine import GPUS, peak_memory, reset_peak_memory
 from train import update_weights
 from transforms import Preprocess
-from utils import RunError, choose_device, keep_freed_memory, peak_memory, reset_peak_memory
+from utils import RunError, choose_device, keep_freed_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 PHASES = ("data", "forward", "backward", "optimizer")

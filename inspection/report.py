@@ -11,7 +11,8 @@ from typing import Any
 from inspection.findings import Finding
 from inspection.words import activation_lines, diary_lines, dtype_lines, memory_lines, payoff_words, underflow_lines
 from reports.text import WIDTH, heading, paragraph, table
-from utils import UserError, write_text
+from system.files import write_text
+from utils import UserError
 
 
 @dataclass

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from cards import NATIVE, processor
 from inspection.probe import Bench, Update, wait
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
 from model import Forward
 from precision import Precision, bfloat16_products
+from system.cards import NATIVE, processor
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from reports.doubt import Doubt, find_doubtful
 from reports.results import read_predictions, read_run
 from reports.text import align, fit
 from runs.writing import csv_text
-from utils import RunError, log, printable, write_text
+from system.files import write_text
+from utils import RunError, log, printable
 
 SHEET = 48  # doubtful images on the contact sheet
 

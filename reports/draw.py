@@ -8,7 +8,7 @@ from images.decode import Rules
 from precision_table import label_of
 from reports import page, pictures
 from reports.results import EXPLANATIONS, read_run
-from utils import read_json
+from system.files import read_json
 
 
 def draw_run(directory: Path) -> None:

@@ -18,7 +18,8 @@ from PIL import Image
 from reports import pictures
 from reports.results import read_run
 from reports.tables import class_rows, conditions, facts, table_cells, verdict
-from utils import printable, write_text
+from system.files import write_text
+from utils import printable
 
 STYLE = """
 :root{color-scheme:light dark;--paper:#fff;--ink:#1f2328;--soft:#5b636d;--line:#d5d9de}

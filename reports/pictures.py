@@ -26,7 +26,7 @@ from PIL import Image
 from images.decode import Rules, try_decode
 from reports.results import column, most_confidently_wrong, read_predictions, run_calibration
 from reports.text import fit, time_unit
-from utils import atomic_write
+from system.files import atomic_write
 
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
 # line, marker and hatch say the same once more.

@@ -19,7 +19,8 @@ from scipy import stats
 
 from precision_table import PRECISIONS, label_of
 from runs.result import read_result
-from utils import UserError, printable, read_json, reading
+from system.files import read_json, reading
+from utils import UserError, printable
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

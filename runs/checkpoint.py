@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pretrained import torchvision_models
 from pretrained.files import load_file
 from runs.writing import replace_file
-from utils import UserError, log, printable, read_json
+from system.files import read_json
+from utils import UserError, log, printable
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
 NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}

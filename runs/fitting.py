@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from machine import available_memory, linux_memory, peak_memory, reset_peak_memory
 from precision import Precision
+from system.machine import available_memory, linux_memory, peak_memory, reset_peak_memory
 from utils import UserError, is_out_of_memory
 
 TRIED_ON_CPU = 16  # images of the largest trial there; what more would take follows from those before

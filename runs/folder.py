@@ -21,7 +21,8 @@ import numpy as np
 
 from runs.checkpoint import snapshot, write_checkpoints
 from runs.writing import csv_text, prediction_rows, replace_file
-from utils import FULL, RunError, UserError, lock, printable, remove
+from system.files import FULL, lock, remove
+from utils import RunError, UserError, printable
 
 
 class RunDirectory:

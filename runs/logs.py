@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from utils import UserError, printable, write_text
+from system.files import write_text
+from utils import UserError, printable
 
 PROJECT = "amp-train"  # of W&B, and the experiment of MLflow, unless their own variables name another
 STATE = "logs.json"  # in the run's folder: which epochs each log has, and under which name it knows this run

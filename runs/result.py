@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import read_json, reading
+from system.files import read_json, reading
 
 SHARES = ("precision", "recall", "f1")  # of a class
 NUMBERS = (

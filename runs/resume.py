@@ -12,10 +12,11 @@ from option import MAY_DIFFER_ON_RESUME, named, read_config
 from option_kinds import PRECISION, images_asked
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
-from utils import UserError, is_out_of_memory, log, printable, read_json
+from system.files import read_json
+from utils import UserError, is_out_of_memory, log, printable
 
 if TYPE_CHECKING:
-    from dataset import DataSet
+    from images.opening import DataSet
     from train import Trainer
 
 OVERFLOW = "validation overflowed"  # in failure.json

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from utils import FULL, RunError, atomic_write, printable
+from system.files import FULL, atomic_write
+from utils import RunError, printable
 
 
 def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:

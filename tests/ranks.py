@@ -22,11 +22,11 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import assemble
-import distributed
 import main as program
 import train
 from distributed import Ranks
 from reports import page, pictures
+from system import meeting
 
 
 def steady(build):
@@ -125,11 +125,11 @@ def run(scenarios, folder):
     leave_out_pictures()
     ranks = Ranks.from_environment()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    join = distributed.join
-    leave = distributed.leave
-    distributed.join = lambda ranks: None if torch.distributed.is_initialized() else join(ranks)
+    join = meeting.join
+    leave = meeting.leave
+    meeting.join = lambda ranks: None if torch.distributed.is_initialized() else join(ranks)
     if len(scenarios) > 1:
-        distributed.leave = lambda ranks: None
+        meeting.leave = lambda ranks: None
     seen = {}
     for name, scenario in scenarios.items():
         if len(scenarios) > 1:  # each has its own first failure

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import cards
+from system import cards
 
 ROOT = Path(__file__).resolve().parent.parent
 

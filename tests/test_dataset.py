@@ -14,10 +14,11 @@ from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
 from torchvision.transforms import v2
 
-from dataset import Batches, Opening, open_data_set
+from dataset import Batches
 from distributed import Ranks
 from images.decode import decode, try_decode
 from images.folders import find_image_set
+from images.opening import Opening, open_data_set
 from images.split import divide
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from utils import UserError

@@ -21,9 +21,9 @@ from conftest import ROOT, run_main
 from ranks import leave_out_pictures, steady
 
 import assemble
-import distributed
 import model
 from distributed import Ranks
+from system import meeting
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
@@ -310,7 +310,7 @@ def test_a_restarted_rank_does_not_meet_its_predecessors():
             meetings = []
             for rank in (0, 2, 1):  # the first rank reads the old signatures of those that come later
                 patience = timedelta(seconds=0.2)
-                meetings.append(pool.submit(distributed.meet, store, Ranks(rank, rank, 3), patience=patience))
+                meetings.append(pool.submit(meeting.meet, store, Ranks(rank, rank, 3), patience=patience))
                 time.sleep(0.1)
             found = {meeting.result(timeout=30) for meeting in meetings}
         assert len(found) == 1

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from cards import nvidia_card, processor
 from commands import doctor
 from inspection import probe
+from system.cards import nvidia_card, processor
 from utils import RunError, UserError
 
 CPU = torch.device("cpu")

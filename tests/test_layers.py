@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("commands", "features", "images", "inspection", "pretrained", "reports", "runs")
+FOLDERS = ("commands", "features", "images", "inspection", "pretrained", "reports", "runs", "system")
 
 
 def module_name(path: Path) -> str:

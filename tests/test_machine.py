@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import machine
+from system import machine
 
 MB = 2**20
 V1_MOUNTS = (
@@ -158,7 +158,7 @@ def test_hardware_threads_of_one_core_count_once(tmp_path, many_cores):
 # --------------------------------------------------------------------------------- real limits
 def in_process(code: str, *before: str, **options) -> str:
     """What a fresh Python process that has imported `machine` prints."""
-    command = [*before, sys.executable, "-c", f"import machine\n{code}"]
+    command = [*before, sys.executable, "-c", f"from system import machine\n{code}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

@@ -851,7 +851,7 @@ def test_as_a_program_it_exits_with_the_status_and_no_bar(tmp_path):
 
 def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
     """And not for --quiet; they have no colours, whatever NO_COLOR says."""
-    from progress import Lines
+    from system.progress import Lines
     from utils import progress
 
     utils.start_logging(quiet=False)

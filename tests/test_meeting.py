@@ -14,15 +14,15 @@ import pytest
 import torch
 from conftest import ROOT
 
-import distributed
 from distributed import Ranks
+from system import meeting
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
 QUICK = """
 import sys
 from datetime import timedelta
-import distributed
-distributed.PATIENCE = timedelta(seconds={patience})
+from system import meeting
+meeting.PATIENCE = timedelta(seconds={patience})
 import main
 main.run()
 """
@@ -144,9 +144,9 @@ SEEN = {
 @pytest.mark.parametrize("text, kind", SEEN.items(), ids=range(len(SEEN)))
 def test_errors_of_other_layers_in_their_own_words(text, kind, monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "here")
-    words = distributed.in_words(RuntimeError(text))
+    words = meeting.in_words(RuntimeError(text))
     assert kind in words and "/pytorch" not in words and len(words.splitlines()) == 2
-    assert distributed.in_words(RuntimeError("a shape does not fit")) is None
+    assert meeting.in_words(RuntimeError("a shape does not fit")) is None
 
 
 def test_a_real_time_out_and_a_real_loss():
@@ -155,7 +155,7 @@ def test_a_real_time_out_and_a_real_loss():
 import sys, os, time
 from datetime import timedelta
 import torch, torch.distributed as dist
-import distributed
+from system import meeting
 rank, what = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2,
                         timeout=timedelta(seconds=2))
@@ -166,7 +166,7 @@ if rank:
 try:
     dist.all_reduce(torch.ones(1))
 except RuntimeError as error:
-    print(distributed.in_words(error))
+    print(meeting.in_words(error))
 """
     for what, kind in (("lost", "has ended"), ("silent", "did not answer in time")):
         file = f"/tmp/amp-train-{os.getpid()}-{what}"
@@ -199,17 +199,17 @@ def test_cores_are_shared_out_among_the_processes_of_a_machine(asked, size, besi
             monkeypatch.setenv(name, value)
     taken = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(distributed, "computing_cores", lambda: 8)
-    distributed.share_cores(Ranks(0, 0, size))
+    monkeypatch.setattr(meeting, "computing_cores", lambda: 8)
+    meeting.share_cores(Ranks(0, 0, size))
     assert taken == ([] if threads is None else [threads])
 
 
 DEAF = """
 import os, signal, sys, threading, time
-import distributed
+from system import meeting
 heard = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: heard.set())
-distributed.watch_signals({signal.SIGTERM}, heard, grace=float(sys.argv[1]))
+meeting.watch_signals({signal.SIGTERM}, heard, grace=float(sys.argv[1]))
 import torch.distributed as dist
 from datetime import timedelta
 print("ready", flush=True)

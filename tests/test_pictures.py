@@ -21,13 +21,14 @@ import torch
 from PIL import Image, features
 
 from commands import predict
-from dataset import Batches, Opening, balanced, open_data_set
+from dataset import Batches, balanced
 from distributed import Ranks
 from images.cache import caches, limit_caches
 from images.check import check, format_check
 from images.decode import Rules, decode, read_header, try_decode
 from images.folders import find_image_set, find_images, part_of
 from images.labels import find_labelled, list_images, read_table
+from images.opening import Opening, open_data_set
 from images.split import divide, extend, hold_out, same_pictures, united
 from transforms import Preprocess
 from utils import UserError

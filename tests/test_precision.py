@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cards
 import precision
 from precision import bfloat16_products, card_of, choose_precision, named_precision, sensible_precisions
 from precision_table import PRECISIONS
+from system import cards
 from utils import UserError
 
 CPU = torch.device("cpu")

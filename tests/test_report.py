@@ -19,7 +19,8 @@ from tqdm.utils import disp_len
 from option import MAY_DIFFER_IN_COMPARISON
 from reports import page, pictures, results, tables
 from reports import text as layout
-from utils import UserError, write_text
+from system.files import write_text
+from utils import UserError
 
 CLASSES = ["buildings", "forest", "sea"]
 HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]

@@ -8,12 +8,11 @@ import time
 import pytest
 from conftest import ROOT
 
-import progress
-import terminal
+from system import progress, terminal
 
 SPEAKER = """
 import os, sys, time
-import terminal
+from system import terminal
 lost = terminal.open_streams()
 for number in range(int(sys.argv[1])):
     print("line", number, "\\u2026 \\udcff")

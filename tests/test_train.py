@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dataset import Batches, Subset
+from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
+from images.opening import Subset
 from images.stores import DecodedImages
 from model import Forward, update_average
 from model import Network as Watched

@@ -21,7 +21,10 @@ import pytest
 import tiny
 import torch
 
-import utils
+try:
+    from system.machine import device_name
+except ImportError:  # version 0.1.0
+    from utils import device_name
 
 HERE = Path(__file__).resolve().parent
 KEPT = ("config.json", "last.pt", "best_model.pt", "metrics.jsonl")
@@ -39,7 +42,7 @@ def machine() -> dict[str, str]:
     """What decides how a CPU rounds: only where all of it is the same must results be the same bit for bit."""
     return {
         "torch": torch.__version__,
-        "processor": utils.device_name(torch.device("cpu")),
+        "processor": device_name(torch.device("cpu")),
         "instructions": torch.backends.cpu.get_cpu_capability(),
     }
 

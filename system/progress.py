@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from terminal import duration
+from system.terminal import duration
 
 EVERY = 30.0  # seconds between two lines
 

@@ -1,0 +1,123 @@
+"""Files: replaced whole, locked, and read with errors in words."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from utils import RunError, UserError, log, printable
+
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # of a disk, of a quota (Windows has none)
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path` and puts it in place of `path` when the block succeeds.
+
+    A reader sees the old file or the new one, never a part, whatever stops the writer.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        remove(temporary)
+        raise
+    with contextlib.suppress(OSError, AttributeError):  # the rename itself reaches the disk
+        directory = os.open(path.parent, os.O_DIRECTORY)
+        os.fsync(directory)
+        os.close(directory)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a text file whole. Raises UserError if it cannot stand there, RunError if the disk fails."""
+    try:
+        with atomic_write(file) as handle:
+            handle.write(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        misplaced = isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError))
+        raise (UserError if misplaced else RunError)(
+            f"{printable(file)} cannot be written ({error.strerror})."
+        ) from None
+
+
+def refuse_missing_folders(*files: str | None) -> None:
+    """Raises UserError if a file that is to be written has no folder: before the work, not after it."""
+    for file in files:
+        if file and not Path(file).parent.is_dir():
+            raise UserError(f"{printable(file)} cannot be written: there is no such folder.")
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turns whatever is wrong with a file into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{printable(file)} cannot be read ({error.strerror or error}).") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, csv.Error) as error:
+        raise UserError(f"{printable(file)} is damaged ({type(error).__name__}: {error}).") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if it is missing or damaged."""
+    with reading(file):
+        text = read_text(file)
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            line = text.splitlines()[error.lineno - 1 :][:1]
+            raise UserError(
+                f"{printable(file)} is damaged, no valid JSON in line {error.lineno} ({error.msg}): "
+                f"{printable(''.join(line).strip())[:80]}\nJSON wants straight double quotes, no comma after the last "
+                "entry, and \\\\ or / in paths."
+            ) from None
+        if not isinstance(content, dict):
+            raise TypeError("no JSON object")
+        return content
+
+
+def read_text(file: Path) -> str:
+    """A text file as any editor may have saved it: UTF-8, UTF-16 with its mark, else, said so, Windows-1252."""
+    raw = file.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return raw.decode("utf-16")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = raw.decode("cp1252")  # which knows no five of its 256 bytes
+        log.warning(f"{printable(file)} is not UTF-8: read as Windows-1252. Save it as UTF-8 if names look wrong.")
+        return text
+
+
+def remove(*paths: Path) -> None:
+    """Deletes what is there and can be deleted, such as what `atomic_write` left when its process was killed."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def lock(file: IO | int, *, wait: bool = False) -> bool:
+    """Locks an open file until it is closed or this process ends, however it ends; False where another holds it.
+
+    Windows and some network file systems know no such locks: there it is as if nobody held it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
