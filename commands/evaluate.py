@@ -45,7 +45,6 @@ def evaluate_run(
     seconds = time.perf_counter() - started
     if setup.ranks.is_first:
         training = {
-            "epoch_name": "Epoch" if "progress" in checkpoint else "Best epoch",
             "best_epoch": checkpoint["epoch"],
             "best_val_acc": checkpoint["val_acc"],
             "total_seconds": seconds,
@@ -53,6 +52,8 @@ def evaluate_run(
             "images_per_second": len(data.test) / seconds,
         }
         result = test_result(setup, data, found) | training
+        if "progress" in checkpoint:  # last.pt
+            result["epoch_name"] = "Epoch"
         print(tables.summary(result))
         _write(setup, data, found, result, out, csv, json)
 
@@ -80,7 +81,7 @@ def _write(
             raise UserError(f"--out {printable(out)} is a run's folder: choose another, or one that is not there yet.")
         run.open()
         try:
-            run.write_json("config.json", setup.config(data))
+            run.write_json("config.json", setup.config(data, setup.checkpoint["model_options"]))
             run.write_predictions(names, data.test.labels, shares, data.classes)
             run.write_json("result.json", result)
         finally:
