@@ -78,6 +78,8 @@ def run() -> None:
     error = lost()
     if error is not None:
         print(f"error: the output is not complete: {error.strerror}.", file=sys.stderr)
+    if hasattr(signal, "SIGCHLD"):  # PyTorch would raise for each loading worker that ends from here on
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():  # they leave SIGTERM to this process: Python would wait for ever
         worker.kill()
     sys.exit(status or (1 if error else 0))
