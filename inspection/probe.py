@@ -125,7 +125,7 @@ class Bench:
         # The update itself says when it passes from phase to phase, so that training's own code is timed.
         self.moments: list[tuple[str, Any]] = []
         unscale = update.scaler.unscale_
-        model.register_forward_pre_hook(lambda *_: self._mark("data"))
+        self.data_hook = model.register_forward_pre_hook(lambda *_: self._mark("data"))
         update.criterion.register_forward_hook(lambda *_: self._mark("forward"))
 
         def unscale_and_mark(optimizer: torch.optim.Optimizer) -> None:

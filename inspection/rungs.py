@@ -117,6 +117,7 @@ class RungBench(Bench):
         if loop == "2020":
             self.update = Loop2020(update)
         elif self.compiled:
+            self.data_hook.remove()  # the compiler would trace it and break its graph there
             update.model = Forward(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
         if on_device:
             self.updates = _kept(self.updates)

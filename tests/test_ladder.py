@@ -242,6 +242,19 @@ def test_every_rung_trains_and_gives_its_evidence(changes):
     assert isinstance(bench.update, Loop2020) == ("loop" not in changes)
 
 
+@pytest.mark.parametrize("mode", ["default", "graphs"])
+def test_a_compiled_rung_is_compiled_without_the_clock_inside(mode, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append((model, options)) or model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    bench = RungBench(**settings(loop="package", compile_mode=mode, channels_last=True))
+    ((model, options),) = asked
+    assert options["mode"] == ("reduce-overhead" if mode == "graphs" else None)
+    assert not model._forward_pre_hooks, "the compiler would break its graph at the clock"
+    assert bench.warm_up()["seconds"] > 0
+    assert bench.evidence(64)["operators"] is None
+
+
 def test_cuda_graphs_ask_the_compiler_and_mark_each_step(monkeypatch):
     """Evaluation keeps what it computes, so only the training's forward pass may be replayed from graphs."""
     asked = []
