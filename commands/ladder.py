@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from inspection.probe import Probe
+from inspection.probe import PATIENCE, Probe
 from inspection.roofline import Operator, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
@@ -27,6 +27,7 @@ ROUNDS = 5
 ROUND_SECONDS = 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
+COMPILING_SECONDS = 900  # that torch.compile may take before the rung is given up
 CPU_IMAGES = 32  # in an update at most: more only take longer on a CPU
 
 
@@ -118,7 +119,7 @@ class _Ladder:
         habits = settings["keep_memory"]
         probe = Probe(RungBench, habits=habits, **self.request, **settings)
         try:
-            measured = self._measure(probe)
+            measured = self._measure(probe, compiled=settings["compile_mode"] is not None)
             evidence = probe.ask("evidence", size=PRODUCT_SIZE["cpu" if self.device.type == "cpu" else "gpu"])
         except RunError as error:
             probe.close()
@@ -131,9 +132,9 @@ class _Ladder:
         self.evidence.append(evidence)
         self._keep(probe, settings, measured, kept)
 
-    def _measure(self, probe: Probe) -> dict[str, Any]:
+    def _measure(self, probe: Probe, *, compiled: bool) -> dict[str, Any]:
         """The rounds of a new rung, those of the first and the best in between where they take turns."""
-        warm = probe.ask("warm_up")
+        warm = probe.ask("warm_up", patience=COMPILING_SECONDS if compiled else PATIENCE)
         pairs = (("first", self._first), ("best", self._best))
         others = {name: other for name, other in pairs if other is not None}  # none on a GPU
         slowest = max([warm["seconds"], *self._seconds.values()])
@@ -219,7 +220,7 @@ def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], b
             lines.append((rung, line, bool(found["operators"])))
     bottom, first, _ = lines[0]
     last, eager = next((rung, line) for rung, line, counted in reversed(lines) if counted)
-    top = max((rung for rung, *_ in lines), key=lambda rung: rung["images_per_second"])
+    top = max((rung for rung, *_ in lines), key=lambda rung: rung["speedup_first"])
     shares = {"first_share": bottom["share_of_bound"], "share": top["share_of_bound"]}
     why = why_it_ends(first, eager, speedup=top["speedup_first"], **shares)
     names = {f"{name} ({mode})" if mode else name: rate for (mode, name), rate in sorted(best.items())}

@@ -37,6 +37,7 @@ from utils import RunError, choose_device, keep_freed_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 PHASES = ("data", "forward", "backward", "optimizer")
+GRACE = 5  # seconds that an idle process is given to end by itself
 PATIENCE = 240  # seconds for an answer: a hung driver must not hang the doctor
 # Operators of an update, by what autocast can do for them: the first pattern that matches counts.
 OPERATORS = {
@@ -240,12 +241,15 @@ class Probe:
         self._process.start()
         theirs.close()  # so that the end of the process is seen as the end of the pipe
 
-    def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        """The answer of the bench's method `question`. Raises RunError if it fails, hangs or dies."""
+    def ask(self, question: str, *, patience: float = PATIENCE, **arguments: Any) -> dict[str, Any]:
+        """The answer of the bench's method `question`, within `patience` seconds.
+
+        Raises RunError if it fails, hangs or dies.
+        """
         try:
             self._pipe.send((question, arguments))
-            if not self._pipe.poll(PATIENCE):
-                raise RunError(f"no answer within {PATIENCE} seconds")
+            if not self._pipe.poll(patience):
+                raise RunError(f"no answer within {patience:g} seconds")
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
@@ -255,10 +259,11 @@ class Probe:
         return answer
 
     def close(self) -> None:
-        """Ends the process, whatever it is doing."""
+        """Lets the process end by itself, tidily, if it is idle; ends it, whatever it is doing, if it is not."""
+        self._pipe.close()
+        self._process.join(GRACE)
         self._process.kill()
         self._process.join()
-        self._pipe.close()
 
 
 def _serve(pipe: Any, make_bench: Callable[..., Any], keep_memory: bool, request: dict[str, Any]) -> None:

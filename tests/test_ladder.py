@@ -86,7 +86,7 @@ class FakeProbe:
         FakeProbe.alive.append(self)
         assert bench is RungBench and habits == keep_memory
 
-    def ask(self, question, **arguments):
+    def ask(self, question, *, patience=None, **arguments):
         self.asked.append(question)
         if isinstance(self.seconds, str):
             raise RunError(self.seconds)
