@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from images import decode
 from images.decode import Rules
+from model import WithMirrorImage
 from system.files import atomic_write, refuse_missing_folders
 from utils import RunError, UserError, log, printable
 
@@ -112,7 +113,8 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path) -> str
     name = printable(checkpoint["model_name"])
     try:
         proto = _converted(network)
-        facts = {**_facts(checkpoint), "input": "RGB uint8, (count, height, width, 3), any size"}
+        tta = "flip" if isinstance(model, WithMirrorImage) else "none"
+        facts = {**_facts(checkpoint), "tta": tta, "input": "RGB uint8, (count, height, width, 3), any size"}
         onnx.helper.set_model_props(proto, facts)
         onnx.checker.check_model(proto)
         session = onnxruntime.InferenceSession(proto.SerializeToString())
