@@ -6,6 +6,7 @@ What cannot be read is refused with the reason and with what would work. Knows n
 from __future__ import annotations
 
 import collections
+import json
 import pathlib
 import pickle
 import re
@@ -113,9 +114,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{printable(path)} needs a package: pip install safetensors") from None
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            facts = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{printable(path)} is a damaged safetensors file ({error}).") from None
+    if "model_options" not in facts:
+        return tensors
+    return {
+        "state_dict": tensors,
+        "model_name": facts.get("model"),
+        "model_options": json.loads(facts["model_options"]),
+    }
 
 
 def _plain_types() -> list[Any]:

@@ -11,6 +11,7 @@ from torchvision import models
 
 import main
 import option
+from commands.export import write_safetensors
 from model import build_model
 from pretrained.files import load_file
 
@@ -103,6 +104,9 @@ def test_what_a_constructor_decides_is_kept(data, tmp_path, published, name, sid
     assert same_loss(tmp_path / "run")
     for source in (file, best):  # the published file by hand, and a run's own
         assert build_model(name, 3, pretrained_path=source).transform_input is True
+    safe = tmp_path / "best.safetensors"
+    write_safetensors(load_file(best), safe)
+    assert build_model(name, 3, pretrained_path=safe).transform_input is True
     other = tmp_path / "other.pt"
     torch.save(load_file(file), other)
     assert build_model(name, 3, pretrained_path=other).transform_input is False
