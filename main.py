@@ -71,6 +71,9 @@ def run() -> None:
     """The console command `amp-train`."""
     lost = open_streams()
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        if os.environ.get(name) == "":  # of which the libraries would complain
+            del os.environ[name]
     if any(action.startswith("error") for action in sys.warnoptions):
         warnings.resetwarnings()  # what a library warns of is no error of the user's
         warnings.simplefilter("ignore")
