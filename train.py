@@ -300,5 +300,7 @@ class Trainer:
         at = Progress.restored(state["progress"])
         if not (0 <= at.epoch <= self.epochs and 0 <= at.update <= self.batches.updates_per_epoch):
             raise ValueError(f"no such place in this run: epoch {at.epoch}, update {at.update}")
+        if at.history and at.history[-1]["updates"] != at.epoch * self.batches.updates_per_epoch:
+            raise ValueError("an earlier version cut its last batch otherwise")
         self.progress = at
         self.scheduler = self.make_scheduler(done=self.updates_done)
