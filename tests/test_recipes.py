@@ -121,7 +121,7 @@ TELLING = {
 def run(path, *options, typed=""):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        [sys.executable, str(path), *options], input=typed, capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, str(path), *options], input=typed, capture_output=True, text=True, timeout=300, env=environment
     )
 
 
