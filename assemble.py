@@ -32,6 +32,7 @@ from model import (
     avoid_in_place,
     build_model,
     check_input_size,
+    constructor_options,
     empty_model,
     head_name,
     known_model,
@@ -454,7 +455,7 @@ class Setup:
         return identity(
             classes=data.classes,
             model_name=self.options.model,
-            model_options=model.constructor_options,
+            model_options=constructor_options(model),
             image_size=self.options.image_size,
             normalize=self.options.normalize,
             reading=self.reading,

@@ -223,9 +223,10 @@ def find_earlier(setup: Setup) -> Any:
 
 def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: Any) -> None:
     """Goes on from last.pt, or begins a new run in place of what the folder held."""
+    from model import constructor_options
     from runs import resume
 
-    config = setup.config(data, trainer.network.model.constructor_options)
+    config = setup.config(data, constructor_options(trainer.network.model))
     if earlier.resuming:
         begun_in = earlier.config.get("precision")
         resume.restore(trainer, data, model_name=setup.options.model, was=earlier.config["dataset"])

@@ -29,6 +29,11 @@ def known_model(name: str) -> str:
     return timm_models.known_name(name) if timm_models.is_timm(name) else torchvision_models.known_name(name)
 
 
+def constructor_options(model: nn.Module) -> dict[str, Any]:
+    """What a classifier's constructor was told beside its weights, as `build_model` notes it."""
+    return dict(vars(model)["constructor_options"])
+
+
 def build_model(
     name: str,
     class_count: int,

@@ -26,8 +26,7 @@ from inspection.probe import OPERATORS, PHASES, Probe, endless, wait
 from model import known_model
 from precision import card_of, cpu_instructions, sensible_precisions
 from precision_table import PRECISIONS, label_of
-from reports.page import table
-from reports.text import paragraph
+from reports.text import paragraph, table
 from system.cards import EMULATED, NONE, Card
 from system.files import refuse_missing_folders, write_text
 from system.machine import device_name, linux_memory

@@ -156,6 +156,7 @@ def _converted(network: FromPixels) -> Any:
             )
     finally:
         quiet.setLevel(level)
+    assert program is not None  # as with dynamo it always is
     return program.model_proto
 
 

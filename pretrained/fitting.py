@@ -57,7 +57,7 @@ def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tupl
     if len(tensors) > len(content) / 2:
         state = type(content)(tensors) if isinstance(content, collections.OrderedDict) else tensors
         if hasattr(content, "_metadata"):
-            state._metadata = content._metadata
+            set_versions(state, content._metadata)
         yield place, state
     for key, value in content.items():
         if depth and isinstance(key, str) and not re.search("optimizer|sched|scaler|callback|loop|hyper", key):
@@ -137,9 +137,14 @@ def _without_prefix(state: State, own: State, place: str) -> Fit:
             if rest in own and own[rest].shape == state[original].shape:
                 votes[".".join(parts[:start])] += 1
     prefix = max(votes, key=lambda prefix: (votes[prefix], "ema" in prefix.lower(), -len(prefix)), default="")
-    start = f"{prefix}." if prefix else ""
-    chosen = {name.removeprefix(start): state[old] for name, old in clean.items() if name.startswith(start)}
-    return Fit(_with_versions(chosen, state, start), place, prefix, matched=votes[prefix])
+    before = f"{prefix}." if prefix else ""
+    chosen = {name.removeprefix(before): state[old] for name, old in clean.items() if name.startswith(before)}
+    return Fit(_with_versions(chosen, state, before), place, prefix, matched=votes[prefix])
+
+
+def set_versions(state: Any, versions: Any) -> None:
+    """Gives a state dict the versions of its layers, an attribute that PyTorch declares nowhere."""
+    state._metadata = versions
 
 
 def _with_versions(chosen: State, state: State, start: str) -> State:
@@ -152,7 +157,7 @@ def _with_versions(chosen: State, state: State, start: str) -> State:
         }
         module = start.removesuffix(".")
         kept = {name: v for name, v in cleaned.items() if not module or name == module or name.startswith(start)}
-        result._metadata = {name.removeprefix(module).removeprefix("."): v for name, v in kept.items()}
+        set_versions(result, {name.removeprefix(module).removeprefix("."): v for name, v in kept.items()})
     return result
 
 
@@ -207,7 +212,7 @@ def load_weights(
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(f"the weights in {printable(source)} are not finite ({name}): their training diverged.")
     own.update(state)
-    own._metadata = versions
+    set_versions(own, versions)
     model.load_state_dict(own)
     return notes
 

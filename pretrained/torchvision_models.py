@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pretrained.fitting import State, Weights, load_weights
+from pretrained.fitting import State, Weights, load_weights, set_versions
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, printable, shows_bars
 
@@ -95,7 +95,7 @@ def with_todays_names(state: State, model: nn.Module) -> State:
         return state
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
     renamed = OrderedDict((old.sub(r"\1\2.", name), tensor) for name, tensor in state.items())
-    renamed._metadata = getattr(state, "_metadata", None)
+    set_versions(renamed, getattr(state, "_metadata", None))
     return renamed
 
 

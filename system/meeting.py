@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -157,7 +157,7 @@ def share_cores(ranks: Ranks) -> None:
     torch.set_num_threads(max(1, computing_cores() // here))
 
 
-def watch_signals(numbers: set[int], heard: threading.Event, *, grace: float = GRACE) -> None:
+def watch_signals(numbers: Collection[int], heard: threading.Event, *, grace: float = GRACE) -> None:
     """Ends this process if a signal of `numbers` is not `heard` by its handler within `grace` seconds.
 
     Handlers run between two steps of the main thread, and waiting for other processes is one step, however long they
@@ -170,7 +170,9 @@ def watch_signals(numbers: set[int], heard: threading.Event, *, grace: float = G
     threading.Thread(target=_watch, args=((reading, writing), numbers, heard, grace), daemon=True).start()
 
 
-def _watch(ends: tuple[socket.socket, socket.socket], numbers: set[int], heard: threading.Event, grace: float) -> None:
+def _watch(
+    ends: tuple[socket.socket, socket.socket], numbers: Collection[int], heard: threading.Event, grace: float
+) -> None:
     came: list[int] = []
     while True:
         ready, _, _ = select.select(ends[:1], [], [], grace if came else None)
