@@ -142,6 +142,11 @@ def _without_prefix(state: State, own: State, place: str) -> Fit:
     return Fit(_with_versions(chosen, state, before), place, prefix, matched=votes[prefix])
 
 
+def note_options(model: nn.Module, options: dict[str, Any]) -> None:
+    """Notes what a model's constructor was told beside its weights, as `model.constructor_options` reads it."""
+    vars(model)["constructor_options"] = options
+
+
 def set_versions(state: Any, versions: Any) -> None:
     """Gives a state dict the versions of its layers, an attribute that PyTorch declares nowhere."""
     state._metadata = versions

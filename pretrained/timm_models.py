@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrained.fitting import Weights
+from pretrained.fitting import Weights, note_options
 from utils import UserError, printable, shows_bars
 
 PREFIX = "timm:"
@@ -58,7 +58,7 @@ def create(key: str, class_count: int, options: dict[str, Any], *, pretrained: b
     """timm's model with the constructor's arguments in `options`, which it keeps; `pretrained`: filled by timm."""
     told = {name: value for name, value in options.items() if name not in ("pretrained", "num_classes")}
     model = _timm().create_model(key[len(PREFIX) :], pretrained=pretrained, num_classes=class_count, **told)
-    model.constructor_options = options
+    note_options(model, options)
     return model
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pretrained.fitting import State, Weights, load_weights, set_versions
+from pretrained.fitting import State, Weights, load_weights, note_options, set_versions
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, printable, shows_bars
 
@@ -46,7 +46,7 @@ def create(key: str, class_count: int, options: dict[str, Any]) -> nn.Module:
     if "input_size" in told:
         told["input_size"] = tuple(told["input_size"])  # a list in JSON
     model = models.get_model(key, num_classes=class_count, **told)
-    model.constructor_options = options
+    note_options(model, options)
     return model
 
 
@@ -66,7 +66,7 @@ def build(
         options["transform_input"] = original.transform_input if original else _transforms_input(key, file)
     drawn = {"init_weights": True} if key in AUXILIARY else {}
     model = create(key, class_count, {**options, **drawn})
-    model.constructor_options = options
+    note_options(model, options)
     ignored = AUXILIARY.get(key, ())
     if original is not None:
         state = resized(original.state_dict(), model)
