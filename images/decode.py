@@ -86,14 +86,19 @@ class Header:
 
 def read_header(path: Path, rules: Rules) -> Header | None:
     """The header of an image file; None if there is none to read."""
-    with suppress(Exception), _open(path, rules) as image:  # Pillow's readers raise many kinds for a damaged file
+    with suppress(Exception):  # Pillow's readers raise many kinds for a damaged file
+        return _read_header(path, rules) if path.is_file() else None  # a named pipe would be waited for
+    return None
+
+
+def _read_header(path: Path, rules: Rules) -> Header:
+    with _open(path, rules) as image:
         turned = image.format != "TIFF" and _early_orientation(image) >= 5  # of a TIFF Pillow says the upright size
         width, height = reversed(image.size) if turned else image.size
         several = False
         with suppress(Exception):  # of frames that are damaged
             several = bool(getattr(image, "is_animated", False))
         return Header((height, width), image.mode, several)
-    return None
 
 
 def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> np.ndarray:

@@ -122,6 +122,7 @@ def run(scenarios, folder):
     """Plays all scenarios in one process group and writes what each rank saw to FOLDER/rankN.json."""
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
+    assemble.empty_model = steady(assemble.empty_model)
     leave_out_pictures()
     ranks = Ranks.from_environment()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

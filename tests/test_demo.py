@@ -130,7 +130,7 @@ def test_the_choice_is_printed_and_drawn(impersonate, monkeypatch, caplog, tmp_p
     drawn = []
     monkeypatch.setattr(assemble, "draw_demo", lambda root, **asked: drawn.append((root, asked)))
     monkeypatch.setattr(compare, "choose_device", lambda name, use: torch.device("cuda", 0))
-    monkeypatch.setattr(compare, "run_all", lambda folder, names, seeds, words, overwrite: drawn.append((names, words)))
+    monkeypatch.setattr(compare, "run_all", lambda folder, names, seeds, words, **_: drawn.append((names, words)))
     monkeypatch.setattr(compare, "report_runs", lambda *_: None)
     caplog.set_level("INFO", logger="amp-train")
     assert main.main(["compare", "--demo"]) == 0

@@ -96,7 +96,7 @@ def weights(folder, file="last.pt"):
 def assert_close_runs(ours, theirs, tolerance):
     """The same losses, accuracies, confusion matrix and weights, to the rounding of another order of sums."""
     exact = tolerance < 1e-3  # coarser rounding may turn a prediction between two likely classes
-    left_out = {"skips", "loss_scale", *(() if exact else ("train_acc", "val_acc"))}
+    left_out = {"skips", "loss_scale", *(() if exact else ("train_acc", "val_acc", "val_balanced_acc", "val_macro_f1"))}
     for one, other in zip(lines(ours), lines(theirs), strict=True):
         for name in one.keys() - left_out:
             factor = 5 if name == "grad_norm" else 1
@@ -135,6 +135,7 @@ def alone(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         leave_out_pictures(patch.setattr)
         patch.setattr(assemble, "build_model", steady(model.build_model))
+        patch.setattr(assemble, "empty_model", steady(model.empty_model))
         for name, (more, what) in SCENARIOS.items():
             if not what or what.get("count"):
                 more = [word for word in more if word != "--resume"]
@@ -149,6 +150,7 @@ def pair(data, alone, tmp_path_factory):
     runs = tmp_path_factory.mktemp("pair")
     with pytest.MonkeyPatch.context() as patch:  # begun by one process, resumed by two
         patch.setattr(assemble, "build_model", steady(model.build_model))
+        patch.setattr(assemble, "empty_model", steady(model.empty_model))
         patch.setattr(
             sys.modules["train"].Trainer,
             "_must_stop",
@@ -257,6 +259,7 @@ def test_ranks_agree_on_stopping_and_one_process_goes_on(pair, alone, data, monk
     assert (state["epoch"], state["update"]) == (1, 2)
     leave_out_pictures(monkeypatch.setattr)
     monkeypatch.setattr(assemble, "build_model", steady(model.build_model))
+    monkeypatch.setattr(assemble, "empty_model", steady(model.empty_model))
     status, out, err = run_main(words(data, runs, "stopped", "--resume"))
     assert status == 0 and "resuming after 1 epochs and 2 updates" in out, err
     assert_close_runs(runs / "stopped", alone / "fp32", 2e-5)
@@ -336,5 +339,6 @@ def test_two_agents_are_as_good_as_two_ranks_of_one(pair, data, tmp_path):
     for agent in agents:
         _, err = agent.communicate(timeout=300)
         assert agent.returncode == 0, err
-    assert_equal_runs(tmp_path / "nodes", pair[0] / "fp32")
+    # Each agent believes to have the machine for itself, so that the ranks compute with other numbers of threads.
+    assert_close_runs(tmp_path / "nodes", pair[0] / "fp32", 1e-5)
     assert [rank["nodes"]["status"] for rank in seen_by(tmp_path / "job")] == [0, 0]

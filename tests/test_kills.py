@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny import assert_equal, outcome
 
 import main
 
+PATIENCE = 30.0  # seconds
 KILLS = int(os.environ.get("FAULT_KILLS", "14"))
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -58,13 +60,21 @@ def killed(work, phase: str, calls: int, delay: float) -> bool:
             os._exit(work())
         finally:
             os._exit(99)
-    _, status = os.waitpid(pid, 0)
+    # A fork of a process with threads may wait for ever for a lock that one of them held: it is killed, too.
+    until = time.monotonic() + PATIENCE
+    done = 0
+    while not done and time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.001)
+    if not done:
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (phase, os.WEXITSTATUS(status))
     return os.WIFSIGNALED(status)
 
 
 TRAINING = {  # phase: its function, the most calls to it, seconds that it takes
-    "decoding": ("images.cache:_decode_into", 2, 0.05),
+    "decoding": ("images.cache:_decode_all", 2, 0.05),
     "epoch": ("train:update_weights", 9, 0.1),
     "save": ("runs.folder:write_checkpoints", 4, 0.05),
     "validation": ("train:Trainer._validate", 3, 0.1),

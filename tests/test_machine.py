@@ -228,9 +228,14 @@ def test_device_name_and_peak():
     assert name
     if Path("/proc/cpuinfo").exists() and "model name" in Path("/proc/cpuinfo").read_text():
         assert name.endswith(f"{machine.cores()} core" if machine.cores() == 1 else f"{machine.cores()} cores")
-    machine.reset_peak_memory(torch.device("cpu"))
-    before = machine.peak_memory(torch.device("cpu"))
-    block = torch.ones(2**24)  # 64 MB
-    after = machine.peak_memory(torch.device("cpu"))
-    assert after["peak_memory_mb"] - before["peak_memory_mb"] > 50 and after["memory_kind"] == "process resident peak"
-    del block
+    code = """
+import torch
+device = torch.device("cpu")
+machine.reset_peak_memory(device)
+before = machine.peak_memory(device)
+block = torch.ones(2**24)  # 64 MB
+after = machine.peak_memory(device)
+print(after["peak_memory_mb"] - before["peak_memory_mb"], after["memory_kind"])
+"""
+    grown, kind = in_process(code).split(" ", 1)  # this process may have 64 MB that it freed, and not grow
+    assert float(grown) > 50 and kind == "process resident peak"

@@ -667,7 +667,7 @@ def pets(tmp_path_factory):
     return root, folder / "runs"
 
 
-def tested(run, root, runs, *more):
+def evaluated(run, root, runs, *more):
     status, out, err = run(
         ["evaluate", f"--data_dir={root}", f"--checkpoint_dir={runs}", "--checkpoint_name=run", *more]
     )
@@ -683,7 +683,7 @@ def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, t
     grown = shutil.copytree(root, tmp_path / "pets")
     classes(grown, names=("cat", "dog", "emu"), count=24, first=0)
     shutil.rmtree(grown / ".cache", ignore_errors=True)
-    out = tested(run, grown, runs, f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}")
+    out = evaluated(run, grown, runs, f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}")
     assert "tested: the 9 images that the run's split.csv calls its test part" in out
     expected = {row["path"]: row for row in rows_of(runs / "run" / "predictions.csv")}
     found = {row["path"]: row for row in rows_of(tmp_path / "out.csv")}
@@ -721,7 +721,7 @@ def test_a_new_run_may_follow_a_split_and_divide_what_is_new(pets, tmp_path):
 def test_evaluation_on_new_data_writes_what_a_training_writes(pets, tmp_path, run):
     _, runs = pets
     new = classes(tmp_path / "new", names=("cat", "emu", "fox"), count=5, first=90_000)
-    out = tested(run, new, runs, f"--out={tmp_path / 'out'}")
+    out = evaluated(run, new, runs, f"--out={tmp_path / 'out'}")
     assert "left out, as the model does not know them: fox" in out
     assert "no test image of dog: tested with support 0" in out
     for name in ("predictions.csv", "result.json", "confusion_matrix.png", "mistakes.png", "report.html"):
@@ -746,7 +746,7 @@ def test_evaluation_on_new_data_writes_what_a_training_writes(pets, tmp_path, ru
 def test_evaluation_of_a_test_folder_alone(pets, tmp_path, run):
     _, runs = pets
     classes(tmp_path / "Testing", names=("cat", "dog", "emu"), count=3, first=50_000)
-    assert "of 9," in tested(run, tmp_path, runs)
+    assert "of 9," in evaluated(run, tmp_path, runs)
 
 
 def test_prediction_of_lists_and_lines_and_subfolders(pets, tmp_path, run, monkeypatch):
@@ -759,7 +759,8 @@ def test_prediction_of_lists_and_lines_and_subfolders(pets, tmp_path, run, monke
     (root / "list.txt").write_text("cat/000.png\n\ndog/001.png\ncat/absent.png\n")
     status, out, err = run(["predict", f"@{root / 'list.txt'}", *given])
     (root / "list.txt").unlink()
-    assert status == 0 and "2 images: " in out and "absent.png: the file does not exist" in out, err
+    assert status == 1 and "2 images: " in out and "absent.png: the file does not exist" in out, err
+    assert "1 of 3 files could not be read" in err
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{root / 'emu'}\n"))
     status, out, err = run(["predict", "-", *given])
     assert status == 0 and "20 images: " in out, err

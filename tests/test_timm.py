@@ -12,7 +12,7 @@ import torch
 from torchvision import models
 
 import main
-from images.decode import decode
+from images.decode import Rules, decode
 from model import build_model, head_names, preprocessing
 from pretrained.files import load_file
 from transforms import Preprocess
@@ -51,7 +51,7 @@ def test_real_weights_see_the_sea_and_the_alps(lite0, real_folder):
     preprocess = Preprocess(torch.device("cpu"), 224, **reading)
     for kind, expected in SEEN.items():
         files = sorted((real_folder / "seg_test" / "seg_test" / kind).glob("*.jpg"))[:12]
-        images = np.stack([decode(file, (224, 224), reading["interpolation"]) for file in files])
+        images = np.stack([decode(file, 224, Rules(interpolation=reading["interpolation"])) for file in files])
         with torch.inference_mode():
             top = [words[index] for index in model(preprocess(torch.from_numpy(images))).argmax(1).tolist()]
         assert sum(word in expected for word in top) >= len(top) / 3, top
