@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections import Counter
@@ -171,7 +172,7 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
     lines += [
         f"  {printable(path.name)}: a table of labels? Then add --labels {printable(path)}" for path in tables[:3]
     ]
-    loose = sum(1 for entry in os.scandir(folder) if entry.is_file() and is_image_name(entry.name))
+    loose = sum(1 for entry in os.scandir(folder) if os.path.isfile(entry.path) and is_image_name(entry.name))
     if loose:
         lines.append(f"  {loose:,} images without a class folder: put them in folders, or name a table with --labels")
     return "\n".join(lines) + WAYS
@@ -179,8 +180,18 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
 
 def _subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and entry.is_dir())
+        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and _is_folder(entry))
     return [folder / name for name in names]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -260,11 +271,11 @@ def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
         seen.add((state.st_dev, state.st_ino))
         with os.scandir(folder) as entries:
             wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
-        waiting += [entry.path for entry in reversed(wanted) if entry.is_dir()]
+        waiting += [entry.path for entry in reversed(wanted) if _is_folder(entry)]
         for entry in wanted:
-            if entry.is_dir():
+            if _is_folder(entry):
                 continue
-            if is_image_name(entry.name) or (entry.is_file() and _is_image(entry.path)):
+            if is_image_name(entry.name) or (os.path.isfile(entry.path) and _is_image(entry.path)):
                 yield entry.path
             else:
                 suffix = os.path.splitext(entry.name)[1].lower()
