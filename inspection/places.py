@@ -76,7 +76,9 @@ def users_sources() -> list[tuple[str, int, list[str]]]:
     """(file, first line, lines) of the functions named as the user's (make(), the step, the loss), then their files."""
     functions = []
     for file, codes in _users.items():
-        for code in reversed(codes):  # the latest first
+        # The latest first; but the line of a lambda also holds what stands beside it, so lambdas come last.
+        latest = [*reversed(codes)]
+        for code in sorted(latest, key=lambda code: code.co_name == "<lambda>"):
             with contextlib.suppress(OSError, TypeError):
                 lines, start = inspect.getsourcelines(code)
                 functions.append((file, start, lines))

@@ -19,7 +19,7 @@ def test_strict_is_status_1(tmp_path, run):
     words = ["inspect", f"--module={written(tmp_path, text)}", f"--out={tmp_path / 'out'}", "--precisions=amp-bf16"]
     assert run(words)[0] == 0
     status, out, err = run([*words, "--strict"])
-    assert status == 1 and "bfloat16-weights" in err and "mine.py:" in err and "bfloat16-weights" in out
+    assert status == 1 and "bfloat16-weights" in err and "mine.py:8" in err and "bfloat16-weights" in out
 
 
 def test_a_mistake_is_status_2(tmp_path, run):

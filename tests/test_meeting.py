@@ -149,7 +149,7 @@ def test_errors_of_other_layers_in_their_own_words(text, kind, monkeypatch):
     assert meeting.in_words(RuntimeError("a shape does not fit")) is None
 
 
-def test_a_real_time_out_and_a_real_loss():
+def test_a_real_time_out_and_a_real_loss(tmp_path):
     """Two threads' process groups on one store: one is silent, then gone."""
     code = """
 import sys, os, time
@@ -169,7 +169,7 @@ except RuntimeError as error:
     print(meeting.in_words(error))
 """
     for what, kind in (("lost", "has ended"), ("silent", "did not answer in time")):
-        file = f"/tmp/amp-train-{os.getpid()}-{what}"
+        file = str(tmp_path / what)
         pair = [
             subprocess.Popen([sys.executable, "-c", code, str(rank), what, file], cwd=ROOT, stdout=-1, text=True)
             for rank in (0, 1)
