@@ -556,6 +556,7 @@ def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run
     assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]
     table = (folder / "performance_table.md").read_text()
     assert "AMP float16 | failed: exit status 1 |" in table
+    shutil.rmtree(folder / "amp-fp16")  # the folder is shared with the tests below
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -281,9 +281,9 @@ def test_a_home_that_one_may_not_enter(cache, open_folder):
     runs.chmod(0o777)
     words = loud(data, runs, "--epochs=1", f"--cache={cache}", "--num_workers=0")
     become = "setpriv --reuid=4711 --regid=4711 --clear-groups"  # no passwd entry either
-    code = f"import os; open({str(tiny.ROOT / 'main.py')!r}); os.listdir({str(runs)!r})"
+    code = f"import os, numpy, torch; open({str(tiny.ROOT / 'main.py')!r}); os.listdir({str(runs)!r})"
     if subprocess.run([*become.split(), sys.executable, "-c", code], capture_output=True).returncode:
-        pytest.skip("another user cannot read this checkout, or the temporary folder")
+        pytest.skip("another user cannot read this checkout, these packages or the temporary folder")
     status, out, err = ended(launch(words, f'{become} "$@"', HOME=str(home)))
     assert status == 0 and "damaged" not in out + err, out + err
     assert cache == "none" or "decoded into" in out
