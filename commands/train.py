@@ -1,0 +1,186 @@
+"""The steps of a training, in the order in which main.train calls them: announce, open, begin, report, finish, show.
+
+Each is short and takes what was built before it. Knows nothing of how a training computes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from commands.evaluate import test_result
+from commands.explain import explain_mistakes
+from commands.export import require_safetensors, write_safetensors
+from evaluate import evaluate, probabilities
+from images.opening import DataSet
+from model import constructor_options
+from reports import tables
+from reports.results import EXPLANATIONS, steady_rate
+from runs import resume
+from runs.checkpoint import load_checkpoint
+from runs.folder import RunDirectory
+from runs.logs import Logs, refuse_missing_packages
+from system.files import read_json
+from system.terminal import duration
+from train import Trainer
+from utils import RunError, Stopped, log, printable
+
+if TYPE_CHECKING:
+    from assemble import Setup
+
+
+def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) -> None:
+    """Says what will be trained, where and in which precision, and why in that one.
+
+    Raises UserError if a package is missing that one of `logs` or `safetensors` needs.
+    """
+    refuse_missing_packages(logs)
+    if safetensors:
+        require_safetensors()
+    precision = setup.precision
+    if setup.demo:
+        log.info(setup.demo.why)
+    log.info(f"{model} on {setup.device}: {precision.label} ({precision.reason})")
+    if precision.name == "amp-fp16" and setup.device.type == "cpu":
+        log.warning("on CPUs float16 is many times slower than FP32: fit for tiny tests only")
+
+
+@contextlib.contextmanager
+def opened(setup: Setup, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[RunDirectory]:
+    """The run's folder, locked; a failure that belongs to the run is recorded in it.
+
+    `explain` gives an error's exit status and its reason in words.
+    """
+    run = setup.run
+    run.open()
+    try:
+        yield run
+    except Exception as error:
+        status, reason = explain(error)
+        earlier = any(run.file(name).exists() for name in ("last.pt", "result.json"))
+        if reason and not isinstance(error, NotDrawn) and (status == 1 or (status == 2 and not earlier)):
+            with contextlib.suppress(RunError):  # the disk may be the failure
+                failure = {"precision": setup.precision.name, "reason": reason.splitlines()[0]}
+                run.write_json("failure.json", failure | getattr(error, "record", {}))
+        raise
+    finally:
+        run.close()
+
+
+def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resume.Earlier) -> None:
+    """Goes on from last.pt, or begins a new run in place of what the folder held."""
+    config = setup.config(data, constructor_options(trainer.network.model))
+    if earlier.resuming:
+        begun_in = earlier.config.get("precision")
+        resume.restore(trainer, data, model_name=config["options"]["model"], was=earlier.config["dataset"])
+        if setup.precision.name != begun_in:  # only after its validation overflowed
+            setup.run.write_json("config.json", config | {"begun_in": begun_in})
+    else:  # only here is everything known to be right: a mistake must not cost an earlier run
+        resume.remove_results(setup.run)
+        setup.run.write_json("config.json", config)
+        setup.run.write_csv("split.csv", data.split())
+        show_first_batch(setup, trainer, data)
+    if earlier.config:
+        resume.say_differences(earlier.config, config)
+    log.info(
+        f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
+        f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {setup.run.path}"
+    )
+
+
+def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
+    """Draws batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
+    if setup.run.writes:
+        from reports.pictures import batch
+
+        images, labels = trainer.batches.first_images(24)
+        batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
+
+
+@contextlib.contextmanager
+def opened_logs(names: list[str], trainer: Trainer, options: dict[str, Any]) -> Iterator[Logs]:
+    """The logs of these names, on the first rank only, which are told how the training ended."""
+    run = trainer.run
+    history = trainer.progress.history
+    logs = Logs(names if run.writes else [], run.path, options=options, history=history, warn=log.warning)
+    ending = "failed"
+    try:
+        yield logs
+        ending = "finished"
+    except NotDrawn:
+        ending = "finished"
+        raise
+    except (Stopped, KeyboardInterrupt):
+        ending = "stopped"
+        raise
+    finally:
+        logs.close(ending)
+
+
+def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
+    """Tells the terminal and the logs how an epoch went, and how long the rest will take."""
+    scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
+    loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
+    left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.epochs else ""
+    log.info(
+        f"epoch {line['epoch']:>3}/{trainer.epochs}  train {loss} {line['train_acc']:5.1f}%  "
+        f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}{left}"
+    )
+    logs.epochs(trainer.progress.history)
+
+
+def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) -> None:
+    """Tests the best epoch once; writes the predictions and the result; prints the summary."""
+    run = setup.run
+    at = trainer.progress
+    model = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
+    torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
+    batches = setup.batches(data, data.test)
+    found = evaluate(model, batches, setup.precision, keep_logits=True, description="testing")
+    if not run.writes:
+        return
+    result = {
+        **test_result(setup, data, found),
+        "best_epoch": at.best_epoch,
+        "best_val_acc": at.best_val_acc,
+        "total_seconds": round(trainer.seconds, 3),
+        "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
+        "images_per_second": steady_rate(at.history),
+        "skipped_updates": sum(line["skipped_updates"] for line in at.history),
+    }
+    result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
+    run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
+    run.write_json("result.json", result)
+    run.file("failure.json").unlink(missing_ok=True)
+    if safetensors:
+        write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
+    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, probabilities(found.logits)))
+    print(tables.summary(result))
+    log.info(f"results: {run.path}")
+
+
+class NotDrawn(RunError):
+    """The run is finished and its results are written, but its pictures are not."""
+
+
+def show(run: RunDirectory, logs: Logs) -> None:
+    """Draws the pictures and the page, last of all: whatever goes wrong here, the results are on disk."""
+    if not run.writes:
+        return
+    try:
+        from reports.draw import draw_run
+
+        draw_run(run.path)
+    except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
+        reason = printable(f"{type(error).__name__}: {error}")[:300]
+        raise NotDrawn(
+            f"the results are in {printable(run.path)}, but the pictures could not be drawn ({reason}).\nOnce that is "
+            f"mended: python main.py report --checkpoint_dir {printable(run.path.parent)} "
+            f"--checkpoint_name {printable(run.path.name)}"
+        ) from None
+    finally:
+        pictures = (run.file(name) for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"))
+        logs.result(read_json(run.file("result.json")), pictures)
