@@ -40,7 +40,7 @@ from model import (
     rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from option_kinds import ALL, images_asked, seconds_of
+from command_line.kinds import ALL, images_asked, seconds_of
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.fitting import micro_batch_that_fits

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from option_kinds import (
+from command_line.kinds import (
     ALL,
     ALPHA,
     AUGMENT,

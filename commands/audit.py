@@ -20,7 +20,7 @@ from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
 from option import precision_words
-from option_kinds import seconds_of
+from command_line.kinds import seconds_of
 from reports.audit import report_audit
 from system.files import write_text
 from system.machine import cores

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from commands.ladder import climb_and_report
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
-from option_kinds import images_asked, seconds_of
+from command_line.kinds import images_asked, seconds_of
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
 from system.files import remove, write_text

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from option import MAY_DIFFER_ON_RESUME, named, read_config
-from option_kinds import PRECISION, images_asked
+from command_line.kinds import PRECISION, images_asked
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from system.files import read_json

@@ -110,7 +110,7 @@ def test_precision_alone_configures_autocast_and_the_scaler(name):
     assert name == "precision" or not [target for target in targets if "fp32_precision" in target]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main", "option", "option_kinds", "assemble"}))
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main", "option", "command_line.kinds", "assemble"}))
 def test_nobody_below_main_touches_the_options(name):
     """Below main.py and assemble.py every function takes plain keywords."""
     names = {node.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Name)}
