@@ -6,19 +6,18 @@ be used without a command line. Changes nothing in it. Knows nothing of what the
 
 from __future__ import annotations
 
-import platform
 from argparse import Namespace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy
-import PIL
 import torch
-import torchvision
 from torch import nn
 
 import option
+from command_line.kinds import ALL, images_asked, seconds_of
+from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
 from features.frozen import keep_outputs
@@ -40,9 +39,9 @@ from model import (
     rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from command_line.kinds import ALL, images_asked, seconds_of
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
+from runs.config import NOT_RECORDED, describe, read_config, versions
 from runs.fitting import micro_batch_that_fits
 from runs.folder import RunDirectory
 from system.machine import GPUS, cores, device_name
@@ -51,11 +50,9 @@ from train import Trainer
 from transforms import Preprocess
 from utils import UserError, choose_device, log, printable, seed_everything
 
-NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")
-
 
 def demo_size(device_name: str) -> DemoSize | None:
-    """The demo that fits a CUDA device, from its memory and its rate on paper; None elsewhere: option.DEMO is it."""
+    """The demo that fits a CUDA device, from its memory and its rate on paper; None elsewhere: option.DEMO holds."""
     device = choose_device(device_name, use=False)
     if device.type != "cuda":
         return None
@@ -70,12 +67,9 @@ def demo_size(device_name: str) -> DemoSize | None:
     )
 
 
-_COUNTED = {"train": "train", "validation": "val", "test": "test"}  # parts of a data set, as config.json calls them
-
-
 def _folder_of(config: Path) -> str | None:
     """The data folder that a run was trained on, as its config.json says."""
-    return option.read_config(config)["dataset"].get("folder") if config.exists() else None
+    return read_config(config)["dataset"].get("folder") if config.exists() else None
 
 
 class Setup:
@@ -179,7 +173,7 @@ class Setup:
 
     def training_words(self) -> list[str]:
         """The training options as words of a command line, less what each run of a comparison sets itself."""
-        return option.training_words(self.options)
+        return training_words(self.options)
 
     def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
         """The data set, decoded; the demo's scenes are drawn first if they are missing.
@@ -285,7 +279,7 @@ class Setup:
         """What a run that is resumed recorded."""
         if self.options.resume is None or not self.run.file("last.pt").exists():
             return None
-        return option.read_config(self.run.file("config.json"))["options"].get("accumulate")
+        return read_config(self.run.file("config.json"))["options"].get("accumulate")
 
     def _micro_batches(self, count: int) -> int:
         share = -(-count // self.ranks.size)
@@ -366,22 +360,7 @@ class Setup:
             graphs=options.cuda_graphs,
             only_head=kept is not None,
         )
-        groups = parameter_groups(
-            model,
-            head,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            decay_norms=options.decay_norms,
-            backbone_lr=options.backbone_lr,
-            layer_decay=options.layer_decay,
-        )
-        optimizer = make_optimizer(
-            groups,
-            options.optimizer,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            fused=self.device.type in ("cpu", *GPUS),
-        )
+        optimizer = self._optimizer(model, head)
         schedule = partial(
             make_scheduler,
             optimizer,
@@ -409,6 +388,26 @@ class Setup:
             checkpoint_every=options.checkpoint_every,
             patience=options.patience,
             record=self._identity(data, model),
+        )
+
+    def _optimizer(self, model: nn.Module, head: str) -> torch.optim.Optimizer:
+        """The optimizer of all weights, in groups by --decay_norms, --backbone_lr and --layer_decay."""
+        options = self.options
+        groups = parameter_groups(
+            model,
+            head,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            decay_norms=options.decay_norms,
+            backbone_lr=options.backbone_lr,
+            layer_decay=options.layer_decay,
+        )
+        return make_optimizer(
+            groups,
+            options.optimizer,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
+            fused=self.device.type in ("cpu", *GPUS),
         )
 
     def _class_weights(self, data: DataSet) -> torch.Tensor | None:
@@ -474,14 +473,7 @@ class Setup:
             options["model"] = self.checkpoint["model_name"]
         return {
             "options": options,
-            "versions": {
-                "amp-train": option.VERSION,
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-                "numpy": numpy.__version__,
-                "pillow": PIL.__version__,
-            },
+            "versions": versions(),
             "model_options": model_options,
             "device": self.device.type,
             "device_name": device_name(self.device),
@@ -489,12 +481,5 @@ class Setup:
             "ranks": self.ranks.size,
             "precision": self.precision.name,
             "precision_reason": self.precision.reason,
-            "dataset": {
-                "fingerprint": data.fingerprint,
-                "folder": str(data.root.resolve()),
-                "classes": data.classes,
-                **{short: len(data.subsets[name]) for name, short in _COUNTED.items() if name in data.subsets},
-                "unreadable": data.unreadable,
-                "windows": data.rules.windows,
-            },
+            "dataset": describe(data),
         }

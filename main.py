@@ -17,8 +17,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import option
 import utils
+from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
 from system.machine import allow_more_files
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     options = Namespace(command="")
     try:
         ranks = Ranks.from_environment()
-        options = option.parse(argv, fit_demo=demo_that_fits)
+        options = parse(argv, fit_demo=demo_that_fits)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))

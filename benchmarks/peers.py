@@ -429,9 +429,9 @@ def timm(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> 
 
 def ours(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> None:
     """This package's own Trainer, as `python main.py` runs it."""
-    import option
     import train
     from assemble import Setup
+    from command_line.parsing import parse
     from distributed import Ranks
     from runs.folder import RunDirectory
 
@@ -455,7 +455,7 @@ def ours(arguments: argparse.Namespace, amp: bool, turn: Turn, folder: Path) -> 
         return record
 
     train.update_weights = update_weights
-    setup = Setup(option.parse(words), Ranks())
+    setup = Setup(parse(words), Ranks())
     trainer = setup.trainer(setup.data(), RunDirectory(folder / "peers"))
     trainer.train()
 

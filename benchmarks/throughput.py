@@ -124,16 +124,15 @@ def serve(arguments: argparse.Namespace) -> None:
 
 def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
     """This package's own loop, fed by its loader and, for the compute bound, by one batch that stays put."""
-    import option
     import utils
 
     utils.keep_freed_memory()
     import torch
 
     from assemble import Setup
+    from command_line.parsing import parse, precision_words
     from distributed import Ranks
     from evaluate import evaluate
-    from option import precision_words
     from runs.folder import RunDirectory
     from train import update_weights
 
@@ -148,7 +147,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         *(["--compile"] if compiled else []),
     ]
     started = time.perf_counter()
-    setup = Setup(option.parse(words), Ranks())
+    setup = Setup(parse(words), Ranks())
     data = setup.data()
     open_seconds = time.perf_counter() - started
     trainer = setup.trainer(data, RunDirectory(folder))

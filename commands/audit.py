@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from command_line.kinds import seconds_of
+from command_line.parsing import precision_words
 from commands.compare import plan, train_all
 from images.decode import Rules, ahead, try_decode, windows_of
 from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
-from option import precision_words
-from command_line.kinds import seconds_of
 from reports.audit import report_audit
 from system.files import write_text
 from system.machine import cores

@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command_line.kinds import images_asked, seconds_of
+from command_line.parsing import parse, precision_words
 from commands.ladder import climb_and_report
 from images.labels import list_images
-from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING, parse, precision_words, read_config
-from command_line.kinds import images_asked, seconds_of
+from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
+from runs.config import read_config
 from system.files import remove, write_text
 from utils import (
     OUT_OF_TIME,

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line.kinds import parse_shares
 from images.decode import Rules, try_decode
 from images.folders import ImageSet, Listing, some
 from images.labels import list_images
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
 from images.stores import ImageStore, open_store
-from command_line.kinds import parse_shares
 from utils import UserError, log, printable
 
 Split = dict[str, tuple[str, str]]  # path: (class, part), as in split.csv

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from option import MAY_DIFFER_ON_RESUME, named, read_config
 from command_line.kinds import PRECISION, images_asked
+from option import MAY_DIFFER_ON_RESUME, named
 from runs.checkpoint import load_checkpoint
+from runs.config import read_config
 from runs.folder import RunDirectory
 from system.files import read_json
 from utils import UserError, is_out_of_memory, log, printable

@@ -14,6 +14,7 @@ import torch
 import assemble
 import main
 import option
+from command_line import parsing
 from commands import compare
 from images import demo, scenes
 from images.demo import draw_demo, fit_demo, nominal_rate
@@ -112,14 +113,14 @@ def test_demo_on_a_card_sets_the_options_that_fit_it(name, impersonate):
     impersonate(name)
     size = assemble.demo_size("auto")
     assert size == fitted(name)[0]
-    options = option.parse(["compare", "--demo", "--epochs", "3"], fit_demo=main.demo_that_fits)
+    options = parsing.parse(["compare", "--demo", "--epochs", "3"], fit_demo=main.demo_that_fits)
     assert (options.data_dir, options.image_size, options.batch_size) == (size.folder, 224, size.batch_size)
     assert options.epochs == 3 and options.pretrained == 0
 
 
 def test_demo_on_a_cpu_is_as_it_was():
     assert assemble.demo_size("cpu") is None
-    options = option.parse(["--demo", "--device", "cpu"], fit_demo=main.demo_that_fits)
+    options = parsing.parse(["--demo", "--device", "cpu"], fit_demo=main.demo_that_fits)
     assert {name: getattr(options, name) for name in option.DEMO} == option.DEMO
 
 

@@ -10,7 +10,7 @@ import torch
 from torchvision import models
 
 import main
-import option
+from command_line import parsing
 from commands.export import write_safetensors
 from model import build_model
 from pretrained.files import load_file
@@ -267,6 +267,6 @@ def test_names_of_weights_are_checked(data, tmp_path, capsys):
 
 def test_a_recorded_option_is_known_as_such(finished):
     words = ["evaluate", f"--checkpoint_dir={finished.parent}", "--checkpoint_name=run", "--batch_size=4"]
-    options = option.parse(words)
+    options = parsing.parse(words)
     assert "image_size" in options.recorded and "batch_size" not in options.recorded
     assert options.recorded_on == "cpu"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("commands", "features", "images", "inspection", "pretrained", "reports", "runs", "system")
+FOLDERS = ("command_line", "commands", "features", "images", "inspection", "pretrained", "reports", "runs", "system")
 
 
 def module_name(path: Path) -> str:
@@ -25,7 +25,11 @@ TORCH = {"torch", "torchvision", "warmup_scheduler"}
 WITHOUT_TORCH = [
     "option",
     "commands.prepare",
-    *(name for name in MODULES if name.startswith(("reports.", "images.folders", "images.decode", "images.scenes"))),
+    *(
+        name
+        for name in MODULES
+        if name.startswith(("command_line.", "reports.", "images.folders", "images.decode", "images.scenes"))
+    ),
 ]
 
 
@@ -110,7 +114,9 @@ def test_precision_alone_configures_autocast_and_the_scaler(name):
     assert name == "precision" or not [target for target in targets if "fp32_precision" in target]
 
 
-@pytest.mark.parametrize("name", sorted(set(MODULES) - {"main", "option", "command_line.kinds", "assemble"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(MODULES) - {"main", "option", "command_line.kinds", "command_line.parsing", "assemble"})
+)
 def test_nobody_below_main_touches_the_options(name):
     """Below main.py and assemble.py every function takes plain keywords."""
     names = {node.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Name)}

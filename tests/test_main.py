@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -19,8 +20,8 @@ import torchvision
 from conftest import ROOT, SMALL
 from PIL import Image
 
-import option
 import utils
+from command_line import parsing
 from commands import compare
 from images import demo
 from pretrained.files import load_file
@@ -627,7 +628,7 @@ def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, m
         for epoch in (1, 2):
             (folder / "metrics.jsonl").write_text('{"epoch": 1}\n' * epoch)
             yield 0
-        config = {"precision": "fp32", "options": {"seed": option.parse(given).seed}}
+        config = {"precision": "fp32", "options": {"seed": parsing.parse(given).seed}}
         (folder / "config.json").write_text(json.dumps(config))
         yield 1
 
@@ -784,7 +785,7 @@ def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
     given = words(
         scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3", "--cutmix=0.7"
     )
-    setup = Setup(option.parse(given), Ranks())
+    setup = Setup(parsing.parse(given), Ranks())
     data = setup.data()
     batches = setup.batches(data, data.train, train=True)
     assert (batches.seed, batches.accumulate, batches.augment) == (5, 2, "crop")

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, run_main
 
 import option
+from command_line import parsing
 from utils import UserError
 
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
@@ -93,7 +94,7 @@ SEED_DEFAULTS = {
 
 
 def parse(*words):
-    return option.parse(words)
+    return parsing.parse(words)
 
 
 def refused(*words):
@@ -134,7 +135,7 @@ def test_the_defaults_are_the_seeds():
 
 @pytest.mark.parametrize("command", option.COMMANDS)
 def test_help_has_a_line_for_every_option(command):
-    text = option.build_parser(command).format_help()
+    text = parsing.build_parser(command).format_help()
     for name, found in option.options_of(command).items():
         if found.help != "==SUPPRESS==":
             assert found.kind.get("metavar", "PATH") if name == "inputs" else f"--{name}" in text
@@ -143,7 +144,7 @@ def test_help_has_a_line_for_every_option(command):
 
 
 def test_help_groups_its_options_and_shows_defaults():
-    text = option.build_parser("train").format_help()
+    text = parsing.build_parser("train").format_help()
     for heading in ("commands (", "run:", "data:", "model:", "device and precision:", "training:", "recording"):
         assert f"\n{heading}" in text
     for shown in ("(default: 256)", "(default: 0.0001)", "(default: cosine_warmup)", "(default: on)"):
@@ -293,11 +294,11 @@ def test_a_demo_that_fits_the_device_stands_above_the_usual_one():
         asked.append(device)
         return {"data_dir": "data/larger", "batch_size": 128, "epochs": 11}
 
-    options = option.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], fit_demo=fit)
+    options = parsing.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], fit_demo=fit)
     assert (options.data_dir, options.batch_size, options.epochs) == ("data/larger", 128, 3) and asked == ["cuda:1"]
     assert options.learning_rate == option.DEMO["learning_rate"]
-    option.parse(["prepare", "--demo"], fit_demo=fit)
-    option.parse(["--epochs", "3"], fit_demo=fit)
+    parsing.parse(["prepare", "--demo"], fit_demo=fit)
+    parsing.parse(["--epochs", "3"], fit_demo=fit)
     assert len(asked) == 1, "only a demo asks for the device"
 
 
@@ -369,7 +370,7 @@ def test_a_comparisons_training_words_give_its_options_back():
         "--data_dir=a folder",
     ]
     options = parse("compare", *words, "--precisions", "fp32")
-    again = parse("train", *option.training_words(options))
+    again = parse("train", *parsing.training_words(options))
     own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
     assert {k: v for k, v in vars(again).items() if k not in own} == {
         k: v for k, v in vars(options).items() if k not in own

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 import main
 import option
+from command_line import parsing
 
 EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "30"))
 QUICK = settings(
@@ -203,7 +204,7 @@ def test_hostile_words_are_parsed_or_refused(words):
     """The parser alone: options, commands and noise in any order."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
-            options = option.parse(words)
+            options = parsing.parse(words)
         except utils.UserError as error:
             assert str(error).strip()
         except SystemExit as ended:
@@ -227,7 +228,7 @@ def test_hostile_configs_are_read_or_refused(tmp_path_factory, content):
     file = tmp_path_factory.mktemp("config") / "config.json"
     file.write_text(json.dumps(content))
     try:
-        options = option.parse(["train", f"--config={file}"])
+        options = parsing.parse(["train", f"--config={file}"])
     except utils.UserError as error:
         assert str(error).strip()
     else:

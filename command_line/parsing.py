@@ -1,0 +1,215 @@
+"""From a command line to options: defaults, --preset's, --demo's, a config's and what is typed, merged in this order.
+
+`parse(argv)` gives the Namespace that only main.py and assemble.py read; nothing changes it afterwards. The options
+themselves stand in option.py. Imports no torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT, Parser
+from option import COMMANDS, DEMO, FIRST_STEPS, GROUPS, OPTIONS, OWN_DEFAULTS, PRESETS, VERSION, options_of
+from precision_table import PRECISIONS
+from runs.config import read_config
+from utils import UserError
+
+
+def build_parser(command: str, *, also: str | None = None) -> Parser:
+    """The parser of one command, which also accepts the options of the command `also`, without a word in the help."""
+    about = COMMANDS[command]
+    hidden = {name: each for name, each in options_of(also).items() if name not in options_of(command)} if also else {}
+    inputs = " PATH ..." if command == "predict" else ""
+    parser = Parser(
+        [*options_of(command), *hidden],
+        prog=f"main.py {command}",
+        description=f"{about[0].upper()}{about[1:]}.",
+        usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]{inputs}",
+    )
+    if command == "train":
+        listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+        parser.description = (
+            "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
+            f"commands (python main.py COMMAND --help shows its options):\n{listing}"
+        )
+        parser.epilog = FIRST_STEPS
+    parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
+    for title in GROUPS[command]:
+        group = parser.add_argument_group(title)
+        for name, option in OPTIONS[title].items():
+            shown = OWN_DEFAULTS.get(command, {}).get(name, option.default)
+            text = option.help
+            if shown is not None and shown is not False and shown != "":
+                text += f" (default: {'on' if shown is True else shown})"
+            group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
+    for name, option in hidden.items():
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **option.kind)
+    return parser
+
+
+def _with_underscores(word: str) -> str:
+    """--batch-size=4 as --batch_size=4, and --no_amp as --no-amp."""
+    name, equals, value = word.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+        name = "--no-" + name[5:] if name.startswith("--no_") else name
+    return name + equals + value
+
+
+def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | None = None) -> argparse.Namespace:
+    """The options of one command line. Raises UserError for anything that is not a valid one.
+
+    `fit_demo` says what --demo changes on the device of that name, beyond DEMO.
+    """
+    end = argv.index("--") if "--" in argv else len(argv)  # what follows are files, whatever they look like
+    words = [*map(_with_underscores, argv[:end]), *argv[end:]]
+    command = words.pop(0) if words and not words[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {command!r}: {hint}")
+    also = None
+    if command == "train" and "--evaluate" in words:  # the training's own command line with --evaluate behind it
+        command = "evaluate"
+        also = "train"
+    known = options_of(command)
+    typed = vars(build_parser(command, also=also).parse_args(words))
+    defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
+    config = _stored_config(command, defaults | typed)
+    stored = _stored_options(command, config)
+    preset = PRESETS[typed["preset"]] if "preset" in typed and "preset" in known else {}
+    if "labels" not in typed and typed.get("data_dir", stored.get("data_dir")) != stored.get("data_dir"):
+        stored.pop("labels", None)  # the table of another folder
+    stored = {name: value for name, value in stored.items() if name not in preset}
+    demo = {}
+    if typed.get("demo") and command != "prepare":
+        wanted = DEMO | (fit_demo(typed.get("device", "auto")) if fit_demo else {})
+        demo = {name: value for name, value in wanted.items() if name in known and defaults[name] is not None}
+    merged = defaults | preset | demo | stored | {name: value for name, value in typed.items() if name in known}
+    if "start_size" in preset and "start_size" not in typed:
+        room = merged["start_size"] < merged["image_size"] and merged["epochs"] > 1
+        merged["start_size"] = merged["start_size"] if room else 0
+    if merged.get("batch_size") == AUTO:
+        merged["batch_size"] = f"{AUTO}:{(defaults | preset | demo | stored)['batch_size']}"
+        merged |= {} if "accumulate" in typed else {"accumulate": 1}  # one that is stored was chosen elsewhere
+    recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
+    options = argparse.Namespace(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
+    _check_together(options)
+    return options
+
+
+def _stored_config(command: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What --config FILE holds, or what the named run recorded for the commands that use one."""
+    file = Path(given.get("checkpoint_dir") or "", given.get("checkpoint_name") or "", "config.json")
+    if given.get("config"):
+        return read_config(Path(given["config"]))
+    return read_config(file) if command in OWN_DEFAULTS and file.exists() else {"options": {}}
+
+
+def _stored_options(command: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The options in a config.json that `command` takes from there, each checked."""
+    stored = config["options"]
+    roles = (CALL, PRECISION) if command == "compare" else (CALL,)
+    wanted = {name: option for name, option in options_of(command).items() if option.role not in roles}
+    try:
+        return {name: option.checked(name, stored[name]) for name, option in wanted.items() if name in stored}
+    except UserError as error:
+        raise UserError(f"config.json: {error}") from None
+
+
+def training_words(options: argparse.Namespace) -> list[str]:
+    """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
+    values = vars(options)
+    shared = {
+        name: option
+        for name, option in options_of("train").items()
+        if option.role not in (CALL, PRECISION, REPEAT) or name == "quiet"
+    }
+    return [word for name, option in shared.items() for word in option.words(name, values[name])]
+
+
+def precision_words(name: str) -> list[str]:
+    """The words of `train`'s command line that choose the precision `name`."""
+    known = options_of("train")
+    return [word for key, value in PRECISIONS[name].options.items() for word in known[key].words(key, value)]
+
+
+def _check_together(options: argparse.Namespace) -> None:
+    """What no single option can be checked for."""
+    get: Callable[..., Any] = vars(options).get
+    automatic = isinstance(get("batch_size"), str)
+    comparing = options.command == "compare"
+    epochs = get("epochs", math.inf)
+    name = Path(get("checkpoint_name") or ".")
+    sources = OPTIONS["one of these"]
+    for wrong, message in (
+        (
+            not automatic and get("accumulate", 1) > (get("batch_size") or 1),
+            "--accumulate cannot be larger than --batch_size: a micro-batch needs at least one image.",
+        ),
+        (
+            automatic and get("accumulate", 1) > 1,
+            "--batch_size auto chooses --accumulate itself: leave one of the two out.",
+        ),
+        (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
+        (
+            comparing and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
+            "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
+        ),
+        (comparing and get("verify_resume"), "--verify_resume is for train."),
+        (
+            get("ladder") and (get("runs") or get("report_only") or get("precisions")),
+            "--ladder trains no run: leave out --runs, --report_only and --precisions.",
+        ),
+        (
+            get("cuda_graphs") and get("accumulate", 1) > 1,
+            "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
+        ),
+        (
+            get("weights")
+            and "weights" not in options.recorded
+            and (get("pretrained_path") or not get("pretrained", 1)),
+            "--weights chooses among published weights: it goes with neither --pretrained_path nor --pretrained 0.",
+        ),
+        (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
+        (
+            get("amp_dtype", "auto") != "auto" and not get("amp") and not comparing,
+            f"--amp_dtype {get('amp_dtype')} has no effect without --amp.",
+        ),
+        (
+            (get("warmup_epochs") or 0) > epochs,
+            f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}.",
+        ),
+        (
+            get("freeze_epochs") not in (None, ALL) and get("freeze_epochs") > epochs,
+            f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}.",
+        ),
+        (
+            get("start_size") and get("start_size") >= (get("image_size") or math.inf),
+            f"--start_size {get('start_size')} must be smaller than --image_size {get('image_size')}.",
+        ),
+        (
+            get("start_size") and epochs < 2,
+            "--start_size needs two --epochs or more: the last ones have images of full size.",
+        ),
+        (
+            get("class_weights", "none") != "none" and get("sampler") == "balanced",
+            "--class_weights balanced and --sampler balanced correct the same thing twice: choose one.",
+        ),
+        (get("resume") and get("overwrite"), "--resume and --overwrite exclude each other."),
+        (
+            name.is_absolute() or ".." in name.parts or not str(name).isprintable(),
+            f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir.",
+        ),
+        (
+            options.command == "prepare" and len([source for source in sources if get(source)]) != 1,
+            f"prepare does one of --{', --'.join(sources)}.",
+        ),
+    ):
+        if wrong:
+            raise UserError(message)

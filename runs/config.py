@@ -1,0 +1,58 @@
+"""config.json, from which a run can be repeated: its options, versions, device and data. Imports no torch by itself."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from system.files import read_json, reading
+
+if TYPE_CHECKING:
+    from images.opening import DataSet
+
+NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")  # of the Namespace
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """A run's config.json. Raises UserError if it is missing or damaged."""
+    config = read_json(file)
+    with reading(file):
+        parts = config["options"], config.setdefault("versions", {}), config.setdefault("dataset", {})
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("a table was expected")
+    return config
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on, each by its version."""
+    import numpy
+    import PIL
+    import torch
+    import torchvision
+
+    from option import VERSION
+
+    return {
+        "amp-train": VERSION,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+    }
+
+
+_COUNTED = {"train": "train", "validation": "val", "test": "test"}  # parts of a data set, as config.json calls them
+
+
+def describe(data: DataSet) -> dict[str, Any]:
+    """What config.json records of a data set."""
+    return {
+        "fingerprint": data.fingerprint,
+        "folder": str(data.root.resolve()),
+        "classes": data.classes,
+        **{short: len(data.subsets[name]) for name, short in _COUNTED.items() if name in data.subsets},
+        "unreadable": data.unreadable,
+        "windows": data.rules.windows,
+    }
