@@ -2,8 +2,9 @@
 
 The 2020 tutorial's loop, PyTorch Lightning, Hugging Face's Trainer, Ultralytics' classify and timm, in FP32 and in 16
 bits. Each side is a process of its own that stops after so many updates and goes on when its turn comes again (A B C
-A B C ...), so that a drifting machine favours none; on a GPU, whose memory may hold one only, they come one after
-another. While a side waits its loader may fetch a few batches ahead, which favours the others a little.
+A B C ...), so that a drifting machine favours none: those in FP32 first, then those in 16 bits, each time with the first
+side. On a GPU, whose memory may hold one only, they come one after another. While a side waits its loader may fetch a
+few batches ahead, which favours the others a little. All sides together need up to 20 GB of memory.
 
     pip install '.[peers]' && python benchmarks/peers.py --data_dir data --image_size 256 --batch_size 64
 """
@@ -15,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,9 +52,17 @@ def main() -> None:
                 sides.append(f"{name} amp")
     rates: dict[str, list[float]] = {side: [] for side in sides}
     failed = {}
-    for group in [[side] for side in sides] if uses_cuda(arguments) else [sides]:
+    for group in groups(sides, one_at_a_time=uses_cuda(arguments)):
         failed |= measure(group, arguments.rounds, rates)
     report(arguments, {side: values for side, values in rates.items() if values}, failed)
+
+
+def groups(sides: list[str], *, one_at_a_time: bool) -> list[list[str]]:
+    """Which sides take turns: as many as memory holds. With each precision the first side is measured again."""
+    if one_at_a_time:
+        return [[side] for side in sides]
+    by_precision = [[side for side in sides if side.endswith(precision)] for precision in ("fp32", "amp")]
+    return [list(dict.fromkeys([*sides[:1], *group])) for group in by_precision if group]
 
 
 def parse() -> argparse.Namespace:
@@ -88,7 +98,7 @@ def uses_cuda(arguments: argparse.Namespace) -> bool:
 def measure(sides: list[str], rounds: int, rates: dict[str, list[float]]) -> dict[str, str]:
     """Lets some sides take turns; returns those that failed, with what they said last."""
     failed = {}
-    children = {side: start(side) for side in sides}
+    children: dict[str, subprocess.Popen] = {}
 
     def ask(side: str, word: str | None) -> None:
         child = children[side]
@@ -98,14 +108,17 @@ def measure(sides: list[str], rounds: int, rates: dict[str, list[float]]) -> dic
                 child.stdin.flush()
             while not (line := child.stdout.readline()).startswith("RATE"):
                 if not line:
-                    raise RuntimeError(f"it ended with exit status {child.wait()}")
+                    status = child.wait()
+                    killed = "it was killed, probably because memory ran out" if status == -signal.SIGKILL else ""
+                    raise RuntimeError(killed or f"it ended with exit status {status}")
             if word == "round":
                 rates[side].append(float(line.split()[1]))
         except (OSError, RuntimeError) as error:
             failed[side] = f"{error}: {last_words(child)}"
             del children[side]
 
-    for side in sides:
+    for side in sides:  # one by one: all that begin at once would need more memory than all that wait
+        children[side] = start(side)
         ask(side, None)
         print(f"{side}: {'ready' if side in children else failed[side]}", file=sys.stderr, flush=True)
     for number in range(rounds):
