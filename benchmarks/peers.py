@@ -2,8 +2,8 @@
 
 The 2020 tutorial's loop, PyTorch Lightning, Hugging Face's Trainer, Ultralytics' classify and timm, in FP32 and in 16
 bits. Each side is a process of its own that stops after so many updates and goes on when its turn comes again (A B C
-A B C ...), so that a drifting machine favours none: those in FP32 first, then those in 16 bits, each time with the first
-side. On a GPU, whose memory may hold one only, they come one after another. While a side waits its loader may fetch a
+A B C ...), so that a drifting machine favours none: first those in FP32, then those in 16 bits beside the first side
+again. On a GPU, whose memory may hold one only, they come one after another. While a side waits its loader may fetch a
 few batches ahead, which favours the others a little. All sides together need up to 20 GB of memory.
 
     pip install '.[peers]' && python benchmarks/peers.py --data_dir data --image_size 256 --batch_size 64
