@@ -13,8 +13,8 @@ from torch import nn
 
 from features.activation_maps import explained
 from images.decode import Rules, try_decode
-from reports.pictures import explained_sheet
 from reports.results import most_confidently_wrong
+from reports.sheets import explained_sheet
 from transforms import Preprocess
 from utils import UserError, log, printable
 

@@ -255,7 +255,7 @@ class Table:
         if not self.count:
             raise UserError("none of the images can be read.")
         if self.sheet:
-            from reports.pictures import labelled_sheet
+            from reports.sheets import labelled_sheet
 
             paths, captions = zip(*self.on_sheet, strict=True)
             labelled_sheet(list(paths), list(captions), Path(self.sheet), most=SHEET)

@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from reports.pictures import BLUE, FAINT, VERMILION, picture
+from reports.look import BLUE, FAINT, VERMILION, picture
 from reports.text import WIDTH, align, markdown
 
 HEADER = ["rung", "images/s", "÷ before", "÷ first", "memory, MB", "bound", "of bound"]
