@@ -20,7 +20,7 @@ from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from dataset import Batches
-    from images.opening import DataSet
+    from images.subsets import DataSet
 
 
 def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, probabilities: np.ndarray) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches
-from images.opening import Subset
 from images.stores import DecodedImages
+from images.subsets import Subset
 from inspection.energy import energy_counter
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer

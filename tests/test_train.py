@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
-from images.opening import Subset
 from images.stores import DecodedImages
+from images.subsets import Subset
 from model import Forward, update_average
 from model import Network as Watched
 from optimizer import make_optimizer, make_scheduler
