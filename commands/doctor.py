@@ -19,7 +19,8 @@ from dataset import Batches
 from images.opening import Opening, open_data_set
 from inspection.advice import advise, ceilings
 from inspection.hardware import machine
-from inspection.probe import PHASES, Probe, endless, wait
+from inspection.probe import PHASES, Probe, endless
+from inspection.timing import wait
 from model import known_model
 from precision import sensible_precisions
 from reports.doctor import doctor_text

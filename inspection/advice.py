@@ -10,17 +10,9 @@ from typing import Any
 
 import torch
 
+from inspection.timing import amdahl
 from precision_table import label_of
 from system.cards import EMULATED, NONE
-
-
-def amdahl(share: float, speedup: float) -> float:
-    """Speed-up of the whole where only a part, `share` of the old time, gets faster by `speedup`: 1 / (1 - f + f/s).
-
-    Source: G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing
-    capabilities", AFIPS 1967.
-    """
-    return 1 / (1 - share + share / speedup)
 
 
 def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:

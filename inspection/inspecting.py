@@ -209,7 +209,7 @@ class Inspection:
         base = ran[0] if not self.precisions[ran[0]].amp else None
         rates = roof["rates"] if roof else {}
         gain = rates[str(amp.dtype).removeprefix("torch.")] / rates["float32"] if amp is not None and roof else None
-        ceiling = payoff.amdahl(self.traces[base], speed[base]["shortest"], gain) if base else None
+        ceiling = payoff.products_ceiling(self.traces[base], speed[base]["shortest"], gain) if base else None
         failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
         return {
             "speed": speed,

@@ -27,6 +27,7 @@ from dataset import Batches
 from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter
+from inspection.timing import timed, wait
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
@@ -78,24 +79,6 @@ class Update:
             criterion=self.criterion,
             clip_grad_norm=None,
         )
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
-    """Seconds of each of some calls; one more before them is warm-up and not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        wait(device)
-        started = time.perf_counter()
-        function()
-        wait(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
 
 
 def endless(batches: Batches) -> Iterator[Iterator]:

@@ -8,7 +8,6 @@ is that of Williams, Waterman and Patterson, "Roofline", CACM 2009. A library: k
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from inspection.timing import timed_once
 
 # Groups of operators by their names; the first pattern that matches counts. Products are those with FLOPs.
 GROUPS = {
@@ -138,27 +139,14 @@ def typical_megabytes(operators: Iterable[Operator]) -> float:
 def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     """Seconds of each of some calls, after one that warms up; several at once where one would be too short."""
     calls = 1
-    while True:
-        started = time.perf_counter()
+
+    def several() -> None:
         for _ in range(calls):
             function()
-        _wait(device)
-        if time.perf_counter() - started > 0.005 or calls >= 512:
-            break
+
+    while timed_once(several, device) <= 0.005 and calls < 512:
         calls *= 4
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        _wait(device)
-        found.append((time.perf_counter() - started) / calls)
-    return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return [timed_once(several, device) / calls for _ in range(repeats)]
 
 
 # ---------------------------------------------------------------------------------------- the bound

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from inspection.probe import Bench, Update, wait
+from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from inspection.timing import wait
 from model import Forward
 from precision import Precision, bfloat16_products
 from system.cards import NATIVE, processor

@@ -229,8 +229,7 @@ class Operators(TorchDispatchMode):
         return result
 
     def _clock(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        wait(self.device)
         return time.perf_counter()
 
     def _notice(self, op: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:

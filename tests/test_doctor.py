@@ -10,6 +10,7 @@ import torch
 
 from commands import doctor
 from inspection import advice, hardware, probe
+from inspection.timing import amdahl
 from reports.doctor import doctor_text
 from system.cards import nvidia_card, processor
 from utils import RunError, UserError
@@ -69,7 +70,7 @@ def advised(findings):
     "share, speedup, whole", [(0.5, 2.0, 4 / 3), (1.0, 3.0, 3.0), (0.0, 9.0, 1.0), (0.9, float("inf"), 10.0)]
 )
 def test_amdahl_by_hand(share, speedup, whole):
-    assert advice.amdahl(share, speedup) == pytest.approx(whole)
+    assert amdahl(share, speedup) == pytest.approx(whole)
 
 
 def test_ceilings_by_hand(findings):
