@@ -15,6 +15,7 @@ import torch
 from inspection import roofline
 from inspection.execution import Execution
 from inspection.subject import Subject
+from inspection.tensors import dtype_name
 from inspection.timing import amdahl, timed, timed_once
 from inspection.tracing import Trace, eager
 from precision import Precision
@@ -84,7 +85,7 @@ def bounds(
     device = subject.device
     rates = {}
     for dtype in dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]):
-        rates[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(device, dtype, size=SIDE)
+        rates[dtype_name(dtype)] = roofline.matrix_rate(device, dtype, size=SIDE)
     found: dict[str, dict[str, float]] = {}
     bandwidth = None
     for precision in precisions:

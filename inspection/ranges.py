@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from inspection.execution import Execution
-from inspection.subject import Subject, tensors_in
+from inspection.subject import Subject
+from inspection.tensors import tensors_in
 from inspection.tracing import eager
 from precision import Precision
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from inspection.tensors import dtype_name
 from inspection.timing import timed_once
 
 # Groups of operators by their names; the first pattern that matches counts. Products are those with FLOPs.
@@ -80,8 +81,8 @@ class OperatorCounter(TorchDispatchMode):
         free = _FREE.search(re.sub(r"^(\w+)\.", r"\1::", name)) or function.is_view
         moved = 0 if free else sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
         if moved or flops:
-            dtype = str(next((one.dtype for one in inputs if one.is_floating_point()), tensors[0].dtype))
-            self.operators.append(Operator(name, group_of(name), flops, moved, dtype.removeprefix("torch.")))
+            dtype = next((one.dtype for one in inputs if one.is_floating_point()), tensors[0].dtype)
+            self.operators.append(Operator(name, group_of(name), flops, moved, dtype_name(dtype)))
         return result
 
 

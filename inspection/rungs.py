@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from inspection.tensors import dtype_name
 from inspection.timing import wait
 from model import Forward
 from precision import Precision, bfloat16_products
@@ -131,7 +132,7 @@ class RungBench(Bench):
         `size` is that of the matrix products. A compiled update has other operators, and gives rates alone.
         """
         dtype = self.update.precision.dtype
-        rates = {str(dtype).removeprefix("torch."): matrix_rate(self.device, dtype, size=size)}
+        rates = {dtype_name(dtype): matrix_rate(self.device, dtype, size=size)}
         if dtype != torch.float32:
             rates["float32"] = matrix_rate(self.device, torch.float32, size=size)
         found = {"rates": rates, "bandwidth": copy_bandwidth(self.device), "operators": None, "measured": None}
