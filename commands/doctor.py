@@ -19,7 +19,16 @@ from dataset import Batches
 from images.opening import Opening, open_data_set
 from inspection.advice import advise, ceilings
 from inspection.hardware import machine
-from inspection.probe import PHASES, Probe, endless
+from inspection.probe import (
+    PHASES,
+    PRODUCT_SIZE,
+    ROUNDS,
+    Probe,
+    endless,
+    joules_per_image,
+    update_seconds,
+    updates_of_a_round,
+)
 from inspection.timing import wait
 from model import known_model
 from precision import sensible_precisions
@@ -27,10 +36,6 @@ from reports.doctor import doctor_text
 from system.files import refuse_missing_folders, write_text
 from transforms import Preprocess
 from utils import RunError, choose_device
-
-ROUNDS = 5
-ROUND_SECONDS = 1.0
-PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 
 
 def doctor(
@@ -137,7 +142,7 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
     try:
         slowest = max([turn["seconds"] for turn in ask_all("warm_up").values()], default=1.0)
         for _ in range(ROUNDS if slowest < 6 else 2):
-            for name, turn in ask_all("round", updates=int(min(50, max(1, ROUND_SECONDS / slowest)))).items():
+            for name, turn in ask_all("round", updates=updates_of_a_round(slowest)).items():
                 answers[name]["rounds"].append(turn)
         size = PRODUCT_SIZE["cpu" if request["device"] == "cpu" else "gpu"]
         for name, details in ask_all("details", size=size).items():
@@ -152,7 +157,8 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
     """Medians over the rounds; the speed-up is the median of the ratios of neighbouring rounds."""
     rounds = answers["rounds"]
     memory = answers["memory"]
-    ours, theirs = ([turn["seconds"] / turn["updates"] for turn in turns] for turns in (rounds, reference["rounds"]))
+    ours = update_seconds(rounds)
+    theirs = update_seconds(reference["rounds"])
     median = statistics.median(ours)
     phases = {name: statistics.median(turn["phases"][name] / turn["updates"] for turn in rounds) for name in PHASES}
     return {
@@ -164,11 +170,5 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
         "phase_seconds": phases,
         "phase_shares": {name: seconds / sum(phases.values()) for name, seconds in phases.items()},
         "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
-        "joules_per_image": _joules(rounds, batch_size),
+        "joules_per_image": joules_per_image(rounds, batch_size),
     }
-
-
-def _joules(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
-    """Joules for one image: the median over rounds; None if nothing counts them."""
-    counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
-    return statistics.median(counted) / batch_size if counted else None

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,9 @@ from utils import RunError, choose_device, keep_freed_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 PHASES = ("data", "forward", "backward", "optimizer")
+ROUNDS = 5
+ROUND_SECONDS = 1.0
+PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 GRACE = 5  # seconds that an idle process is given to end by itself
 PATIENCE = 240  # seconds for an answer: a hung driver must not hang the doctor
 # Operators of an update, by what autocast can do for them: the first pattern that matches counts.
@@ -79,6 +83,22 @@ class Update:
             criterion=self.criterion,
             clip_grad_norm=None,
         )
+
+
+def updates_of_a_round(seconds: float) -> int:
+    """How many updates fill a round, if one takes so many `seconds`."""
+    return int(min(50, max(1, ROUND_SECONDS / seconds)))
+
+
+def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:
+    """Seconds of an update in each of some rounds."""
+    return [turn["seconds"] / turn["updates"] for turn in rounds]
+
+
+def joules_per_image(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
+    """The median over rounds; None if nothing counts joules."""
+    counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
+    return statistics.median(counted) / batch_size if counted else None
 
 
 def endless(batches: Batches) -> Iterator[Iterator]:

@@ -240,8 +240,8 @@ def test_energy_is_shown_where_it_is_counted_and_only_there(findings):
     text = " ".join(doctor_text(advised(findings)).split())
     assert "0.5 J in FP32, 0.25 J in AMP bfloat16" in text
     turns = [{"joules": 30.0, "updates": 2}, {"joules": 10.0, "updates": 1}, {"joules": 40.0, "updates": 2}]
-    assert doctor._joules(turns, 10) == 1.5
-    assert doctor._joules([{"joules": None, "updates": 1}], 10) is None
+    assert probe.joules_per_image(turns, 10) == 1.5
+    assert probe.joules_per_image([{"joules": None, "updates": 1}], 10) is None
 
 
 def test_machine_is_plain_values():
@@ -257,12 +257,12 @@ def test_unknown_model_is_the_users_error():
 
 # -------------------------------------------------------------------------------- a real, tiny one
 def test_examination_end_to_end(scenes_folder, monkeypatch):
-    monkeypatch.setattr(doctor, "ROUND_SECONDS", 0.1)
-    monkeypatch.setitem(doctor.PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setattr(probe, "ROUND_SECONDS", 0.1)
+    monkeypatch.setitem(probe.PRODUCT_SIZE, "cpu", 64)
     found = doctor.examine(CPU, image_size=32, batch_size=4, model_name="squeezenet1_1", data_dir=scenes_folder)
     assert set(found["measured"]) == {"fp32", "amp-bf16"} and not found["failed"]
     for measured in found["measured"].values():
-        assert measured["images_per_second"] > 0 and len(measured["rounds"]) == doctor.ROUNDS
+        assert measured["images_per_second"] > 0 and len(measured["rounds"]) == probe.ROUNDS
         phases = measured["phase_seconds"]
         assert sum(phases.values()) == pytest.approx(measured["seconds_per_update"], rel=0.5)
         assert all(value > 0 for value in phases.values()) and phases["backward"] > phases["data"] / 10
