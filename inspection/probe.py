@@ -189,20 +189,28 @@ class Bench:
             slowdown = _convolution_seconds(torch.float16) / _convolution_seconds(torch.float32)
         return {"memory": memory, "shares": shares, "busy": busy, "tflops": tflops, "float16_slowdown": slowdown}
 
-    def _shares(self) -> tuple[dict[str, float], float | None]:
-        """Shares of some updates by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
+    def _profiled(self, updates: list[list]) -> list[Any]:
+        """The operators of some updates with their time, as torch.profiler adds them up."""
         cuda = self.device.type == "cuda"
-        updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
         wait(self.device)
         with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
             for pieces in updates:
                 self.update(pieces, self.batch_size)
             wait(self.device)
+        # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
+        return [
+            event
+            for event in profiler.key_averages()
+            if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key)
+        ]
+
+    def _shares(self) -> tuple[dict[str, float], float | None]:
+        """Shares of some updates by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
+        cuda = self.device.type == "cuda"
+        updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
         totals = dict.fromkeys([*OPERATORS, "other"], 0.0)
-        for event in profiler.key_averages():
-            # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
-            if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key):
-                totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in self._profiled(updates):
+            totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
         total = sum(totals.values())
         shares = {kind: microseconds / total if total else 0.0 for kind, microseconds in totals.items()}
         if not cuda:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
@@ -141,13 +140,8 @@ class RungBench(Bench):
         pieces = [list(next(self.updates)) for _ in range(3)]
         wait(self.device)
         operators = count_step(lambda: self.update(pieces[0], self.batch_size), self.device)
-        cuda = self.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
-            for piece in pieces[1:]:
-                self.update(piece, self.batch_size)
-            wait(self.device)
-        events = [event for event in profiler.key_averages() if not cuda or "::" in event.key]
-        measured = {name: value / 2 for name, value in measured_groups(events, cuda=cuda).items()}
+        groups = measured_groups(self._profiled(pieces[1:]), cuda=self.device.type == "cuda")
+        measured = {name: value / 2 for name, value in groups.items()}
         return {**found, "operators": operators, "measured": measured}
 
 
