@@ -69,48 +69,22 @@ def open_data_set(
     times `image_size` pixels of training images, for random crops to choose from. Raises UserError for anything wrong
     with the data.
     """
-    opening = opening or Opening()
     image_set = list_images(data_dir, labels=labels, group=group)
     shares, follow = _asked(split, recorded)
     if split and shares is None:  # a file decides about all images, whatever folder they lie in
         _merge(image_set)
     if follow is not None:
         _keep(image_set, follow, strictly=recorded is not None)
-    for sentence in image_set.remarks():
-        log.info(sentence)
-    opened = _open_parts(image_set, opening, image_size, image_size * 3 // 2 if keep_larger else image_size)
-    report_unreadable(opened.bad, skip_unreadable)
-    pool = opened.subsets["train"]
+    limit = image_size * 3 // 2 if keep_larger else image_size
+    opened = _open_parts(image_set, opening or Opening(), image_size, limit, skip_unreadable)
     missing = [name for name in PARTS[1:] if name not in opened.subsets]
     if missing or follow:
-        together = _joined(pool, image_set.groups)
-        parts = _parts(pool, image_set, follow)
-        if (parts < 0).any() and begun_before:
-            parts[:] = 0
-            parts[hold_out_as_before(pool.labels, seed)] = 1
-        elif (parts < 0).any():
-            fresh = divide(
-                pool.labels,
-                seed=seed,
-                shares=shares,
-                with_test="test" in missing,
-                together=together,
-                grouped=bool(image_set.groups),
-            )
-            parts = extend(parts, fresh, together)
+        parts = _divided(opened, follow, shares, seed, with_test="test" in missing, begun_before=begun_before)
         opened.divide(parts, missing, image_size)
-    subsets = {name: opened.subsets[name] for name in PARTS}
-    refuse_empty(subsets, image_set)
-    warn_of_leaks(subsets, image_set)
-    return DataSet(
-        image_set.root,
-        image_set.classes,
-        subsets,
-        opened.fingerprint(),
-        [str(path) for path in opened.bad],
-        opened.opening.rules,
-        [entry for listing in image_set.parts.values() for entry in listing],
-    )
+    data = opened.data_set()
+    refuse_empty(data.subsets, image_set)
+    warn_of_leaks(data.subsets, image_set)
+    return data
 
 
 def open_test_set(
@@ -129,7 +103,6 @@ def open_test_set(
     These are the test images that the run's split `recorded`, if `data_dir` is where it was trained (`same_place`, or
     all of them are there and nothing else is called a test part); or else the test part; or else all images.
     """
-    opening = opening or Opening()
     image_set = list_images(data_dir, labels=labels, known=known)
     listing = image_set.test or image_set.train
     tested = {name for name, (_, part) in (recorded or {}).items() if part == "test"}
@@ -143,15 +116,11 @@ def open_test_set(
                 f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
             )
     image_set = replace(image_set, train=[], validation=None, test=listing)
-    for sentence in image_set.remarks():
-        log.info(sentence)
-    opened = _open_parts(image_set, opening, image_size, image_size)
-    report_unreadable(opened.bad, skip_unreadable)
+    opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
     if not len(opened.subsets["test"]):
         raise UserError(f"no readable image is left in {printable(data_dir)}.")
     say_absent(opened.subsets, image_set)
-    bad = [str(path) for path in opened.bad]
-    return DataSet(image_set.root, image_set.classes, opened.subsets, opened.fingerprint(), bad, opening.rules, listing)
+    return opened.data_set()
 
 
 def _asked(split: str | None, recorded: Split | None) -> tuple[tuple[float, ...] | None, Split | None]:
@@ -230,9 +199,29 @@ class _Opened:
             found.update(self.crc32[name].tobytes())
         return found.hexdigest()[:16]
 
+    def data_set(self) -> DataSet:
+        """What was opened, parts in the order of PARTS."""
+        image_set = self.image_set
+        return DataSet(
+            image_set.root,
+            image_set.classes,
+            {name: self.subsets[name] for name in PARTS if name in self.subsets},
+            self.fingerprint(),
+            [str(path) for path in self.bad],
+            self.opening.rules,
+            [entry for listing in image_set.parts.values() for entry in listing],
+        )
 
-def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_limit: int) -> _Opened:
-    """A store for each part. The windows of deep pictures come from the first one, the training images."""
+
+def _open_parts(
+    image_set: ImageSet, opening: Opening, image_size: int, train_limit: int, skip_unreadable: bool
+) -> _Opened:
+    """A store for each part. The windows of deep pictures come from the first one, the training images.
+
+    Says what was passed over. Raises UserError for unreadable images unless `skip_unreadable` leaves them out.
+    """
+    for sentence in image_set.remarks():
+        log.info(sentence)
     opened = _Opened(image_set, opening, train_limit)
     for name, listing in image_set.parts.items():
         store = opened.opening.store(listing, image_set.root, train_limit if name == "train" else image_size)
@@ -240,7 +229,33 @@ def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_li
         opened.bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         opened.subsets[name] = Subset(store, listing, np.setdiff1d(np.arange(len(listing)), list(store.unreadable)))
         opened.crc32[name] = store.crc32
+    report_unreadable(opened.bad, skip_unreadable)
     return opened
+
+
+def _divided(
+    opened: _Opened,
+    follow: Split | None,
+    shares: tuple[float, ...] | None,
+    seed: int,
+    *,
+    with_test: bool,
+    begun_before: bool,
+) -> np.ndarray:
+    """The part of each training image, an index of PARTS: as a split says, or by `seed` where it says nothing."""
+    pool = opened.subsets["train"]
+    image_set = opened.image_set
+    together = _joined(pool, image_set.groups)
+    parts = _parts(pool, image_set, follow)
+    if (parts >= 0).all():
+        return parts
+    if begun_before:
+        parts[:] = 0
+        parts[hold_out_as_before(pool.labels, seed)] = 1
+        return parts
+    grouped = bool(image_set.groups)
+    fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together, grouped=grouped)
+    return extend(parts, fresh, together)
 
 
 def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
