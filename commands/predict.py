@@ -113,12 +113,7 @@ def predict_files(
                 pool, lambda item: (item, try_decode(item.path, limit, rules)), _listed(inputs), 2 * batch_size
             )
             while batch := list(islice(items, batch_size)):
-                good = [(item, image) for item, image in batch if not isinstance(image, str)]
-                table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
-                if good:
-                    with precision.autocast():
-                        logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
-                    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
+                _classify(batch, model, preprocess, precision, table)
                 bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
         where = f", which are in {printable(csv_file or json_file)}" if csv_file or json_file else ""
@@ -133,6 +128,19 @@ def predict_files(
         total = table.count + table.unreadable
         raise RunError(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
     return table.count
+
+
+def _classify(
+    batch: list[tuple[Item, Any]], model: nn.Module, preprocess: Preprocess, precision: Precision, table: Table
+) -> None:
+    """Puts a batch into the table; each item has its image, or in words why it cannot be read."""
+    table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
+    good = [(item, image) for item, image in batch if not isinstance(image, str)]
+    if not good:
+        return
+    with precision.autocast():
+        logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
+    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
 
 
 def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray | None]:
