@@ -16,8 +16,24 @@ from inspection.subject import Subject
 from inspection.tensors import address, dtype_name, tensors_in
 
 # Operators that write what they are told to, infinity too.
-CREATE = ("full", "fill", "masked_fill", "scalar_tensor", "new_full", "full_like", "where", "zeros", "ones", "lift",
-          "clone", "detach", "copy", "triu", "tril", "constant_pad")  # fmt: skip
+CREATE = (
+    "full",
+    "fill",
+    "masked_fill",
+    "scalar_tensor",
+    "new_full",
+    "full_like",
+    "where",
+    "zeros",
+    "ones",
+    "lift",
+    "clone",
+    "detach",
+    "copy",
+    "triu",
+    "tril",
+    "constant_pad",
+)
 UNINITIALISED = ("empty", "new_empty", "resize_", "set_")
 ROUND = ("_to_copy", "to", "copy_")
 DANGEROUS = {  # what such an operator does at the edge of its domain, and the cure

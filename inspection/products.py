@@ -16,6 +16,19 @@ PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|m
 PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"
 PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_"
 ALIGNED = 8  # a multiple of this many 16-bit numbers is what Tensor Cores read
+BUILT_IN = (  # namespaces of operators
+    "aten",
+    "prims",
+    "prim",
+    "torchvision",
+    "c10d",
+    "_c10d_functional",
+    "profiler",
+    "higher_order",
+    "torchaudio",
+    "quantized",
+    "mkldnn",
+)
 
 
 @dataclass
@@ -50,8 +63,7 @@ def is_product(op: str, operator: Any) -> bool:
 
 def is_custom(operator: Any) -> bool:
     """Whether an operator was registered outside PyTorch and its own packages."""
-    return operator.namespace not in ("aten", "prims", "prim", "torchvision", "c10d", "_c10d_functional", "profiler",
-                                      "higher_order", "torchaudio", "quantized", "mkldnn")  # fmt: skip
+    return operator.namespace not in BUILT_IN
 
 
 def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor]) -> Product:

@@ -30,8 +30,14 @@ from inspection.timing import wait
 from precision import Precision
 
 AMP_TYPES = (torch.float16, torch.bfloat16)
-CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
-         torch.Tensor.type}  # fmt: skip
+CASTS = {
+    torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
+    torch.Tensor.to,
+    torch.Tensor.type,
+}
 TO_PYTHON = {torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "numpy", torch.Tensor.tolist: "tolist"}
 TO_HOST = {torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
 WAITS = {"nonzero": "nonzero", "_local_scalar_dense": "item", "masked_select": "masked_select", "_unique2": "unique"}
