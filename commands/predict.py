@@ -27,6 +27,7 @@ from evaluate import probabilities
 from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
 from precision import Precision
+from reports.text import end_of
 from system.files import refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
@@ -239,7 +240,7 @@ class Table:
                 self._json.write((",\n" if self.count else "\n") + json.dumps(row))
             if len(self.lines) < SHOWN:
                 top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
-                self.lines.append((_short(row["path"]), "  ".join(top)))
+                self.lines.append((end_of(printable(row["path"]), 40), "  ".join(top)))
             if self.samples and self.count % self.stride == 0:
                 self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
             self.counts[name] += 1
@@ -298,11 +299,6 @@ def _begun(file: str) -> IO[str]:
         return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
         raise UserError(f"{printable(file)} cannot be written ({error.strerror}).") from None
-
-
-def _short(path: str) -> str:
-    name = printable(path)
-    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -79,7 +79,8 @@ def _hardware_reason(has: dict[str, Any]) -> str:
         )
     if has["bfloat16"] == EMULATED:
         return "bfloat16 is imitated with FP32 on this processor, so that only memory traffic shrinks."
-    return f"bfloat16 is computed natively{', in the AMX matrix unit' * (has.get('matrix_unit') == 'AMX')}."
+    where = ", in the AMX matrix unit" if has.get("matrix_unit") == "AMX" else ""
+    return f"bfloat16 is computed natively{where}."
 
 
 def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str]:
@@ -119,7 +120,11 @@ def _command(findings: dict[str, Any], name: str) -> str:
     """The training command for precision `name`, at the size that was timed."""
     setting = findings["setting"]
     device = torch.device(findings["machine"]["device"])
-    words = ["python main.py"] + ["--tf32"] * (name == "tf32") + ["--amp"] * name.startswith("amp")
+    words = ["python main.py"]
+    if name == "tf32":
+        words.append("--tf32")
+    if name.startswith("amp"):
+        words.append("--amp")
     if name == "amp-bf16" and device.type == "cuda":
         words.append("--amp_dtype bfloat16")
     if device.type == "cpu" and torch.cuda.is_available():

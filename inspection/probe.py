@@ -192,8 +192,9 @@ class Bench:
     def _profiled(self, updates: list[list]) -> list[Any]:
         """The operators of some updates with their time, as torch.profiler adds them up."""
         cuda = self.device.type == "cuda"
+        watched = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         wait(self.device)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
+        with profile(activities=watched, acc_events=True) as profiler:
             for pieces in updates:
                 self.update(pieces, self.batch_size)
             wait(self.device)
