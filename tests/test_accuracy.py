@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from test_option import parse, refused
-from test_train import CPU, subset
+from tiny import subset
 from torch import nn
 from torchvision import models
 
@@ -25,6 +25,8 @@ from precision import Precision
 from runs import fitting
 from transforms import Preprocess, growing_sizes
 from utils import UserError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import signal
 import pytest
 import tiny
 import torch
-from test_train import network, subset
+from tiny import network, subset
 from torch import nn
 
 import train

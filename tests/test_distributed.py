@@ -16,9 +16,10 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT, run_main
-from ranks import leave_out_pictures, steady
+from ranks import steady
 
 import assemble
 import model
@@ -26,7 +27,6 @@ from distributed import Ranks
 from system import meeting
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
 SCENARIOS = {  # name: (options of the run, what happens to which rank)
     "fp32": ([], {}),
     "bf16": (["--amp", "--accumulate=2", "--clip_grad_norm=0.5"], {"count": True}),
@@ -86,7 +86,7 @@ def seen_by(folder, count=2):
 
 def lines(folder):
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
+    return [{name: value for name, value in line.items() if name not in tiny.MEASURED} for line in found]
 
 
 def weights(folder, file="last.pt"):
@@ -133,7 +133,7 @@ def alone(data, tmp_path_factory):
     """The same trainings by one process: the folder of their runs."""
     runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch.setattr)
+        tiny.leave_out_pictures(patch)
         patch.setattr(assemble, "build_model", steady(model.build_model))
         patch.setattr(assemble, "empty_model", steady(model.empty_model))
         for name, (more, what) in SCENARIOS.items():
@@ -257,7 +257,7 @@ def test_ranks_agree_on_stopping_and_one_process_goes_on(pair, alone, data, monk
     assert [rank["stopped"]["status"] for rank in seen] == [143, 143]  # only the second had the signal
     state = torch.load(runs / "stopped" / "last.pt", weights_only=True)["progress"]
     assert (state["epoch"], state["update"]) == (1, 2)
-    leave_out_pictures(monkeypatch.setattr)
+    tiny.leave_out_pictures(monkeypatch)
     monkeypatch.setattr(assemble, "build_model", steady(model.build_model))
     monkeypatch.setattr(assemble, "empty_model", steady(model.empty_model))
     status, out, err = run_main(words(data, runs, "stopped", "--resume"))

@@ -15,6 +15,7 @@ import zipfile
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torchvision
 from conftest import ROOT, SMALL
@@ -25,7 +26,6 @@ import utils
 from commands import compare
 from images import demo
 from pretrained.files import load_file
-from reports import page, pictures
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
@@ -108,10 +108,7 @@ def shown_accuracy(out):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leaves out the pictures, which take longer than the training, where a test is not about them."""
-    for name in ("learning_curve", "confusion_matrix", "gallery", "comparison_picture", "reliability_curve"):
-        monkeypatch.setattr(pictures, name, lambda *_, **__: None)
-    for name in ("html_report", "html_comparison"):
-        monkeypatch.setattr(page, name, lambda *_, **__: None)
+    tiny.leave_out_pictures(monkeypatch)
 
 
 # -------------------------------------------------------------------------- training, each precision

@@ -8,19 +8,17 @@ import json
 import math
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import network, subset
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
-from images.stores import DecodedImages
-from images.subsets import Subset
 from model import Forward, update_average
 from model import Network as Watched
 from optimizer import make_optimizer, make_scheduler
@@ -34,40 +32,6 @@ from utils import RunError, Stopped
 pytestmark = pytest.mark.filterwarnings("error")
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
-
-
-class Network(nn.Module):
-    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
-
-    def __init__(self, spoil=(), classes=3):
-        super().__init__()
-        self.body = nn.Conv2d(3, 4, 3, stride=2)
-        self.head = nn.Linear(4, classes)
-        self.passes = 0
-        self.spoil = set(spoil)
-        self.head.weight.register_hook(self._spoiled)
-
-    def _spoiled(self, gradient):
-        self.passes += 1
-        return gradient * math.inf if self.passes in self.spoil else gradient
-
-    def forward(self, images):
-        return self.head(self.body(images).relu().mean((2, 3)))
-
-
-def network(seed=0, **options):
-    torch.manual_seed(seed)
-    return Network(**options)
-
-
-def subset(count=22, classes=3, seed=0, side=9):
-    """Noise whose brightness tells the class, so that there is something to learn."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
-    store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
-    listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
-    return Subset(store, listing, np.arange(count))
 
 
 def batches(images=None, batch_size=8, classes=3, **options):

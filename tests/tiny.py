@@ -5,6 +5,7 @@ Shared by all tests. Knows nothing of what they look for.
 
 import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from torch import nn
 from torchvision.models import _api as torchvision_registry
 
 import main
+from images.stores import DecodedImages
+from images.subsets import Subset
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("coast", "field", "town")
@@ -68,6 +71,45 @@ def register_classifier() -> None:
 
     tiny_classifier.__module__ = "torchvision.models.tiny"
     torchvision_registry.BUILTIN_MODELS["tiny_classifier"] = tiny_classifier
+
+
+class Network(nn.Module):
+    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
+
+    def __init__(self, spoil=(), classes=3):
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, stride=2)
+        self.head = nn.Linear(4, classes)
+        self.passes = 0
+        self.spoil = set(spoil)
+        self.head.weight.register_hook(self._spoiled)
+
+    def _spoiled(self, gradient):
+        self.passes += 1
+        return gradient * math.inf if self.passes in self.spoil else gradient
+
+    def forward(self, images):
+        return self.head(self.body(images).relu().mean((2, 3)))
+
+
+def network(seed=0, **options):
+    torch.manual_seed(seed)
+    return Network(**options)
+
+
+def subset(count=22, classes=3, seed=0, side=9):
+    """Noise whose brightness tells the class, so that there is something to learn."""
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
+    store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
+    listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
+    return Subset(store, listing, np.arange(count))
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    """An RGB image of noise; `size` is (width, height)."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
@@ -197,14 +239,13 @@ def has(package: str) -> bool:
 
 
 def leave_out_pictures(patch) -> None:
-    """Pictures take most of the time of a tiny run, and tests of their own."""
+    """The one seam for pictures and pages, which take most of the time of a tiny run and have tests of their own.
+
+    `patch` is a pytest.MonkeyPatch.
+    """
     from reports import page, pictures
 
-    for owner, name in (
-        (pictures, "learning_curve"),
-        (pictures, "confusion_matrix"),
-        (pictures, "gallery"),
-        (pictures, "batch"),
-        (page, "html_report"),
-    ):
-        patch.setattr(owner, name, lambda *_, **__: None)
+    drawn = ("learning_curve", "confusion_matrix", "gallery", "batch", "comparison_picture", "reliability_curve")
+    for owner, names in ((pictures, drawn), (page, ("html_report", "html_comparison"))):
+        for name in names:
+            patch.setattr(owner, name, lambda *_, **__: None)
