@@ -15,6 +15,8 @@ from commands.export import write_safetensors
 from model import build_model
 from pretrained.files import load_file
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -27,11 +29,6 @@ def data(tmp_path_factory):
     shutil.copytree(folder / "val", folder / "test")
     shutil.rmtree(drawn)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
 
 
 def call(capsys, *words):

@@ -15,7 +15,6 @@ import zipfile
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import torchvision
 from conftest import ROOT, SMALL
@@ -103,12 +102,6 @@ def words(folder, checkpoints, name="run", *more):
 
 def shown_accuracy(out):
     return float(next(line for line in out.splitlines() if line.startswith("Test accuracy")).split()[2])
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Leaves out the pictures, which take longer than the training, where a test is not about them."""
-    tiny.leave_out_pictures(monkeypatch)
 
 
 # -------------------------------------------------------------------------- training, each precision
