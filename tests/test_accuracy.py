@@ -218,7 +218,7 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(data, tmp_path, mon
     real = [pair for pair in seen if pair != (True, 20) or pair[0]]
     assert list(dict.fromkeys(side for training, side in real if training)) == [20, 32, 84]
     assert {side for training, side in real if not training} == {84}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.metrics(tmp_path / "run")
     assert [line["image_size"] for line in lines] == [20, 32, 84]
 
 

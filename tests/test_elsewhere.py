@@ -42,7 +42,7 @@ def call(capsys, *words):
 def same_loss(run):
     """Whether the test, on copies of the validation images, gave the best epoch's validation loss to the last bit."""
     result = json.loads((run / "result.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.metrics(run)
     return result["test_loss"] == lines[result["best_epoch"] - 1]["val_loss"]
 
 

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from conftest import ROOT, SMALL
 from PIL import Image
+from tiny import metrics
 
 import option
 import utils
@@ -90,10 +91,6 @@ RESULT = {
 
 def read(folder, name):
     return json.loads((folder / name).read_text())
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def words(folder, checkpoints, name="run", *more):

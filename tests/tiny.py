@@ -1,6 +1,7 @@
 """The zoo: data sets and networks small enough to train in a second, and the ways to run the program on them.
 
-Shared by all tests. Knows nothing of what they look for.
+Shared by all tests. Knows nothing of what they look for. At its head it imports `main` alone of the project, because
+written_before/make.py uses it with older versions.
 """
 
 import importlib.util
@@ -8,6 +9,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,14 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
 from torchvision.models import _api as torchvision_registry
 
 import main
-from images.stores import DecodedImages
-from images.subsets import Subset
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ("coast", "field", "town")
@@ -99,6 +100,9 @@ def network(seed=0, **options):
 
 def subset(count=22, classes=3, seed=0, side=9):
     """Noise whose brightness tells the class, so that there is something to learn."""
+    from images.stores import DecodedImages
+    from images.subsets import Subset
+
     generator = np.random.default_rng(seed)
     labels = np.arange(count) % classes
     array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
@@ -218,7 +222,7 @@ def leaves(value, name: str = ""):
 def outcome(run: Path) -> dict:
     """All that a finished run computed: both checkpoints, the metrics, the result, the predictions."""
     content = {name: torch.load(run / name, weights_only=True) for name in ("last.pt", "best_model.pt")}
-    content["metrics"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    content["metrics"] = metrics(run)
     content["result"] = json.loads((run / "result.json").read_text())
     content["predictions"] = (run / "predictions.csv").read_text()
     return dict(leaves(content))
@@ -232,6 +236,32 @@ def assert_equal(one: dict, other: dict) -> None:
 
 def config(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def computed_metrics(run: Path) -> list[dict]:
+    """The same without what was measured: equal for equal runs."""
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(run)]
+
+
+def refused(call: Callable, *positional, **options) -> str:
+    """What a call says to the user when it refuses, as it must."""
+    from utils import UserError
+
+    with pytest.raises(UserError) as error:
+        call(*positional, **options)
+    return str(error.value)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def has(package: str) -> bool:
