@@ -23,8 +23,9 @@ from distributed import Ranks
 from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
-from images.opening import DataSet, Opening, Split, Subset, open_data_set, open_test_set
+from images.opening import Opening, open_data_set, open_test_set
 from images.split import read_split
+from images.subsets import DataSet, Split, Subset
 from model import (
     Network,
     WithMirrorImage,

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from distributed import Ranks
-from images.opening import DataSet, Opening, Subset, open_data_set, open_test_set
+from images.opening import Opening, open_data_set, open_test_set
+from images.subsets import DataSet, Subset
 from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop
 from utils import fold
 

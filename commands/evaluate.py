@@ -19,7 +19,7 @@ from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup
-    from images.opening import DataSet
+    from images.subsets import DataSet
 
 
 def evaluate_run(

@@ -13,14 +13,14 @@ from torch import nn
 
 from features.activation_maps import explained
 from images.decode import Rules, try_decode
-from reports.pictures import explained_sheet
 from reports.results import most_confidently_wrong
+from reports.sheets import explained_sheet
 from transforms import Preprocess
 from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from dataset import Batches
-    from images.opening import DataSet
+    from images.subsets import DataSet
 
 
 def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, probabilities: np.ndarray) -> dict[str, Any]:

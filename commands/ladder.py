@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from inspection.probe import PATIENCE, Probe
+from inspection.probe import PATIENCE, PRODUCT_SIZE, ROUNDS, Probe, joules_per_image, update_seconds, updates_of_a_round
 from inspection.roofline import Operator, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
@@ -23,9 +23,6 @@ from system.files import write_text
 from system.machine import device_name
 from utils import RunError, choose_device, log
 
-ROUNDS = 5
-ROUND_SECONDS = 1.0
-PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
 COMPILING_SECONDS = 900  # that torch.compile may take before the rung is given up
 CPU_IMAGES = 32  # in an update at most: more only take longer on a CPU
@@ -138,7 +135,7 @@ class _Ladder:
         pairs = (("first", self._first), ("best", self._best))
         others = {name: other for name, other in pairs if other is not None}  # none on a GPU
         slowest = max([warm["seconds"], *self._seconds.values()])
-        updates = int(min(50, max(1, ROUND_SECONDS / slowest)))
+        updates = updates_of_a_round(slowest)
         rounds = []
         against: dict[str, list[dict[str, Any]]] = {name: [] for name in others}
         for _ in range(ROUNDS):
@@ -146,10 +143,9 @@ class _Ladder:
             for name, other in others.items():
                 same = name == "best" and others.get("first") is other
                 against[name].append(against["first"][-1] if same else other.ask("round", updates=updates))
-        mine = [turn["seconds"] / turn["updates"] for turn in rounds]
+        mine = update_seconds(rounds)
         memory = probe.ask("memory")
         self.memory_kind = memory["memory_kind"]
-        joules = [turn["joules"] / turn["updates"] for turn in rounds if turn["joules"] is not None]
         batch = self.request["batch_size"]
         seconds = statistics.median(mine)
         return {
@@ -159,13 +155,13 @@ class _Ladder:
             "speedup_before": self._ratio("best", mine, against),
             "speedup_first": self._ratio("first", mine, against) or 1.0,
             "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
-            "joules_per_image": statistics.median(joules) / batch if joules else None,
+            "joules_per_image": joules_per_image(rounds, batch),
         }
 
     def _ratio(self, name: str, mine: list[float], against: dict[str, list[dict[str, Any]]]) -> float | None:
         """How many times as fast as another rung: the median over neighbouring rounds, or of medians on a GPU."""
         if name in against:
-            theirs = [turn["seconds"] / turn["updates"] for turn in against[name]]
+            theirs = update_seconds(against[name])
             return statistics.median(other / own for other, own in zip(theirs, mine, strict=True))
         return self._seconds[name] / statistics.median(mine) if name in self._seconds else None
 

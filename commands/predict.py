@@ -27,6 +27,7 @@ from evaluate import probabilities
 from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
 from precision import Precision
+from reports.text import end_of
 from system.files import refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
@@ -113,12 +114,7 @@ def predict_files(
                 pool, lambda item: (item, try_decode(item.path, limit, rules)), _listed(inputs), 2 * batch_size
             )
             while batch := list(islice(items, batch_size)):
-                good = [(item, image) for item, image in batch if not isinstance(image, str)]
-                table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
-                if good:
-                    with precision.autocast():
-                        logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
-                    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
+                _classify(batch, model, preprocess, precision, table)
                 bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
         where = f", which are in {printable(csv_file or json_file)}" if csv_file or json_file else ""
@@ -133,6 +129,19 @@ def predict_files(
         total = table.count + table.unreadable
         raise RunError(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
     return table.count
+
+
+def _classify(
+    batch: list[tuple[Item, Any]], model: nn.Module, preprocess: Preprocess, precision: Precision, table: Table
+) -> None:
+    """Puts a batch into the table; each item has its image, or in words why it cannot be read."""
+    table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
+    good = [(item, image) for item, image in batch if not isinstance(image, str)]
+    if not good:
+        return
+    with precision.autocast():
+        logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
+    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
 
 
 def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray | None]:
@@ -231,7 +240,7 @@ class Table:
                 self._json.write((",\n" if self.count else "\n") + json.dumps(row))
             if len(self.lines) < SHOWN:
                 top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
-                self.lines.append((_short(row["path"]), "  ".join(top)))
+                self.lines.append((end_of(printable(row["path"]), 40), "  ".join(top)))
             if self.samples and self.count % self.stride == 0:
                 self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
             self.counts[name] += 1
@@ -255,7 +264,7 @@ class Table:
         if not self.count:
             raise UserError("none of the images can be read.")
         if self.sheet:
-            from reports.pictures import labelled_sheet
+            from reports.sheets import labelled_sheet
 
             paths, captions = zip(*self.on_sheet, strict=True)
             labelled_sheet(list(paths), list(captions), Path(self.sheet), most=SHEET)
@@ -290,11 +299,6 @@ def _begun(file: str) -> IO[str]:
         return open(file, "w", encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
         raise UserError(f"{printable(file)} cannot be written ({error.strerror}).") from None
-
-
-def _short(path: str) -> str:
-    name = printable(path)
-    return name if len(name) <= 40 else "…" + name[-39:]
 
 
 def _counted(counts: Counter[str]) -> str:

@@ -124,7 +124,20 @@ def _unpack(
     `packed` is the size of the archive in bytes, for the ratio; None for a folder. Archives in the archive are looked
     into if there is no data set outside them.
     """
+    inside = _members_of_the_data(members, source, data_dir, packed, opened, encoding)
     key = str(source.absolute())
+    with one_writer(data_dir):
+        if finish_interrupted(data_dir) == key:
+            return
+        refuse_existing(data_dir, {path.parts[0] for path in inside})
+        with building(data_dir, key) as stage:
+            _copy(inside, data_dir, stage)
+
+
+def _members_of_the_data(
+    members: list[Member], source: Path, data_dir: Path, packed: int | None, opened: ExitStack, encoding: str | None
+) -> dict[Path, Member]:
+    """The files of the data set, found harmless, by their place in it; those of an inner archive if it lies in one."""
     found = checked(members, source, packed)
     inside = data_set(found)
     for _ in range(MAX_DEPTH):
@@ -138,27 +151,27 @@ def _unpack(
         inside = data_set(found)
     if inside is None:
         raise nothing_found(found, source)
+    return inside
+
+
+def _copy(inside: dict[Path, Member], data_dir: Path, stage: Path) -> None:
+    """Copies all files into `stage`, the hidden folder of `data_dir`, if the disk holds them."""
     total = sum(member.size for member in inside.values())
-    with one_writer(data_dir):
-        if finish_interrupted(data_dir) == key:
-            return
-        refuse_existing(data_dir, {path.parts[0] for path in inside})
-        bar = progress(total=total, desc="unpacking", unit="B", unit_scale=True)
-        with building(data_dir, key) as stage, bar:
-            missing = total + SPARE - shutil.disk_usage(stage).free
-            if missing > 0:
-                raise RunError(
-                    f"the disk that holds {printable(data_dir)} has too little room: free "
-                    f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again."
-                )
-            for path, member in inside.items():
-                target = stage / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with member.open() as stream, target.open("wb") as written:
-                    shutil.copyfileobj(stream, written)
-                if target.stat().st_size != member.size:
-                    raise ValueError(f"{member.name} has not the size it declares")
-                bar.update(member.size)
+    missing = total + SPARE - shutil.disk_usage(stage).free
+    if missing > 0:
+        raise RunError(
+            f"the disk that holds {printable(data_dir)} has too little room: free "
+            f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again."
+        )
+    with progress(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
+        for path, member in inside.items():
+            target = stage / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with member.open() as stream, target.open("wb") as written:
+                shutil.copyfileobj(stream, written)
+            if target.stat().st_size != member.size:
+                raise ValueError(f"{member.name} has not the size it declares")
+            bar.update(member.size)
 
 
 def download_from_kaggle(data_dir: Path) -> None:

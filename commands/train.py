@@ -15,7 +15,7 @@ from commands.evaluate import test_result
 from commands.explain import explain_mistakes
 from commands.export import require_safetensors, write_safetensors
 from evaluate import evaluate, probabilities
-from images.opening import DataSet
+from images.subsets import DataSet
 from model import constructor_options
 from reports import tables
 from reports.results import EXPLANATIONS, steady_rate

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from images.opening import DataSet
+from images.subsets import DataSet
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer

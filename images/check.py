@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from images.cache import survey
 from images.decode import Rules, ahead, read_header, try_decode
 from images.folders import ImageSet
 from images.labels import list_images
-from images.split import digest
+from images.split import digest, in_groups
 from system.machine import cores
 from utils import printable, progress
 
@@ -67,11 +67,7 @@ def _report(
     data_dir: str, images: ImageSet, rules: Rules, files: list[tuple[str, int, Path]], seen: list[Look]
 ) -> dict[str, Any]:
     names = [path.relative_to(images.root).as_posix() for *_, path in files]
-    same = defaultdict(list)
-    for place, found in enumerate(seen):
-        if found.digest:
-            same[found.digest].append(place)
-    groups = [places for places in same.values() if len(places) > 1]
+    groups = in_groups(found.digest for found in seen)
     counts = {
         part: dict(Counter(images.classes[label] for _, label in listing)) for part, listing in images.parts.items()
     }

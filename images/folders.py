@@ -243,7 +243,7 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, *, alone: bo
 
 def some(names: Sequence[str], most: int = 10) -> str:
     shown = ", ".join(map(printable, names[:most]))
-    return shown + f" and {len(names) - most:,} more" * (len(names) > most)
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 def _sorted_images(folder: Path, passed_over: Counter[str]) -> list[Path]:

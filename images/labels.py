@@ -50,9 +50,8 @@ def list_images(
         found = groups_by_pattern(names, group)
         image_set.groups = {path: name for path, name in zip(paths, found, strict=True) if name is not None}
         alone = len(paths) - len(image_set.groups)
-        image_set.notes += [f"--group {printable(group)} finds nothing in {alone:,} paths: each is by itself"] * (
-            alone > 0
-        )
+        if alone:
+            image_set.notes.append(f"--group {printable(group)} finds nothing in {alone:,} paths: each is by itself")
     return image_set
 
 

@@ -6,8 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,75 +14,13 @@ import numpy as np
 
 from command_line.kinds import parse_shares
 from images.decode import Rules, try_decode
-from images.folders import ImageSet, Listing, some
+from images.folders import ImageSet, Listing
 from images.labels import list_images
+from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
 from images.stores import ImageStore, open_store
+from images.subsets import DataSet, Split, Subset, relative
 from utils import UserError, log, printable
-
-Split = dict[str, tuple[str, str]]  # path: (class, part), as in split.csv
-
-
-@dataclass
-class Subset:
-    """Some images of a store: listing positions and their labels, in evaluation order."""
-
-    store: ImageStore
-    listing: Listing
-    positions: np.ndarray
-    labels: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.labels = np.array([self.listing[position][1] for position in self.positions], np.int64)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def keep(self, count: int) -> None:
-        """Cuts the subset to at most `count` images, spread evenly over it."""
-        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        self.positions = self.positions[chosen]
-        self.labels = self.labels[chosen]
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.listing[position][0] for position in self.positions]
-
-
-@dataclass
-class DataSet:
-    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
-
-    root: Path
-    classes: list[str]
-    subsets: dict[str, Subset]  # train, validation and test, or test alone
-    fingerprint: str
-    unreadable: list[str]
-    rules: Rules = field(default_factory=Rules)  # by which the files became pixels
-    listed: Listing = field(default_factory=list)  # all files, those that cannot be read among them
-
-    @property
-    def train(self) -> Subset:
-        return self.subsets["train"]
-
-    @property
-    def validation(self) -> Subset:
-        return self.subsets["validation"]
-
-    @property
-    def test(self) -> Subset:
-        return self.subsets["test"]
-
-    def names(self, subset: Subset) -> list[str]:
-        """The files of a subset, relative to the data folder, with slashes on every system."""
-        return [relative(path, self.root) for path in subset.paths]
-
-    def split(self) -> Iterator[list[str]]:
-        """The rows of split.csv: path, class and part of every file; one that cannot be read has no part."""
-        yield ["path", "class", "part"]
-        parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
-        for path, label in self.listed:
-            yield [relative(path, self.root), self.classes[label], parts.get(path, "")]
 
 
 @dataclass
@@ -111,10 +48,6 @@ class Opening:
         )
 
 
-def relative(path: Path, root: Path) -> str:
-    return Path(os.path.relpath(path, root)).as_posix()
-
-
 def open_data_set(
     data_dir: str | Path,
     *,
@@ -136,48 +69,22 @@ def open_data_set(
     times `image_size` pixels of training images, for random crops to choose from. Raises UserError for anything wrong
     with the data.
     """
-    opening = opening or Opening()
     image_set = list_images(data_dir, labels=labels, group=group)
     shares, follow = _asked(split, recorded)
     if split and shares is None:  # a file decides about all images, whatever folder they lie in
         _merge(image_set)
     if follow is not None:
         _keep(image_set, follow, strictly=recorded is not None)
-    for sentence in image_set.remarks():
-        log.info(sentence)
-    opened = _open_parts(image_set, opening, image_size, image_size * 3 // 2 if keep_larger else image_size)
-    _report_unreadable(opened.bad, skip_unreadable)
-    pool = opened.subsets["train"]
+    limit = image_size * 3 // 2 if keep_larger else image_size
+    opened = _open_parts(image_set, opening or Opening(), image_size, limit, skip_unreadable)
     missing = [name for name in PARTS[1:] if name not in opened.subsets]
     if missing or follow:
-        together = _joined(pool, image_set.groups)
-        parts = _parts(pool, image_set, follow)
-        if (parts < 0).any() and begun_before:
-            parts[:] = 0
-            parts[hold_out_as_before(pool.labels, seed)] = 1
-        elif (parts < 0).any():
-            fresh = divide(
-                pool.labels,
-                seed=seed,
-                shares=shares,
-                with_test="test" in missing,
-                together=together,
-                grouped=bool(image_set.groups),
-            )
-            parts = extend(parts, fresh, together)
+        parts = _divided(opened, follow, shares, seed, with_test="test" in missing, begun_before=begun_before)
         opened.divide(parts, missing, image_size)
-    subsets = {name: opened.subsets[name] for name in PARTS}
-    _refuse_empty(subsets, image_set)
-    _warn_of_leaks(subsets, image_set)
-    return DataSet(
-        image_set.root,
-        image_set.classes,
-        subsets,
-        opened.fingerprint(),
-        [str(path) for path in opened.bad],
-        opened.opening.rules,
-        [entry for listing in image_set.parts.values() for entry in listing],
-    )
+    data = opened.data_set()
+    refuse_empty(data.subsets, image_set)
+    warn_of_leaks(data.subsets, image_set)
+    return data
 
 
 def open_test_set(
@@ -196,7 +103,6 @@ def open_test_set(
     These are the test images that the run's split `recorded`, if `data_dir` is where it was trained (`same_place`, or
     all of them are there and nothing else is called a test part); or else the test part; or else all images.
     """
-    opening = opening or Opening()
     image_set = list_images(data_dir, labels=labels, known=known)
     listing = image_set.test or image_set.train
     tested = {name for name, (_, part) in (recorded or {}).items() if part == "test"}
@@ -210,15 +116,11 @@ def open_test_set(
                 f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
             )
     image_set = replace(image_set, train=[], validation=None, test=listing)
-    for sentence in image_set.remarks():
-        log.info(sentence)
-    opened = _open_parts(image_set, opening, image_size, image_size)
-    _report_unreadable(opened.bad, skip_unreadable)
+    opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
     if not len(opened.subsets["test"]):
         raise UserError(f"no readable image is left in {printable(data_dir)}.")
-    _say_absent(opened.subsets, image_set)
-    bad = [str(path) for path in opened.bad]
-    return DataSet(image_set.root, image_set.classes, opened.subsets, opened.fingerprint(), bad, opening.rules, listing)
+    say_absent(opened.subsets, image_set)
+    return opened.data_set()
 
 
 def _asked(split: str | None, recorded: Split | None) -> tuple[tuple[float, ...] | None, Split | None]:
@@ -297,9 +199,29 @@ class _Opened:
             found.update(self.crc32[name].tobytes())
         return found.hexdigest()[:16]
 
+    def data_set(self) -> DataSet:
+        """What was opened, parts in the order of PARTS."""
+        image_set = self.image_set
+        return DataSet(
+            image_set.root,
+            image_set.classes,
+            {name: self.subsets[name] for name in PARTS if name in self.subsets},
+            self.fingerprint(),
+            [str(path) for path in self.bad],
+            self.opening.rules,
+            [entry for listing in image_set.parts.values() for entry in listing],
+        )
 
-def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_limit: int) -> _Opened:
-    """A store for each part. The windows of deep pictures come from the first one, the training images."""
+
+def _open_parts(
+    image_set: ImageSet, opening: Opening, image_size: int, train_limit: int, skip_unreadable: bool
+) -> _Opened:
+    """A store for each part. The windows of deep pictures come from the first one, the training images.
+
+    Says what was passed over. Raises UserError for unreadable images unless `skip_unreadable` leaves them out.
+    """
+    for sentence in image_set.remarks():
+        log.info(sentence)
     opened = _Opened(image_set, opening, train_limit)
     for name, listing in image_set.parts.items():
         store = opened.opening.store(listing, image_set.root, train_limit if name == "train" else image_size)
@@ -307,20 +229,33 @@ def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_li
         opened.bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         opened.subsets[name] = Subset(store, listing, np.setdiff1d(np.arange(len(listing)), list(store.unreadable)))
         opened.crc32[name] = store.crc32
+    report_unreadable(opened.bad, skip_unreadable)
     return opened
 
 
-def _report_unreadable(bad: dict[Path, str], skip: bool) -> None:
-    if not bad:
-        return
-    lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
-    if len(bad) > 10:
-        lines.append(f"  and {len(bad) - 10} more")
-    head = f"{len(bad)} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
-    if not skip:
-        lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
-        raise UserError("\n".join([f"{head}:", *lines]))
-    log.warning("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+def _divided(
+    opened: _Opened,
+    follow: Split | None,
+    shares: tuple[float, ...] | None,
+    seed: int,
+    *,
+    with_test: bool,
+    begun_before: bool,
+) -> np.ndarray:
+    """The part of each training image, an index of PARTS: as a split says, or by `seed` where it says nothing."""
+    pool = opened.subsets["train"]
+    image_set = opened.image_set
+    together = _joined(pool, image_set.groups)
+    parts = _parts(pool, image_set, follow)
+    if (parts >= 0).all():
+        return parts
+    if begun_before:
+        parts[:] = 0
+        parts[hold_out_as_before(pool.labels, seed)] = 1
+        return parts
+    grouped = bool(image_set.groups)
+    fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together, grouped=grouped)
+    return extend(parts, fresh, together)
 
 
 def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
@@ -341,67 +276,3 @@ def _parts(pool: Subset, image_set: ImageSet, follow: Split | None) -> np.ndarra
     """The part of each image of the pool, an index of PARTS, as a split says; -1 where it says nothing."""
     said = [(follow or {}).get(relative(path, image_set.root), ("", ""))[1] for path in pool.paths]
     return np.array([PARTS.index(part) if part else -1 for part in said], np.int64)
-
-
-def _refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    for name, subset in subsets.items():
-        if not len(subset):
-            raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
-    empty = sorted(set(range(len(image_set.classes))) - set(subsets["train"].labels.tolist()))
-    if empty:
-        raise UserError(f"no readable train image is left in {printable(image_set.classes[empty[0]])}.")
-    counts = Counter(subsets["train"].labels.tolist())
-    (most, large), (least, small) = counts.most_common()[0], counts.most_common()[-1]
-    if large > 10 * small:
-        log.info(
-            f"{printable(image_set.classes[most])} has {large / small:.0f} times as many training images as "
-            f"{printable(image_set.classes[least])}. Rare classes may be learnt better with --sampler balanced or "
-            "--class_weights balanced, and chosen by with --best_by balanced_accuracy."
-        )
-    _say_absent({name: subset for name, subset in subsets.items() if name != "train"}, image_set)
-
-
-def _say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    for name, subset in subsets.items():
-        absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
-        if absent:
-            names = some([image_set.classes[label] for label in absent])
-            log.info(f"no {name} image of {names}: tested with support 0, and left out of averages over classes")
-
-
-def _warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Warns of pictures, or groups, that a given test or validation part shares with the training images."""
-    train = subsets["train"]
-    for name in PARTS[1:]:
-        other = subsets[name]
-        if other.listing is getattr(image_set, name):  # not split off
-            copies = _copies(train, other)
-            if copies:
-                log.warning(
-                    f"{len(copies):,} {name} images are also training images, such as {printable(copies[0])}: "
-                    "the accuracy on them says nothing (prepare --check lists them)."
-                )
-        known = image_set.groups
-        groups = [{known[path] for path in subset.paths if path in known} for subset in (train, other)]
-        shared = groups[0] & groups[1]
-        if shared:
-            log.warning(
-                f"{len(shared):,} groups have images on both sides, training and {name}, such as {min(shared)}."
-            )
-
-
-def _copies(train: Subset, other: Subset) -> list[Path]:
-    """The images of another part whose picture is one of all that the training images were taken from.
-
-    Equal checksums may be chance, so these files are looked at again.
-    """
-    theirs = other.store.crc32[other.positions]
-    both = np.intersect1d(train.store.crc32, theirs)
-    both = both[both > 0]
-    if not len(both):
-        return []
-    rules = train.store.rules
-    paths = [train.listing[place][0] for place in np.flatnonzero(np.isin(train.store.crc32, both))]
-    known = {digest(try_decode(path, 512, rules)) for path in paths}
-    suspects = [other.paths[place] for place in np.flatnonzero(np.isin(theirs, both))]
-    return [path for path in suspects if digest(try_decode(path, 512, rules)) in known]

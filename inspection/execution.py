@@ -17,7 +17,8 @@ import torch
 from torch.optim import optimizer as optimizer_hooks
 
 from inspection.places import Place, outermost, place_of_caller
-from inspection.subject import Subject, losses_in, restore, tensors_in
+from inspection.subject import Subject, losses_in, restore
+from inspection.tensors import tensors_in
 from precision import Precision
 
 SCALER_CALLS = ("scale", "unscale_", "step", "update")

@@ -12,11 +12,28 @@ from typing import Any
 import torch
 
 from inspection.places import Place
-from inspection.subject import Subject, tensors_in
+from inspection.subject import Subject
+from inspection.tensors import address, dtype_name, tensors_in
 
 # Operators that write what they are told to, infinity too.
-CREATE = ("full", "fill", "masked_fill", "scalar_tensor", "new_full", "full_like", "where", "zeros", "ones", "lift",
-          "clone", "detach", "copy", "triu", "tril", "constant_pad")  # fmt: skip
+CREATE = (
+    "full",
+    "fill",
+    "masked_fill",
+    "scalar_tensor",
+    "new_full",
+    "full_like",
+    "where",
+    "zeros",
+    "ones",
+    "lift",
+    "clone",
+    "detach",
+    "copy",
+    "triu",
+    "tril",
+    "constant_pad",
+)
 UNINITIALISED = ("empty", "new_empty", "resize_", "set_")
 ROUND = ("_to_copy", "to", "copy_")
 DANGEROUS = {  # what such an operator does at the edge of its domain, and the cure
@@ -73,23 +90,23 @@ class Lineage:
         for name, tensor in some:
             kind = _fault(tensor)
             if kind:
-                origin = Origin(kind, "before", name, "", _dtype(tensor), [], None, intended=kind == "inf")
-                self.origins[_address(tensor)] = origin
+                origin = Origin(kind, "before", name, "", dtype_name(tensor.dtype), [], None, intended=kind == "inf")
+                self.origins[address(tensor)] = origin
 
     def observe(self, op: str, given: list[torch.Tensor], made: list[torch.Tensor], **where: Any) -> None:
         """After each operator: `where` is phase, module and place."""
         for tensor in made:
-            address = _address(tensor)
-            if not address or not tensor.is_floating_point():
+            memory = address(tensor)
+            if memory < 1 or not tensor.is_floating_point():
                 continue
             kind = None if op.startswith(UNINITIALISED) else _fault(tensor)
             if kind:
-                self.origins[address] = self._origin(kind, op, given, tensor, where)
+                self.origins[memory] = self._origin(kind, op, given, tensor, where)
             elif tensor.nbytes >= tensor.untyped_storage().nbytes():
-                self.origins.pop(address, None)
+                self.origins.pop(memory, None)
 
     def _origin(self, kind: str, op: str, given: list, made: torch.Tensor, where: dict[str, Any]) -> Origin:
-        known = [self.origins[_address(tensor)] for tensor in given if _address(tensor) in self.origins]
+        known = [self.origins[address(tensor)] for tensor in given if address(tensor) in self.origins]
         faults = [origin for origin in known if not origin.intended]
         if faults:
             return faults[0]
@@ -100,11 +117,12 @@ class Lineage:
         if op in ROUND and not finite:
             intended = kind == "inf"
         inputs = [ranged(tensor) for tensor in given if tensor.is_floating_point()]
-        return Origin(kind, where["phase"], where["module"], op, _dtype(made), inputs, where["place"], intended)
+        output = dtype_name(made.dtype)
+        return Origin(kind, where["phase"], where["module"], op, output, inputs, where["place"], intended)
 
     def arrived(self, what: str, tensor: torch.Tensor) -> None:
         """A tensor that has to be finite: the loss, or the gradient of a parameter."""
-        origin = self.origins.get(_address(tensor))
+        origin = self.origins.get(address(tensor))
         if origin is not None and _fault(tensor) is not None:
             origin.reached = origin.reached or what
             self.reached.append(origin)
@@ -118,17 +136,6 @@ class Lineage:
                 self.arrived("the loss", root)
         self.first = next(iter([*self.reached, *gradients]), None)
         self.origins.clear()
-
-
-def _address(tensor: torch.Tensor) -> int:
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _fault(tensor: torch.Tensor) -> str | None:
@@ -150,7 +157,7 @@ def ranged(tensor: torch.Tensor) -> dict[str, Any]:
     values = tensor.detach()
     values = values[torch.isfinite(values)] if values.element_size() > 1 else values.float()
     low, high = (value.item() for value in values.float().aminmax()) if values.numel() else (None, None)
-    return {"dtype": _dtype(tensor), "shape": list(tensor.shape), "min": low, "max": high}
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "min": low, "max": high}
 
 
 def cures(origin: Origin, *, overflow: bool) -> list[str]:

@@ -18,6 +18,7 @@ from inspection.ranges import measure_ranges
 from inspection.recipe_rules import recipe_findings
 from inspection.report import Report
 from inspection.subject import Subject, core
+from inspection.tensors import dtype_name
 from inspection.tracing import Trace, trace_step
 from precision import Precision, named_precision, sensible_precisions
 from utils import RunError, UserError
@@ -208,8 +209,8 @@ class Inspection:
         amp = next((precision for precision in some if precision.amp), None)
         base = ran[0] if not self.precisions[ran[0]].amp else None
         rates = roof["rates"] if roof else {}
-        gain = rates[str(amp.dtype).removeprefix("torch.")] / rates["float32"] if amp is not None and roof else None
-        ceiling = payoff.amdahl(self.traces[base], speed[base]["shortest"], gain) if base else None
+        gain = rates[dtype_name(amp.dtype)] / rates["float32"] if amp is not None and roof else None
+        ceiling = payoff.products_ceiling(self.traces[base], speed[base]["shortest"], gain) if base else None
         failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
         return {
             "speed": speed,
@@ -262,7 +263,7 @@ class Inspection:
             "name": ", ".join(type(core(model)).__name__ for model in subject.models.values()),
             "models": models,
             "form": "whole step" if execution.full else "step" if subject.step else "loss",
-            "own_autocast": sorted(str(dtype).removeprefix("torch.") for dtype in self.written_types),
+            "own_autocast": sorted(dtype_name(dtype) for dtype in self.written_types),
             "own_scaler": any(event.kind.startswith("scaler.") for event in execution.events),
         }
 

@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from inspection.execution import Execution
-from inspection.subject import Subject, tensors_in
+from inspection.subject import Subject
+from inspection.tensors import address, tensors_in
 from inspection.tracing import eager
 from precision import Precision
 from system.machine import linux_memory
@@ -49,14 +50,6 @@ class _KeptForBackward(TorchDispatchMode):
     def __exit__(self, *details: Any) -> None:
         super().__exit__(*details)
         self.hooks.__exit__(*details)
-
-
-def address(tensor: torch.Tensor) -> int:
-    """Of the memory behind a tensor, which views share; -1 if it has none of its own."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return -1
 
 
 def nbytes(tensors: Any) -> int:

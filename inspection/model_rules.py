@@ -76,10 +76,19 @@ def wide_products(trace: Trace) -> list[dict[str, Any]]:
             share = sum(product.flops or 0.0 for product in members) / flops
         else:
             share = sum(product.seconds for product in members) / max(seconds, 1e-12)
-        rows.append({"op": op, "module": module, "place": place, "reason": reason, "share": share,
-                     "by": "work" if known and flops else "time", "calls": len(members),
-                     "seconds": sum(product.seconds for product in members),
-                     "written_cast": next((p.written_cast for p in members if p.written_cast), None)})  # fmt: skip
+        rows.append(
+            {
+                "op": op,
+                "module": module,
+                "place": place,
+                "reason": reason,
+                "share": share,
+                "by": "work" if known and flops else "time",
+                "calls": len(members),
+                "seconds": sum(product.seconds for product in members),
+                "written_cast": next((p.written_cast for p in members if p.written_cast), None),
+            }
+        )
     return sorted(rows, key=lambda row: -row["share"])
 
 
@@ -141,8 +150,9 @@ def _sizes(trace: Trace, precision: str) -> list[Finding]:
         f"{module or members[0].op} has size {sizes}; such products are {work / total:.0%} of the products' work, in "
         f"{len({key[0] for key in groups})} modules. NVIDIA's Tensor Cores read 16-bit numbers eight at a time."
     )
-    return [Finding("unaligned-sizes", message, [f"pad {better}"], place, module, members[0].op, precision,
-                    level_of(place))]  # fmt: skip
+    return [
+        Finding("unaligned-sizes", message, [f"pad {better}"], place, module, members[0].op, precision, level_of(place))
+    ]
 
 
 def failure(trace: Trace, precision: str) -> Finding:

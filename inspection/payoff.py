@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections import Counter
@@ -14,6 +15,8 @@ import torch
 from inspection import roofline
 from inspection.execution import Execution
 from inspection.subject import Subject
+from inspection.tensors import dtype_name
+from inspection.timing import amdahl, timed, timed_once
 from inspection.tracing import Trace, eager
 from precision import Precision
 
@@ -21,24 +24,6 @@ ROUNDS = 7
 BUDGET = 12.0  # seconds for all precisions together
 ENOUGH = 1.05  # a gain below this factor is not worth a word
 SIDE = 1024  # of the square product that says how much faster 16 bits multiply
-
-
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
-    """Seconds of each of some calls; one more before them is warm-up and not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        wait(device)
-        started = time.perf_counter()
-        function()
-        wait(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
 
 
 def measure_speed(
@@ -68,15 +53,6 @@ def measure_speed(
         name: {"seconds": statistics.median(some), "shortest": min(some), "longest": max(some), "rounds": len(some)}
         for name, some in seconds.items()
     }
-
-
-def timed_once(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
-    wait(device)
-    started = time.perf_counter()
-    function()
-    wait(device)
-    return time.perf_counter() - started
 
 
 def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
@@ -109,7 +85,7 @@ def bounds(
     device = subject.device
     rates = {}
     for dtype in dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]):
-        rates[str(dtype).removeprefix("torch.")] = roofline.matrix_rate(device, dtype, size=SIDE)
+        rates[dtype_name(dtype)] = roofline.matrix_rate(device, dtype, size=SIDE)
     found: dict[str, dict[str, float]] = {}
     bandwidth = None
     for precision in precisions:
@@ -131,7 +107,7 @@ def bounds(
     return {"rates": rates, "bandwidth": bandwidth, "precisions": found, "words": words}
 
 
-def amdahl(trace: Trace, update_seconds: float, gain: float | None) -> dict[str, float | None]:
+def products_ceiling(trace: Trace, update_seconds: float, gain: float | None) -> dict[str, float | None]:
     """The products' share of a float32 update, and the speed-up if only they become faster.
 
     `ceiling`: products cost nothing. `expected`: they become `gain` times faster.
@@ -140,12 +116,11 @@ def amdahl(trace: Trace, update_seconds: float, gain: float | None) -> dict[str,
     every = sum(trace.seconds.values())
     # In the trace each operator is timed alone; what an update takes beyond their sum is Python and the optimizer.
     share = products / max(every, update_seconds, 1e-12)
-    ceiling = None if share >= 1 else 1 / (1 - share)
     return {
         "product_share": share,
         "product_gain": gain,
-        "ceiling": ceiling,
-        "expected": None if gain is None else 1 / (1 - share + share / gain),
+        "ceiling": None if share >= 1 else amdahl(share, math.inf),
+        "expected": None if gain is None else amdahl(share, gain),
     }
 
 

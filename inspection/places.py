@@ -25,9 +25,20 @@ TOOL = str(Path(__file__).parent) + os.sep
 STANDARD = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
 # Files of PyTorch that only pass a call on: what happens in them is the caller's doing.
 WRAPPERS = (
-    "_tensor.py", "_tensor_str.py", "overrides.py", "functional.py", "_ops.py", "_compile.py", "_VF.py",
-    "autograd/__init__.py", "autograd/function.py", "nn/functional.py", "nn/modules/", "utils/_", "_dynamo/",
-)  # fmt: skip
+    "_tensor.py",
+    "_tensor_str.py",
+    "overrides.py",
+    "functional.py",
+    "_ops.py",
+    "_compile.py",
+    "_VF.py",
+    "autograd/__init__.py",
+    "autograd/function.py",
+    "nn/functional.py",
+    "nn/modules/",
+    "utils/_",
+    "_dynamo/",
+)
 _users: dict[str, list[CodeType]] = {}  # files that are the user's wherever they lie, and functions in them
 _outermost: set[CodeType] = set()
 

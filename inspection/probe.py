@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import re
 import signal
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +25,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches
-from images.opening import Subset
 from images.stores import DecodedImages
+from images.subsets import Subset
 from inspection.energy import energy_counter
+from inspection.timing import timed, wait
 from model import avoid_in_place, build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
@@ -37,6 +39,9 @@ from utils import RunError, choose_device, keep_freed_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 PHASES = ("data", "forward", "backward", "optimizer")
+ROUNDS = 5
+ROUND_SECONDS = 1.0
+PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 GRACE = 5  # seconds that an idle process is given to end by itself
 PATIENCE = 240  # seconds for an answer: a hung driver must not hang the doctor
 # Operators of an update, by what autocast can do for them: the first pattern that matches counts.
@@ -80,22 +85,20 @@ class Update:
         )
 
 
-def wait(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def updates_of_a_round(seconds: float) -> int:
+    """How many updates fill a round, if one takes so many `seconds`."""
+    return int(min(50, max(1, ROUND_SECONDS / seconds)))
 
 
-def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
-    """Seconds of each of some calls; one more before them is warm-up and not counted."""
-    seconds = []
-    for _ in range(repeats + 1):
-        wait(device)
-        started = time.perf_counter()
-        function()
-        wait(device)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:
+    """Seconds of an update in each of some rounds."""
+    return [turn["seconds"] / turn["updates"] for turn in rounds]
+
+
+def joules_per_image(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
+    """The median over rounds; None if nothing counts joules."""
+    counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
+    return statistics.median(counted) / batch_size if counted else None
 
 
 def endless(batches: Batches) -> Iterator[Iterator]:
@@ -186,20 +189,29 @@ class Bench:
             slowdown = _convolution_seconds(torch.float16) / _convolution_seconds(torch.float32)
         return {"memory": memory, "shares": shares, "busy": busy, "tflops": tflops, "float16_slowdown": slowdown}
 
+    def _profiled(self, updates: list[list]) -> list[Any]:
+        """The operators of some updates with their time, as torch.profiler adds them up."""
+        cuda = self.device.type == "cuda"
+        watched = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+        wait(self.device)
+        with profile(activities=watched, acc_events=True) as profiler:
+            for pieces in updates:
+                self.update(pieces, self.batch_size)
+            wait(self.device)
+        # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
+        return [
+            event
+            for event in profiler.key_averages()
+            if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key)
+        ]
+
     def _shares(self) -> tuple[dict[str, float], float | None]:
         """Shares of some updates by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
         cuda = self.device.type == "cuda"
         updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
-        wait(self.device)
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
-            for pieces in updates:
-                self.update(pieces, self.batch_size)
-            wait(self.device)
         totals = dict.fromkeys([*OPERATORS, "other"], 0.0)
-        for event in profiler.key_averages():
-            # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
-            if event.device_type == DeviceType.CPU and (not cuda or "::" in event.key):
-                totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in self._profiled(updates):
+            totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
         total = sum(totals.values())
         shares = {kind: microseconds / total if total else 0.0 for kind, microseconds in totals.items()}
         if not cuda:

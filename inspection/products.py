@@ -10,11 +10,25 @@ import torch
 from torch.utils.flop_counter import flop_registry
 
 from inspection.places import Place
+from inspection.tensors import dtype_name
 
 PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|matmul|_scaled_mm)_?(\.|$)"
 PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"
 PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_"
 ALIGNED = 8  # a multiple of this many 16-bit numbers is what Tensor Cores read
+BUILT_IN = (  # namespaces of operators
+    "aten",
+    "prims",
+    "prim",
+    "torchvision",
+    "c10d",
+    "_c10d_functional",
+    "profiler",
+    "higher_order",
+    "torchaudio",
+    "quantized",
+    "mkldnn",
+)
 
 
 @dataclass
@@ -49,8 +63,7 @@ def is_product(op: str, operator: Any) -> bool:
 
 def is_custom(operator: Any) -> bool:
     """Whether an operator was registered outside PyTorch and its own packages."""
-    return operator.namespace not in ("aten", "prims", "prim", "torchvision", "c10d", "_c10d_functional", "profiler",
-                                      "higher_order", "torchaudio", "quantized", "mkldnn")  # fmt: skip
+    return operator.namespace not in BUILT_IN
 
 
 def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor]) -> Product:
@@ -58,11 +71,11 @@ def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[tor
     packet = operator.overloadpacket
     op = str(packet).removeprefix("aten.")
     floating = [tensor for tensor in given if tensor.is_floating_point()]
-    dtype = str((floating or given or [torch.empty(0)])[0].dtype).removeprefix("torch.")
+    dtype = dtype_name((floating or given or [torch.empty(0)])[0].dtype)
     if op in ("addmm", "baddbmm") and len(floating) > 1:
-        dtype = str(floating[1].dtype).removeprefix("torch.")
+        dtype = dtype_name(floating[1].dtype)
     if is_custom(operator) and isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16):
-        dtype = str(result.dtype).removeprefix("torch.")  # autocast covers the operators that it calls
+        dtype = dtype_name(result.dtype)  # autocast covers the operators that it calls
     flops = None
     formula = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, op.rstrip("_"), None))
     if formula is not None:

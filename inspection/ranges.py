@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from inspection.execution import Execution
-from inspection.subject import Subject, tensors_in
+from inspection.subject import Subject
+from inspection.tensors import tensors_in
 from inspection.tracing import eager
 from precision import Precision
 
@@ -121,6 +122,45 @@ class Fates:
         }
 
 
+class _Watch:
+    """Counts the gradients and the activations of one run by layer; `hooks` sees them."""
+
+    def __init__(self, execution: Execution, scales: list[float]):
+        self.gradients: dict[tuple[str, str], Fates] = defaultdict(lambda: Fates(scales))  # by group and name
+        self.activations: dict[str, Fates] = defaultdict(lambda: Fates([1.0]))
+        self._execution = execution
+        self._seen: set[tuple[int, int]] = set()
+        self._kept: list[torch.Tensor] = []  # so that no address is used again meanwhile
+
+    def hooks(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> list[Any]:
+        """Puts a hook on each module and parameter; the caller removes them."""
+        on_modules = [
+            module.register_forward_hook(lambda _module, _inputs, output, name=name: self._output(name, output))
+            for name, module in modules.items()
+        ]
+        on_parameters = [
+            parameter.register_hook(lambda gradient, name=name: self._gradient("parameter", name, gradient))
+            for name, parameter in parameters.items()
+        ]
+        return on_modules + on_parameters
+
+    def _output(self, name: str, output: Any) -> None:
+        # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
+        for tensor in tensors_in(output):
+            key = id(tensor), tensor._version  # an in-place module puts out the tensor it was given, changed
+            if key in self._seen or not tensor.is_floating_point() or self._execution.phase == "backward":
+                continue
+            self._seen.add(key)
+            self._kept.append(tensor)
+            self.activations[name].add(tensor, exponents=False)
+            if tensor.requires_grad:
+                tensor.register_hook(lambda gradient: self._gradient("activation", name, gradient))
+
+    def _gradient(self, group: str, name: str, gradient: Any) -> None:
+        if isinstance(gradient, torch.Tensor) and gradient.is_floating_point():
+            self.gradients[group, name].add(gradient, 1 / self._execution.scale)
+
+
 def measure_ranges(
     subject: Subject, *, scaler_scale: float | None = None, product_modules: set[str] | None = None
 ) -> dict[str, Any]:
@@ -133,40 +173,13 @@ def measure_ranges(
     `nonzero` values, and None if there are none: nothing measured is not zero.
     """
     scales = list(dict.fromkeys([*SCALES, float(scaler_scale or 1)]))
-    kinds = dict(subject.named_modules())
-    if product_modules is None:
-        product_modules = {name for name, module in kinds.items() if is_product_module(module)}
-    gradients: dict[tuple[str, str], Fates] = defaultdict(lambda: Fates(scales))
-    activations: dict[str, Fates] = defaultdict(lambda: Fates([1.0]))
-    execution = Execution(subject, Precision("fp32", subject.device, ""))
-    seen: set[tuple[int, int]] = set()
-    kept: list[torch.Tensor] = []  # so that no address is used again meanwhile
-
-    def count(group: str, name: str, gradient: Any) -> None:
-        if isinstance(gradient, torch.Tensor) and gradient.is_floating_point():
-            gradients[group, name].add(gradient, 1 / execution.scale)
-
-    def watch(name: str, output: Any) -> None:
-        # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
-        for tensor in tensors_in(output):
-            key = id(tensor), tensor._version  # an in-place module puts out the tensor it was given, changed
-            if key in seen or not tensor.is_floating_point() or execution.phase == "backward":
-                continue
-            seen.add(key)
-            kept.append(tensor)
-            activations[name].add(tensor, exponents=False)
-            if tensor.requires_grad:
-                tensor.register_hook(lambda gradient: count("activation", name, gradient))
-
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: watch(name, output))
-        for name, module in kinds.items()
-    ]
+    modules = dict(subject.named_modules())
     parameters = {name: parameter for name, parameter in subject.named_parameters() if parameter.requires_grad}
-    hooks += [
-        parameter.register_hook(lambda gradient, name=name: count("parameter", name, gradient))
-        for name, parameter in parameters.items()
-    ]
+    if product_modules is None:
+        product_modules = {name for name, module in modules.items() if is_product_module(module)}
+    execution = Execution(subject, Precision("fp32", subject.device, ""))
+    watch = _Watch(execution, scales)
+    hooks = watch.hooks(modules, parameters)
     try:
         torch.manual_seed(0)
         with eager():
@@ -175,14 +188,17 @@ def measure_ranges(
         for hook in hooks:
             hook.remove()
         execution.put_back()
+    activations = [
+        {"name": name, "kind": type(modules[name]).__name__, **fates.record()}
+        for name, fates in watch.activations.items()
+    ]
     return {
         "scales": scales,
         "scaler_scale": scaler_scale,
-        "layers": _layers(gradients, [*parameters], [*kinds], product_modules),
-        "activations": [{"name": name, "kind": type(kinds[name]).__name__} | fates.record()
-                        for name, fates in activations.items()],
-        "histogram": {group: _histogram(gradients, group) for group in ("parameter", "activation")},
-    }  # fmt: skip
+        "layers": _layers(watch.gradients, [*parameters], [*modules], product_modules),
+        "activations": activations,
+        "histogram": {group: _histogram(watch.gradients, group) for group in ("parameter", "activation")},
+    }
 
 
 def _layers(gradients: dict, parameters: list[str], modules: list[str], products: set[str]) -> list[dict[str, Any]]:

@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from inspection.findings import Finding
-from inspection.words import activation_lines, diary_lines, dtype_lines, memory_lines, payoff_words, underflow_lines
-from reports.text import WIDTH, heading, paragraph, table
+from inspection.words import (
+    activation_lines,
+    diary_lines,
+    dtype_lines,
+    megabytes,
+    memory_lines,
+    payoff_words,
+    underflow_lines,
+)
+from reports.text import cut, end_of, heading, paragraph, table
 from system.files import write_text
 from utils import UserError
 
@@ -95,8 +103,7 @@ class Report:
             return [*lines, "  None."]
         cells = [["what", "times", "line"]]
         for row in rows[:15]:
-            where = row["where"] if len(row["where"]) <= 56 else f"…{row['where'][-55:]}"
-            cells.append([row["what"], str(row["count"]), where])
+            cells.append([row["what"], str(row["count"]), end_of(row["where"], 56)])
         return [*lines, *table("<><", cells)]
 
     def _payoff_lines(self) -> list[str]:
@@ -113,7 +120,7 @@ class Report:
         base = next(iter(payoff["speed"].values()))["shortest"]
         for name, entry in payoff["speed"].items():
             row = memory.get(name, {})
-            sizes = ("–" if row.get(key) is None else f"{row[key] / 2**20:,.1f}" for key in ("peak", "activations"))
+            sizes = (megabytes(row.get(key)) for key in ("peak", "activations"))
             cells.append([name, f"{1000 * entry['shortest']:,.1f}", f"{base / entry['shortest']:.2f}", *sizes])
         lines += table("<>>>>", cells)
         return [*lines, *payoff_words(payoff)]
@@ -125,7 +132,7 @@ class Report:
         for number, finding in enumerate(self.everything, 1):
             lines += ["", *paragraph(f"{finding.rule} ({finding.level}): {finding.record()['title']}.", f"{number}. ")]
             if finding.place:
-                lines += [f"   {finding.place}", *_cut(f"   {finding.place.code}")]
+                lines += [f"   {finding.place}", cut(f"   {finding.place.code}")]
             lines += paragraph(finding.message, "   ")
             for cure in finding.cures:
                 lines += paragraph(f"{cure}.", "   - ")
@@ -163,7 +170,3 @@ class Report:
             raise UserError(f"cannot write into {folder} ({error.strerror}). Name another folder with --out.") from None
         write_report_page(self, folder)
         return [folder / name for _, _, name in jobs] + [folder / "inspect.json", folder / "inspect.html"]
-
-
-def _cut(line: str) -> list[str]:
-    return [line if len(line) <= WIDTH else line[: WIDTH - 1] + "…"]

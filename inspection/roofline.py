@@ -8,7 +8,6 @@ is that of Williams, Waterman and Patterson, "Roofline", CACM 2009. A library: k
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from inspection.tensors import dtype_name
+from inspection.timing import timed_once
 
 # Groups of operators by their names; the first pattern that matches counts. Products are those with FLOPs.
 GROUPS = {
@@ -79,8 +81,8 @@ class OperatorCounter(TorchDispatchMode):
         free = _FREE.search(re.sub(r"^(\w+)\.", r"\1::", name)) or function.is_view
         moved = 0 if free else sum(_bytes(tensor) for tensor in {id(tensor): tensor for tensor in tensors}.values())
         if moved or flops:
-            dtype = str(next((one.dtype for one in inputs if one.is_floating_point()), tensors[0].dtype))
-            self.operators.append(Operator(name, group_of(name), flops, moved, dtype.removeprefix("torch.")))
+            dtype = next((one.dtype for one in inputs if one.is_floating_point()), tensors[0].dtype)
+            self.operators.append(Operator(name, group_of(name), flops, moved, dtype_name(dtype)))
         return result
 
 
@@ -138,27 +140,14 @@ def typical_megabytes(operators: Iterable[Operator]) -> float:
 def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
     """Seconds of each of some calls, after one that warms up; several at once where one would be too short."""
     calls = 1
-    while True:
-        started = time.perf_counter()
+
+    def several() -> None:
         for _ in range(calls):
             function()
-        _wait(device)
-        if time.perf_counter() - started > 0.005 or calls >= 512:
-            break
+
+    while timed_once(several, device) <= 0.005 and calls < 512:
         calls *= 4
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        for _ in range(calls):
-            function()
-        _wait(device)
-        found.append((time.perf_counter() - started) / calls)
-    return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    return [timed_once(several, device) / calls for _ in range(repeats)]
 
 
 # ---------------------------------------------------------------------------------------- the bound

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-from inspection.probe import Bench, Update, wait
+from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from inspection.tensors import dtype_name
+from inspection.timing import wait
 from model import Forward
 from precision import Precision, bfloat16_products
 from system.cards import NATIVE, processor
@@ -130,7 +131,7 @@ class RungBench(Bench):
         `size` is that of the matrix products. A compiled update has other operators, and gives rates alone.
         """
         dtype = self.update.precision.dtype
-        rates = {str(dtype).removeprefix("torch."): matrix_rate(self.device, dtype, size=size)}
+        rates = {dtype_name(dtype): matrix_rate(self.device, dtype, size=size)}
         if dtype != torch.float32:
             rates["float32"] = matrix_rate(self.device, torch.float32, size=size)
         found = {"rates": rates, "bandwidth": copy_bandwidth(self.device), "operators": None, "measured": None}
@@ -139,13 +140,8 @@ class RungBench(Bench):
         pieces = [list(next(self.updates)) for _ in range(3)]
         wait(self.device)
         operators = count_step(lambda: self.update(pieces[0], self.batch_size), self.device)
-        cuda = self.device.type == "cuda"
-        with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, acc_events=True) as profiler:
-            for piece in pieces[1:]:
-                self.update(piece, self.batch_size)
-            wait(self.device)
-        events = [event for event in profiler.key_averages() if not cuda or "::" in event.key]
-        measured = {name: value / 2 for name, value in measured_groups(events, cuda=cuda).items()}
+        groups = measured_groups(self._profiled(pieces[1:]), cuda=self.device.type == "cuda")
+        measured = {name: value / 2 for name, value in groups.items()}
         return {**found, "operators": operators, "measured": measured}
 
 

@@ -14,23 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
+from inspection.tensors import tensors_in
 from precision import Precision
 from utils import UserError
 
 MODEL_WORDS = ("model", "models", "net", "nets", "network", "networks", "module", "modules", "step")
-
-
-def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in any nesting of containers; also in objects that hold them as attributes, one level deep."""
-    found = []
-    for leaf in tree_leaves(tree):
-        if isinstance(leaf, torch.Tensor):
-            found.append(leaf)
-        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
-            found += [value for value in vars(leaf).values() if isinstance(value, torch.Tensor)]
-    return found
 
 
 def core(wrapped: nn.Module) -> nn.Module:

@@ -25,11 +25,19 @@ from inspection.finite import Lineage
 from inspection.places import Place, kind_of_file, place_of_caller
 from inspection.products import Product, describe, is_custom, is_product
 from inspection.subject import Subject
+from inspection.tensors import address, dtype_name
+from inspection.timing import wait
 from precision import Precision
 
 AMP_TYPES = (torch.float16, torch.bfloat16)
-CASTS = {torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.to,
-         torch.Tensor.type}  # fmt: skip
+CASTS = {
+    torch.Tensor.float,
+    torch.Tensor.double,
+    torch.Tensor.half,
+    torch.Tensor.bfloat16,
+    torch.Tensor.to,
+    torch.Tensor.type,
+}
 TO_PYTHON = {torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "numpy", torch.Tensor.tolist: "tolist"}
 TO_HOST = {torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
 WAITS = {"nonzero": "nonzero", "_local_scalar_dense": "item", "masked_select": "masked_select", "_unique2": "unique"}
@@ -109,7 +117,7 @@ class Functions(TorchFunctionMode):
 
     def _cast(self, given: torch.Tensor, made: Any, place: Place) -> None:
         if isinstance(made, torch.Tensor) and given.dtype in AMP_TYPES and made.dtype in (torch.float32, torch.float64):
-            self.written[_address(made)] = (place, made)
+            self.written[address(made)] = (place, made)
 
     @property
     def current(self) -> tuple[str, bool | None, Place | None]:
@@ -120,14 +128,6 @@ def _backward(
     tensor: torch.Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: bool = False, inputs: Any = None
 ) -> None:
     torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
-def _address(tensor: torch.Tensor) -> int:
-    """Of the memory behind a tensor, which views share; 0 if it has none that can be named."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return 0
 
 
 class Operators(TorchDispatchMode):
@@ -204,8 +204,8 @@ class Operators(TorchDispatchMode):
         self._notice(op, place, given, made)
         if phase == "update" or operator.namespace == "profiler":
             return result
-        inputs = tuple(dict.fromkeys(_short(tensor.dtype) for tensor in given))
-        output = _short(made[0].dtype) if made else ""
+        inputs = tuple(dict.fromkeys(dtype_name(tensor.dtype) for tensor in given))
+        output = dtype_name(made[0].dtype) if made else ""
         cast = None
         if op == "_to_copy" and given and made and given[0].dtype != made[0].dtype:
             cast = (tuple(given[0].shape), _strides(given[0]))
@@ -215,12 +215,15 @@ class Operators(TorchDispatchMode):
         self.trace.seconds[key] += seconds
         function, enabled, written_at = self.functions.current
         if is_product(op, operator):
-            written = next((self.functions.written[_address(tensor)][0] for tensor in given
-                            if _address(tensor) in self.functions.written), None)  # fmt: skip
             product = describe(operator, args, kwargs, result, given)
-            product.phase, product.module, product.place = phase, module, written_at or place
-            product.function, product.autocast, product.seconds = function, enabled, seconds
-            product.in_custom_function, product.written_cast = _in_custom_function(), written
+            product.phase = phase
+            product.module = module
+            product.place = written_at or place
+            product.function = function
+            product.autocast = enabled
+            product.seconds = seconds
+            product.in_custom_function = _in_custom_function()
+            product.written_cast = self._written_cast(given)
             self.trace.products.append(product)
         elif output == "float32" and not operator.is_view and not cast:
             self.trace.float32_places.setdefault((phase, module, op), (function, enabled, written_at or place))
@@ -228,9 +231,13 @@ class Operators(TorchDispatchMode):
             self.trace.lineage.observe(op, given, made, phase=phase, module=module, place=place)
         return result
 
+    def _written_cast(self, given: list[torch.Tensor]) -> Place | None:
+        """The line on which the user made one of these tensors float32."""
+        written = self.functions.written
+        return next((written[address(tensor)][0] for tensor in given if address(tensor) in written), None)
+
     def _clock(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize(self.device)
+        wait(self.device)
         return time.perf_counter()
 
     def _notice(self, op: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
@@ -243,8 +250,8 @@ class Operators(TorchDispatchMode):
         if (op in WAITS or to_host) and not place.via:
             self.trace.synchronisations[place, WAITS.get(op, "cpu")] += 1
         elif op in ("zero_", "_foreach_zero_"):
-            gradients = {_address(parameter.grad) for parameter in self.parameters if parameter.grad is not None}
-            if given and _address(given[0]) in gradients:
+            gradients = {address(parameter.grad) for parameter in self.parameters if parameter.grad is not None}
+            if given and address(given[0]) in gradients:
                 self.trace.zeroed.add(place)
         elif place.via == "nn/utils/clip_grad.py":
             last = execution.events[-1] if execution.events else None
@@ -254,7 +261,7 @@ class Operators(TorchDispatchMode):
 
     def _round_trip(self, given: torch.Tensor, made: torch.Tensor, phase: str) -> None:
         """A tensor that the user made float32 and that autocast casts straight back for a product."""
-        known = self.functions.written.get(_address(given))
+        known = self.functions.written.get(address(given))
         function = self.functions.current[0]
         if known and phase != "backward" and made.dtype in AMP_TYPES and function not in ("to", "half", "bfloat16"):
             self.trace.round_trips[known[0], function] += 1
@@ -285,10 +292,6 @@ def _in_custom_function() -> bool:
 
 def _name(operator: Any) -> str:
     return str(operator.overloadpacket).removeprefix("aten.")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:

@@ -20,7 +20,8 @@ from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
 from inspection.finite import ranged
-from inspection.subject import core, tensors_in
+from inspection.subject import core
+from inspection.tensors import tensors_in
 from precision import Precision
 from utils import UserError
 

@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from typing import Any
 
-from reports.text import heading, paragraph, table
+from reports.text import end_of, heading, paragraph, table
 
 
 def dtype_lines(
@@ -106,7 +106,7 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
             found = [rows[key] for key in keys if key in rows and rows[key]["nonzero"]]
             total = sum(row["nonzero"] for row in found)
             shares += [share(sum(row["by_scale"][scale][kind] for row in found), total) for scale in scales]
-        return [title if len(title) <= room else f"…{title[1 - room :]}", *shares]
+        return [end_of(title, room), *shares]
 
     lines = heading(
         "3. Underflow map",
@@ -157,8 +157,8 @@ def activation_lines(activations: list[dict[str, Any]], most: int = 12) -> list[
     cells = [["module", "kind", "smallest", "largest", "e4m3 over"]]
     for row in highest:
         over = share(row["formats"]["float8_e4m3fn"]["1"]["overflow"], row["nonzero"])
-        name = row["name"] if len(row["name"]) <= 32 else f"…{row['name'][-31:]}"
-        cells.append([name or "(the model)", row["kind"][:14], f"{row['smallest']:.2g}", f"{row['largest']:.3g}", over])
+        name = end_of(row["name"], 32) or "(the model)"
+        cells.append([name, row["kind"][:14], f"{row['smallest']:.2g}", f"{row['largest']:.3g}", over])
     lines += table("<<>>>", cells)
     if len(measured) > most:
         lines.append(f"  The {most} that reach highest of {len(measured)}; inspect.json has all.")

@@ -11,9 +11,10 @@ import numpy as np
 from scipy import stats
 
 from images.decode import Rules
-from reports import page, pictures
+from reports import page
 from reports.doubt import Doubt, find_doubtful
 from reports.results import read_predictions, read_run
+from reports.sheets import labelled_sheet
 from reports.text import align, fit
 from runs.writing import csv_text
 from system.files import write_text
@@ -52,7 +53,7 @@ def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[li
     rules = Rules(windows=found[0]["config"]["dataset"].get("windows") or {})
     captions = [f"{fit(row[2], 20)} {100 * float(row[4]):.0f} %\nlabel: {row[1]}" for row in rows[:SHEET]]
     heading = f"The {len(captions)} most doubtful of {len(paths):,} labels: what other models say, and the label"
-    pictures.labelled_sheet(
+    labelled_sheet(
         [data_dir / row[0] for row in rows[:SHEET]],
         captions,
         folder / "doubtful.png",

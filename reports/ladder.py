@@ -6,8 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from reports.pictures import BLUE, FAINT, VERMILION, picture
-from reports.text import WIDTH, align, markdown
+from reports.look import BLUE, FAINT, VERMILION, picture
+from reports.text import WIDTH, align, markdown, markdown_table
 
 HEADER = ["rung", "images/s", "÷ before", "÷ first", "memory, MB", "bound", "of bound"]
 
@@ -89,14 +89,8 @@ def ladder_text(found: dict[str, Any]) -> str:
 
 def ladder_markdown(found: dict[str, Any]) -> str:
     """The same as Markdown."""
-    parts = [_markdown_table(rows(found)), f"The roofline of one update: {found['roofline_of']}"]
-    return "\n\n".join([*parts, _markdown_table(roofline_rows(found)), *map(markdown, remarks(found))]) + "\n"
-
-
-def _markdown_table(cells: list[list[str]]) -> str:
-    header, *lines = cells
-    table = [header, ["---", *["---:"] * (len(header) - 1)], *[[markdown(cell) for cell in line] for line in lines]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    parts = [markdown_table(rows(found)), f"The roofline of one update: {found['roofline_of']}"]
+    return "\n\n".join([*parts, markdown_table(roofline_rows(found)), *map(markdown, remarks(found))]) + "\n"
 
 
 def ladder_picture(found: dict[str, Any], path: Path) -> None:

@@ -1,92 +1,24 @@
 """Result files in, pictures out: learning curve, confusion matrix, comparison, reliability curve, galleries.
 
-Every picture is drawn from files alone and reads in grey and to the colour-blind. Knows nothing of torch, of
-training, or of live objects, and keeps no global plotting state.
+Every picture is drawn from files alone. Knows nothing of torch, of training, or of live objects.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.style
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image
 
-from images.decode import Rules, try_decode
+from images.decode import Rules
+from reports.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from reports.results import column, most_confidently_wrong, read_predictions, run_calibration
+from reports.sheets import explained_sheet, labelled_sheet
 from reports.text import fit, time_unit
-from system.files import atomic_write
-
-# Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
-# line, marker and hatch say the same once more.
-BLUE = "#004488"
-VERMILION = "#D55E00"
-GOLD = "#EEBB33"
-INK = "#222222"
-SKY = "#66BBEE"
-PURPLE = "#AA6699"
-STYLES = [
-    (BLUE, "-", "o", ""),
-    (VERMILION, "--", "D", "///"),
-    (GOLD, "-.", "s", "..."),
-    (INK, ":", "^", "xxx"),
-    (SKY, (0, (6, 1, 1, 1, 1, 1)), "v", "---"),
-    (PURPLE, (0, (8, 3)), "P", "++"),
-]
-FAINT = "#8a8a8a"
-FONTS = (
-    "DejaVu Sans",
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",
-    "Noto Sans Arabic",
-    "Noto Sans Devanagari",
-    "Microsoft YaHei",
-    "PingFang SC",
-    "Noto Emoji",
-)
-LOOK = {
-    "font.size": 10,
-    "text.parse_math": False,
-    "text.usetex": False,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "lines.linewidth": 1.8,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.8,
-}
-
-
-@contextmanager
-def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches that is written to `path` as PNG when the block ends."""
-    installed = {font.name for font in font_manager.fontManager.ttflist}
-    fonts = [font for font in FONTS if font in installed] or ["sans-serif"]
-    with warnings.catch_warnings(), matplotlib.style.context(["default", LOOK | {"font.family": fonts}]):
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=150)
 
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
@@ -312,46 +244,6 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
         figure.legend(loc="outside lower left")
 
 
-def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarray | None:
-    """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
-    pixels = try_decode(path, None, rules)
-    if isinstance(pixels, str):
-        return None
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side))
-    return np.asarray(image)
-
-
-def labelled_sheet(
-    images: Sequence[Path | np.ndarray],
-    captions: list[str],
-    path: Path,
-    *,
-    most: int = 60,
-    heading: str = "",
-    across: int = 6,
-    rules: Rules | None = None,
-) -> None:
-    """A contact sheet of image files or RGB arrays with a caption over each; at most `most`, evenly chosen."""
-    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
-    columns = min(across, max(3, len(chosen)))
-    rows = max(1, math.ceil(len(chosen) / columns))
-    with picture(path, 1.85 * 6 / across * columns, 2.2 * rows + 0.5 * bool(heading)) as figure:
-        figure.suptitle(heading, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in grid:
-            axes.axis("off")
-        for axes, place in zip(figure.axes, chosen, strict=False):
-            image = images[place]
-            pixels = load_picture(image, 224, rules) if isinstance(image, Path) else image
-            axes.imshow(np.full((100, 100, 3), 232, dtype=np.uint8) if pixels is None else pixels)
-            if pixels is None:
-                text = f"cannot be read:\n{fit(image.name, 18)}"
-                axes.text(50, 50, text, ha="center", va="center", fontsize=7)
-            caption = "\n".join(fit(line, 24 * 6 // across) for line in captions[place].split("\n"))
-            axes.set_title(caption, fontsize=8.5, fontweight="normal", loc="center")
-
-
 def batch(images: np.ndarray, labels: np.ndarray, classes: list[str], path: Path) -> None:
     """Images uint8 (count, side, side, 3) as the network sees them, with their classes.
 
@@ -367,33 +259,6 @@ def batch(images: np.ndarray, labels: np.ndarray, classes: list[str], path: Path
     side = images.shape[1]
     heading = f"The first {len(images)} training images as the network sees them, {side} × {side} pixels"
     labelled_sheet(list(images), captions, path, heading=heading)
-
-
-def with_map(pixels: np.ndarray, values: list[list[int]]) -> np.ndarray:
-    """An RGB image beside itself with a class activation map (rows of 0 to 255) over it: where it is bright."""
-    size = (pixels.shape[1], pixels.shape[0])
-    smooth = np.asarray(Image.fromarray(np.array(values, np.uint8)).resize(size, Image.Resampling.BILINEAR))
-    colours = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3]
-    grey = pixels.mean(2, keepdims=True)
-    gap = np.full((pixels.shape[0], 4, 3), 255)
-    return np.hstack([pixels, gap, 0.45 * grey + 0.55 * colours]).astype(np.uint8)
-
-
-def explained_sheet(
-    paths: list[Path],
-    captions: list[str],
-    maps: Sequence[list[list[int]] | None],
-    path: Path,
-    *,
-    heading: str = "",
-    rules: Rules | None = None,
-) -> None:
-    """A contact sheet with each image's class activation map beside it; an image without a map stands alone."""
-    images: list[Path | np.ndarray] = []
-    for file, values in zip(paths, maps, strict=True):
-        pixels = load_picture(file, 224, rules)
-        images.append(file if pixels is None or values is None else with_map(pixels, values))
-    labelled_sheet(images, captions, path, heading=heading, across=3, rules=rules)
 
 
 def gallery(

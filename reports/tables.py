@@ -9,7 +9,7 @@ import numpy as np
 from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 
 from reports.results import wilson
-from reports.text import WIDTH, align, duration, fit, markdown, time_unit
+from reports.text import WIDTH, align, duration, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES
 from utils import printable
 
@@ -154,7 +154,7 @@ def verdict(comparison: dict[str, Any]) -> str:
             different = "" if entry["p_value"] < 0.05 / tests else "not "
             outcome = f"{entry['test']}, {value}: {different}distinguishable from noise"
         parts.append(f"{label} {entry['points']:+.2f} points ({outcome})")
-    level = "at a level of 5 %" + f" shared by {tests} tests" * (tests > 1)
+    level = f"at a level of 5 % shared by {tests} tests" if tests > 1 else "at a level of 5 %"
     if all(len(row["seeds"]) <= 1 for row in comparison["rows"]):
         parts.append("the spread over seeds was not measured")
     return printable(f"Accuracy against FP32 {level}: {'; '.join(parts)}.")
@@ -184,7 +184,8 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
         "the memory ratio peak memory, with FP32."
     )
-    lines += ["Mean ± standard deviation over seeds."] * any(len(row["seeds"]) > 1 for row in comparison["rows"])
+    if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
+        lines.append("Mean ± standard deviation over seeds.")
     lines += [
         f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
         for name, values in comparison["differences"].items()
@@ -195,10 +196,9 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
 def performance_table(comparison: dict[str, Any]) -> str:
     """The performance table as Markdown, with the verdict on accuracy and the conditions below it."""
     header, lines = table_cells(comparison)
-    cells = [[markdown(cell) for cell in [*line, *["–"] * len(header)][: len(header)]] for line in lines]
-    table = [[markdown(cell) for cell in header], ["---", *["---:"] * (len(header) - 1)], *cells]
+    cells = [[*line, *["–"] * (len(header) - len(line))] for line in lines]
     below = [markdown(line) for line in (verdict(comparison), *conditions(comparison))]
-    return "\n\n".join(["\n".join(f"| {' | '.join(line)} |" for line in table), *below]) + "\n"
+    return "\n\n".join([markdown_table([header, *cells]), *below]) + "\n"
 
 
 def parity_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -222,5 +222,6 @@ def parity_table(rows: dict[str, dict[str, Any]]) -> str:
             f"{name}: {fit(flip['path'], 50)} ({flip['label']}): {flip['from']} became {flip['to']}"
             for flip in row["flipped"][:10]
         ]
-        lines += [f"{name}: and {len(row['flipped']) - 10:,} more"] * (len(row["flipped"]) > 10)
+        if len(row["flipped"]) > 10:
+            lines.append(f"{name}: and {len(row['flipped']) - 10:,} more")
     return "\n".join(map(printable, lines))

@@ -23,6 +23,16 @@ def paragraph(text: str, mark: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False)
 
 
+def cut(text: str, width: int = WIDTH) -> str:
+    """The beginning of a text, in at most so many letters."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def end_of(text: str, width: int) -> str:
+    """The end of a text, in at most so many letters: of a path or of a module's name the part that tells more."""
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
 def heading(title: str, how_to_read: str = "") -> list[str]:
     """An underlined title, and a paragraph on how to read what follows."""
     return [title, "-" * len(title), *paragraph(how_to_read)]
@@ -37,8 +47,7 @@ def table(sides: str, rows: list[list[str]], gap: int = 2) -> list[str]:
     lines = []
     for row in rows:
         cells = [f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=False)]
-        line = row[0] if len(row) == 1 else "  " + (" " * gap).join(cells).rstrip()
-        lines.append(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
+        lines.append(cut(row[0] if len(row) == 1 else "  " + (" " * gap).join(cells).rstrip()))
     return lines
 
 
@@ -64,6 +73,13 @@ def time_unit(seconds: float) -> tuple[int, str]:
 def duration(seconds: float) -> str:
     divisor, unit = time_unit(seconds)
     return f"{seconds / divisor:.1f} {unit}"
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of plain text as a table of Markdown, a header first; the first column to the left, the others right."""
+    header, *lines = [[markdown(cell) for cell in row] for row in rows]
+    sides = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, sides, *lines])
 
 
 def markdown(text: str) -> str:

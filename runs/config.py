@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from system.files import read_json, reading
 
 if TYPE_CHECKING:
-    from images.opening import DataSet
+    from images.subsets import DataSet
 
 NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")  # of the Namespace
 

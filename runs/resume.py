@@ -17,7 +17,7 @@ from system.files import read_json
 from utils import UserError, is_out_of_memory, log, printable
 
 if TYPE_CHECKING:
-    from images.opening import DataSet
+    from images.subsets import DataSet
     from train import Trainer
 
 OVERFLOW = "validation overflowed"  # in failure.json

@@ -14,6 +14,7 @@ from images import demo
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by every process a test starts
 
 import pytest
+import tiny
 
 import main as program
 
@@ -38,6 +39,18 @@ def run_main(argv):
 @pytest.fixture(scope="session")
 def run():
     return run_main
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves out the pictures, which take longer than the training, where a test is not about them."""
+    tiny.leave_out_pictures(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The zoo's data set, drawn anew for each file of tests."""
+    return tiny.draw(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

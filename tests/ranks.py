@@ -17,6 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pytest
+import tiny
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -25,7 +27,6 @@ import assemble
 import main as program
 import train
 from distributed import Ranks
-from reports import page, pictures
 from system import meeting
 
 
@@ -43,13 +44,6 @@ def steady(build):
         return network
 
     return built
-
-
-def leave_out_pictures(setattr=setattr):
-    """They take longer than the trainings here."""
-    for module, names in ((pictures, ("learning_curve", "confusion_matrix", "gallery")), (page, ("html_report",))):
-        for name in names:
-            setattr(module, name, lambda *_, **__: None)
 
 
 class Counting(nn.parallel.DistributedDataParallel):
@@ -123,7 +117,7 @@ def run(scenarios, folder):
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
     assemble.empty_model = steady(assemble.empty_model)
-    leave_out_pictures()
+    tiny.leave_out_pictures(pytest.MonkeyPatch())
     ranks = Ranks.from_environment()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     join = meeting.join

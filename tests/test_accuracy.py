@@ -11,7 +11,7 @@ import tiny
 import torch
 from PIL import Image
 from test_option import parse, refused
-from test_train import CPU, subset
+from tiny import subset
 from torch import nn
 from torchvision import models
 
@@ -26,10 +26,7 @@ from runs import fitting
 from transforms import Preprocess, growing_sizes
 from utils import UserError
 
-
-@pytest.fixture(scope="module")
-def squares(tmp_path_factory):
-    return tiny.draw(tmp_path_factory.mktemp("squares"))
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -134,8 +131,8 @@ def test_each_block_learns_more_slowly_than_the_next():
     assert [of[name] for name in steps] == pytest.approx([5e-3, 2.5e-3, 1.25e-3, 6.25e-4])
 
 
-def test_layer_decay_is_refused_for_other_networks(run, squares, tmp_path):
-    status, _, errors = run(tiny.words(squares, tmp_path, "--layer_decay=0.5"))
+def test_layer_decay_is_refused_for_other_networks(run, data, tmp_path):
+    status, _, errors = run(tiny.words(data, tmp_path, "--layer_decay=0.5"))
     assert status == 2 and "--layer_decay is for transformers: ShuffleNetV2 has no attention blocks" in errors
 
 
@@ -157,8 +154,8 @@ GROUPED = ("--backbone_lr=0.1", "--no-decay_norms", "--optimizer=ADAMW", "--augm
 
 
 @pytest.mark.parametrize("more", [(), ("--optimizer=SGD", "--amp", "--start_size=20", "--epochs=3", "--ema=0.9")])
-def test_a_run_with_groups_resumes_bit_for_bit(squares, tmp_path, more):
-    assert tiny.train(squares, tmp_path, *GROUPED, *more, "--model=tiny_classifier", name="straight") == 0
+def test_a_run_with_groups_resumes_bit_for_bit(data, tmp_path, more):
+    assert tiny.train(data, tmp_path, *GROUPED, *more, "--model=tiny_classifier", name="straight") == 0
     words = [*GROUPED, *more, "--model=tiny_classifier", "--checkpoint_every=4u"]
     from train import Trainer
 
@@ -166,8 +163,8 @@ def test_a_run_with_groups_resumes_bit_for_bit(squares, tmp_path, more):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "train", lambda self: (whole(self, stop_after=4), exit_early()))
         with pytest.raises(EarlyExit):
-            tiny.train(squares, tmp_path, *words, name="stopped")
-    assert tiny.train(squares, tmp_path, *words, "--resume", name="stopped") == 0
+            tiny.train(data, tmp_path, *words, name="stopped")
+    assert tiny.train(data, tmp_path, *words, "--resume", name="stopped") == 0
     tiny.assert_equal(tiny.outcome(tmp_path / "straight"), tiny.outcome(tmp_path / "stopped"))
 
 
@@ -179,7 +176,7 @@ def exit_early():
     raise EarlyExit
 
 
-def test_a_checkpoint_of_one_group_goes_on_in_several(squares, tmp_path):
+def test_a_checkpoint_of_one_group_goes_on_in_several(data, tmp_path):
     """Moments belong to their parameters, whatever group those are in."""
     from runs.checkpoint import load_moments
 
@@ -207,7 +204,7 @@ def test_sizes_grow_to_the_full_size_of_the_last_third():
         assert len(set(sizes)) <= 4
 
 
-def test_each_epoch_has_its_size_and_validation_the_full_one(squares, tmp_path, monkeypatch):
+def test_each_epoch_has_its_size_and_validation_the_full_one(data, tmp_path, monkeypatch):
     seen = []
     forward = tiny.Classifier.forward
 
@@ -217,11 +214,11 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(squares, tmp_path, 
 
     monkeypatch.setattr(tiny.Classifier, "forward", watched)
     words = ("--start_size=20", "--image_size=84", "--epochs=3", "--model=tiny_classifier", "--augment=crop")
-    assert tiny.train(squares, tmp_path, *words) == 0
+    assert tiny.train(data, tmp_path, *words) == 0
     real = [pair for pair in seen if pair != (True, 20) or pair[0]]
     assert list(dict.fromkeys(side for training, side in real if training)) == [20, 32, 84]
     assert {side for training, side in real if not training} == {84}
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.metrics(tmp_path / "run")
     assert [line["image_size"] for line in lines] == [20, 32, 84]
 
 
@@ -279,11 +276,11 @@ def start(tmp_path):
 
 
 @pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])
-def test_kept_outputs_train_the_head_as_the_whole_network_does(squares, tmp_path, start, monkeypatch, more):
+def test_kept_outputs_train_the_head_as_the_whole_network_does(data, tmp_path, start, monkeypatch, more):
     words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=3", *more)
-    assert tiny.train(squares, tmp_path, *words, name="kept") == 0
+    assert tiny.train(data, tmp_path, *words, name="kept") == 0
     monkeypatch.setattr("assemble.keep_outputs", lambda *_: None)
-    assert tiny.train(squares, tmp_path, *words, name="whole") == 0
+    assert tiny.train(data, tmp_path, *words, name="whole") == 0
     kept, whole = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("kept", "whole"))
     for name, value in whole["model"].items():
         torch.testing.assert_close(kept["model"][name], value, rtol=1e-4, atol=1e-5)
@@ -296,7 +293,7 @@ def test_kept_outputs_train_the_head_as_the_whole_network_does(squares, tmp_path
     assert results[0]["confusion"] == results[1]["confusion"]
 
 
-def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path, monkeypatch):
+def test_the_frozen_network_sees_each_image_twice_and_no_more(data, tmp_path, monkeypatch):
     seen = []
     forward = tiny.Classifier.forward
 
@@ -306,11 +303,11 @@ def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path,
 
     monkeypatch.setattr(tiny.Classifier, "forward", watched)
     monkeypatch.setattr("commands.explain.explain_mistakes", lambda *_: {})
-    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
     # 19 training images and their mirror images, 5 to validate, 6 to test, and two trials of a single image
     assert sum(seen) - 2 * 19 - 5 - 6 <= 6
     before = sum(seen)
-    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--freeze_epochs=8", "--epochs=8", name="long") == 0
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--freeze_epochs=8", "--epochs=8", name="long") == 0
     assert sum(seen) == 2 * before
 
 
@@ -323,25 +320,25 @@ def test_the_frozen_network_sees_each_image_twice_and_no_more(squares, tmp_path,
         (("--model=squeezenet1_1",), "more follows its last layer"),
     ],
 )
-def test_where_outputs_cannot_be_kept_the_log_says_why(run, squares, tmp_path, caplog, more, reason):
-    words = [word for word in tiny.words(squares, tmp_path, "--freeze_epochs=all", *more) if word != "--quiet"]
+def test_where_outputs_cannot_be_kept_the_log_says_why(run, data, tmp_path, caplog, more, reason):
+    words = [word for word in tiny.words(data, tmp_path, "--freeze_epochs=all", *more) if word != "--quiet"]
     caplog.set_level("INFO")
     status, _, _ = run(words)
     assert status == 0 and reason in caplog.text
 
 
-def test_a_probe_resumes_bit_for_bit(run, squares, tmp_path):
+def test_a_probe_resumes_bit_for_bit(run, data, tmp_path):
     words = ("--preset=probe", "--epochs=4", "--model=tiny_classifier")
-    status, out, _ = run([*tiny.words(squares, tmp_path, *words), "--verify_resume"])
+    status, out, _ = run([*tiny.words(data, tmp_path, *words), "--verify_resume"])
     assert status == 0 and "bit for bit" in out
 
 
 # --------------------------------------------------------------------------------- mirror images
-def test_mirror_images_are_averaged(squares, tmp_path, run):
-    assert tiny.train(squares, tmp_path, "--tta=flip", "--epochs=3") == 0
+def test_mirror_images_are_averaged(data, tmp_path, run):
+    assert tiny.train(data, tmp_path, "--tta=flip", "--epochs=3") == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["tta"] == "flip"
-    place = [f"--data_dir={squares}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    place = [f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
     for words, mirrored in (((), True), (("--tta=none",), False)):
         status, out, _ = run(["evaluate", *place, *words])
         assert status == 0 and ("mirror" in out) == mirrored
@@ -483,21 +480,21 @@ def test_a_gpu_is_filled_until_it_refuses(monkeypatch):
     assert fitting._by_trial(lambda _: None, 100, 0, CPU, 1) == 100
 
 
-def test_auto_is_recorded_and_a_resume_repeats_it(squares, tmp_path, monkeypatch, run):
+def test_auto_is_recorded_and_a_resume_repeats_it(data, tmp_path, monkeypatch, run):
     words = ("--model=tiny_classifier", "--batch_size=auto:8", "--epochs=3")
     monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 3)
-    assert tiny.train(squares, tmp_path, *words) == 0
+    assert tiny.train(data, tmp_path, *words) == 0
     stored = json.loads((tmp_path / "run" / "config.json").read_text())["options"]
     assert (stored["batch_size"], stored["accumulate"]) == (8, 3)
-    assert tiny.train(squares, tmp_path, "--model=tiny_classifier", "--accumulate=3", "--epochs=3", name="typed") == 0
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--accumulate=3", "--epochs=3", name="typed") == 0
     whole = tiny.outcome(tmp_path / "run")
     typed = tiny.outcome(tmp_path / "typed")
     weights = [name for name in typed if name.startswith("/last.pt/model/")]
     assert weights and all(typed[name] == whole[name] for name in weights)
     monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 1 / 0)
-    assert tiny.train(squares, tmp_path, *words, "--resume") == 0
+    assert tiny.train(data, tmp_path, *words, "--resume") == 0
     tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
-    status, _, errors = run(tiny.words(squares, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
+    status, _, errors = run(tiny.words(data, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
     assert status == 2 and "--batch_size: begun with 8, now 9" in errors
 
 

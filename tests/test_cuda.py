@@ -9,7 +9,7 @@ import signal
 import pytest
 import tiny
 import torch
-from test_train import network, subset
+from tiny import network, subset
 from torch import nn
 
 import train
@@ -19,18 +19,11 @@ from precision import named_precision, sensible_precisions
 from train import update_weights
 from transforms import Preprocess
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.usefixtures("undrawn"),
+]
 PRECISIONS = sensible_precisions(torch.device("cuda")) if torch.cuda.is_available() else ["fp32"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.draw(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
 
 
 @pytest.mark.parametrize("name", PRECISIONS)

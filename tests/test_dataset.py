@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from sklearn.model_selection import train_test_split
+from tiny import noise
 from torchvision.transforms import v2
 
 from dataset import Batches
@@ -27,17 +28,12 @@ CPU = torch.device("cpu")
 NAMES = ("zebra", "apple", "Mango")
 
 
-def picture(seed=0, size=(12, 10)):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
 def folders(root, *splits, count=5):
     for number, (split, name) in enumerate(itertools.product(splits, NAMES)):
         folder = root / split / name
         folder.mkdir(parents=True)
         for index in range(count):
-            picture(100 * number + index).save(folder / f"{index}.png")
+            noise(100 * number + index).save(folder / f"{index}.png")
     return root
 
 
@@ -192,7 +188,7 @@ def test_transparency_is_laid_on_white(tmp_path, opacity, colour):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_respected(tmp_path, orientation):
-    upright = picture(size=(12, 7))
+    upright = noise(size=(12, 7))
     undo = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}
     exif = Image.Exif()
     exif[0x0112] = undo.get(orientation, 1)
@@ -210,7 +206,7 @@ def _with_exif(image, exif):
 
 def test_what_is_no_image_is_a_reason_in_words(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
-    picture(size=(64, 64)).save(tmp_path / "cut.jpg")
+    noise(size=(64, 64)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
     for name in ("empty.jpg", "cut.jpg", "absent.jpg"):
         assert isinstance(try_decode(tmp_path / name, None), str), name
@@ -402,7 +398,7 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
     decoded.clear()
     headers.clear()
     assert opened(root).fingerprint == first.fingerprint and not decoded and not headers
-    picture(999).save(root / "train" / "apple" / "0.png")
+    noise(999).save(root / "train" / "apple" / "0.png")
     assert opened(root).fingerprint != first.fingerprint
 
 

@@ -7,7 +7,6 @@ with fixed batch statistics, because those alone depend on ranks. Run it alone: 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,9 +15,11 @@ from datetime import timedelta
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from conftest import ROOT, run_main
-from ranks import leave_out_pictures, steady
+from ranks import steady
+from tiny import computed_metrics
 
 import assemble
 import model
@@ -26,7 +27,6 @@ from distributed import Ranks
 from system import meeting
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-MEASURED = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
 SCENARIOS = {  # name: (options of the run, what happens to which rank)
     "fp32": ([], {}),
     "bf16": (["--amp", "--accumulate=2", "--clip_grad_norm=0.5"], {"count": True}),
@@ -84,11 +84,6 @@ def seen_by(folder, count=2):
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
 
-def lines(folder):
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in MEASURED} for line in found]
-
-
 def weights(folder, file="last.pt"):
     return torch.load(folder / file, weights_only=True)["model"]
 
@@ -97,7 +92,7 @@ def assert_close_runs(ours, theirs, tolerance):
     """The same losses, accuracies, confusion matrix and weights, to the rounding of another order of sums."""
     exact = tolerance < 1e-3  # coarser rounding may turn a prediction between two likely classes
     left_out = {"skips", "loss_scale", *(() if exact else ("train_acc", "val_acc", "val_balanced_acc", "val_macro_f1"))}
-    for one, other in zip(lines(ours), lines(theirs), strict=True):
+    for one, other in zip(computed_metrics(ours), computed_metrics(theirs), strict=True):
         for name in one.keys() - left_out:
             factor = 5 if name == "grad_norm" else 1
             assert one[name] == pytest.approx(other[name], rel=factor * tolerance, abs=tolerance), name
@@ -112,7 +107,7 @@ def assert_close_runs(ours, theirs, tolerance):
 
 
 def assert_equal_runs(ours, theirs):
-    assert lines(ours) == lines(theirs)
+    assert computed_metrics(ours) == computed_metrics(theirs)
     assert all(torch.equal(tensor, weights(theirs)[name]) for name, tensor in weights(ours).items())
 
 
@@ -133,7 +128,7 @@ def alone(data, tmp_path_factory):
     """The same trainings by one process: the folder of their runs."""
     runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        leave_out_pictures(patch.setattr)
+        tiny.leave_out_pictures(patch)
         patch.setattr(assemble, "build_model", steady(model.build_model))
         patch.setattr(assemble, "empty_model", steady(model.empty_model))
         for name, (more, what) in SCENARIOS.items():
@@ -189,9 +184,9 @@ def test_two_ranks_compute_what_one_process_computes(pair, alone, name, toleranc
 
 def test_the_comparison_is_of_something(alone):
     """The losses move, and precision changes them, by more than what ranks may change."""
-    first, second = lines(alone / "fp32")
+    first, second = computed_metrics(alone / "fp32")
     assert abs(first["train_loss"] - second["train_loss"]) > 1e-3
-    assert abs(second["train_loss"] - lines(alone / "bf16")[1]["train_loss"]) > 1e-5
+    assert abs(second["train_loss"] - computed_metrics(alone / "bf16")[1]["train_loss"]) > 1e-5
 
 
 def test_accumulation_exchanges_gradients_once_per_update(pair):
@@ -257,7 +252,7 @@ def test_ranks_agree_on_stopping_and_one_process_goes_on(pair, alone, data, monk
     assert [rank["stopped"]["status"] for rank in seen] == [143, 143]  # only the second had the signal
     state = torch.load(runs / "stopped" / "last.pt", weights_only=True)["progress"]
     assert (state["epoch"], state["update"]) == (1, 2)
-    leave_out_pictures(monkeypatch.setattr)
+    tiny.leave_out_pictures(monkeypatch)
     monkeypatch.setattr(assemble, "build_model", steady(model.build_model))
     monkeypatch.setattr(assemble, "empty_model", steady(model.empty_model))
     status, out, err = run_main(words(data, runs, "stopped", "--resume"))
@@ -278,7 +273,7 @@ def test_a_killed_rank_ends_the_job_with_one_clear_message(data, tmp_path):
     assert agent.returncode == 1
     assert agent.err.count("error: another process of this job has ended") == 1 and "--resume" in agent.err
     assert 'main.py", line' not in agent.err  # no traceback of this program
-    assert len(lines(tmp_path / "killed")) == 1 and weights(tmp_path / "killed")
+    assert len(computed_metrics(tmp_path / "killed")) == 1 and weights(tmp_path / "killed")
 
 
 def test_a_killed_rank_is_restarted_and_comes_to_the_same_end(pair, data, tmp_path):
@@ -323,9 +318,7 @@ def test_a_restarted_rank_does_not_meet_its_predecessors():
 
 # ------------------------------------------------------------------------------- two machines
 def test_two_agents_are_as_good_as_two_ranks_of_one(pair, data, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = tiny.free_port()
     options = (
         "--nnodes=2",
         "--nproc_per_node=1",

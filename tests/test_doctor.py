@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from commands import doctor
-from inspection import probe
+from inspection import advice, hardware, probe
+from inspection.timing import amdahl
+from reports.doctor import doctor_text
 from system.cards import nvidia_card, processor
 from utils import RunError, UserError
 
@@ -54,13 +56,13 @@ def findings():
         "failed": {},
         "measured": {"fp32": row(50.0, 1.0, 960, 0.2), "amp-bf16": row(80.0, 1.6, 480, 0.5)},
     }
-    found["ceiling"] = doctor.ceilings(found["measured"])
+    found["ceiling"] = advice.ceilings(found["measured"])
     return found
 
 
 def advised(findings):
-    findings["ceiling"] = doctor.ceilings(findings["measured"])
-    return {**findings, **doctor.advise(findings), "seconds": 20.0}
+    findings["ceiling"] = advice.ceilings(findings["measured"])
+    return {**findings, **advice.advise(findings), "seconds": 20.0}
 
 
 # ------------------------------------------------------------------------------------ arithmetic
@@ -68,12 +70,12 @@ def advised(findings):
     "share, speedup, whole", [(0.5, 2.0, 4 / 3), (1.0, 3.0, 3.0), (0.0, 9.0, 1.0), (0.9, float("inf"), 10.0)]
 )
 def test_amdahl_by_hand(share, speedup, whole):
-    assert doctor.amdahl(share, speedup) == pytest.approx(whole)
+    assert amdahl(share, speedup) == pytest.approx(whole)
 
 
 def test_ceilings_by_hand(findings):
     findings["measured"]["amp-bf16"]["shares"]["products"] = 0.5
-    (top,) = doctor.ceilings(findings["measured"]).values()
+    (top,) = advice.ceilings(findings["measured"]).values()
     # 80 % of the 90 % that is not data, products 2.5 times as fast
     assert top["f"] == pytest.approx(0.72) and top["s"] == pytest.approx(2.5)
     assert top["ceiling"] == pytest.approx(1 / (0.28 + 0.72 / 2.5))
@@ -177,8 +179,8 @@ def test_gpu_reasons(findings):
     assert any("no Tensor Cores" in reason for reason in found["reasons"])
     assert any("waits for the next kernel" in reason for reason in found["reasons"])
     assert found["recommended"] == "amp-fp16" and found["command"].startswith("python main.py --amp --image_size")
-    assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
-    findings["machine"].update(doctor._numbers(nvidia_card("NVIDIA T1000 8GB", (7, 5))))
+    assert all(len(line) <= 80 for line in doctor_text(found).splitlines())
+    findings["machine"].update(hardware._numbers(nvidia_card("NVIDIA T1000 8GB", (7, 5))))
     assert any("float16 gives NaN) has no Tensor Cores" in reason for reason in advised(findings)["reasons"])
 
 
@@ -189,7 +191,7 @@ def test_bfloat16_on_cuda_needs_its_option(findings):
 
 def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
     found = advised(findings)
-    lines = doctor.report(found).splitlines()
+    lines = doctor_text(found).splitlines()
     assert all(len(line) <= 80 for line in lines), max(lines, key=len)
     assert " ".join(lines[:2]).startswith(found["verdict"][:70])
     assert f"  {found['command']}" in lines
@@ -208,42 +210,42 @@ def test_report_fits_the_terminal_and_leads_with_the_verdict(findings):
     ],
 )
 def test_cpu_features(flags, bfloat16, float16, unit):
-    found = doctor._numbers(processor(flags))
+    found = hardware._numbers(processor(flags))
     assert (found["bfloat16"], found["float16"], found["matrix_unit"]) == (bfloat16, float16, unit)
     assert found["--amp_picks"].startswith("bfloat16: ") and found["tf32"] == found["float8"] == "none"
-    assert set(doctor._instructions(flags).split()) == flags - {"sse"}
+    assert set(hardware._instructions(flags).split()) == flags - {"sse"}
 
 
 def test_amx_is_named(findings):
-    findings["machine"].update(doctor._numbers(processor({"amx_bf16"})))
+    findings["machine"].update(hardware._numbers(processor({"amx_bf16"})))
     found = advised(findings)
     assert "AMX" in found["reasons"][0] and any(
-        line.split() == ["matrix", "unit", "AMX"] for line in doctor.report(found).splitlines()
+        line.split() == ["matrix", "unit", "AMX"] for line in doctor_text(found).splitlines()
     )
 
 
 def test_the_row_of_a_card_is_shown(findings):
-    numbers = doctor._numbers(nvidia_card("NVIDIA H100", (9, 0)))
+    numbers = hardware._numbers(nvidia_card("NVIDIA H100", (9, 0)))
     assert numbers["float8"] == "in hardware, not in autocast" and "--tf32" in numbers["tf32"]
-    assert doctor._numbers(nvidia_card("GTX 1650", (7, 5)))["--amp_picks"].startswith("nothing: ")
+    assert hardware._numbers(nvidia_card("GTX 1650", (7, 5)))["--amp_picks"].startswith("nothing: ")
     findings["machine"].update(numbers)
-    text = doctor.report(advised(findings))
+    text = doctor_text(advised(findings))
     assert "--amp picks" in text and all(len(line) <= 80 for line in text.splitlines())
 
 
 def test_energy_is_shown_where_it_is_counted_and_only_there(findings):
-    assert "Energy" not in doctor.report(advised(findings))
+    assert "Energy" not in doctor_text(advised(findings))
     for row_, joules in zip(findings["measured"].values(), (0.5, 0.25), strict=True):
         row_["joules_per_image"] = joules
-    text = " ".join(doctor.report(advised(findings)).split())
+    text = " ".join(doctor_text(advised(findings)).split())
     assert "0.5 J in FP32, 0.25 J in AMP bfloat16" in text
     turns = [{"joules": 30.0, "updates": 2}, {"joules": 10.0, "updates": 1}, {"joules": 40.0, "updates": 2}]
-    assert doctor._joules(turns, 10) == 1.5
-    assert doctor._joules([{"joules": None, "updates": 1}], 10) is None
+    assert probe.joules_per_image(turns, 10) == 1.5
+    assert probe.joules_per_image([{"joules": None, "updates": 1}], 10) is None
 
 
 def test_machine_is_plain_values():
-    found = doctor.machine(CPU)
+    found = hardware.machine(CPU)
     assert found["torch"] == str(torch.__version__) and found["torch_threads"] >= 1 and found["memory_gb"] > 0
     json.dumps(found)
 
@@ -255,12 +257,12 @@ def test_unknown_model_is_the_users_error():
 
 # -------------------------------------------------------------------------------- a real, tiny one
 def test_examination_end_to_end(scenes_folder, monkeypatch):
-    monkeypatch.setattr(doctor, "ROUND_SECONDS", 0.1)
-    monkeypatch.setitem(doctor.PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setattr(probe, "ROUND_SECONDS", 0.1)
+    monkeypatch.setitem(probe.PRODUCT_SIZE, "cpu", 64)
     found = doctor.examine(CPU, image_size=32, batch_size=4, model_name="squeezenet1_1", data_dir=scenes_folder)
     assert set(found["measured"]) == {"fp32", "amp-bf16"} and not found["failed"]
     for measured in found["measured"].values():
-        assert measured["images_per_second"] > 0 and len(measured["rounds"]) == doctor.ROUNDS
+        assert measured["images_per_second"] > 0 and len(measured["rounds"]) == probe.ROUNDS
         phases = measured["phase_seconds"]
         assert sum(phases.values()) == pytest.approx(measured["seconds_per_update"], rel=0.5)
         assert all(value > 0 for value in phases.values()) and phases["backward"] > phases["data"] / 10
@@ -270,7 +272,7 @@ def test_examination_end_to_end(scenes_folder, monkeypatch):
     assert found["loader_images_per_second"] > 0
     assert f"--image_size 32 --batch_size 4 --data_dir {scenes_folder}" in found["command"]
     json.dumps(found)
-    assert all(len(line) <= 80 for line in doctor.report(found).splitlines())
+    assert all(len(line) <= 80 for line in doctor_text(found).splitlines())
 
 
 def test_a_failing_process_gives_its_reason():

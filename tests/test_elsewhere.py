@@ -15,6 +15,8 @@ from commands.export import write_safetensors
 from model import build_model
 from pretrained.files import load_file
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -29,11 +31,6 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
-
-
 def call(capsys, *words):
     """Runs a command line; returns its exit status and all that it said."""
     capsys.readouterr()
@@ -45,7 +42,7 @@ def call(capsys, *words):
 def same_loss(run):
     """Whether the test, on copies of the validation images, gave the best epoch's validation loss to the last bit."""
     result = json.loads((run / "result.json").read_text())
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = tiny.metrics(run)
     return result["test_loss"] == lines[result["best_epoch"] - 1]["val_loss"]
 
 

@@ -33,10 +33,7 @@ from images import cache, decode
 from runs.checkpoint import load_checkpoint
 from utils import UserError
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.draw(tmp_path_factory.mktemp("data"))
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
@@ -53,11 +50,6 @@ def finished(data, tmp_path_factory):
         tiny.leave_out_pictures(patch)
         assert tiny.train(data, runs) == 0
     return runs / "run"
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
 
 
 @pytest.fixture

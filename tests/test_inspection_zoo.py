@@ -5,9 +5,9 @@ What is not installed is skipped. Large ones want a switch: INSPECTION_ZOO=1 pyt
 
 import copy
 import os
-import socket
 
 import pytest
+import tiny
 import torch
 from torch import nn
 
@@ -233,9 +233,7 @@ def test_a_compiled_model_is_traced_as_it_was_written():
 
 
 def test_a_distributed_model_is_inspected():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(tiny.free_port()))
     torch.distributed.init_process_group("gloo", rank=0, world_size=1)
     try:
         network = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))

@@ -12,6 +12,7 @@ from torch import nn
 
 from commands import ladder
 from distributed import Ranks
+from inspection import probe
 from inspection.roofline import Operator
 from inspection.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
 from model import Network
@@ -295,8 +296,8 @@ def test_images_kept_on_the_device_are_the_same_ones():
 def test_a_real_climb(monkeypatch):
     """Two rungs in processes of their own that take turns."""
     monkeypatch.setattr(ladder, "ROUNDS", 2)
-    monkeypatch.setattr(ladder, "ROUND_SECONDS", 0.1)
-    monkeypatch.setitem(ladder.PRODUCT_SIZE, "cpu", 64)
+    monkeypatch.setattr(probe, "ROUND_SECONDS", 0.1)
+    monkeypatch.setitem(probe.PRODUCT_SIZE, "cpu", 64)
     amp = Rung("AMP", {"precision": "amp-bf16", "channels_last": True, "loop": "package", "keep_memory": True})
     monkeypatch.setattr(ladder, "rungs_for", lambda *_: [FIRST, amp])
     monkeypatch.setattr(ladder, "LOSS", 0.0)

@@ -19,13 +19,13 @@ import torch
 import torchvision
 from conftest import ROOT, SMALL
 from PIL import Image
+from tiny import metrics
 
 import utils
 from command_line import parsing
 from commands import compare
 from images import demo
 from pretrained.files import load_file
-from reports import page, pictures
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
@@ -93,25 +93,12 @@ def read(folder, name):
     return json.loads((folder / name).read_text())
 
 
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def words(folder, checkpoints, name="run", *more):
     return [f"--data_dir={folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}", *SMALL, *more]
 
 
 def shown_accuracy(out):
     return float(next(line for line in out.splitlines() if line.startswith("Test accuracy")).split()[2])
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Leaves out the pictures, which take longer than the training, where a test is not about them."""
-    for name in ("learning_curve", "confusion_matrix", "gallery", "comparison_picture", "reliability_curve"):
-        monkeypatch.setattr(pictures, name, lambda *_, **__: None)
-    for name in ("html_report", "html_comparison"):
-        monkeypatch.setattr(page, name, lambda *_, **__: None)
 
 
 # -------------------------------------------------------------------------- training, each precision

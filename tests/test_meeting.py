@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from tiny import free_port
 
 from distributed import Ranks
 from system import meeting
@@ -27,12 +28,6 @@ import main
 main.run()
 """
 COMMAND = ["train", "--device=cpu", "--data_dir=nothing", "--checkpoint_dir=nowhere"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(*, patience: float = 1, command=COMMAND, **variables: object) -> subprocess.Popen:

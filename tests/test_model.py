@@ -8,11 +8,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from tiny import refused
 from torchvision import models
 
 from model import build_model, check_input_size, head_names
 from pretrained.torchvision_models import names
-from utils import UserError
 
 WITHOUT_COUNTERS = {"resnet18", "densenet121"}  # published before BatchNorm counted its batches
 
@@ -33,12 +33,6 @@ def imagenet(tmp_path, monkeypatch):
         return state
 
     return place
-
-
-def refused(call, *positional, **options):
-    with pytest.raises(UserError) as error:
-        call(*positional, **options)
-    return str(error.value)
 
 
 # ---------------------------------------------------------------------------------------- names

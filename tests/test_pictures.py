@@ -39,8 +39,7 @@ CPU = torch.device("cpu")
 
 def draw(path, seed=0, size=(12, 10), **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    Image.fromarray(pixels).save(path, **options)
+    tiny.noise(seed, size).save(path, **options)
     return path
 
 

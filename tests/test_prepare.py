@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from conftest import ROOT
 from PIL import Image
 
@@ -44,9 +45,8 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def picture(seed: int, mode: str = "RGB", size: tuple[int, int] = (8, 6)) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
     stream = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(stream, "PNG")
+    tiny.noise(seed, size).convert(mode).save(stream, "PNG")
     return stream.getvalue()
 
 

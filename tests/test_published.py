@@ -57,7 +57,7 @@ def size(state, zipped):
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
+def uninitialised(monkeypatch):
     """Constructors leave weights as memory has them: drawing seven gigabytes of them would take minutes."""
     for name in dir(nn.init):
         if name.endswith("_") and not name.startswith("_"):
@@ -142,7 +142,7 @@ def decisions(model):
     [(name, weights) for (name, *_), weights in PUBLISHED.items()],
     ids=[f"{name}-{weights.name}" for (name, *_), weights in PUBLISHED.items()],
 )
-def test_published_weights_fill_all_but_the_head(undrawn, monkeypatch, name, weights):
+def test_published_weights_fill_all_but_the_head(uninitialised, monkeypatch, name, weights):
     difference, description, form = published_form(name, weights, constructed(name, weights).state_dict())
     assert difference < 0.02, f"no form has the published size; nearest: {description}"
     file = marked(form)

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.utils import disp_len
 
 from option import MAY_DIFFER_IN_COMPARISON
-from reports import page, pictures, results, tables
+from reports import page, pictures, results, sheets, tables
 from reports import text as layout
 from system.files import write_text
 from utils import UserError
@@ -586,10 +586,8 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
     Image.new("L", (30, 50), 200).save(tmp_path / "less.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     asked = []
-    original = pictures.load_picture
-    monkeypatch.setattr(
-        pictures, "load_picture", lambda path, *more: (asked.append(path.name), original(path, *more))[1]
-    )
+    original = sheets.load_picture
+    monkeypatch.setattr(sheets, "load_picture", lambda path, *more: (asked.append(path.name), original(path, *more))[1])
     pictures.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
     assert asked == ["missing.png", "broken.png", "less.png"]
     is_picture(tmp_path / "a.png")
@@ -607,7 +605,7 @@ def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
 def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
     path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
     Image.new(mode, (40, 20)).save(path)
-    assert pictures.load_picture(path, 10).shape == (5, 10, 3)
+    assert sheets.load_picture(path, 10).shape == (5, 10, 3)
 
 
 # HTML

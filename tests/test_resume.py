@@ -18,6 +18,8 @@ from runs import checkpoint
 from runs.folder import RunDirectory
 from utils import RunError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SETTINGS = {
     "fp32": [],
     "bf16, accumulated": ["--amp", "--accumulate=3"],
@@ -46,11 +48,6 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.draw(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
     """The outcome of a run of the first setting that nothing disturbed."""
     runs = tmp_path_factory.mktemp("straight")
@@ -58,11 +55,6 @@ def straight(data, tmp_path_factory):
         tiny.leave_out_pictures(patch)
         assert tiny.train(data, runs) == 0
     return outcome(runs / "run")
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
 
 
 def at_call(monkeypatch, owner, name: str, number: int, act, *, before: bool = False) -> None:

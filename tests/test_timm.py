@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import refused
 from torchvision import models
 
 import main
@@ -16,16 +17,9 @@ from images.decode import Rules, decode
 from model import build_model, head_names, preprocessing
 from pretrained.files import load_file
 from transforms import Preprocess
-from utils import UserError
 
 timm = pytest.importorskip("timm")
 SEEN = {"sea": {"seashore", "lakeside", "sandbar", "promontory", "breakwater"}, "glacier": {"alp", "valley"}}
-
-
-def refused(call, *positional, **options):
-    with pytest.raises(UserError) as error:
-        call(*positional, **options)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,20 @@ Images are made here; nothing is read from disk. Run it alone: pytest tests/test
 """
 
 import copy
-import json
 import math
 import time
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import computed_metrics, metrics, network, subset
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
-from images.opening import Subset
-from images.stores import DecodedImages
 from model import Forward, update_average
 from model import Network as Watched
 from optimizer import make_optimizer, make_scheduler
@@ -34,40 +31,6 @@ from utils import RunError, Stopped
 pytestmark = pytest.mark.filterwarnings("error")
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
-
-
-class Network(nn.Module):
-    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
-
-    def __init__(self, spoil=(), classes=3):
-        super().__init__()
-        self.body = nn.Conv2d(3, 4, 3, stride=2)
-        self.head = nn.Linear(4, classes)
-        self.passes = 0
-        self.spoil = set(spoil)
-        self.head.weight.register_hook(self._spoiled)
-
-    def _spoiled(self, gradient):
-        self.passes += 1
-        return gradient * math.inf if self.passes in self.spoil else gradient
-
-    def forward(self, images):
-        return self.head(self.body(images).relu().mean((2, 3)))
-
-
-def network(seed=0, **options):
-    torch.manual_seed(seed)
-    return Network(**options)
-
-
-def subset(count=22, classes=3, seed=0, side=9):
-    """Noise whose brightness tells the class, so that there is something to learn."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % classes
-    array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
-    store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
-    listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
-    return Subset(store, listing, np.arange(count))
 
 
 def batches(images=None, batch_size=8, classes=3, **options):
@@ -112,10 +75,6 @@ def trained(*positional, **options):
     finally:
         made.run.close()
     return made
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def piece(count=6, seed=0, last=True, weight=1):
@@ -337,7 +296,7 @@ def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
 def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
     found = trained(tmp_path, network(spoil=[1, 5]), FP16, fused=fused, decay_type=decay_type)
     plain = trained(tmp_path / "plain", network(), FP16, fused=fused, decay_type=decay_type)
-    first, second = lines(tmp_path)
+    first, second = metrics(tmp_path)
     assert [first["skipped_updates"], second["skipped_updates"]] == [1, 1]
     assert first["skips"] == [{"update": 1, "parameter": "head.weight", "scale": 65536.0}]
     assert second["skips"] == [{"update": 5, "parameter": "head.weight", "scale": 32768.0}]
@@ -352,7 +311,7 @@ def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
     assert "best_model.pt of epoch 1" in str(failure.value) and str(tmp_path) in str(failure.value)
     kept = load_checkpoint(tmp_path / "last.pt")
     assert kept["progress"]["epoch"] == 1 and all(t.isfinite().all() for t in kept["model"].values())
-    assert len(lines(tmp_path)) == 1
+    assert len(metrics(tmp_path)) == 1
 
 
 def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path, caplog):
@@ -382,8 +341,7 @@ def test_every_precision_sees_the_same_batches(tmp_path):
 def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     one, other = (trained(tmp_path / name, precision=precision, epochs=12, rate=0.05) for name in "ab")
     assert difference(one.network.model, other.network.model) == 0
-    measured = {"seconds", "elapsed", "images_per_second", "data_wait_share", "peak_memory_mb"}
-    kept = [[{k: v for k, v in line.items() if k not in measured} for line in lines(tmp_path / name)] for name in "ab"]
+    kept = [computed_metrics(tmp_path / name) for name in "ab"]
     assert kept[0] == kept[1]
     assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
 
@@ -413,7 +371,7 @@ def test_saving_is_no_training_time(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "_save", slowly)
     trained(tmp_path, epochs=1, checkpoint_every="1u")
-    (line,) = lines(tmp_path)
+    (line,) = metrics(tmp_path)
     assert line["seconds"] < 1 < line["elapsed"]
 
 
@@ -432,8 +390,8 @@ def test_accumulation_gives_the_run_of_whole_batches(tmp_path):
     whole = trained(tmp_path / "whole", optimizer="SGD", batch_options={"batch_size": 7})
     cut = trained(tmp_path / "cut", optimizer="SGD", batch_options={"batch_size": 7, "accumulate": 3})
     assert difference(whole.network.model, cut.network.model) < 1e-6 < difference(whole.network.model, network())
-    one = lines(tmp_path / "whole")[-1]
-    other = lines(tmp_path / "cut")[-1]
+    one = metrics(tmp_path / "whole")[-1]
+    other = metrics(tmp_path / "cut")[-1]
     for name in ("train_loss", "train_acc", "val_loss", "val_acc", "learning_rate"):
         assert one[name] == pytest.approx(other[name], rel=1e-5)
 
@@ -446,7 +404,7 @@ def test_metrics_are_what_a_loop_by_hand_finds(tmp_path):
     with torch.no_grad():
         seen = [(model(images), labels) for pieces in fed.epoch(0) for images, labels, *_ in pieces]
     logits, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
-    line = lines(tmp_path)[0]
+    line = metrics(tmp_path)[0]
     assert line["train_loss"] == pytest.approx(float(nn.functional.cross_entropy(logits, labels)), rel=1e-6)
     assert line["train_acc"] == pytest.approx(100 * float((logits.argmax(1) == labels).float().mean()))
 
@@ -454,7 +412,7 @@ def test_metrics_are_what_a_loop_by_hand_finds(tmp_path):
 def test_label_smoothing_changes_the_training_loss_alone(tmp_path):
     plain = trained(tmp_path / "plain", rate=1e-12, epochs=1)
     smooth = trained(tmp_path / "smooth", rate=1e-12, epochs=1, label_smoothing=0.5)
-    one, other = (lines(run.run.path)[0] for run in (plain, smooth))
+    one, other = (metrics(run.run.path)[0] for run in (plain, smooth))
     assert one["train_loss"] != other["train_loss"] and one["val_loss"] == pytest.approx(other["val_loss"], rel=1e-6)
 
 
@@ -550,7 +508,7 @@ def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
 
 def test_patience_stops_after_epochs_without_a_better_one(tmp_path):
     made = trained(tmp_path, rate=1e-12, epochs=20, patience=3)
-    assert made.progress.best_epoch == 1 and made.progress.epoch == 4 and len(lines(tmp_path)) == 4
+    assert made.progress.best_epoch == 1 and made.progress.epoch == 4 and len(metrics(tmp_path)) == 4
 
 
 def test_the_best_epoch_is_kept_not_the_last(tmp_path):

@@ -15,6 +15,7 @@ from collections import OrderedDict
 import numpy as np
 import pytest
 import torch
+from tiny import refused
 from torch import nn
 from torchvision import models
 
@@ -50,12 +51,6 @@ def assert_loaded(file, state, *, name=NAME, tolerance=0.0):
     for entry, tensor in found.items():
         if not entry.endswith("num_batches_tracked"):
             assert torch.allclose(tensor, state[entry].float(), rtol=0, atol=tolerance), entry
-
-
-def refused(call, *positional, **options):
-    with pytest.raises(UserError) as error:
-        call(*positional, **options)
-    return str(error.value)
 
 
 # ------------------------------------------------------------------------------- where and by what names

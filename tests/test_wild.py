@@ -29,11 +29,6 @@ from runs.checkpoint import load_checkpoint
 linux = pytest.mark.skipif(sys.platform != "linux", reason="as Linux does it")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return tiny.draw(tmp_path_factory.mktemp("data"))
-
-
 def launch(words, shell: str = '"$@"', *, python=(), without=(), **variables: str) -> subprocess.Popen:
     """Starts the program from a shell that does `shell` with it, in a changed environment."""
     environment = {name: value for name, value in tiny.environment().items() if name not in without} | variables

@@ -1,12 +1,15 @@
 """The zoo: data sets and networks small enough to train in a second, and the ways to run the program on them.
 
-Shared by all tests. Knows nothing of what they look for.
+Shared by all tests. Knows nothing of what they look for. At its head it imports `main` alone of the project, because
+written_before/make.py uses it with older versions.
 """
 
 import importlib.util
 import json
+import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch import nn
@@ -68,6 +72,48 @@ def register_classifier() -> None:
 
     tiny_classifier.__module__ = "torchvision.models.tiny"
     torchvision_registry.BUILTIN_MODELS["tiny_classifier"] = tiny_classifier
+
+
+class Network(nn.Module):
+    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
+
+    def __init__(self, spoil=(), classes=3):
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 3, stride=2)
+        self.head = nn.Linear(4, classes)
+        self.passes = 0
+        self.spoil = set(spoil)
+        self.head.weight.register_hook(self._spoiled)
+
+    def _spoiled(self, gradient):
+        self.passes += 1
+        return gradient * math.inf if self.passes in self.spoil else gradient
+
+    def forward(self, images):
+        return self.head(self.body(images).relu().mean((2, 3)))
+
+
+def network(seed=0, **options):
+    torch.manual_seed(seed)
+    return Network(**options)
+
+
+def subset(count=22, classes=3, seed=0, side=9):
+    """Noise whose brightness tells the class, so that there is something to learn."""
+    from images.stores import DecodedImages
+    from images.subsets import Subset
+
+    generator = np.random.default_rng(seed)
+    labels = np.arange(count) % classes
+    array = generator.integers(0, 60, (count, side, side, 3)) + 80 * labels[:, None, None, None]
+    store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
+    listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
+    return Subset(store, listing, np.arange(count))
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (12, 10)) -> Image.Image:
+    """An RGB image of noise; `size` is (width, height)."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
@@ -176,7 +222,7 @@ def leaves(value, name: str = ""):
 def outcome(run: Path) -> dict:
     """All that a finished run computed: both checkpoints, the metrics, the result, the predictions."""
     content = {name: torch.load(run / name, weights_only=True) for name in ("last.pt", "best_model.pt")}
-    content["metrics"] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    content["metrics"] = metrics(run)
     content["result"] = json.loads((run / "result.json").read_text())
     content["predictions"] = (run / "predictions.csv").read_text()
     return dict(leaves(content))
@@ -192,19 +238,44 @@ def config(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
 
 
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def computed_metrics(run: Path) -> list[dict]:
+    """The same without what was measured: equal for equal runs."""
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(run)]
+
+
+def refused(call: Callable, *positional, **options) -> str:
+    """What a call says to the user when it refuses, as it must."""
+    from utils import UserError
+
+    with pytest.raises(UserError) as error:
+        call(*positional, **options)
+    return str(error.value)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
 def leave_out_pictures(patch) -> None:
-    """Pictures take most of the time of a tiny run, and tests of their own."""
+    """The one seam for pictures and pages, which take most of the time of a tiny run and have tests of their own.
+
+    `patch` is a pytest.MonkeyPatch.
+    """
     from reports import page, pictures
 
-    for owner, name in (
-        (pictures, "learning_curve"),
-        (pictures, "confusion_matrix"),
-        (pictures, "gallery"),
-        (pictures, "batch"),
-        (page, "html_report"),
-    ):
-        patch.setattr(owner, name, lambda *_, **__: None)
+    drawn = ("learning_curve", "confusion_matrix", "gallery", "batch", "comparison_picture", "reliability_curve")
+    for owner, names in ((pictures, drawn), (page, ("html_report", "html_comparison"))):
+        for name in names:
+            patch.setattr(owner, name, lambda *_, **__: None)

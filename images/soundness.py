@@ -1,0 +1,94 @@
+"""Whether a data set is fit to train and test on: unreadable files, empty classes, images on both sides.
+
+What makes a result worthless is refused (UserError) or warned of; the rest is told. Knows nothing of how to divide.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from images.decode import try_decode
+from images.folders import ImageSet, some
+from images.split import PARTS, digest
+from images.subsets import Subset
+from utils import UserError, log, printable
+
+
+def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
+    if not bad:
+        return
+    lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
+    if len(bad) > 10:
+        lines.append(f"  and {len(bad) - 10} more")
+    head = f"{len(bad)} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
+    if not skip:
+        lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
+        raise UserError("\n".join([f"{head}:", *lines]))
+    log.warning("\n".join([f"{head} and {'are' if len(bad) > 1 else 'is'} left out:", *lines]))
+
+
+def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    for name, subset in subsets.items():
+        if not len(subset):
+            raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
+    empty = sorted(set(range(len(image_set.classes))) - set(subsets["train"].labels.tolist()))
+    if empty:
+        raise UserError(f"no readable train image is left in {printable(image_set.classes[empty[0]])}.")
+    counts = Counter(subsets["train"].labels.tolist())
+    (most, large), (least, small) = counts.most_common()[0], counts.most_common()[-1]
+    if large > 10 * small:
+        log.info(
+            f"{printable(image_set.classes[most])} has {large / small:.0f} times as many training images as "
+            f"{printable(image_set.classes[least])}. Rare classes may be learnt better with --sampler balanced or "
+            "--class_weights balanced, and chosen by with --best_by balanced_accuracy."
+        )
+    say_absent({name: subset for name, subset in subsets.items() if name != "train"}, image_set)
+
+
+def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    for name, subset in subsets.items():
+        absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
+        if absent:
+            names = some([image_set.classes[label] for label in absent])
+            log.info(f"no {name} image of {names}: tested with support 0, and left out of averages over classes")
+
+
+def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    """Warns of pictures, or groups, that a given test or validation part shares with the training images."""
+    train = subsets["train"]
+    for name in PARTS[1:]:
+        other = subsets[name]
+        if other.listing is getattr(image_set, name):  # not split off
+            copies = _copies(train, other)
+            if copies:
+                log.warning(
+                    f"{len(copies):,} {name} images are also training images, such as {printable(copies[0])}: "
+                    "the accuracy on them says nothing (prepare --check lists them)."
+                )
+        known = image_set.groups
+        groups = [{known[path] for path in subset.paths if path in known} for subset in (train, other)]
+        shared = groups[0] & groups[1]
+        if shared:
+            log.warning(
+                f"{len(shared):,} groups have images on both sides, training and {name}, such as {min(shared)}."
+            )
+
+
+def _copies(train: Subset, other: Subset) -> list[Path]:
+    """The images of another part whose picture is one of all that the training images were taken from.
+
+    Equal checksums may be chance, so these files are looked at again.
+    """
+    theirs = other.store.crc32[other.positions]
+    both = np.intersect1d(train.store.crc32, theirs)
+    both = both[both > 0]
+    if not len(both):
+        return []
+    rules = train.store.rules
+    paths = [train.listing[place][0] for place in np.flatnonzero(np.isin(train.store.crc32, both))]
+    known = {digest(try_decode(path, 512, rules)) for path in paths}
+    suspects = [other.paths[place] for place in np.flatnonzero(np.isin(theirs, both))]
+    return [path for path in suspects if digest(try_decode(path, 512, rules)) in known]

@@ -1,0 +1,82 @@
+"""An opened data set: training, validation and test images as positions in stores, and the rows of split.csv."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from images.decode import Rules
+from images.folders import Listing
+from images.stores import ImageStore
+
+Split = dict[str, tuple[str, str]]  # path: (class, part), as in split.csv
+
+
+@dataclass
+class Subset:
+    """Some images of a store: listing positions and their labels, in evaluation order."""
+
+    store: ImageStore
+    listing: Listing
+    positions: np.ndarray
+    labels: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.labels = np.array([self.listing[position][1] for position in self.positions], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def keep(self, count: int) -> None:
+        """Cuts the subset to at most `count` images, spread evenly over it."""
+        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
+        self.positions = self.positions[chosen]
+        self.labels = self.labels[chosen]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.listing[position][0] for position in self.positions]
+
+
+@dataclass
+class DataSet:
+    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
+
+    root: Path
+    classes: list[str]
+    subsets: dict[str, Subset]  # train, validation and test, or test alone
+    fingerprint: str
+    unreadable: list[str]
+    rules: Rules = field(default_factory=Rules)  # by which the files became pixels
+    listed: Listing = field(default_factory=list)  # all files, those that cannot be read among them
+
+    @property
+    def train(self) -> Subset:
+        return self.subsets["train"]
+
+    @property
+    def validation(self) -> Subset:
+        return self.subsets["validation"]
+
+    @property
+    def test(self) -> Subset:
+        return self.subsets["test"]
+
+    def names(self, subset: Subset) -> list[str]:
+        """The files of a subset, relative to the data folder, with slashes on every system."""
+        return [relative(path, self.root) for path in subset.paths]
+
+    def split(self) -> Iterator[list[str]]:
+        """The rows of split.csv: path, class and part of every file; one that cannot be read has no part."""
+        yield ["path", "class", "part"]
+        parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
+        for path, label in self.listed:
+            yield [relative(path, self.root), self.classes[label], parts.get(path, "")]
+
+
+def relative(path: Path, root: Path) -> str:
+    return Path(os.path.relpath(path, root)).as_posix()

@@ -1,0 +1,88 @@
+"""What the doctor found, as text for the terminal. Plain values in, words out; imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from precision_table import label_of
+from reports.text import paragraph, table
+
+
+def doctor_text(findings: dict[str, Any]) -> str:
+    """The findings as text of at most 80 columns: verdict, reasons, evidence, the command to copy."""
+    command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # to fit the terminal
+    lines = [
+        *paragraph(findings["verdict"]),
+        "",
+        "Why",
+        *(line for reason in findings["reasons"] for line in paragraph(reason, "- ")),
+        "",
+        "The machine",
+        *_machine_lines(findings["machine"]),
+        "",
+        *_update_lines(findings),
+        *_energy_lines(findings["measured"]),
+        "",
+        "The same by kind of operator, and how far the speed-up can go",
+        *_ceiling_lines(findings),
+        "",
+        "To copy (with --demo, if you have no data yet)",
+        f"  {command}",
+        "",
+        f"This took {findings['seconds']:.0f} s.",
+    ]
+    return "\n".join(lines)
+
+
+def _machine_lines(machine: dict[str, Any]) -> list[str]:
+    """What the device is, name by name; what is empty is left out."""
+    lines = []
+    for name, value in machine.items():
+        lines += paragraph(f"{value}", f"  {name.replace('_', ' '):<20}") if value else []
+    return lines
+
+
+def _update_lines(findings: dict[str, Any]) -> list[str]:
+    """Speed, memory and phases of the update in each precision."""
+    setting = findings["setting"]
+    measured = findings["measured"]
+    loader = findings.get("loader_images_per_second")
+    turns = measured["fp32"]["rounds"]
+    phases = list(measured["fp32"]["phase_shares"])
+    cells = [["", "images/s", "speed-up", "memory", *phases]]
+    for name, row in measured.items():
+        shares = [f"{row['phase_shares'][phase]:.1%}" for phase in phases]
+        speed = [f"{row['images_per_second']:,.1f}", f"{row['speedup']:.2f}"]
+        cells.append([label_of(name), *speed, f"{row['training_mb']:,.0f}", *shares])
+    title = (
+        f"The training update ({setting['model_name']}, {setting['batch_size']} images of {setting['image_size']} "
+        f"pixels): median of {len(turns)} rounds of {turns[0]['updates']}, and the shares of its time by phase"
+    )
+    remark = f"Memory in MB: {measured['fp32']['memory']['memory_kind']}, less what was held before there was a model."
+    if loader:
+        remark += f" The loader by itself feeds {loader:,.0f} images/s."
+    return [*paragraph(title), *table("<>>>>>>>", cells), *paragraph(remark, "  ")]
+
+
+def _energy_lines(measured: dict[str, Any]) -> list[str]:
+    """What an image costs in joules; nothing where nothing counts them."""
+    counted = {name: row.get("joules_per_image") for name, row in measured.items()}
+    if None in counted.values():
+        return []
+    text = ", ".join(f"{joules:.3g} J in {label_of(name)}" for name, joules in counted.items())
+    return paragraph(f"Energy of one image, by the machine's own counter: {text}.", "  ")
+
+
+def _ceiling_lines(findings: dict[str, Any]) -> list[str]:
+    """Shares of the update by kind of operator, and the ceiling that follows from them."""
+    measured = findings["measured"]
+    cells = [["", *measured["fp32"]["shares"], "s", "ceiling"]]
+    for name, row in measured.items():
+        top = ["", ""] if name == "fp32" else [f"{findings['ceiling'][name][key]:.2f}" for key in ("s", "ceiling")]
+        cells.append([label_of(name), *(f"{share:.0%}" for share in row["shares"].values()), *top])
+    rates = ", ".join(f"{row['tflops']:.3g} in {label_of(name)}" for name, row in measured.items())
+    remark = (
+        "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
+        f"a large matrix product runs ({rates} TFLOP/s)."
+    )
+    return [*table("<>>>>>>>", cells), *paragraph(remark, "  ")]

@@ -1,0 +1,77 @@
+"""How every picture looks: colours, lines and hatches that read in grey and to the colour-blind, fonts, the file.
+
+Keeps no global plotting state. Knows nothing of what is drawn.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib.style
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+
+from system.files import atomic_write
+
+# Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
+# line, marker and hatch say the same once more.
+BLUE = "#004488"
+VERMILION = "#D55E00"
+GOLD = "#EEBB33"
+INK = "#222222"
+SKY = "#66BBEE"
+PURPLE = "#AA6699"
+STYLES = [
+    (BLUE, "-", "o", ""),
+    (VERMILION, "--", "D", "///"),
+    (GOLD, "-.", "s", "..."),
+    (INK, ":", "^", "xxx"),
+    (SKY, (0, (6, 1, 1, 1, 1, 1)), "v", "---"),
+    (PURPLE, (0, (8, 3)), "P", "++"),
+]
+FAINT = "#8a8a8a"
+FONTS = (
+    "DejaVu Sans",
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans Arabic",
+    "Noto Sans Devanagari",
+    "Microsoft YaHei",
+    "PingFang SC",
+    "Noto Emoji",
+)
+LOOK = {
+    "font.size": 10,
+    "text.parse_math": False,
+    "text.usetex": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.8,
+}
+
+
+@contextmanager
+def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches that is written to `path` as PNG when the block ends."""
+    installed = {font.name for font in font_manager.fontManager.ttflist}
+    fonts = [font for font in FONTS if font in installed] or ["sans-serif"]
+    with warnings.catch_warnings(), matplotlib.style.context(["default", LOOK | {"font.family": fonts}]):
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=150)
