@@ -15,10 +15,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from system import machine
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from system import machine  # noqa: E402
 
 
 def main() -> None:

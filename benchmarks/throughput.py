@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from system import machine
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from system import machine  # noqa: E402
 
 FLOP_PER_IMAGE = 14.2e9  # ResNet-18 at 256x256, forward and backward: 3 x 2 x 2.37e9 multiply-adds
 

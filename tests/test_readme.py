@@ -6,6 +6,8 @@ A reader learns AMP from the quotation, so it has to be the code that runs.
 import importlib.util
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,10 @@ def test_links_lead_somewhere(page):
 def test_every_command_is_listed():
     for command in option.COMMANDS:
         assert f"| `{command}" in README
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_starts_from_any_folder(script, tmp_path):
+    """As the documents call it: it finds the project's modules by itself."""
+    done = subprocess.run([sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
