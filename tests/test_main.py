@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zipfile
