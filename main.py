@@ -25,6 +25,7 @@ from runs.logs import Logs, refuse_missing_packages
 from system import meeting
 from system.files import read_json
 from system.machine import allow_more_files
+from system.parent import end_with_parent
 from system.terminal import duration, open_streams
 from utils import RunError, Stopped, UserError, log, printable
 
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console command `amp-train`."""
+    end_with_parent()
     lost = open_streams()
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
