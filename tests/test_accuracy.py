@@ -14,6 +14,7 @@ from test_option import parse, refused
 from test_train import CPU, subset
 from torch import nn
 from torchvision import models
+from written_before.make import stop_in_mid_epoch
 
 import option
 from dataset import Batches
@@ -499,6 +500,21 @@ def test_auto_is_recorded_and_a_resume_repeats_it(squares, tmp_path, monkeypatch
     tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
     status, _, errors = run(tiny.words(squares, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
     assert status == 2 and "--batch_size: begun with 8, now 9" in errors
+
+
+def test_auto_trains_to_the_end_and_goes_on_after_a_stop(squares, tmp_path):
+    """Its trial before the first epoch changes nothing: the run equals one whose batch was typed."""
+    import train
+
+    words = ("--model=tiny_classifier", "--epochs=3")
+    assert tiny.train(squares, tmp_path, *words, name="typed") == 0
+    for name, more in (("whole", ()), ("resumed", ("--resume",))):
+        if more:
+            with pytest.MonkeyPatch.context() as patch:
+                stop_in_mid_epoch(train, patch)
+                assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
+        assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
+        tiny.assert_equal(tiny.outcome(tmp_path / "typed"), tiny.outcome(tmp_path / name))
 
 
 def test_auto_tries_a_real_network_in_the_memory_that_is_there(monkeypatch):
