@@ -226,6 +226,28 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(squares, tmp_path, 
     assert [line["image_size"] for line in lines] == [20, 32, 84]
 
 
+def test_each_size_is_compiled_once(squares, tmp_path, monkeypatch):
+    """Three sizes of images, two counts in a micro-batch; the first size, and evaluation, with frozen layers, too."""
+    compiled = []
+
+    def backend(graph, inputs):
+        (images,) = [tensor for tensor in inputs if tensor.dim() == 4 and tensor.shape[2] > 3]
+        compiled.append((len(images), images.shape[-1]))
+        return graph.forward
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: torch_compile(model, dynamic=False, backend=backend))
+    torch._dynamo.reset()
+    words = ["--model=tiny_classifier", "--start_size=20", "--image_size=84", "--epochs=6", "--freeze_epochs=1"]
+    words += ["--batch_size=5", "--accumulate=2"]
+    assert tiny.train(squares, tmp_path, *words, name="eager") == 0
+    assert tiny.train(squares, tmp_path, *words, "--compile", name="compiled") == 0
+    torch._dynamo.reset()
+    assert sorted(compiled) == sorted([(2, 20), (3, 20), (5, 84)] * 2 + [(2, 32), (3, 32), (2, 84), (3, 84)])
+    found = [json.loads((tmp_path / name / "result.json").read_text())["test_loss"] for name in ("eager", "compiled")]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 # ------------------------------------------------------------------------------ augmentations
 KINDS = ["randaugment", "augmix", "jitter", "erasing", "crop,augmix,jitter,erasing", "upright,crop", "trivial,erasing"]
 
