@@ -187,6 +187,19 @@ def test_preparing_killed_at_any_moment(phase, tmp_path, monkeypatch):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
+def test_preparing_killed_while_it_marks_its_work_as_whole(tmp_path):
+    """The mark was opened, but nothing is written in it yet."""
+    archive = archived(tiny.draw(tmp_path / "source", train=60, test=12), tmp_path / "a.zip")
+    partial = tmp_path / "data" / ".partial"
+    shutil.copytree(tmp_path / "source", partial)
+    (partial / ".complete").touch()
+    assert main.main(["prepare", f"--archive={archive}", f"--data_dir={tmp_path / 'data'}"]) == 0
+    assert not partial.exists()
+    for name in ("seg_train", "seg_test"):
+        found, drawn = (sorted((tmp_path / folder / name).rglob("*.png")) for folder in ("data", "source"))
+        assert [path.read_bytes() for path in found] == [path.read_bytes() for path in drawn] and found
+
+
 # --------------------------------------------------------------------- commands that start trainings
 COMMANDS = {"compare": ["--precisions=fp32,amp-bf16"], "audit": ["--folds=2"]}
 BETWEEN = {
