@@ -22,6 +22,7 @@ from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
 from system.machine import allow_more_files
+from system.parent import end_with_parent
 from system.terminal import open_streams
 from utils import RunError, Stopped, UserError, printable
 
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run() -> None:
     """The console command `amp-train`."""
+    end_with_parent()
     lost = open_streams()
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -20,6 +20,8 @@ from pretrained import timm_models, torchvision_models
 from pretrained.fitting import Fit, Weights, fitted, load_weights, read_weights
 from utils import UserError, log, printable
 
+GRAPHS = 32  # of one model: growing images, two counts in a micro-batch and frozen layers take more than PyTorch's 8
+
 
 def known_model(name: str) -> str:
     """The name of a classifier in any spelling, as its package has it: `resnet18`, `timm:resnet18`.
@@ -285,6 +287,7 @@ class Forward:
         self.compiled = torch.compile(model, dynamic=False, mode=mode) if compiled else model
         if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
             torch._functorch.config.backward_pass_autocast = "off"
+            torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         if self.graphs:

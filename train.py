@@ -25,7 +25,7 @@ from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
 from system.terminal import duration
-from utils import Interrupted, StopSignal, progress, seed_everything
+from utils import Interrupted, StopSignal, UserError, printable, progress, seed_everything
 
 
 def update_weights(
@@ -301,6 +301,10 @@ class Trainer:
         if not (0 <= at.epoch <= self.epochs and 0 <= at.update <= self.batches.updates_per_epoch):
             raise ValueError(f"no such place in this run: epoch {at.epoch}, update {at.update}")
         if at.history and at.history[-1]["updates"] != at.epoch * self.batches.updates_per_epoch:
-            raise ValueError("an earlier version cut its last batch otherwise")
+            raise UserError(
+                f"{printable(self.run.path)} was begun by an earlier version, which made an update of the one image "
+                "that was left at the end of an epoch. Now it joins the update before, so that the rest would be "
+                "another run: begin it again with --overwrite, or finish it with that version."
+            )
         self.progress = at
         self.scheduler = self.make_scheduler(done=self.updates_done)

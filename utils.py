@@ -269,11 +269,11 @@ def progress(iterable: Any = None, **options: Any) -> tqdm:
 
     tqdm itself knows a notebook, where the bar is a widget.
     """
+    from system.progress import Lines, by_steady_clock
+
     if shows_bars():
         from tqdm.auto import tqdm
 
-        return tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options)
-    from system.progress import Lines
-
+        return by_steady_clock(tqdm(iterable, dynamic_ncols=True, leave=False, file=sys.stderr, **options))
     silent = not is_first_rank() or log.getEffectiveLevel() >= logging.WARNING
     return Lines(iterable, say=log.info, disable=silent, **options)

@@ -27,7 +27,8 @@ from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
 from runs.config import read_config
-from system.files import remove, write_text
+from system.files import lock, remove, write_text
+from system.parent import environment_of_child
 from utils import (
     OUT_OF_TIME,
     STARTED,
@@ -44,6 +45,9 @@ from utils import (
 
 if TYPE_CHECKING:
     from assemble import Setup
+
+
+PATIENCE = 60.0  # seconds in which a training whose comparison was killed may save and end
 
 
 @dataclass(frozen=True)
@@ -128,11 +132,30 @@ def run_all(
 
 def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
     """One training in the folder `run`. Raises UserError if that holds a run with other options."""
+    _wait_for_the_last_one(run)
     own = [*words, f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}"]
     options = vars(parse(own))
     state = "new" if overwrite else _state(run, options)
     done = {"new": 0, "begun": _epochs(run), "finished": options["epochs"]}[state]
     return Planned(run, precision, own, options["device"], state, options["epochs"] - done)
+
+
+def _wait_for_the_last_one(run: Path) -> None:
+    """Waits, at most PATIENCE, until the training of a comparison that was killed has saved and left the folder."""
+    until = time.monotonic() + PATIENCE
+    said = False
+    while _in_use(run / "lock") and time.monotonic() < until:
+        if not said:
+            log.info(f"{printable(run)} is still in use: waiting until its training has saved and ended")
+            said = True
+        time.sleep(0.2)
+
+
+def _in_use(file: Path) -> bool:
+    """Whether a process holds a run's lock."""
+    with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
+        return not lock(opened)
+    return False
 
 
 def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None:
@@ -235,10 +258,10 @@ def _epochs(run: Path) -> int:
 
 def _process(words: list[str]) -> Iterator[int]:
     """Runs one training in a process and a session of its own and hands signals on; yields 0 every second while it
-    runs, and at last its exit status."""
+    runs, and at last its exit status. It ends by itself if this process is killed."""
     sys.stdout.flush()
     command = [*own_command(), "train", *words]
-    child = subprocess.Popen(command, start_new_session=True)
+    child = subprocess.Popen(command, start_new_session=True, env=environment_of_child())
     # On Windows the console has sent it to the child, too.
     hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
     previous = on_stop(hand_on)

@@ -7,7 +7,6 @@ with which images are read here. Knows nothing of options.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import textwrap
 import warnings
@@ -22,6 +21,7 @@ from torch.nn import functional as F
 from images import decode
 from images.decode import Rules
 from model import WithMirrorImage
+from runs.checkpoint import metadata
 from system.files import atomic_write, refuse_missing_folders
 from utils import RunError, UserError, log, printable
 
@@ -55,26 +55,13 @@ def require_safetensors() -> Any:
 
 
 def write_safetensors(checkpoint: dict[str, Any], file: Path) -> None:
-    """Writes a checkpoint's weights, its classes and its preprocessing as text in the file's metadata."""
+    """Writes a checkpoint's weights, and what else its use needs as text in the file's metadata."""
     save = require_safetensors()
-    facts = {"format": "pt", **_facts(checkpoint), "model_options": json.dumps(checkpoint["model_options"])}
+    facts = {"format": "pt", **metadata(checkpoint)}
     weights = {name: tensor.contiguous().clone() for name, tensor in checkpoint["model"].items()}
     with atomic_write(file) as handle:
         handle.write(save(weights, facts))
     log.info(f"weights: {printable(file)}")
-
-
-def _facts(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """What the user of a file must know, as text."""
-    return {
-        "model": checkpoint["model_name"],
-        "classes": json.dumps(checkpoint["classes"]),
-        "image_size": str(checkpoint["image_size"]),
-        "normalize": checkpoint["normalize"],
-        "mean": json.dumps(list(checkpoint["mean"])),
-        "std": json.dumps(list(checkpoint["std"])),
-        "interpolation": checkpoint["interpolation"],
-    }
 
 
 class FromPixels(nn.Module):
@@ -114,7 +101,7 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path) -> str
     try:
         proto = _converted(network)
         tta = "flip" if isinstance(model, WithMirrorImage) else "none"
-        facts = {**_facts(checkpoint), "tta": tta, "input": "RGB uint8, (count, height, width, 3), any size"}
+        facts = {**metadata(checkpoint), "tta": tta, "input": "RGB uint8, (count, height, width, 3), any size"}
         onnx.helper.set_model_props(proto, facts)
         onnx.checker.check_model(proto)
         session = onnxruntime.InferenceSession(proto.SerializeToString())

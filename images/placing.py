@@ -59,6 +59,8 @@ def finish_interrupted(data_dir: Path) -> str | None:
     if not (stage / ".complete").exists():
         return None
     source = os.fsdecode((stage / ".complete").read_bytes())
+    if not source:  # it was stopped between opening that file and writing it: `building` begins anew
+        return None
     for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (name in TRAIN_NAMES, name)):
         os.replace(stage / name, data_dir / name)
     shutil.rmtree(stage)

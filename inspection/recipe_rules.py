@@ -144,9 +144,12 @@ def _scaler(events: list[Event]) -> list[Finding]:
     scaled = False
     unscaled = False
     ever_scaled = False
+    backward = None
     for event in events:
         if event.kind == "scaler.scale" and event.details["enabled"]:
             scaled, ever_scaled, unscaled = True, True, False
+        elif event.kind == "backward":
+            backward = event
         elif event.kind == "scaler.unscale_":
             unscaled = True
         elif event.kind == "scaler.update":
@@ -162,9 +165,11 @@ def _scaler(events: list[Event]) -> list[Finding]:
         elif event.kind == "scaler.step" and event.details["enabled"] and not ever_scaled:
             cures = ["scaler.scale(loss).backward()"]
             message = "scaler.step divides by the scale, but the loss was never multiplied by it."
-            found.append(Finding("loss-not-scaled", message, cures, event.place, level=level_of(event.place)))
+            place = (backward or event).place
+            found.append(Finding("loss-not-scaled", message, cures, place, level=level_of(place)))
     steps = [event for event in events if event.kind == "scaler.step" and event.details["enabled"]]
-    if steps and not any(event.kind == "scaler.update" for event in events):
+    # A scaler that never scaled refuses the step, so that update() was not reached.
+    if steps and ever_scaled and not any(event.kind == "scaler.update" for event in events):
         message = "No scaler.update() follows: after an overflow the scale stays, and every later update is skipped."
         cures = ["scaler.update() once at the end of each update"]
         found.append(Finding("scaler-not-updated", message, cures, steps[-1].place, level=level_of(steps[-1].place)))
@@ -186,7 +191,8 @@ def _precision(events: list[Event], trace: Trace, subject: Subject) -> list[Find
         place = scales[0].place
         found.append(Finding("scaler-with-bfloat16", message, cures, place, level=level_of(place)))
     backward = [event for event in events if event.kind == "backward"]
-    if torch.float16 in dtypes and backward and not scales:
+    stepped = any(event.kind == "scaler.step" and event.details["enabled"] for event in events)  # loss-not-scaled
+    if torch.float16 in dtypes and backward and not scales and not stepped:
         cures = ["torch.amp.GradScaler: scale(loss).backward(), step(optimizer), update()", "bfloat16"]
         message = "autocast runs in float16, but the loss is not scaled."
         place = backward[0].place

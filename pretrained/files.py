@@ -21,6 +21,7 @@ import torch
 
 from utils import UserError, printable
 
+METADATA = "safetensors metadata"  # where `load_file` puts what such a file of this program says in text
 _DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -124,6 +125,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         "state_dict": tensors,
         "model_name": facts.get("model"),
         "model_options": json.loads(facts["model_options"]),
+        METADATA: facts,
     }
 
 

@@ -2,10 +2,12 @@
 
 best_model.pt: what `identity` gives, and `model`, `epoch`, `val_acc`. last.pt: what `identity` gives, and `model`,
 `ema` (or None), `optimizer`, `scaler` and `progress`, the fields of `Progress`. Tensors and plain types only.
+best_model.safetensors: the weights, and the rest of best_model.pt that its use needs as text (`metadata`).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +18,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pretrained import torchvision_models
-from pretrained.files import load_file
+from pretrained.files import METADATA, load_file
 from runs.writing import replace_file
 from system.files import read_json
 from utils import UserError, log, printable
@@ -167,13 +169,44 @@ def _are_numbers(values: Any, count: int | None = 3) -> bool:
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """A checkpoint that this program wrote. Raises UserError if it is missing, damaged or another's."""
     content = load_file(file)
-    if isinstance(content, dict):
+    if isinstance(content, dict) and METADATA in content:
+        content = _from_metadata(content["state_dict"], content[METADATA], file)
+    elif isinstance(content, dict):
         content = _completed(content, file)
     if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
         raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
     if not all(weight.isfinite().all() for weight in content["model"].values()):
         raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
     return content
+
+
+_AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", "epoch", "val_acc")
+
+
+def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """What the user of a checkpoint's weights must know, as text, because safetensors and ONNX files hold no more."""
+    plain = {name: checkpoint[name] for name in ("normalize", "interpolation")}
+    return {
+        "model": checkpoint["model_name"],
+        **plain,
+        **{name: json.dumps(checkpoint[name]) for name in _AS_TEXT if name in checkpoint},
+    }
+
+
+def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str, Any] | None:
+    """The checkpoint that `metadata` describes; None if its text is damaged. Raises UserError if it says too little."""
+    missing = [name for name in ("model", "normalize", "interpolation", *_AS_TEXT) if name not in facts]
+    if missing:
+        raise UserError(
+            f"{printable(file)} does not say {missing[0]}: use the best_model.pt that it was made from, or write it "
+            "again with export --safetensors."
+        )
+    try:
+        told = {name: json.loads(facts[name]) for name in _AS_TEXT}
+    except json.JSONDecodeError:
+        return None
+    plain = {name: facts[name] for name in ("normalize", "interpolation")}
+    return {"format": 1, "model": weights, "model_name": facts["model"], **plain, **told}
 
 
 def _completed(content: dict[str, Any], file: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,13 @@ from tqdm import tqdm
 from system.terminal import duration
 
 EVERY = 30.0  # seconds between two lines
+
+
+def by_steady_clock(bar: tqdm) -> tqdm:
+    """Lets a bar count the seconds by a clock that only goes forward: tqdm reads the time of day, which may be set."""
+    bar._time = time.monotonic
+    bar.start_t = bar.last_print_t = bar._time()
+    return bar
 
 
 class Lines(tqdm):
@@ -23,6 +31,7 @@ class Lines(tqdm):
         options |= {"mininterval": 1, "file": io.StringIO(), "leave": False}
         self._closed = threading.Event()
         super().__init__(iterable, **options)
+        by_steady_clock(self)
         if not self.disable:
             threading.Thread(target=self._speak, args=(say,), daemon=True).start()
 

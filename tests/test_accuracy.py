@@ -14,6 +14,7 @@ from test_option import parse, refused
 from tiny import subset
 from torch import nn
 from torchvision import models
+from written_before.make import stop_in_mid_epoch
 
 import option
 from dataset import Batches
@@ -222,6 +223,28 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(data, tmp_path, mon
     assert [line["image_size"] for line in lines] == [20, 32, 84]
 
 
+def test_each_size_is_compiled_once(squares, tmp_path, monkeypatch):
+    """Three sizes of images, two counts in a micro-batch; the first size, and evaluation, with frozen layers, too."""
+    compiled = []
+
+    def backend(graph, inputs):
+        (images,) = [tensor for tensor in inputs if tensor.dim() == 4 and tensor.shape[2] > 3]
+        compiled.append((len(images), images.shape[-1]))
+        return graph.forward
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: torch_compile(model, dynamic=False, backend=backend))
+    torch._dynamo.reset()
+    words = ["--model=tiny_classifier", "--start_size=20", "--image_size=84", "--epochs=6", "--freeze_epochs=1"]
+    words += ["--batch_size=5", "--accumulate=2"]
+    assert tiny.train(squares, tmp_path, *words, name="eager") == 0
+    assert tiny.train(squares, tmp_path, *words, "--compile", name="compiled") == 0
+    torch._dynamo.reset()
+    assert sorted(compiled) == sorted([(2, 20), (3, 20), (5, 84)] * 2 + [(2, 32), (3, 32), (2, 84), (3, 84)])
+    found = [json.loads((tmp_path / name / "result.json").read_text())["test_loss"] for name in ("eager", "compiled")]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
 # ------------------------------------------------------------------------------ augmentations
 KINDS = ["randaugment", "augmix", "jitter", "erasing", "crop,augmix,jitter,erasing", "upright,crop", "trivial,erasing"]
 
@@ -302,7 +325,7 @@ def test_the_frozen_network_sees_each_image_twice_and_no_more(data, tmp_path, mo
         return forward(self, images)
 
     monkeypatch.setattr(tiny.Classifier, "forward", watched)
-    monkeypatch.setattr("commands.explain.explain_mistakes", lambda *_: {})
+    monkeypatch.setattr("commands.train.explain_mistakes", lambda *_: {})
     assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--freeze_epochs=2") == 0
     # 19 training images and their mirror images, 5 to validate, 6 to test, and two trials of a single image
     assert sum(seen) - 2 * 19 - 5 - 6 <= 6
@@ -496,6 +519,21 @@ def test_auto_is_recorded_and_a_resume_repeats_it(data, tmp_path, monkeypatch, r
     tiny.assert_equal(whole, tiny.outcome(tmp_path / "run"))
     status, _, errors = run(tiny.words(data, tmp_path, "--model=tiny_classifier", "--batch_size=auto:9", "--resume"))
     assert status == 2 and "--batch_size: begun with 8, now 9" in errors
+
+
+def test_auto_trains_to_the_end_and_goes_on_after_a_stop(squares, tmp_path):
+    """Its trial before the first epoch changes nothing: the run equals one whose batch was typed."""
+    import train
+
+    words = ("--model=tiny_classifier", "--epochs=3")
+    assert tiny.train(squares, tmp_path, *words, name="typed") == 0
+    for name, more in (("whole", ()), ("resumed", ("--resume",))):
+        if more:
+            with pytest.MonkeyPatch.context() as patch:
+                stop_in_mid_epoch(train, patch)
+                assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
+        assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
+        tiny.assert_equal(tiny.outcome(tmp_path / "typed"), tiny.outcome(tmp_path / name))
 
 
 def test_auto_tries_a_real_network_in_the_memory_that_is_there(monkeypatch):

@@ -32,6 +32,7 @@ SCENARIOS = {  # name: (options of the run, what happens to which rank)
     "bf16": (["--amp", "--accumulate=2", "--clip_grad_norm=0.5"], {"count": True}),
     "fp16": (["--amp", "--amp_dtype=float16", "--epochs=1"], {"rank": 1, "what": "spoil", "at": 2}),
     "resnet": (["--model=resnet18", "--batch_size=43", "--epochs=1"], {}),
+    "probe": (["--preset=probe", "--model=shufflenet_v2_x0_5", "--epochs=3", "--batch_size=15"], {}),
     "stopped": ([], {"rank": 1, "what": "stop", "at": 5}),
     "resumed": (["--resume"], {}),
 }
@@ -174,12 +175,16 @@ def pair(data, alone, tmp_path_factory):
 
 
 # ----------------------------------------------------------------------------- the same numbers
-@pytest.mark.parametrize("name, tolerance", [("fp32", 2e-5), ("resnet", 2e-4), ("bf16", 2e-2)])
+@pytest.mark.parametrize("name, tolerance", [("fp32", 2e-5), ("resnet", 2e-4), ("probe", 2e-5), ("bf16", 2e-2)])
 def test_two_ranks_compute_what_one_process_computes(pair, alone, name, tolerance):
     runs, seen = pair
     assert [rank[name]["status"] for rank in seen] == [0, 0]
     assert_close_runs(runs / name, alone / name, tolerance)
     assert seen[0][name]["weights"] == seen[1][name]["weights"]
+
+
+def test_the_probe_keeps_the_frozen_networks_outputs(pair):
+    assert "what the frozen network makes of an image is computed once" in pair[1][0]["probe"]["out"]
 
 
 def test_the_comparison_is_of_something(alone):

@@ -14,6 +14,7 @@ from command_line import parsing
 from commands.export import write_safetensors
 from model import build_model
 from pretrained.files import load_file
+from runs.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -246,6 +247,62 @@ def test_safetensors_hold_the_weights_and_how_to_use_them(finished, tmp_path, ca
             assert all(torch.equal(content.get_tensor(name), tensor) for name, tensor in best["model"].items())
         assert json.loads(facts["classes"]) == best["classes"] and facts["image_size"] == "36"
         assert json.loads(facts["mean"]) == list(best["mean"]) and facts["interpolation"] == "bilinear"
+
+
+@pytest.fixture
+def alone(finished, tmp_path):
+    """The safetensors file of the finished run, far from its folder."""
+    pytest.importorskip("safetensors")
+    (tmp_path / "far").mkdir()
+    return shutil.copy(finished / "best_model.safetensors", tmp_path / "far" / "weights.safetensors")
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate", "inspect", "export"])
+def test_every_command_takes_safetensors_as_it_takes_a_checkpoint(finished, alone, data, tmp_path, capsys, command):
+    def answers(checkpoint, name):
+        file = tmp_path / name
+        more = {
+            "predict": [data / "test", f"--csv={file}", "--device=cpu"],
+            "evaluate": [f"--data_dir={data}", f"--json={file}", "--device=cpu"],
+            "inspect": [f"--data_dir={data}", f"--out={file}", "--device=cpu", "--batch_size=8"],
+            "export": ["--safetensors", f"--out={file}"],
+        }
+        status, said = call(capsys, command, f"--checkpoint={checkpoint}", *more[command])
+        assert status == 0, said
+        if command == "predict":
+            return file.read_bytes()
+        if command == "export":
+            return dict(tiny.leaves(load_file(file)))
+        content = json.loads((file if command == "evaluate" else file / "inspect.json").read_text())
+        return dict(tiny.leaves(content if command == "evaluate" else content["underflow"]["activations"]))
+
+    assert answers(alone, "one") == answers(finished / "best_model.pt", "other")
+
+
+def test_safetensors_keep_the_windows_of_deep_pictures(finished, tmp_path):
+    pytest.importorskip("safetensors")
+    windows = {"I;16": [100.0, 4000.0]}
+    file = tmp_path / "deep.safetensors"
+    write_safetensors(load_file(finished / "best_model.pt") | {"windows": windows}, file)
+    assert load_checkpoint(file)["windows"] == windows
+
+
+def test_safetensors_that_say_too_little_are_refused(finished, alone, tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors")
+    torch_files = pytest.importorskip("safetensors.torch")
+    with safetensors.safe_open(alone, "pt") as content:
+        facts = content.metadata()
+    weights = torch_files.load_file(alone)
+    for changed, named in (
+        ({"windows": None}, "does not say windows: use the best_model.pt"),
+        ({"classes": "["}, "damaged"),
+        ({"image_size": "-1"}, "no checkpoint of this program"),
+        ({"model_options": None}, "no checkpoint of this program"),
+    ):
+        told = {name: value for name, value in (facts | changed).items() if value is not None}
+        torch_files.save_file(weights, tmp_path / "changed.safetensors", told)
+        status, said = call(capsys, "predict", tmp_path, f"--checkpoint={tmp_path / 'changed.safetensors'}")
+        assert status == 2 and named in said, said
 
 
 def test_without_the_package_safetensors_are_refused_before_training(data, tmp_path, monkeypatch, capsys):

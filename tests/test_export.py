@@ -116,3 +116,26 @@ def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypa
         printed = []
         exec(program.replace("x.jpg", answer["path"]), {"print": printed.append})
         assert np.abs(printed[0][0] - list(answer["probabilities"].values())).max() < 1e-4, answer["path"]
+
+
+def test_mirror_images_are_part_of_what_is_exported(tmp_path, monkeypatch):
+    import onnxruntime
+
+    tiny.leave_out_pictures(monkeypatch)
+    tiny.register_classifier()
+    data = tiny.draw(tmp_path / "data")
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--tta=flip") == 0
+    run = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    shares = {}
+    for tta in ("flip", "none"):
+        file = tmp_path / f"{tta}.json"
+        words = [str(data / "seg_test"), *run, "--device=cpu", f"--json={file}", f"--tta={tta}"]
+        assert main.main(["predict", *words]) == 0
+        answers = json.loads(file.read_text())
+        shares[tta] = np.array([list(answer["probabilities"].values()) for answer in answers])
+    assert main.main(["export", *run]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx")
+    assert session.get_modelmeta().custom_metadata_map["tta"] == "flip"
+    images = np.stack([np.asarray(Image.open(answer["path"]).convert("RGB")) for answer in answers])
+    (found,) = session.run(None, {"images": images})
+    assert np.abs(found - shares["flip"]).max() < 1e-5 < np.abs(found - shares["none"]).max()

@@ -4,11 +4,13 @@ Each attempt is a fork of this process, so that hundreds take minutes: FAULT_KIL
 """
 
 import collections
+import faulthandler
 import os
 import random
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import types
 import zipfile
@@ -19,6 +21,9 @@ import tiny
 from tiny import assert_equal, outcome
 
 import main
+from commands import compare
+from reports import page, pictures
+from system.files import lock
 
 PATIENCE = 30.0  # seconds
 KILLS = int(os.environ.get("FAULT_KILLS", "14"))
@@ -38,12 +43,14 @@ def patched(name: str):
 def killed(work, phase: str, calls: int, delay: float) -> bool:
     """Runs `work` in a fork that is killed `delay` seconds after the phase's function was called the n-th time.
 
-    False if the work was done before.
+    False if the work was done before. A fork that hangs fails the test, with where each of its threads stood.
     """
+    trace = tempfile.TemporaryFile()  # noqa: SIM115 (both processes have it)
     pid = os.fork()
     if pid == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        faulthandler.register(signal.SIGQUIT, trace, all_threads=True)
         owner, name = patched(phase)
         original = getattr(owner, name)
         seen = []
@@ -60,16 +67,21 @@ def killed(work, phase: str, calls: int, delay: float) -> bool:
             os._exit(work())
         finally:
             os._exit(99)
-    # A fork of a process with threads may wait for ever for a lock that one of them held: it is killed, too.
     until = time.monotonic() + PATIENCE
     done = 0
     while not done and time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
         time.sleep(0.001)
     if not done:
+        os.kill(pid, signal.SIGQUIT)
+        time.sleep(1)
         os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        os.waitpid(pid, 0)
+    with trace:
+        trace.seek(0)
+        assert done, f"{phase}: neither killed nor done after {PATIENCE:.0f} s\n{trace.read().decode()}"
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, (phase, os.WEXITSTATUS(status))
+    assert not os.WIFSIGNALED(status) or os.WTERMSIG(status) == signal.SIGALRM, (phase, os.WTERMSIG(status))
     return os.WIFSIGNALED(status)
 
 
@@ -173,3 +185,108 @@ def test_preparing_killed_at_any_moment(phase, tmp_path, monkeypatch):
         assert prepare(tmp_path / "data") == 0
     print(f"{kills} kills while {phase}")
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
+
+
+def test_preparing_killed_while_it_marks_its_work_as_whole(tmp_path):
+    """The mark was opened, but nothing is written in it yet."""
+    archive = archived(tiny.draw(tmp_path / "source", train=60, test=12), tmp_path / "a.zip")
+    partial = tmp_path / "data" / ".partial"
+    shutil.copytree(tmp_path / "source", partial)
+    (partial / ".complete").touch()
+    assert main.main(["prepare", f"--archive={archive}", f"--data_dir={tmp_path / 'data'}"]) == 0
+    assert not partial.exists()
+    for name in ("seg_train", "seg_test"):
+        found, drawn = (sorted((tmp_path / folder / name).rglob("*.png")) for folder in ("data", "source"))
+        assert [path.read_bytes() for path in found] == [path.read_bytes() for path in drawn] and found
+
+
+# --------------------------------------------------------------------- commands that start trainings
+COMMANDS = {"compare": ["--precisions=fp32,amp-bf16"], "audit": ["--folds=2"]}
+BETWEEN = {
+    "planning": ("commands.compare:_state", 2, 0.02),
+    "between two runs": ("commands.compare:_train", 2, 0.02),
+    "run": ("train:update_weights", 14, 0.1),
+    "table": ("system.files:atomic_write", 3, 0.01),
+}
+
+
+def several(command: str, data: Path, runs: Path) -> int:
+    """The command, whose trainings run in this process instead of one of their own, without pictures."""
+    words = tiny.words(data, runs, "--model=tiny_classifier", *COMMANDS[command], name="all")[1:]
+
+    def process(words):
+        yield main.main(["train", *words])
+
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        patch.setattr(compare, "_process", process)
+        for owner, name in (
+            (pictures, "comparison_picture"),
+            (pictures, "reliability_curve"),
+            (pictures, "labelled_sheet"),
+            (page, "html_comparison"),
+        ):
+            patch.setattr(owner, name, lambda *_, **__: None)
+        return main.main([command, *words])
+
+
+def of_all(folder: Path) -> dict:
+    """What each run below a folder computed."""
+    return {
+        f"{result.parent.name}{path}": value
+        for result in sorted(folder.glob("*/result.json"))
+        for path, value in outcome(result.parent).items()
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_several_runs_killed_at_any_moment(command, tmp_path):
+    tiny.register_classifier()
+    data = tiny.draw(tmp_path / "data")
+    assert several(command, data, tmp_path / "whole") == 0
+    whole = of_all(tmp_path / "whole" / "all")
+    chance = random.Random(13)
+    count = collections.Counter()
+    for attempt in range(max(len(BETWEEN), KILLS // 2)):
+        phase = list(BETWEEN)[attempt % len(BETWEEN)]
+        function, calls, seconds = BETWEEN[phase]
+        if len(of_all(tmp_path / "killed" / "all")) == len(whole):
+            shutil.rmtree(tmp_path / "killed")
+        moment = chance.randint(1, calls), chance.uniform(0.0005, seconds)
+        count[phase] += killed(lambda: several(command, data, tmp_path / "killed"), function, *moment)
+    assert several(command, data, tmp_path / "killed") == 0
+    print(f"{count.total()} kills: {dict(count)}")
+    assert count.total() >= 3
+    assert_equal(whole, of_all(tmp_path / "killed" / "all"))
+
+
+def in_use(run: Path) -> bool:
+    """Whether a process holds the lock of a run."""
+    with open(run / "lock") as file:
+        return not lock(file)
+
+
+def test_a_training_ends_with_the_comparison_that_started_it(tmp_path, monkeypatch):
+    data = tiny.draw(tmp_path / "data")
+    options = ["--epochs=10", "--checkpoint_every=1u"]
+    words = ["compare", *tiny.words(data, tmp_path, *options, "--precisions=fp32", name="all")[1:]]
+    run = tmp_path / "all" / "fp32"
+    parent = os.fork()
+    if parent == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(main.main(words))
+    until = time.monotonic() + 60
+    while not (run / "last.pt").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    until = time.monotonic() + 20
+    while in_use(run) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not in_use(run) and not (run / "result.json").exists()
+    done = len((run / "metrics.jsonl").read_text().splitlines())
+    assert done < 10
+    tiny.leave_out_pictures(monkeypatch)
+    assert tiny.train(data, tmp_path, *options, name="alone") == 0
+    assert main.main(words) == 0
+    assert_equal(outcome(tmp_path / "alone"), outcome(run))

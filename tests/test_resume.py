@@ -118,10 +118,10 @@ def test_stop_at_the_end_of_an_epoch(name, call, data, straight, tmp_path, monke
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stop_while_testing(number, status, data, straight, tmp_path, monkeypatch, capsys):
-    import evaluate
+    import commands.train
 
     with monkeypatch.context() as patch:
-        at_call(patch, evaluate, "evaluate", 1, kill_self(number), before=True)
+        at_call(patch, commands.train, "evaluate", 1, kill_self(number), before=True)
         assert tiny.train(data, tmp_path) == status
     assert "--resume" in capsys.readouterr().err
     assert tiny.train(data, tmp_path, "--resume") == 0

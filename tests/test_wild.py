@@ -5,8 +5,10 @@ skipped without it. Run it alone: pytest tests/test_wild.py
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +27,7 @@ import main
 import train as training
 import utils
 from runs.checkpoint import load_checkpoint
+from system import progress
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="as Linux does it")
 
@@ -288,6 +291,42 @@ def test_files_from_the_future(data, tmp_path):
     for path in (*tiny.images(data), data):
         os.utime(path, (2**32, 2**32))
     assert tiny.train(data, tmp_path) == 0
+
+
+def test_a_clock_that_is_set_back(data, tmp_path, monkeypatch):
+    """An hour back in the middle of the training, and the files' times with it."""
+    monkeypatch.setattr(progress, "EVERY", 0.05)
+    update_weights = training.update_weights
+    day = time.time
+    back = []
+
+    def slowly(*positional, **options):
+        time.sleep(0.15)
+        if len(back) == 4:
+            for path in [data, tmp_path, *data.rglob("*"), *(tmp_path / "run").iterdir()]:
+                state = path.stat()
+                os.utime(path, (state.st_atime - 3600, state.st_mtime - 3600))
+        back.append(3600 if len(back) >= 4 else 0)
+        return update_weights(*positional, **options)
+
+    monkeypatch.setattr(training, "update_weights", slowly)
+    for owner, name in ((time, "time"), (sys.modules["tqdm.std"], "time")):
+        monkeypatch.setattr(owner, name, lambda: day() - (back or [0])[-1])
+    tiny.leave_out_pictures(monkeypatch)
+    said = []
+    monkeypatch.setattr(utils.log, "info", lambda text, *_: said.append(text))
+    words = loud(data, tmp_path, "--epochs=3", "--log_interval=1")
+    assert main.main(words) == 0
+    rates = [line for line in said if "images/s" in line]
+    assert len(rates) > 9 and not [line for line in said if re.search(r" -\d", line)]
+    left = [int(found) for line in said for found in re.findall(r"(\d+) s left", line)]
+    assert left and max(left) < 60
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0.45 < line["seconds"] < 60 and 0 <= line["data_wait_share"] <= 1 for line in lines)
+    elapsed = [0.0, *(line["elapsed"] for line in lines)]
+    assert all(0.45 < later - earlier < 60 for earlier, later in itertools.pairwise(elapsed))
+    assert 1.3 < json.loads((tmp_path / "run" / "result.json").read_text())["total_seconds"] < 180
+    assert main.main([*words, "--resume"]) == 0  # the cache of images is still theirs
 
 
 # ------------------------------------------------------------------------------ paths, configs

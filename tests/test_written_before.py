@@ -11,6 +11,8 @@ import tiny
 import torch
 from written_before import make
 
+from dataset import Batches
+
 VERSIONS = sorted(path.name for path in make.HERE.iterdir() if (path / "machine.json").exists())
 CLOSE = {"fp32": 1e-4, "amp-fp16": 2e-2, "amp-bf16": 2e-2}  # of another machine's or another torch's rounding
 
@@ -66,3 +68,26 @@ def test_it_resumes_to_the_same_end(begun, request):
 def test_its_best_epoch_is_tested(begun, run):
     status, out, err = run(["evaluate", f"--checkpoint_dir={make.RUNS}", f"--checkpoint_name={begun.name}"])
     assert status == 0 and "Test accuracy" in out, err
+
+
+def test_a_run_with_a_last_batch_of_one_image_is_refused(folder, monkeypatch, capsys):
+    """Version 0.1.0 cut 19 images into 9, 9 and 1, where today's updates have 9 and 10."""
+    import train
+
+    monkeypatch.chdir(folder)
+    tiny.leave_out_pictures(monkeypatch)
+    more = make.words("--batch_size=9", "--epochs=3")
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr(Batches, "updates_per_epoch", property(lambda self: -(-len(self.subset) // self.batch_size)))
+        make.stop_in_mid_epoch(train, before)
+        assert tiny.train(make.DATA, make.RUNS, *more, name="cut") == 143
+    run = make.RUNS / "cut"
+    line = json.loads((run / "metrics.jsonl").read_text())
+    assert line["updates"] == 3
+    kept = (run / "last.pt").read_bytes()
+    capsys.readouterr()
+    assert tiny.train(make.DATA, make.RUNS, *more, "--resume", name="cut") == 2
+    said = capsys.readouterr().err
+    assert "runs/cut was begun by an earlier version" in said and "--overwrite" in said and "Traceback" not in said
+    assert (run / "last.pt").read_bytes() == kept
+    assert tiny.train(make.DATA, make.RUNS, *more, "--overwrite", name="cut") == 0
