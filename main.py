@@ -182,9 +182,10 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
         return 130, "interrupted; what was saved before can go on with --resume"
     if isinstance(error, (UserError, RunError)):
         return 2 if isinstance(error, UserError) else 1, text
-    if "DataLoader worker" in text or isinstance(error, ConnectionResetError):
+    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
+        reason = text.splitlines()[0] if text else "it left no word"
         return 1, (
-            f"a data loading worker died: {text.splitlines()[0]}\nUsually the machine ran out of memory: "
+            f"a data loading worker died: {reason}\nUsually the machine ran out of memory: "
             "use fewer --num_workers, then go on with --resume."
         )
     if isinstance(error, OSError):

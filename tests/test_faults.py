@@ -161,6 +161,16 @@ def test_killed_loading_worker(data, tmp_path):
     load_checkpoint(tmp_path / "run" / "last.pt")
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "no")])
+def test_a_worker_that_dies_in_the_middle_of_a_message(error, data, tmp_path, monkeypatch, said):
+    def fail(*_, **__):
+        raise error
+
+    during_update(monkeypatch, 2, fail)
+    assert tiny.train(data, tmp_path) == 1
+    assert "a data loading worker died" in said()
+
+
 def test_lock_is_refused_and_taken_over(data, tmp_path, said):
     holder = "import sys, time; sys.path.insert(0, sys.argv[1]); from runs.folder import RunDirectory\n"
     holder += "RunDirectory(sys.argv[2]).open(); print('held', flush=True); time.sleep(600)"
