@@ -229,6 +229,19 @@ def _is_beside(name: str, own: State) -> bool:
     return name not in own and (bool(_COUNTERS.search(name)) or first not in layers and bool(_BESIDE.match(first)))
 
 
+def narrow_head(model: nn.Module, heads: tuple[str, ...]) -> None:
+    """Draws new linear heads again, as PyTorch does, if their weights spread wider than that, before files fill them.
+
+    EfficientNets, for example, draw a head from ±1/sqrt(classes), which was made for 1,000 classes. With 6 classes so
+    much of it remains beside what is learned from pretrained features that accuracy suffers. nn.Linear draws from
+    ±1/sqrt(inputs).
+    """
+    for name in heads:
+        head = model.get_submodule(name)
+        if isinstance(head, nn.Linear) and head.weight.std() > head.in_features**-0.5:
+            head.reset_parameters()
+
+
 def _with_head(state: State, own: State, head: tuple[str, ...]) -> tuple[State, list[str]]:
     """`state` with entries of the head only where they fit, and what was done with the others.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pretrained.fitting import Weights, note_options
+from pretrained.fitting import Weights, narrow_head, note_options
 from utils import UserError, printable, shows_bars
 
 PREFIX = "timm:"
@@ -87,6 +87,10 @@ def build(
         ) from None
     if pretrained and file is None:
         model = _pretrained(key, class_count, options, config)
+        if class_count != config.num_classes:  # else the head has published weights, too
+            narrow_head(model, head_names(model))
+    elif file is not None:
+        narrow_head(model, head_names(model))
     return model, ()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from pretrained.fitting import State, Weights, load_weights, note_options, set_versions
+from pretrained.fitting import State, Weights, load_weights, narrow_head, note_options, set_versions
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, printable, shows_bars
 
@@ -68,6 +68,8 @@ def build(
     model = create(key, class_count, {**options, **drawn})
     note_options(model, options)
     ignored = AUXILIARY.get(key, ())
+    if original is not None or file is not None:
+        narrow_head(model, (head_name(model),))
     if original is not None:
         state = resized(original.state_dict(), model)
         load_weights(model, state, source="ImageNet weights", ignored=ignored, head=(head_name(model),))

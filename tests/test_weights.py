@@ -370,3 +370,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     state["features.0.bias"][3] = float("nan")
     torch.save(state, tmp_path / "weights.pt")
     assert "features.0.bias" in refused(build_model, NAME, 6, pretrained_path=tmp_path / "weights.pt")
+
+
+def test_a_new_head_is_no_wider_than_pytorchs(tmp_path):
+    """An EfficientNet draws its head for 1,000 classes, of which much would remain beside good features."""
+    torch.save(torchvision.models.efficientnet_b0().state_dict(), tmp_path / "b0.pt")
+    new = build_model("efficientnet_b0", 6, pretrained_path=tmp_path / "b0.pt").classifier[1].weight
+    assert new.abs().max() <= 1280**-0.5
+    drawn = build_model("efficientnet_b0", 6, pretrained=False).classifier[1].weight
+    assert drawn.abs().max() > 0.3  # ±1/sqrt(6): from scratch it is the author's
+    kept = build_model("efficientnet_b0", 1000, pretrained_path=tmp_path / "b0.pt").classifier[1].weight
+    assert torch.equal(kept, torch.load(tmp_path / "b0.pt", weights_only=True)["classifier.1.weight"])
