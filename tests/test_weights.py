@@ -374,7 +374,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 def test_a_new_head_is_no_wider_than_pytorchs(tmp_path):
     """An EfficientNet draws its head for 1,000 classes, of which much would remain beside good features."""
-    torch.save(torchvision.models.efficientnet_b0().state_dict(), tmp_path / "b0.pt")
+    torch.save(models.efficientnet_b0().state_dict(), tmp_path / "b0.pt")
     new = build_model("efficientnet_b0", 6, pretrained_path=tmp_path / "b0.pt").classifier[1].weight
     assert new.abs().max() <= 1280**-0.5
     drawn = build_model("efficientnet_b0", 6, pretrained=False).classifier[1].weight
