@@ -130,7 +130,8 @@ class Setup:
     def run(self) -> RunDirectory:
         """The run's folder; a run without a name is called after its model and precision."""
         options = self.options
-        name = options.checkpoint_name or f"{known_model(options.model)}_{self.precision.name}"
+        own_name = f"{known_model(options.model)}_{self.precision.name}".replace(":", "_")  # timm:NAME, on Windows
+        name = options.checkpoint_name or own_name
         return RunDirectory(Path(options.checkpoint_dir) / name, writes=self.ranks.is_first)
 
     @property

@@ -14,6 +14,9 @@ from tiny import refused
 from torchvision import models
 
 import main
+from assemble import Setup
+from command_line.parsing import parse
+from distributed import Ranks
 from images.decode import Rules, decode
 from model import build_model, head_names, preprocessing
 from pretrained.files import load_file
@@ -182,3 +185,8 @@ def test_a_run_of_a_timm_model_is_compared_with_another(tmp_path, capsys):
         table = (tmp_path / "both" / "performance_table.md").read_text()
         assert row["label"] in table.replace("\\", "")  # which keeps Markdown from reading underscores
     assert (tmp_path / "both" / "comparison.png").stat().st_size > 1000
+
+
+def test_a_run_without_a_name_is_a_folder_on_every_system(tmp_path):
+    words = [f"--checkpoint_dir={tmp_path}", "--model=timm:test_resnet", "--device=cpu"]
+    assert Setup(parse(words), Ranks()).run.path == tmp_path / "timm_test_resnet_fp32"
