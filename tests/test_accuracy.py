@@ -223,7 +223,7 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(data, tmp_path, mon
     assert [line["image_size"] for line in lines] == [20, 32, 84]
 
 
-def test_each_size_is_compiled_once(squares, tmp_path, monkeypatch):
+def test_each_size_is_compiled_once(data, tmp_path, monkeypatch):
     """Three sizes of images, two counts in a micro-batch; the first size, and evaluation, with frozen layers, too."""
     compiled = []
 
@@ -237,8 +237,8 @@ def test_each_size_is_compiled_once(squares, tmp_path, monkeypatch):
     torch._dynamo.reset()
     words = ["--model=tiny_classifier", "--start_size=20", "--image_size=84", "--epochs=6", "--freeze_epochs=1"]
     words += ["--batch_size=5", "--accumulate=2"]
-    assert tiny.train(squares, tmp_path, *words, name="eager") == 0
-    assert tiny.train(squares, tmp_path, *words, "--compile", name="compiled") == 0
+    assert tiny.train(data, tmp_path, *words, name="eager") == 0
+    assert tiny.train(data, tmp_path, *words, "--compile", name="compiled") == 0
     torch._dynamo.reset()
     assert sorted(compiled) == sorted([(2, 20), (3, 20), (5, 84)] * 2 + [(2, 32), (3, 32), (2, 84), (3, 84)])
     found = [json.loads((tmp_path / name / "result.json").read_text())["test_loss"] for name in ("eager", "compiled")]
@@ -521,18 +521,18 @@ def test_auto_is_recorded_and_a_resume_repeats_it(data, tmp_path, monkeypatch, r
     assert status == 2 and "--batch_size: begun with 8, now 9" in errors
 
 
-def test_auto_trains_to_the_end_and_goes_on_after_a_stop(squares, tmp_path):
+def test_auto_trains_to_the_end_and_goes_on_after_a_stop(data, tmp_path):
     """Its trial before the first epoch changes nothing: the run equals one whose batch was typed."""
     import train
 
     words = ("--model=tiny_classifier", "--epochs=3")
-    assert tiny.train(squares, tmp_path, *words, name="typed") == 0
+    assert tiny.train(data, tmp_path, *words, name="typed") == 0
     for name, more in (("whole", ()), ("resumed", ("--resume",))):
         if more:
             with pytest.MonkeyPatch.context() as patch:
                 stop_in_mid_epoch(train, patch)
-                assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
-        assert tiny.train(squares, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
+                assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
+        assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
         tiny.assert_equal(tiny.outcome(tmp_path / "typed"), tiny.outcome(tmp_path / name))
 
 

@@ -90,7 +90,7 @@ TRAINING = {  # phase: its function, the most calls to it, seconds that it takes
     "epoch": ("train:update_weights", 9, 0.1),
     "save": ("runs.folder:write_checkpoints", 4, 0.05),
     "validation": ("train:Trainer._validate", 3, 0.1),
-    "test": ("main:finish", 1, 0.2),
+    "test": ("commands.train:finish", 1, 0.2),
     "pictures": ("reports.pictures:learning_curve", 1, 0.8),
 }
 
