@@ -146,12 +146,14 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "normalize": lambda value: value in ("imagenet", "none"),
     "windows": lambda value: (
         value is None  # of an earlier version
-        or (isinstance(value, dict) and all(len(pair) == 2 and pair[0] <= pair[1] for pair in value.values()))
+        or (isinstance(value, dict) and all(_are_numbers(pair, 2) and pair[0] <= pair[1] for pair in value.values()))
     ),
     "model_options": lambda value: isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()])),
     "mean": lambda value: _are_numbers(value),
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "interpolation": lambda value: value in ("bilinear", "bicubic"),
+    "epoch": lambda value: value is None or isinstance(value, int),  # last.pt says it in `progress`
+    "val_acc": lambda value: value is None or isinstance(value, (int, float)),
 }
 
 
@@ -203,7 +205,7 @@ def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str,
         )
     try:
         told = {name: json.loads(facts[name]) for name in _AS_TEXT}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     plain = {name: facts[name] for name in ("normalize", "interpolation")}
     return {"format": 1, "model": weights, "model_name": facts["model"], **plain, **told}

@@ -296,6 +296,9 @@ def test_safetensors_that_say_too_little_are_refused(finished, alone, tmp_path, 
     for changed, named in (
         ({"windows": None}, "does not say windows: use the best_model.pt"),
         ({"classes": "["}, "damaged"),
+        ({"classes": "[" * 100_000}, "damaged"),
+        ({"windows": '{"I": 5}'}, "no checkpoint of this program"),
+        ({"val_acc": '"x"'}, "no checkpoint of this program"),
         ({"image_size": "-1"}, "no checkpoint of this program"),
         ({"model_options": None}, "no checkpoint of this program"),
     ):
