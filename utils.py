@@ -207,6 +207,11 @@ class StopSignal:
                 os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
 
 
+def amount(count: int, one: str, more: str) -> str:
+    """A count with the words that fit it: "1 image is", "1,200 images are"."""
+    return f"{count:,} {one if count == 1 else more}"
+
+
 def printable(text: object) -> str:
     """`text` on one line whatever a file name holds: control characters and stray bytes are escaped."""
     escaped = str(text).encode("utf-8", "backslashreplace").decode()

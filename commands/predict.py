@@ -31,7 +31,7 @@ from reports.text import end_of
 from system.files import refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
-from utils import RunError, Stopped, UserError, log, printable, progress
+from utils import RunError, Stopped, UserError, amount, log, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -119,7 +119,7 @@ def predict_files(
     except (KeyboardInterrupt, Stopped) as error:
         where = f", which are in {printable(csv_file or json_file)}" if csv_file or json_file else ""
         status = error.exit_status - 128 if isinstance(error, Stopped) else 2
-        raise Stopped(status, f"stopped after {table.count:,} predictions{where}") from None
+        raise Stopped(status, f"stopped after {amount(table.count, 'prediction', 'predictions')}{where}") from None
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
@@ -303,4 +303,4 @@ def _begun(file: str) -> IO[str]:
 
 def _counted(counts: Counter[str]) -> str:
     summary = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items()))
-    return f"{counts.total():,} images: {summary}"
+    return f"{amount(counts.total(), 'image', 'images')}: {summary}"

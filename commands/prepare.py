@@ -28,7 +28,7 @@ from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from system.files import FULL, refuse_missing_folders, write_text
 from system.machine import cores
-from utils import RunError, UserError, printable, progress
+from utils import RunError, UserError, amount, printable, progress
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
 SPARE = 64 * 2**20  # bytes to leave free on the disk
@@ -86,7 +86,7 @@ def _clean(folder: Path) -> None:
     for cache in removed:
         used = datetime.fromtimestamp(cache.used).strftime("%Y-%m-%d %H:%M")
         print(f"removed {cache.file} ({cache.size / 2**20:,.1f} MB, last used {used})")
-    print(f"{len(removed)} caches removed, {sum(cache.size for cache in removed) / 2**20:,.1f} MB")
+    print(f"{amount(len(removed), 'cache', 'caches')} removed, {sum(cache.size for cache in removed) / 2**20:,.1f} MB")
 
 
 def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import UserError, printable
+from utils import UserError, amount, printable
 
 Listing = list[tuple[Path, int]]
 
@@ -164,8 +164,10 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
         names = _class_names(inner)
         part = roles.get(inner)
         images = sum(1 for _ in find_images(sub))
+        pictures = amount(images, "image", "images")
+        inner_folders = amount(len(names), "folder", "folders")
         taken = f"the {part} part" if part else "a class" if images and not names else "no part and no class"
-        lines.append(f"  {printable(sub.name)}/: {images:,} images in {len(names)} folders, would be {taken}")
+        lines.append(f"  {printable(sub.name)}/: {pictures} in {inner_folders}, would be {taken}")
         if not part and len([name for name in names if _find_parts(inner) or _holds_images(inner / name)]) > 1:
             lines.append(f"    perhaps you mean --data_dir {printable(sub)}")
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt"))
@@ -174,7 +176,8 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
     ]
     loose = sum(1 for entry in os.scandir(folder) if os.path.isfile(entry.path) and is_image_name(entry.name))
     if loose:
-        lines.append(f"  {loose:,} images without a class folder: put them in folders, or name a table with --labels")
+        them = amount(loose, "image", "images")
+        lines.append(f"  {them} without a class folder: put them in folders, or name a table with --labels")
     return "\n".join(lines) + WAYS
 
 

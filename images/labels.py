@@ -13,7 +13,7 @@ from pathlib import Path
 from images.folders import ImageSet, Listing, find_image_set, find_images, part_of
 from images.split import groups_by_pattern
 from system.files import reading
-from utils import UserError, printable
+from utils import UserError, amount, printable
 
 # Names of columns, the likeliest first; case, blanks and punctuation do not count.
 _PATH: tuple[str, ...] = (
@@ -264,13 +264,18 @@ class _Found:
 def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
     """Sorts the entries into parts and says what is missing or surplus. Raises UserError if too little is left."""
     file = printable(found.file.name)
-    for what, names in (("name no image that is there", found.missing), ("have no label", found.unlabelled)):
+    for names, one, more in (
+        (found.missing, "names no image that is there", "name no image that is there"),
+        (found.unlabelled, "has no label", "have no label"),
+    ):
         if names:
-            image_set.notes.append(f"{len(names):,} rows of {file} {what}, such as {printable(names[0])}")
+            rows = amount(len(names), f"row of {file} {one}", f"rows of {file} {more}")
+            image_set.notes.append(f"{rows}, such as {printable(names[0])}")
     surplus = [path for path in found.index.paths if path not in found.entries]
     if surplus:
         shown = printable(surplus[0].relative_to(image_set.root))
-        image_set.notes.append(f"{len(surplus):,} images have no row in {file}, such as {shown}: left out")
+        have = amount(len(surplus), "image has", "images have")
+        image_set.notes.append(f"{have} no row in {file}, such as {shown}: left out")
     labels = {label for label, *_ in found.entries.values()}
     image_set.classes = list(known or _in_order(labels))
     unknown = sorted(labels - set(image_set.classes))

@@ -20,7 +20,7 @@ from images.soundness import refuse_empty, report_unreadable, say_absent, warn_o
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
 from images.stores import ImageStore, open_store
 from images.subsets import DataSet, Split, Subset, relative
-from utils import UserError, log, printable
+from utils import UserError, amount, log, printable
 
 
 @dataclass
@@ -146,14 +146,18 @@ def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
     gone = sorted(follow.keys() - set(names.values()))
     if gone and strictly:
         raise UserError(
-            f"{len(gone):,} images of the run's split.csv are not in {printable(image_set.root)}, such as "
+            f"{amount(len(gone), 'image', 'images')} of the run's split.csv cannot be found in "
+            f"{printable(image_set.root)}, such as "
             f"{printable(gone[0])}. Restore them, or start another --checkpoint_name."
         )
-    image_set.notes += [f"{len(gone):,} images of --split are gone, such as {printable(gone[0])}"] if gone else []
+    if gone:
+        lost = amount(len(gone), "image of --split is", "images of --split are")
+        image_set.notes.append(f"{lost} gone, such as {printable(gone[0])}")
     added = [name for name in names.values() if name not in follow]
     if added:
         fate = "left out" if strictly else "divided as if the split were new"
-        image_set.notes.append(f"{len(added):,} images are not in split.csv, such as {printable(added[0])}: {fate}")
+        new = amount(len(added), "image is", "images are")
+        image_set.notes.append(f"{new} not in split.csv, such as {printable(added[0])}: {fate}")
 
     def wanted(path: Path) -> bool:
         entry = follow.get(names[path])
@@ -268,7 +272,8 @@ def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
     same = same_pictures(pool.store.crc32[pool.positions], look)
     if same:
         copies = sum(len(places) - 1 for places in same)
-        log.info(f"{copies:,} images are copies of others: kept on one side of the split (prepare --check lists them)")
+        are = amount(copies, "image is a copy of another", "images are copies of others")
+        log.info(f"{are}: kept on one side of the split (prepare --check lists them)")
     return same + in_groups(groups.get(path) for path in paths)
 
 

@@ -14,16 +14,17 @@ from images.decode import try_decode
 from images.folders import ImageSet, some
 from images.split import PARTS, digest
 from images.subsets import Subset
-from utils import UserError, log, printable
+from utils import UserError, amount, log, printable
 
 
 def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
+    """Names unreadable files, each with its reason. Raises UserError unless `skip` leaves them out."""
     if not bad:
         return
     lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
     if len(bad) > 10:
         lines.append(f"  and {len(bad) - 10} more")
-    head = f"{len(bad)} images cannot be read" if len(bad) > 1 else "1 image cannot be read"
+    head = f"{amount(len(bad), 'image', 'images')} cannot be read"
     if not skip:
         lines.append("Repair or remove them, or go on without them: --skip_unreadable.")
         raise UserError("\n".join([f"{head}:", *lines]))
@@ -31,6 +32,7 @@ def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
 
 
 def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    """Raises UserError for an empty part or a class without training images; says which classes are rare or absent."""
     for name, subset in subsets.items():
         if not len(subset):
             raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
@@ -49,6 +51,7 @@ def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
 
 
 def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
+    """Says which classes have no image in a part."""
     for name, subset in subsets.items():
         absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if absent:
@@ -64,17 +67,19 @@ def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
         if other.listing is getattr(image_set, name):  # not split off
             copies = _copies(train, other)
             if copies:
+                both = amount(
+                    len(copies), f"{name} image is also a training image", f"{name} images are also training images"
+                )
                 log.warning(
-                    f"{len(copies):,} {name} images are also training images, such as {printable(copies[0])}: "
-                    "the accuracy on them says nothing (prepare --check lists them)."
+                    f"{both}, such as {printable(copies[0])}: what is measured on such images says nothing "
+                    "(prepare --check lists them)."
                 )
         known = image_set.groups
         groups = [{known[path] for path in subset.paths if path in known} for subset in (train, other)]
         shared = groups[0] & groups[1]
         if shared:
-            log.warning(
-                f"{len(shared):,} groups have images on both sides, training and {name}, such as {min(shared)}."
-            )
+            have = amount(len(shared), "group has", "groups have")
+            log.warning(f"{have} images on both sides, training and {name}, such as {min(shared)}.")
 
 
 def _copies(train: Subset, other: Subset) -> list[Path]:

@@ -18,7 +18,7 @@ from reports.sheets import labelled_sheet
 from reports.text import align, fit
 from runs.writing import csv_text
 from system.files import write_text
-from utils import RunError, log, printable
+from utils import RunError, amount, log, printable
 
 SHEET = 48  # doubtful images on the contact sheet
 
@@ -132,7 +132,7 @@ def summary(report: dict[str, Any]) -> str:
         f"Accuracy       {report['accuracy']:.2f} ± {report['interval']:.2f} % (folds: {shown})",
         f"Doubtful       {report['doubtful']:,} of {report['images']:,} labels ({share:.2f} %)",
         f"Estimated      {report['estimated_errors']:,.0f} wrong labels, by the confident joint",
-        f"Copies         {len(report['copies_under_two_labels']):,} pictures under two labels",
+        f"Copies         {amount(len(report['copies_under_two_labels']), 'picture', 'pictures')} under two labels",
     ]
     rows = [[fit(name, 40), *cells] for name, *cells in pair_table(report, 15)]
     if rows:

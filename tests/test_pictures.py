@@ -116,15 +116,15 @@ def test_what_does_not_fit_is_listed_with_what_it_would_be(tmp_path):
     with pytest.raises(UserError) as refused:
         find_image_set(tmp_path)
     text = str(refused.value)
-    assert "photos/: 6 images in 1 folders, would be no part and no class" in text
+    assert "photos/: 6 images in 1 folder, would be no part and no class" in text
     assert "--labels labels.csv" not in text and "labels.csv: a table of labels?" in text
-    assert "1 images without a class folder" in text and "Three ways" in text
+    assert "1 image without a class folder" in text and "Three ways" in text
 
 
 def test_flat_parts_are_no_classes(tmp_path):
     for name in ("train", "test"):
         draw(tmp_path / name / "1.png")
-    with pytest.raises(UserError, match=r"train/: 1 images in 0 folders"):
+    with pytest.raises(UserError, match=r"train/: 1 image in 0 folders"):
         find_image_set(tmp_path)
 
 
@@ -397,7 +397,7 @@ def test_a_test_picture_that_is_trained_on_is_a_warning(tmp_path, caplog):
         classes(tmp_path / part, count=6, first=10_000 * len(part))
     shutil.copy(tmp_path / "train" / "cat" / "000.png", tmp_path / "test" / "cat" / "leak.png")
     opened(tmp_path)
-    assert any("1 test images are also training images" in text and "leak.png" in text for text in caplog.messages)
+    assert any("1 test image is also a training image" in text and "leak.png" in text for text in caplog.messages)
 
 
 def test_groups_stay_together(tmp_path):
@@ -517,7 +517,7 @@ def test_kaggles_table_beside_its_folders(tmp_path, caplog):
     assert data.classes == ["beagle", "poodle"]
     assert [len(data.subsets[name]) for name in ("train", "validation", "test")] == [28, 6, 6]
     assert "train.csv: images from 'id', classes from 'breed'" in caplog.messages
-    assert "1 rows of train.csv name no image that is there, such as gone" in caplog.messages
+    assert "1 row of train.csv names no image that is there, such as gone" in caplog.messages
     assert "40 images have no row in train.csv, such as test/0e.jpg: left out" in caplog.messages
 
 
@@ -795,7 +795,7 @@ def test_check_and_clean_by_the_command_line(tmp_path, run):
     assert status == 0 and "a training splits validation and test images off" in out
     assert json.loads((tmp_path / "check.json").read_text())["counts"] == {"train": {"cat": 3, "dog": 3}}
     status, out, _ = run(["prepare", "--clean", f"--data_dir={root}"])
-    assert status == 0 and "1 caches removed" in out and caches(root / ".cache") == []
+    assert status == 0 and "1 cache removed" in out and caches(root / ".cache") == []
 
 
 def test_audit_finds_labels_that_were_swapped(tmp_path, run, monkeypatch):
