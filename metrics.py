@@ -128,11 +128,10 @@ class Meter:
         return len(self._unread)
 
     def readings(self, at: Progress) -> dict[str, str]:
-        """What a bar shows."""
+        """What a bar shows: no more than fits 80 columns."""
         shown = {
             "loss": f"{at.sums['loss'] / max(1, at.sums['counted']):.3f}",
             "acc": f"{100 * at.sums['correct'] / max(1, at.sums['images']):.1f}%",
-            "lr": f"{at.learning_rate:.1e}",
         }
         if self.scaler.is_enabled():
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}

@@ -234,7 +234,8 @@ class Trainer:
         counts = [self.batches.images_in(update) for update in range(at.update - self.meter.unread, at.update)]
         self.meter.read(at, self.network.trained_names(), counts)
         if self.batches.ranks.is_first:
-            bar.set_postfix(self.meter.readings(at) | {"run": f"{duration(self.seconds_left())} left"}, refresh=False)
+            left = {"run": f"{duration(self.seconds_left())} left"}  # first: a narrow terminal cuts the end
+            bar.set_postfix(left | self.meter.readings(at), refresh=False)
 
     def seconds_left(self) -> float:
         """How long the run will still take if nothing stops it, at the speed of its last epochs or, in the first one,
