@@ -107,8 +107,6 @@ def meet(store: Store, ranks: Ranks, *, patience: timedelta = timedelta(seconds=
     Every process signs in; the first one names the list of those it found, and asks again if one of them does
     not answer, because it belonged to an earlier attempt (https://github.com/pytorch/pytorch/issues/135712).
     """
-    import torch.distributed as dist
-
     signature = uuid.uuid4().hex
     store.set(f"amp-train/signed/{ranks.rank}", signature)
     while True:
@@ -122,14 +120,25 @@ def meet(store: Store, ranks: Ranks, *, patience: timedelta = timedelta(seconds=
             time.sleep(0.05)
             continue
         store.set(f"{name}/present/{ranks.rank}", "")
-        try:
-            if ranks.is_first:
-                store.wait([f"{name}/present/{rank}" for rank in range(ranks.size)], patience)
-                store.set(f"{name}/begun", "")
-            store.wait([f"{name}/begun"], patience)
+        if ranks.is_first:
+            if not _appear(store, [f"{name}/present/{rank}" for rank in range(ranks.size)], patience):
+                continue
+            store.set(f"{name}/begun", "")
+        if _appear(store, [f"{name}/begun"], patience):
             return name
-        except dist.DistStoreError:
-            continue
+
+
+def _appear(store: Store, keys: list[str], patience: timedelta) -> bool:
+    """Whether all `keys` are in the store within `patience`.
+
+    Asks again and again: `store.wait` with a short timeout has ended a process from inside C++ (SIGABRT).
+    """
+    end = time.monotonic() + patience.total_seconds()
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def leave(ranks: Ranks) -> None:

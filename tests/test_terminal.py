@@ -144,7 +144,8 @@ def test_a_bar_fits_80_columns(tmp_path):
     words = [word for word in tiny.words(data, tmp_path, *options) if word != "--quiet"]
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {name: value for name, value in tiny.environment().items() if name != "COLUMNS"} | {"TERM": "xterm"}
+    environment = {name: value for name, value in tiny.environment().items() if name != "COLUMNS"}
+    environment |= {"TERM": "xterm", "TQDM_MININTERVAL": "0"}  # a fast machine would draw each bar only once, empty
     process = subprocess.Popen(
         [sys.executable, "main.py", *words], cwd=ROOT, stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )
