@@ -151,21 +151,36 @@ def update_average(average: nn.Module, model: nn.Module, decay: float, updates: 
         state[name].copy_(new[name])
 
 
-def check_input_size(model: nn.Module, image_size: int, smallest_piece: int) -> None:
-    """Raises UserError if `model` cannot train on `smallest_piece` images of `image_size` pixels.
+def check_input_size(model: nn.Module, image_size: int, smallest_piece: int, start_size: int = 0) -> None:
+    """Raises UserError if `model` cannot train on `smallest_piece` images of `image_size` pixels, or of `start_size`.
 
     Tried on the meta device, which computes shapes only.
     """
     twin = copy.deepcopy(model).to("meta").train()
-    try:
-        twin(torch.empty(smallest_piece, 3, image_size, image_size, device="meta"))
-    except (RuntimeError, ValueError, AssertionError) as error:
+    kind = type(model).__name__
+    reason = _objection(twin, image_size, smallest_piece)
+    if reason:
         images = "image" if smallest_piece == 1 else "images"
         raise UserError(
-            f"--image_size {image_size}: {type(model).__name__} cannot train on a micro-batch of {smallest_piece} "
-            f"such {images} ({str(error).splitlines()[0]}).\nUse another --image_size "
-            f"({timm_models.own_size(model) or 224} suits it) or a --batch_size that leaves no single image over."
-        ) from None
+            f"--image_size {image_size}: {kind} cannot train on a micro-batch of {smallest_piece} such {images} "
+            f"({reason}).\nUse another --image_size ({timm_models.own_size(model) or 224} suits it) or a --batch_size "
+            "that leaves no single image over."
+        )
+    reason = _objection(twin, start_size, smallest_piece) if start_size else None
+    if reason:
+        raise UserError(
+            f"--start_size {start_size}: {kind} cannot train on images of that size ({reason}).\n"
+            "Use a larger one, or --start_size 0, which leaves all images at --image_size."
+        )
+
+
+def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
+    """What a model on the meta device says against `count` images of `image_size` pixels; None if they suit it."""
+    try:
+        model(torch.empty(count, 3, image_size, image_size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 class Network:

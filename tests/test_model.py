@@ -98,6 +98,8 @@ def test_a_size_that_a_model_cannot_train_on_is_refused_before_training(name, si
     message = refused(check_input_size, model, side, piece)
     assert f"--image_size {side}" in message and "--batch_size" in message
     check_input_size(model, 224, 2)
+    message = refused(check_input_size, model, 224, piece, side)
+    assert f"--start_size {side}" in message and "--start_size 0" in message and "--image_size 224" not in message
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
