@@ -91,6 +91,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema": 0.99,
         "tta": "flip",
+        "split": "77,8,15",  # beside a test folder a tenth is held out, where the tutorial holds out a fifth
     },
     "scratch": {
         "pretrained": 0,
@@ -106,6 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema": 0.995,
         "tta": "flip",
+        "split": "77,8,15",
     },
     "probe": {
         "freeze_epochs": ALL,
