@@ -35,6 +35,7 @@ from model import (
     constructor_options,
     empty_model,
     head_name,
+    keep_depthwise_float32,
     known_model,
     preprocessing,
     rebuild_model,
@@ -326,7 +327,7 @@ class Setup:
     def placed(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         if self.device.type == "cpu" and self.options.amp:
-            avoid_in_place(model)
+            keep_depthwise_float32(avoid_in_place(model))
         return model.to(self.device).to(memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:

@@ -29,7 +29,7 @@ from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter
 from inspection.timing import timed, wait
-from model import avoid_in_place, build_model
+from model import avoid_in_place, build_model, keep_depthwise_float32
 from optimizer import make_optimizer
 from precision import Precision, named_precision
 from system.machine import GPUS, peak_memory, reset_peak_memory
@@ -58,7 +58,7 @@ class Update:
 
     def __init__(self, model: nn.Module, precision: Precision):
         if precision.amp and precision.device.type == "cpu":  # as training does
-            avoid_in_place(model)
+            keep_depthwise_float32(avoid_in_place(model))
         self.model: Any = model.train()  # or what calls it
         self.precision = precision
         self.optimizer = make_optimizer(

@@ -3,15 +3,18 @@
 No network: ImageNet files are made here and found where torch.hub looks. Run it alone: pytest tests/test_model.py
 """
 
+import copy
 import urllib.error
 from collections import OrderedDict
 
 import pytest
+import tiny
 import torch
 from tiny import refused
+from torch import nn
 from torchvision import models
 
-from model import build_model, check_input_size, head_names
+from model import DepthwiseConv2d, build_model, check_input_size, head_names, keep_depthwise_float32
 from pretrained.torchvision_models import names
 
 WITHOUT_COUNTERS = {"resnet18", "densenet121"}  # published before BatchNorm counted its batches
@@ -100,6 +103,46 @@ def test_a_size_that_a_model_cannot_train_on_is_refused_before_training(name, si
     check_input_size(model, 224, 2)
     message = refused(check_input_size, model, 224, piece, side)
     assert f"--start_size {side}" in message and "--start_size 0" in message and "--image_size 224" not in message
+
+
+def test_a_depthwise_convolution_trains_in_float32_and_infers_in_16_bits():
+    torch.manual_seed(0)
+    images = torch.randn(2, 8, 9, 9).bfloat16()
+    plain = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False)
+    ours = keep_depthwise_float32(copy.deepcopy(plain))
+    expected = plain(images.float())
+    expected.square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours.train()(images)
+        inferred = ours.eval()(images)
+        assert torch.equal(inferred, plain(images))
+    assert found.dtype == inferred.dtype == torch.bfloat16
+    assert torch.equal(found, expected.bfloat16())
+    found.float().square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=0.02, atol=0.02)
+    assert list(ours.state_dict()) == list(plain.state_dict())
+
+
+def test_only_depthwise_convolutions_are_kept_in_float32():
+    layers = [nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, groups=4)]
+    kept = keep_depthwise_float32(nn.Sequential(*layers))
+    assert [isinstance(layer, DepthwiseConv2d) for layer in kept] == [False, False, False, True]
+
+
+@pytest.mark.parametrize("more, kept", [((), False), (("--amp",), True)])
+def test_amp_on_a_cpu_keeps_depthwise_convolutions_in_float32(tmp_path, monkeypatch, more, kept):
+    data = tiny.draw(tmp_path / "data")
+    seen = set()
+    forward = DepthwiseConv2d.forward
+
+    def watched(self, images):
+        seen.add(self.training)
+        return forward(self, images)
+
+    monkeypatch.setattr(DepthwiseConv2d, "forward", watched)
+    tiny.leave_out_pictures(monkeypatch)
+    assert tiny.train(data, tmp_path, "--model=shufflenet_v2_x0_5", *more) == 0
+    assert seen == ({True, False} if kept else set())
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
