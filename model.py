@@ -138,8 +138,8 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
 
-    On CPUs the backward pass of PyTorch's 16-bit depthwise kernels takes two to thirteen times as long as float32's
-    (115 against 8 ms for 16 images of 96 channels at 56x56); those of other convolutions are the faster ones.
+    On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
+    convolutions only (benchmarks/depthwise.py). Other convolutions are faster in 16 bits.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
