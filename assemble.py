@@ -35,13 +35,12 @@ from model import (
     constructor_options,
     empty_model,
     head_name,
-    keep_depthwise_float32,
     known_model,
     preprocessing,
     rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from precision import Precision, choose_precision, sensible_precisions
+from precision import Precision, choose_precision, keep_depthwise_float32, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.config import NOT_RECORDED, describe, read_config, versions
 from runs.fitting import micro_batch_that_fits

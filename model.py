@@ -135,28 +135,6 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
     return model
 
 
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
-
-    On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
-    convolutions only (benchmarks/depthwise.py). Other convolutions are faster in 16 bits.
-    """
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_autocast_enabled("cpu")):  # the forward pass alone is faster in 16 bits
-            return super().forward(images)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(images.float()).to(images.dtype)
-
-
-def keep_depthwise_float32(model: nn.Module) -> nn.Module:
-    """Makes each depthwise convolution of `model` a `DepthwiseConv2d`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
-            module.__class__ = DepthwiseConv2d
-    return model
-
-
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
     """Moves `average` towards `model`, buffers included: decay * average + (1 - decay) * model.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from precision_table import PRECISIONS, Regime, name_of
 from system.cards import INTEL_GPU, NATIVE, Card, amd_card, apple_chip, nvidia_card, processor
@@ -165,3 +166,25 @@ def bfloat16_products(on: bool) -> None:
     mkldnn: Any = torch.backends.mkldnn  # whose types do not know these switches
     for part in (mkldnn.conv, mkldnn.matmul):
         part.fp32_precision = "bf16" if on else "ieee"
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
+
+    On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
+    convolutions only (benchmarks/depthwise.py). Other convolutions are faster in 16 bits.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not (self.training and torch.is_autocast_enabled("cpu")):  # the forward pass alone is faster in 16 bits
+            return super().forward(images)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.float()).to(images.dtype)
+
+
+def keep_depthwise_float32(model: nn.Module) -> nn.Module:
+    """Makes each depthwise convolution of `model` a `DepthwiseConv2d`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
+            module.__class__ = DepthwiseConv2d
+    return model

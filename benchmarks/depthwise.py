@@ -1,7 +1,7 @@
 """What float32 depthwise convolutions bring to AMP on this CPU: whole updates of networks that are full of them.
 
-FP32, plain autocast and autocast with `model.keep_depthwise_float32`, as training uses it, take turns on one thread and
-are timed by the process's own CPU time, so that other programs hardly matter.
+FP32, plain autocast and autocast with `precision.keep_depthwise_float32`, as training uses it, take turns on one thread
+and are timed by the process's own CPU time, so that other programs hardly matter.
 
     python benchmarks/depthwise.py
 """
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import avoid_in_place, build_model, keep_depthwise_float32  # noqa: E402 (found beside this folder)
+from model import avoid_in_place, build_model  # noqa: E402 (found beside this folder)
+from precision import keep_depthwise_float32  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
 MODELS = ("resnet18", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x1_0", "convnext_tiny")

@@ -29,9 +29,9 @@ from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter
 from inspection.timing import timed, wait
-from model import avoid_in_place, build_model, keep_depthwise_float32
+from model import avoid_in_place, build_model
 from optimizer import make_optimizer
-from precision import Precision, named_precision
+from precision import Precision, keep_depthwise_float32, named_precision
 from system.machine import GPUS, peak_memory, reset_peak_memory
 from train import update_weights
 from transforms import Preprocess

@@ -14,7 +14,8 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
-from model import DepthwiseConv2d, build_model, check_input_size, head_names, keep_depthwise_float32
+from model import build_model, check_input_size, head_names
+from precision import DepthwiseConv2d, keep_depthwise_float32
 from pretrained.torchvision_models import names
 
 WITHOUT_COUNTERS = {"resnet18", "densenet121"}  # published before BatchNorm counted its batches
