@@ -179,7 +179,7 @@ def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
     try:
         model(torch.empty(count, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        return str(error).splitlines()[0]
+        return str(error).partition("\n")[0] or type(error).__name__
     return None
 
 
