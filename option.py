@@ -146,7 +146,7 @@ OPTIONS = {
         "demo": Option(FLAG, False, "use drawn scenes, and defaults that fit them", CALL),
         "image_size": Option(PIXELS, 256, "side of the square images that the model sees"),
         "start_size": Option(
-            START_PIXELS, 0, "side of the first images, which grow to --image_size for the last third of epochs; 0: off"
+            START_PIXELS, 0, "side of the first images, which grow to --image_size for the last tenth of epochs; 0: off"
         ),
         "normalize": Option(
             one_of("imagenet", "none"),
