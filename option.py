@@ -261,7 +261,9 @@ OPTIONS = {
         "freeze_epochs": Option(
             EPOCHS, 0, "train only the new head for the first N epochs; all: for all, on outputs computed once"
         ),
-        "patience": Option(COUNT, None, "stop when N epochs in a row were not better than the best"),
+        "patience": Option(
+            COUNT, None, "stop when N epochs in a row, of full size and with all layers, were not better than the best"
+        ),
         "tta": TTA,
         "sync_batchnorm": Option(FLAG, False, "compute batch statistics over all processes"),
     },

@@ -238,18 +238,27 @@ class Trainer:
             bar.set_postfix(left | self.meter.readings(at), refresh=False)
 
     def seconds_left(self) -> float:
-        """How long the run will still take if nothing stops it, at the speed of its last epochs or, in the first one,
-        of its updates so far."""
+        """How long the run will still take if nothing stops it, in pixels at the speed of its last epochs or, in the
+        first one, of its updates so far."""
         at = self.progress
-        if not at.history:
-            left = self.epochs * self.batches.updates_per_epoch - self.updates_done
-            return left * (time.perf_counter() - self.epoch_begun) / max(1, at.update)
-        ends = [0.0, *(line["elapsed"] for line in at.history)][-4:]
-        epoch = (ends[-1] - ends[0]) / (len(ends) - 1)
-        return epoch * max(0.0, self.epochs - at.epoch - at.update / self.batches.updates_per_epoch)
+        areas = [self.batches.size_in(epoch) ** 2 for epoch in range(self.epochs + 1)]
+        updates = self.batches.updates_per_epoch
+        if at.history:
+            ends = [0.0, *(line["elapsed"] for line in at.history)][-4:]
+            seconds = ends[-1] - ends[0]
+            done: float = sum(areas[at.epoch + 1 - len(ends) : at.epoch])
+        else:
+            seconds = time.perf_counter() - self.epoch_begun
+            done = areas[0] * max(1, at.update) / updates
+        left = sum(areas[at.epoch : self.epochs]) - areas[at.epoch] * at.update / updates
+        return seconds * max(0.0, left) / done
 
     def _out_of_patience(self) -> bool:
-        return self.patience is not None and self.progress.epoch - self.progress.best_epoch >= self.patience
+        """Epochs of small images or frozen layers do not count: what makes later ones better is still to come."""
+        sizes = self.batches.sizes
+        frozen = self.network.freeze_epochs
+        since = max(self.progress.best_epoch, sizes.index(sizes[-1]), frozen if frozen < self.epochs else 0)
+        return self.patience is not None and self.progress.epoch - since >= self.patience
 
     def _must_stop(self) -> bool:
         """Whether any rank had a signal or is out of time. They ask one another on the CPU: no device is waited for."""
