@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from images.decode import Rules
 from reports import page
 from reports.doubt import Doubt, find_doubtful
-from reports.results import read_predictions, read_run
+from reports.results import read_predictions, read_run, student
 from reports.sheets import labelled_sheet
 from reports.text import align, fit
 from runs.writing import csv_text
@@ -87,10 +86,9 @@ def doubtful_rows(
 
 
 def accuracy(folds: list[float]) -> dict[str, Any]:
-    """The mean over folds, in percent, and half its 95 % interval by Student's t: folds share training images, so
-    that the interval is rather too narrow."""
-    half = stats.t.ppf(0.975, len(folds) - 1) * np.std(folds, ddof=1) / np.sqrt(len(folds))
-    return {"folds": folds, "accuracy": float(np.mean(folds)), "interval": float(half)}
+    """The mean over folds, in percent, and half its 95 % interval: folds share training images, so that the interval
+    is rather too narrow."""
+    return {"folds": folds, "accuracy": float(np.mean(folds)), "interval": student(folds)}
 
 
 def pairs(labels: np.ndarray, classes: list[str], doubt: Doubt) -> list[dict[str, Any]]:

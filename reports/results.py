@@ -115,6 +115,11 @@ def wilson(right: int, total: int) -> tuple[float, float]:
     return 100 * interval.low, 100 * interval.high
 
 
+def student(values: list[float]) -> float:
+    """Half of the 95 % interval of the mean of two or more values by Student's t."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, Any]:
     """Expected calibration error (a share, 0 to 1) after Guo et al. 2017: equal bins ((m-1)/M, m/M] of the highest
     probability. probabilities [N, classes], labels [N] class indices. `count` and the mean `confidence` and
@@ -244,10 +249,18 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
-    """{mean, std (n - 1; None for one value), values}; None without values."""
+    """{mean, std (n - 1), interval (half of that of 95 %), values}, None for those that one value does not have; None
+    without values."""
     known = [float(value) for value in values if value is not None]
-    std = float(np.std(known, ddof=1)) if len(known) > 1 else None
-    return {"mean": float(np.mean(known)), "std": std, "values": known} if known else None
+    if not known:
+        return None
+    several = len(known) > 1
+    return {
+        "mean": float(np.mean(known)),
+        "std": float(np.std(known, ddof=1)) if several else None,
+        "interval": student(known) if several else None,
+        "values": known,
+    }
 
 
 def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:

@@ -186,6 +186,12 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     )
     if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
         lines.append("Mean ± standard deviation over seeds.")
+        intervals = [
+            f"{row['label']} {row['test_acc']['mean']:.2f} ± {row['test_acc']['interval']:.2f} %"
+            for row in comparison["rows"]
+            if len(row["seeds"]) > 1
+        ]
+        lines.append(f"95 % intervals of the mean accuracy (Student's t): {', '.join(intervals)}.")
     lines += [
         f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
         for name, values in comparison["differences"].items()

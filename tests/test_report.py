@@ -329,7 +329,7 @@ def test_comparison_of_two_precisions(tmp_path):
     base, amp = comparison["rows"]
     assert (base["precision"], amp["precision"]) == ("fp32", "amp-bf16")
     assert base["speed_up"] == 1 and amp["speed_up"] == pytest.approx(220 / 110) and amp["memory_ratio"] == 0.75
-    assert amp["test_acc"] == {"mean": 98.0, "std": None, "values": [98.0]}
+    assert amp["test_acc"] == {"mean": 98.0, "std": None, "interval": None, "values": [98.0]}
     assert amp["difference"] == {
         "points": -2,
         "p_value": 0.5,
@@ -389,6 +389,9 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     assert amp["difference"]["p_value"] == pytest.approx(expected)
     table = tables.performance_table(comparison)
     assert "88.00 ± 2.00 %" in table and "Welch" in table and "over seeds" in table
+    low, high = stats.t.interval(0.95, 2, loc=88, scale=stats.sem([90, 88, 86]))
+    assert base["test_acc"]["interval"] == pytest.approx((high - low) / 2) == pytest.approx(4.97, abs=0.005)
+    assert "FP32 88.00 ± 4.97 %, ResNet18 AMP bfloat16 87.00 ± 6.57 %" in table
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     is_picture(tmp_path / "comparison.png")
 
