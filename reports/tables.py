@@ -135,7 +135,8 @@ def terminal_table(comparison: dict[str, Any]) -> str:
         numbers = align([["", *cells] for _, *cells in table])
         shown = [part for (label, *_), line in zip(table, numbers, strict=True) for part in (label, line) if part]
     below = [": ".join(line) for line in lines if len(line) == 2]
-    below += ["", f"{header[2]}; speed-up and the last column, memory, are against FP32.", verdict(comparison)]
+    below += ["", f"{header[2]}; speed-up and the last column, memory, are against FP32."]
+    below += [*spread_over_seeds(comparison), verdict(comparison)]
     return "\n".join([*shown, *(part for text in below for part in textwrap.wrap(text, WIDTH) or [""])])
 
 
@@ -184,19 +185,27 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
         "the memory ratio peak memory, with FP32."
     )
-    if any(len(row["seeds"]) > 1 for row in comparison["rows"]):
-        lines.append("Mean ± standard deviation over seeds.")
-        intervals = [
-            f"{row['label']} {row['test_acc']['mean']:.2f} ± {row['test_acc']['interval']:.2f} %"
-            for row in comparison["rows"]
-            if len(row["seeds"]) > 1
-        ]
-        lines.append(f"95 % intervals of the mean accuracy (Student's t): {', '.join(intervals)}.")
+    lines += spread_over_seeds(comparison)
     lines += [
         f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
         for name, values in comparison["differences"].items()
     ]
     return [printable(line) for line in lines]
+
+
+def spread_over_seeds(comparison: dict[str, Any]) -> list[str]:
+    """What ± means in the table, and the interval of each mean accuracy; nothing where each row is one run."""
+    intervals = [
+        printable(f"{row['label']} {row['test_acc']['mean']:.2f} ± {row['test_acc']['interval']:.2f} %")
+        for row in comparison["rows"]
+        if len(row["seeds"]) > 1
+    ]
+    if not intervals:
+        return []
+    return [
+        "Mean ± standard deviation over seeds.",
+        f"95 % intervals of the mean accuracy (Student's t): {', '.join(intervals)}.",
+    ]
 
 
 def performance_table(comparison: dict[str, Any]) -> str:

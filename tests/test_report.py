@@ -392,6 +392,7 @@ def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
     low, high = stats.t.interval(0.95, 2, loc=88, scale=stats.sem([90, 88, 86]))
     assert base["test_acc"]["interval"] == pytest.approx((high - low) / 2) == pytest.approx(4.97, abs=0.005)
     assert "FP32 88.00 ± 4.97 %, ResNet18 AMP bfloat16 87.00 ± 6.57 %" in table
+    assert "88.00 ± 4.97 %" in tables.terminal_table(comparison)
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
     is_picture(tmp_path / "comparison.png")
 
