@@ -81,7 +81,7 @@ def run() -> None:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():  # they leave SIGTERM to this process: Python would wait for ever
         worker.kill()
-    sys.exit(status or (1 if error else 0))
+    meeting.end(status or (1 if error else 0))
 
 
 def entry(command: str) -> Callable[..., None]:

@@ -6,6 +6,7 @@ all attempts share. Knows nothing of what the processes compute; a job of one pr
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import hashlib
 import os
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distributed import Ranks
 from system.machine import computing_cores
@@ -34,6 +35,7 @@ GRACE = 20.0  # seconds; torchrun kills 30 seconds after its signal
 
 
 _meeting = ""  # names the attempt that this process has joined
+_several = False  # whether this process is, or wanted to be, one of a job of several
 
 
 def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
@@ -42,8 +44,10 @@ def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
     Raises UserError if the environment is half of a torchrun job's, RunError if the processes cannot meet. Signals
     are heard meanwhile.
     """
+    global _several
     if ranks.size == 1:
         return
+    _several = True
     place = _meeting_place(ranks)
     try:
         _hearing_signals(lambda: _join(ranks, patience or PATIENCE), ranks, place)
@@ -148,6 +152,22 @@ def leave(ranks: Ranks) -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """Ends this process; where there are several, after its handlers of exit, but without what Python does then.
+
+    gloo's threads outlive the group. One that drops a tensor, or returns from C++, while Python shuts down aborts the
+    process: "terminate called without an active exception" (SIGABRT), for which torchrun ends the whole job.
+    """
+    if _several:
+        threading._shutdown()  # type: ignore[attr-defined] # waits for threads that write
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def share_cores(ranks: Ranks) -> None:

@@ -240,3 +240,29 @@ def test_a_signal_that_is_heard_is_left_to_its_handler():
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "done\n", "")
+
+
+END = """
+import atexit, concurrent.futures, sys, time
+from system import meeting
+
+class Last:
+    def __del__(self):
+        print("Python has shut down", flush=True)
+
+kept = Last()
+atexit.register(print, "handlers of exit ran")
+concurrent.futures.ThreadPoolExecutor(1).submit(lambda: (time.sleep(0.5), print("threads ended")))
+meeting._several = {several}
+meeting.end(3)
+"""
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_one_of_several_processes_ends_without_pythons_shutdown(several):
+    """In which gloo's threads, which outlive the group, could abort it."""
+    done = subprocess.run(
+        [sys.executable, "-c", END.format(several=several)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    lines = ["threads ended", "handlers of exit ran"] + ([] if several else ["Python has shut down"])
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (3, lines, "")
