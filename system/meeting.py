@@ -35,7 +35,6 @@ GRACE = 20.0  # seconds; torchrun kills 30 seconds after its signal
 
 
 _meeting = ""  # names the attempt that this process has joined
-_several = False  # whether this process is, or wanted to be, one of a job of several
 
 
 def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
@@ -44,10 +43,8 @@ def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
     Raises UserError if the environment is half of a torchrun job's, RunError if the processes cannot meet. Signals
     are heard meanwhile.
     """
-    global _several
     if ranks.size == 1:
         return
-    _several = True
     place = _meeting_place(ranks)
     try:
         _hearing_signals(lambda: _join(ranks, patience or PATIENCE), ranks, place)
@@ -160,14 +157,16 @@ def end(status: int) -> NoReturn:
     gloo's threads outlive the group. One that drops a tensor, or returns from C++, while Python shuts down aborts the
     process: "terminate called without an active exception" (SIGABRT), for which torchrun ends the whole job.
     """
-    if _several:
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        sys.exit(status)
+    try:
         threading._shutdown()  # type: ignore[attr-defined] # waits for threads that write
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
                 stream.flush()
+    finally:  # also if a signal interrupts it
         os._exit(status)
-    sys.exit(status)
 
 
 def share_cores(ranks: Ranks) -> None:
