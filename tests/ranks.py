@@ -136,4 +136,4 @@ def run(scenarios, folder):
 
 
 if __name__ == "__main__":
-    sys.exit(run(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))
+    meeting.end(run(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])))
