@@ -24,7 +24,8 @@ from utils import fold
 
 __all__ = ["Batches", "DataSet", "MicroBatch", "Opening", "Subset", "open_data_set", "open_test_set"]
 
-Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray | None]  # uint8 images, labels, shapes (None: all alike)
+# uint8 images (count, height, width, 3) and labels on the device, and shapes as in images.stores.Batch
+Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray | None]
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
 
 
@@ -114,8 +115,8 @@ class Batches:
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
         batches = self._evaluation_places()
-        for (images, labels), batch in zip(self._on_device(batches), batches, strict=True):
-            yield self.preprocess(images), labels, batch
+        for (images, labels, shapes), batch in zip(self._on_device(batches), batches, strict=True):
+            yield self.preprocess(images, shapes), labels, batch
 
     def _evaluation_places(self) -> list[np.ndarray]:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
@@ -137,17 +138,8 @@ class Batches:
                 break
         return torch.cat(shown)[:most].numpy(), torch.cat(targets)[:most]
 
-    def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images (count, height, width, 3) of values 0 to 255, and labels of each batch, on the device."""
-        side = self.preprocess.image_size
-        for images, labels, shapes in self._copied(batches):
-            if shapes is not None:  # small images of several sizes; random crops choose from larger ones
-                room = side * 3 // 2 if "crop" in self._steps else side
-                images = self.preprocess.unified(images.permute(0, 3, 1, 2), shapes, room).permute(0, 2, 3, 1)
-            yield images, labels
-
-    def _copied(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
-        """uint8 images, labels and shapes of each batch, copied one batch ahead on a stream of their own on CUDA."""
+    def _on_device(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
+        """Images, labels and shapes of each batch, copied one batch ahead on a stream of their own on CUDA."""
         ahead: deque = deque()
         for (images, shapes), batch in zip(
             self.subset.store.batches([self.subset.positions[batch] for batch in batches]), batches, strict=True
@@ -177,7 +169,7 @@ class Batches:
 
     def _timed(
         self,
-        loaded: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        loaded: Iterator[Loaded],
         draws: torch.Tensor,
         epoch: int,
         places: np.ndarray,
@@ -186,9 +178,12 @@ class Batches:
         last: bool,
     ) -> MicroBatch:
         started = time.perf_counter()
-        images, labels = next(loaded)
+        images, labels, shapes = next(loaded)
         preprocess = self._input[self.size_in(epoch)]
-        images = self._augmented(images.permute(0, 3, 1, 2), draws[places], epoch, places, preprocess)
+        images = images.permute(0, 3, 1, 2)
+        if shapes is not None:
+            images = preprocess.unified(images, shapes, self._room(images, preprocess.image_size))
+        images = self._augmented(images, draws[places], epoch, places, preprocess)
         images = preprocess.normalized(images)
         if "erasing" in self._steps:
             images = each(RANDOM["erasing"], images, self._seeds(epoch, places, "erasing"))
@@ -198,6 +193,10 @@ class Batches:
             images, labels = mix(images, labels, random, mixup=self.mixup, cutmix=self.cutmix)
         self.seconds_waited += time.perf_counter() - started
         return images, labels, weight, last
+
+    def _room(self, images: torch.Tensor, side: int) -> int:
+        """The side to which images of several sizes are brought: random crops choose from more than they show."""
+        return min(side * 3 // 2, max(images.shape[-2:])) if "crop" in self._steps else side
 
     def _augmented(
         self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray, preprocess: Preprocess

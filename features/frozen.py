@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import Batches, MicroBatch
+from dataset import Batches, Loaded, MicroBatch
 from precision import Precision
 from system.machine import available_memory
 from utils import log, progress
@@ -121,19 +121,19 @@ class KeptBatches(Batches):
         return self.source.batches.first_images(most)
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-        for (outputs, labels), places in zip(
+        for (outputs, labels, _), places in zip(
             self._on_device(self._evaluation_places()), self._evaluation_places(), strict=True
         ):
             yield outputs[:, 0], labels, places
 
-    def _on_device(self, batches: list[np.ndarray]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _on_device(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
         for batch in batches:
             labels = torch.from_numpy(self.subset.labels[batch])
-            yield self.source.outputs[torch.from_numpy(batch)].to(self.device), labels.to(self.device)
+            yield self.source.outputs[torch.from_numpy(batch)].to(self.device), labels.to(self.device), None
 
     def _timed(
         self,
-        loaded: Iterator[tuple[torch.Tensor, torch.Tensor]],
+        loaded: Iterator[Loaded],
         draws: torch.Tensor,
         epoch: int,
         places: np.ndarray,
@@ -142,7 +142,7 @@ class KeptBatches(Batches):
         last: bool,
     ) -> MicroBatch:
         started = time.perf_counter()
-        outputs, labels = next(loaded)
+        outputs, labels, _ = next(loaded)
         view = (draws[places, 0] < 0.5).long() if outputs.shape[1] > 1 else torch.zeros(len(places), dtype=torch.long)
         outputs = outputs[torch.arange(len(places)), view.to(outputs.device)]
         self.seconds_waited += time.perf_counter() - started

@@ -15,6 +15,7 @@ from sklearn.model_selection import train_test_split
 from tiny import noise
 from torchvision.transforms import v2
 
+import dataset
 from dataset import Batches
 from distributed import Ranks
 from images.decode import decode, try_decode
@@ -22,7 +23,7 @@ from images.folders import find_image_set
 from images.opening import Opening, open_data_set
 from images.split import divide
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
-from utils import UserError
+from utils import UserError, fold
 
 CPU = torch.device("cpu")
 NAMES = ("zebra", "apple", "Mango")
@@ -281,6 +282,44 @@ def test_flips_are_torchvisions_and_half_of_all(scenes_folder):
                 assert int(label) == data.train.labels[(matches or mirrored)[0]]
                 flipped += bool(mirrored)
     assert 60 <= flipped <= 132  # of 192, each with probability one half
+
+
+def test_images_of_other_sizes_change_nothing_for_the_rest(tmp_path):
+    """Neither a larger nor a smaller epoch's images are resized twice, whatever else a folder holds."""
+    found = []
+    for odd in (False, True):
+        root = folders(tmp_path / str(odd), "train", "test", count=10)
+        for number, path in enumerate(sorted(root.rglob("*.png"))):
+            noise(number, (48, 48)).save(path)
+        if odd:
+            noise(99, (30, 20)).save(root / "train" / "zebra" / "0.png")
+        data = opened(root, 32, keep_larger=True)
+        assert (data.train.store.shapes is not None) == odd
+        batches = fed(data, size=32, kind="none", batch_size=1, start_size=16, epochs=3)
+        order = batches._order(torch.Generator().manual_seed(fold(7, 0)))
+        paths = [data.train.paths[place].relative_to(root) for place in order]
+        found.append({path: images for path, (images, _) in zip(paths, updates(batches), strict=True)})
+    plain, mixed = found
+    assert len(plain.keys() & mixed.keys()) > 15
+    for path in plain.keys() & mixed.keys() - {Path("train/zebra/0.png")}:
+        assert mixed[path].shape == (1, 3, 16, 16) and torch.equal(mixed[path], plain[path]), path
+
+
+@pytest.mark.parametrize("side, kept, room", [(16, 36, 24), (32, 36, 36)])
+def test_a_crop_is_taken_from_no_more_pixels_than_there_are(tmp_path, monkeypatch, side, kept, room):
+    root = folders(tmp_path, "train", "test")
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        noise(number, (20, 20) if number % 5 == 0 else (kept, kept)).save(path)
+    seen = set()
+    crop = dataset.random_resized_crop
+
+    def watched(images, draws, side):
+        seen.add((images.shape[2:], side))
+        return crop(images, draws, side)
+
+    monkeypatch.setattr(dataset, "random_resized_crop", watched)
+    updates(fed(opened(root, 32, keep_larger=True), size=32, kind="crop", start_size=side, epochs=2))
+    assert seen == {((room, room), side)}
 
 
 @pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "none"])
