@@ -21,6 +21,7 @@ from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
 from features.frozen import keep_outputs
+from features.small_maps import multiply_small_maps
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
 from images.opening import Opening, open_data_set, open_test_set
@@ -325,8 +326,10 @@ class Setup:
 
     def placed(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
-        if self.device.type == "cpu" and self.options.amp:
-            keep_depthwise_float32(avoid_in_place(model))
+        if self.device.type == "cpu":
+            multiply_small_maps(model)
+            if self.options.amp:
+                keep_depthwise_float32(avoid_in_place(model))
         return model.to(self.device).to(memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:

@@ -60,12 +60,16 @@ class Preprocess:
         the width of.
         """
         resize = self if side is None else replace(self, image_size=side)
-        kind = torch.uint8 if self.device.type == "cpu" else torch.float32
-        whole = torch.empty((len(images), 3, resize.image_size, resize.image_size), dtype=kind, device=images.device)
-        for shape in np.unique(shapes, axis=0):
+        kinds = np.unique(shapes, axis=0)
+        if len(kinds) == 1:
+            height, width = kinds[0].tolist()
+            return resize.resized(images[:, :, :height, :width])
+        dtype = torch.uint8 if self.device.type == "cpu" else torch.float32
+        whole = torch.empty((len(images), 3, resize.image_size, resize.image_size), dtype=dtype, device=images.device)
+        for shape in kinds:
             places = torch.from_numpy(np.flatnonzero((shapes == shape).all(1))).to(images.device)
             height, width = shape.tolist()
-            whole[places] = resize.resized(images[places, :, :height, :width]).to(kind)
+            whole[places] = resize.resized(images[places, :, :height, :width]).to(dtype)
         return whole
 
     def shrunk(self, images: torch.Tensor) -> torch.Tensor:

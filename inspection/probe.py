@@ -25,6 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches
+from features.small_maps import multiply_small_maps
 from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter
@@ -57,8 +58,10 @@ class Update:
     """One model with all that `train.update_weights` needs to train it with Adam."""
 
     def __init__(self, model: nn.Module, precision: Precision):
-        if precision.amp and precision.device.type == "cpu":  # as training does
-            keep_depthwise_float32(avoid_in_place(model))
+        if precision.device.type == "cpu":  # as training does
+            multiply_small_maps(model)
+            if precision.amp:
+                keep_depthwise_float32(avoid_in_place(model))
         self.model: Any = model.train()  # or what calls it
         self.precision = precision
         self.optimizer = make_optimizer(

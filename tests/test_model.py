@@ -14,6 +14,7 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
+from features.small_maps import SmallMapConv2d, multiply_small_maps
 from model import build_model, check_input_size, head_names
 from precision import DepthwiseConv2d, keep_depthwise_float32
 from pretrained.torchvision_models import names
@@ -144,6 +145,77 @@ def test_amp_on_a_cpu_keeps_depthwise_convolutions_in_float32(tmp_path, monkeypa
     tiny.leave_out_pictures(monkeypatch)
     assert tiny.train(data, tmp_path, "--model=shufflenet_v2_x0_5", *more) == 0
     assert seen == ({True, False} if kept else set())
+
+
+SMALL_MAPS = [
+    ({"kernel_size": 3, "padding": 1}, (2, 2)),
+    ({"kernel_size": 3, "padding": 1, "stride": 2}, (7, 8)),
+    ({"kernel_size": 1, "stride": 2, "bias": True}, (7, 4)),
+    ({"kernel_size": (3, 2), "padding": (0, 1), "stride": (1, 3)}, (5, 9)),
+]
+
+
+@pytest.mark.parametrize("options, size", SMALL_MAPS)
+def test_a_convolution_of_small_maps_is_the_same_as_a_matrix_product(monkeypatch, options, size):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(6, 5, **{"bias": False} | options, dtype=torch.float64).to(memory_format=torch.channels_last)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = SmallMapConv2d
+    assert list(ours.state_dict()) == list(plain.state_dict())
+    images = torch.randn(3, 6, *size, dtype=torch.float64)
+    inputs = [images.clone().requires_grad_() for _ in range(2)]
+    expected = plain(inputs[0])
+    assert torch.equal(ours.eval()(images), expected)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", None)  # the product needs none
+    found = ours.train()(inputs[1])
+    torch.testing.assert_close(found, expected)
+    weight = torch.randn_like(expected)
+    (expected * weight).sum().backward()
+    (found * weight).sum().backward()
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_larger_maps_are_left_to_the_convolution_and_impossible_ones_refused_by_it():
+    ours = nn.Conv2d(2, 2, 3)
+    ours.__class__ = SmallMapConv2d
+    images = torch.randn(1, 2, 7, 7)  # of which 5x5 come out
+    assert torch.equal(ours.train()(images), nn.functional.conv2d(images, ours.weight, ours.bias))
+    assert ours(images[0]).shape == (2, 5, 5)
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        ours(images[..., :2])
+
+
+def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied():
+    many = {"in_channels": 512, "out_channels": 512, "kernel_size": 3}
+    others = [
+        {"kernel_size": 1},
+        {"dilation": 2},
+        {"groups": 2, "in_channels": 1024},
+        {"padding": "same"},
+        {"padding": 1, "padding_mode": "circular"},
+    ]
+    with torch.device("meta"):
+        layers = [nn.Conv2d(**many | other) for other in ({}, *others)]
+    found = multiply_small_maps(nn.Sequential(*layers))
+    assert [type(layer) is SmallMapConv2d for layer in found] == [True, *[False] * len(others)]
+
+
+def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_path, monkeypatch):
+    data = tiny.draw(tmp_path / "data")
+    product = nn.functional.linear
+    shapes = set()
+
+    def watched(rows, weight, bias=None):
+        shapes.add(tuple(weight.shape))
+        return product(rows, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", watched)
+    tiny.leave_out_pictures(monkeypatch)
+    assert tiny.train(data, tmp_path, "--model=resnet18") == 0
+    assert (512, 9 * 512) in shapes and (512, 9 * 256) in shapes
+    assert not any(columns == 9 * 128 for _, columns in shapes)
 
 
 # -------------------------------------------------------------------------------- ImageNet weights

@@ -1,0 +1,106 @@
+"""What matrix products bring to convolutions of small maps on this CPU: single layers, and updates of whole networks.
+
+`nn.Conv2d` and `features.small_maps`, as training uses it, take turns, forward and backward, in FP32 and with autocast
+in bfloat16. The layers go beyond the bounds of that module, to show where they are right.
+
+    python benchmarks/small_maps.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from features import small_maps  # noqa: E402 (found beside this folder)
+from model import avoid_in_place, build_model  # noqa: E402
+from utils import keep_freed_memory  # noqa: E402
+
+# in_channels, out_channels, kernel_size, stride
+LAYERS = ((256, 256, 3, 1), (256, 512, 3, 2), (512, 512, 3, 1), (512, 2048, 1, 1), (1024, 2048, 1, 2))
+SIDES = (1, 2, 4, 5, 7)  # of a layer's output, pixels
+NETWORKS = (("resnet18", 64), ("resnet18", 96), ("resnet18", 128), ("resnet50", 64), ("resnet50", 128))
+
+
+def seconds(models: list[nn.Module], images: torch.Tensor, *, amp: bool, rounds: int) -> list[float]:
+    """The median time that each model takes for a forward and a backward pass, in turn; the first round is warm-up."""
+    spent: list[list[float]] = [[] for _ in models]
+    for _ in range(rounds + 1):
+        for model, times in zip(models, spent, strict=True):
+            started = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                outputs = model(images)
+            outputs.float().square().mean().backward()
+            times.append(time.perf_counter() - started)
+            model.zero_grad()
+    return [statistics.median(times[1:]) for times in spent]
+
+
+def both(plain: nn.Module) -> list[nn.Module]:
+    """A model, channels last, in training mode, as it is and with matrix products."""
+    plain = avoid_in_place(plain).to(memory_format=torch.channels_last).train()
+    return [plain, small_maps.multiply_small_maps(copy.deepcopy(plain))]
+
+
+def images(*shape: int, needs_gradient: bool = False) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(needs_gradient)
+
+
+def compare_layers(count: int, rounds: int) -> None:
+    weights, pixels = small_maps.WEIGHTS, small_maps.PIXELS
+    small_maps.WEIGHTS = 0
+    small_maps.PIXELS = max(SIDES) ** 2
+    print("| layer | weights, millions | " + " | ".join(f"{side}x{side}" for side in SIDES) + " |")
+    print("|---|---:|" + "---:|" * len(SIDES))
+    for inputs, outputs, kernel, stride in LAYERS:
+        layers = both(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False))
+        cells = []
+        for side in SIDES:
+            batch = images(count, inputs, side * stride, side * stride, needs_gradient=True)
+            gains = []
+            for amp in (False, True):
+                plain, ours = seconds(layers, batch, amp=amp, rounds=rounds)
+                gains.append(f"{plain / ours:.2f}")
+            cells.append(", ".join(gains))
+        name = f"{inputs} to {outputs}, {kernel}x{kernel}, stride {stride}"
+        print(f"| {name} | {layers[0].weight.numel() / 1e6:.1f} | {' | '.join(cells)} |", flush=True)
+    small_maps.WEIGHTS = weights
+    small_maps.PIXELS = pixels
+
+
+def compare_networks(count: int, rounds: int) -> None:
+    print("| images/s | FP32 | with products | gain | AMP | with products | gain |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name, side in NETWORKS:
+        networks = both(build_model(name, 6, pretrained=False))
+        batch = images(count, 3, side, side)
+        cells = []
+        for amp in (False, True):
+            plain, ours = seconds(networks, batch, amp=amp, rounds=rounds)
+            cells += [f"{count / plain:.0f}", f"{count / ours:.0f}", f"{plain / ours:.2f}"]
+        print(f"| {name}, {side} px | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=64, help="in an update")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.images} images in an update\n")
+    print("How many times as fast a layer is as a matrix product, in FP32 and in bfloat16, by its output's size:\n")
+    compare_layers(arguments.images, arguments.rounds)
+    print("\nWhole networks, forward and backward:\n")
+    compare_networks(arguments.images, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Convolutions of small maps as matrix products, for training on a CPU.
+
+oneDNN computes the gradient of a convolution's weights image by image, and each image goes through all weights once.
+Late layers have millions of weights and, of small images, few pixels: a 3x3 convolution of 512 channels on 2x2 pixels
+reaches a thirtieth of the rate of a matrix product. benchmarks/small_maps.py measures where this form is faster.
+Knows nothing of options.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+WEIGHTS = 1_000_000  # of a convolution, for which it pays
+PIXELS = 16  # of its output, for which it pays
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution that in training, if its output has few pixels, is one matrix product of all their neighbourhoods.
+
+    The same sums in another order. Weights and their names are those of `nn.Conv2d`.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        height, width = self._output_size(images)
+        if not self.training or images.dim() != 4 or min(height, width) < 1 or height * width > PIXELS:
+            return super().forward(images)
+        rows = self._neighbourhoods(images, height, width)
+        weight = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
+        outputs = F.linear(rows, weight, self.bias)  # (count * height * width, out_channels)
+        return outputs.reshape(len(images), height, width, -1).permute(0, 3, 1, 2)
+
+    def _output_size(self, images: torch.Tensor) -> tuple[int, int]:
+        """Height and width of the output for images (count, channels, height, width)."""
+        padding = map(int, self.padding)  # never a word here
+        height, width = (
+            (size + 2 * margin - kernel) // stride + 1
+            for size, margin, kernel, stride in zip(
+                images.shape[-2:], padding, self.kernel_size, self.stride, strict=True
+            )
+        )
+        return height, width
+
+    def _neighbourhoods(self, images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the kernel sees at each pixel of the output: (count * height * width, kernel pixels * in_channels)."""
+        down, right = map(int, self.padding)
+        padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, right, right, down, down))  # channels last
+        row_step, column_step = self.stride
+        shifted = [
+            padded[:, row : row + height * row_step : row_step, column : column + width * column_step : column_step]
+            for row in range(self.kernel_size[0])
+            for column in range(self.kernel_size[1])
+        ]
+        return torch.cat(shifted, 3).reshape(len(images) * height * width, -1)
+
+
+def multiply_small_maps(model: nn.Module) -> nn.Module:
+    """Makes each convolution of `model` for which it can pay a `SmallMapConv2d`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and _can_pay(module):
+            module.__class__ = SmallMapConv2d
+    return model
+
+
+def _can_pay(convolution: nn.Conv2d) -> bool:
+    """Whether it has many weights, and none of the traits that the matrix product leaves out."""
+    plain = (
+        convolution.groups == 1
+        and convolution.dilation == (1, 1)
+        and convolution.padding_mode == "zeros"
+        and not isinstance(convolution.padding, str)
+    )
+    return plain and convolution.weight.numel() >= WEIGHTS
