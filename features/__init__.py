@@ -1,1 +1,1 @@
-"""What a network sees in an image: its frozen outputs, computed once, and where in the image a class comes from."""
+"""Beside a network: its frozen outputs, computed once; small maps as matrix products; where a class comes from."""

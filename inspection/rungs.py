@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from features.small_maps import SmallMapConv2d
 from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
 from inspection.tensors import dtype_name
@@ -115,6 +116,8 @@ class RungBench(Bench):
             for module in update.model.modules():
                 if isinstance(module, nn.ReLU):
                     module.inplace = True
+                if isinstance(module, SmallMapConv2d):
+                    module.__class__ = nn.Conv2d
         if loop == "2020":
             self.update = Loop2020(update)
         elif self.compiled:

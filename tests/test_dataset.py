@@ -284,7 +284,8 @@ def test_flips_are_torchvisions_and_half_of_all(scenes_folder):
     assert 60 <= flipped <= 132  # of 192, each with probability one half
 
 
-def test_images_of_other_sizes_change_nothing_for_the_rest(tmp_path):
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_images_of_other_sizes_change_nothing_for_the_rest(tmp_path, batch_size):
     """Neither a larger nor a smaller epoch's images are resized twice, whatever else a folder holds."""
     found = []
     for odd in (False, True):
@@ -295,14 +296,16 @@ def test_images_of_other_sizes_change_nothing_for_the_rest(tmp_path):
             noise(99, (30, 20)).save(root / "train" / "zebra" / "0.png")
         data = opened(root, 32, keep_larger=True)
         assert (data.train.store.shapes is not None) == odd
-        batches = fed(data, size=32, kind="none", batch_size=1, start_size=16, epochs=3)
+        batches = fed(data, size=32, kind="none", batch_size=batch_size, start_size=16, epochs=3)
         order = batches._order(torch.Generator().manual_seed(fold(7, 0)))
         paths = [data.train.paths[place].relative_to(root) for place in order]
-        found.append({path: images for path, (images, _) in zip(paths, updates(batches), strict=True)})
+        images = torch.cat([images for images, _ in updates(batches)])
+        assert images.shape[1:] == (3, 16, 16)
+        found.append(dict(zip(paths, images, strict=True)))
     plain, mixed = found
     assert len(plain.keys() & mixed.keys()) > 15
     for path in plain.keys() & mixed.keys() - {Path("train/zebra/0.png")}:
-        assert mixed[path].shape == (1, 3, 16, 16) and torch.equal(mixed[path], plain[path]), path
+        assert torch.equal(mixed[path], plain[path]), path
 
 
 @pytest.mark.parametrize("side, kept, room", [(16, 36, 24), (32, 36, 36)])

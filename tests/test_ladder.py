@@ -12,6 +12,7 @@ from torch import nn
 
 from commands import ladder
 from distributed import Ranks
+from features.small_maps import SmallMapConv2d
 from inspection import probe
 from inspection.roofline import Operator
 from inspection.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
@@ -218,6 +219,13 @@ def test_the_first_rung_is_the_loop_of_2020():
     before = [parameter.clone() for parameter in bench.update.model.parameters()]
     bench.warm_up()
     assert any(not torch.equal(old, new) for old, new in zip(before, bench.update.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("habits", [False, True])
+def test_small_maps_are_multiplied_with_the_habits_of_this_package_alone(habits):
+    bench = RungBench(**settings(model_name="resnet18") | {"habits": habits})
+    kinds = {type(module) for module in bench.update.model.modules()}
+    assert nn.Conv2d in kinds and (SmallMapConv2d in kinds) == habits
 
 
 @pytest.mark.parametrize(
