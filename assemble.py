@@ -327,7 +327,7 @@ class Setup:
     def placed(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         if self.device.type == "cpu":
-            multiply_small_maps(model)
+            multiply_small_maps(model, amp=self.options.amp)
             if self.options.amp:
                 keep_depthwise_float32(avoid_in_place(model))
         return model.to(self.device).to(memory_format=layout)

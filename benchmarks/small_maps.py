@@ -44,10 +44,10 @@ def seconds(models: list[nn.Module], images: torch.Tensor, *, amp: bool, rounds:
     return [statistics.median(times[1:]) for times in spent]
 
 
-def both(plain: nn.Module) -> list[nn.Module]:
+def both(plain: nn.Module, *, amp: bool) -> list[nn.Module]:
     """A model, channels last, in training mode, as it is and with matrix products."""
     plain = avoid_in_place(plain).to(memory_format=torch.channels_last).train()
-    return [plain, small_maps.multiply_small_maps(copy.deepcopy(plain))]
+    return [plain, small_maps.multiply_small_maps(copy.deepcopy(plain), amp=amp)]
 
 
 def images(*shape: int, needs_gradient: bool = False) -> torch.Tensor:
@@ -55,35 +55,34 @@ def images(*shape: int, needs_gradient: bool = False) -> torch.Tensor:
 
 
 def compare_layers(count: int, rounds: int) -> None:
-    weights, pixels = small_maps.WEIGHTS, small_maps.PIXELS
-    small_maps.WEIGHTS = 0
-    small_maps.PIXELS = max(SIDES) ** 2
     print("| layer | weights, millions | " + " | ".join(f"{side}x{side}" for side in SIDES) + " |")
     print("|---|---:|" + "---:|" * len(SIDES))
     for inputs, outputs, kernel, stride in LAYERS:
-        layers = both(nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False))
+        plain = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        plain = plain.to(memory_format=torch.channels_last)
+        ours = copy.deepcopy(plain)
+        ours.__class__ = small_maps.SmallMapConv2d
+        ours.pixels = max(SIDES) ** 2
         cells = []
         for side in SIDES:
             batch = images(count, inputs, side * stride, side * stride, needs_gradient=True)
             gains = []
             for amp in (False, True):
-                plain, ours = seconds(layers, batch, amp=amp, rounds=rounds)
-                gains.append(f"{plain / ours:.2f}")
+                before, after = seconds([plain, ours], batch, amp=amp, rounds=rounds)
+                gains.append(f"{before / after:.2f}")
             cells.append(", ".join(gains))
         name = f"{inputs} to {outputs}, {kernel}x{kernel}, stride {stride}"
-        print(f"| {name} | {layers[0].weight.numel() / 1e6:.1f} | {' | '.join(cells)} |", flush=True)
-    small_maps.WEIGHTS = weights
-    small_maps.PIXELS = pixels
+        print(f"| {name} | {plain.weight.numel() / 1e6:.1f} | {' | '.join(cells)} |", flush=True)
 
 
 def compare_networks(count: int, rounds: int) -> None:
     print("| images/s | FP32 | with products | gain | AMP | with products | gain |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for name, side in NETWORKS:
-        networks = both(build_model(name, 6, pretrained=False))
         batch = images(count, 3, side, side)
         cells = []
         for amp in (False, True):
+            networks = both(build_model(name, 6, pretrained=False), amp=amp)
             plain, ours = seconds(networks, batch, amp=amp, rounds=rounds)
             cells += [f"{count / plain:.0f}", f"{count / ours:.0f}", f"{plain / ours:.2f}"]
         print(f"| {name}, {side} px | {' | '.join(cells)} |", flush=True)

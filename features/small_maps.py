@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-WEIGHTS = 1_000_000  # of a convolution, for which it pays
-PIXELS = 16  # of its output, for which it pays
+from precision import cpu_instructions
+
+WEIGHTS = 1_000_000  # that a convolution must have
+PIXELS = 16  # that its output may have
+FEW_PIXELS = 4  # the same in 16 bits without AMX, where a matrix product is not so much faster
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -22,9 +25,11 @@ class SmallMapConv2d(nn.Conv2d):
     The same sums in another order. Weights and their names are those of `nn.Conv2d`.
     """
 
+    pixels = PIXELS
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = self._output_size(images)
-        if not self.training or images.dim() != 4 or min(height, width) < 1 or height * width > PIXELS:
+        if not self.training or images.dim() != 4 or min(height, width) < 1 or height * width > self.pixels:
             return super().forward(images)
         rows = self._neighbourhoods(images, height, width)
         weight = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
@@ -55,11 +60,13 @@ class SmallMapConv2d(nn.Conv2d):
         return torch.cat(shifted, 3).reshape(len(images) * height * width, -1)
 
 
-def multiply_small_maps(model: nn.Module) -> nn.Module:
-    """Makes each convolution of `model` for which it can pay a `SmallMapConv2d`, in place."""
+def multiply_small_maps(model: nn.Module, *, amp: bool) -> nn.Module:
+    """Makes each convolution of `model` for which it can pay on this processor a `SmallMapConv2d`, in place."""
+    pixels = FEW_PIXELS if amp and "amx_bf16" not in cpu_instructions() else PIXELS
     for module in model.modules():
         if type(module) is nn.Conv2d and _can_pay(module):
             module.__class__ = SmallMapConv2d
+            module.pixels = pixels  # type: ignore[assignment]
     return model
 
 

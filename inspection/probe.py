@@ -59,7 +59,7 @@ class Update:
 
     def __init__(self, model: nn.Module, precision: Precision):
         if precision.device.type == "cpu":  # as training does
-            multiply_small_maps(model)
+            multiply_small_maps(model, amp=precision.amp)
             if precision.amp:
                 keep_depthwise_float32(avoid_in_place(model))
         self.model: Any = model.train()  # or what calls it

@@ -117,7 +117,7 @@ class RungBench(Bench):
                 if isinstance(module, nn.ReLU):
                     module.inplace = True
                 if isinstance(module, SmallMapConv2d):
-                    module.__class__ = nn.Conv2d
+                    module.__class__ = nn.Conv2d  # type: ignore[assignment]
         if loop == "2020":
             self.update = Loop2020(update)
         elif self.compiled:

@@ -198,8 +198,24 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
     ]
     with torch.device("meta"):
         layers = [nn.Conv2d(**many | other) for other in ({}, *others)]
-    found = multiply_small_maps(nn.Sequential(*layers))
+    found = multiply_small_maps(nn.Sequential(*layers), amp=False)
     assert [type(layer) is SmallMapConv2d for layer in found] == [True, *[False] * len(others)]
+
+
+@pytest.mark.parametrize(
+    "amp, amx, pixels", [(False, False, 16), (False, True, 16), (True, True, 16), (True, False, 4)]
+)
+def test_in_16_bits_without_amx_only_the_smallest_maps_are_multiplied(monkeypatch, amp, amx, pixels):
+    flags = {"avx512_bf16"} | ({"amx_bf16"} if amx else set())
+    monkeypatch.setattr("features.small_maps.cpu_instructions", lambda: flags)
+    with torch.device("meta"):
+        ours = multiply_small_maps(nn.Conv2d(512, 512, 3, padding=1), amp=amp).train()
+        monkeypatch.setattr(nn.functional, "linear", lambda rows, *_: multiplied.append(len(rows)) or rows)
+        for side in (1, 2, 3, 4, 5):
+            multiplied = []
+            ours(torch.empty(2, 512, side, side))
+            assert multiplied == ([2 * side**2] if side**2 <= pixels else [])
+    assert copy.deepcopy(ours).pixels == pixels
 
 
 def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_path, monkeypatch):
