@@ -144,15 +144,14 @@ def _classify(
     table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
 
 
-def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray | None]:
-    """Images as one uint8 tensor on the device, each in the upper left corner, and their shapes where they differ."""
+def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
+    """Images as one uint8 tensor on the device, each in the upper left corner, and their shapes."""
     shapes = np.array([image.shape[:2] for image in images])
     height, width = shapes.max(0)
     boxed = np.zeros((len(images), height, width, 3), np.uint8)
     for place, image in enumerate(images):
         boxed[place, : image.shape[0], : image.shape[1]] = image
-    alike = bool((shapes == shapes[0]).all())
-    return torch.from_numpy(boxed).to(device), None if alike else shapes
+    return torch.from_numpy(boxed).to(device), shapes
 
 
 def _refuse_missing(inputs: list[str]) -> None:

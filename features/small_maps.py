@@ -16,7 +16,7 @@ from precision import cpu_instructions
 
 WEIGHTS = 1_000_000  # that a convolution must have
 PIXELS = 16  # that its output may have
-FEW_PIXELS = 4  # the same in 16 bits without AMX, where a matrix product is not so much faster
+FEW_PIXELS = 4  # the same in 16 bits with AVX512-BF16 alone, whose matrix products are not so much faster
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -62,12 +62,20 @@ class SmallMapConv2d(nn.Conv2d):
 
 def multiply_small_maps(model: nn.Module, *, amp: bool) -> nn.Module:
     """Makes each convolution of `model` for which it can pay on this processor a `SmallMapConv2d`, in place."""
-    pixels = FEW_PIXELS if amp and "amx_bf16" not in cpu_instructions() else PIXELS
+    pixels = _most_pixels(amp)
     for module in model.modules():
         if type(module) is nn.Conv2d and _can_pay(module):
             module.__class__ = SmallMapConv2d
             module.pixels = pixels  # type: ignore[assignment]
     return model
+
+
+def _most_pixels(amp: bool) -> int:
+    """Up to how many pixels of an output the product pays on this processor; 0: never."""
+    instructions = cpu_instructions()
+    if not amp or "amx_bf16" in instructions:
+        return PIXELS
+    return FEW_PIXELS if "avx512_bf16" in instructions else 0
 
 
 def _can_pay(convolution: nn.Conv2d) -> bool:

@@ -203,11 +203,17 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
 
 
 @pytest.mark.parametrize(
-    "amp, amx, pixels", [(False, False, 16), (False, True, 16), (True, True, 16), (True, False, 4)]
+    "amp, instructions, pixels",
+    [
+        (False, {"avx2"}, 16),
+        (False, {"avx512_bf16", "amx_bf16"}, 16),
+        (True, {"avx512_bf16", "amx_bf16"}, 16),
+        (True, {"avx512_bf16"}, 4),
+        (True, {"avx2"}, 0),
+    ],
 )
-def test_in_16_bits_without_amx_only_the_smallest_maps_are_multiplied(monkeypatch, amp, amx, pixels):
-    flags = {"avx512_bf16"} | ({"amx_bf16"} if amx else set())
-    monkeypatch.setattr("features.small_maps.cpu_instructions", lambda: flags)
+def test_in_16_bits_the_processor_decides_which_maps_are_multiplied(monkeypatch, amp, instructions, pixels):
+    monkeypatch.setattr("features.small_maps.cpu_instructions", lambda: instructions)
     with torch.device("meta"):
         ours = multiply_small_maps(nn.Conv2d(512, 512, 3, padding=1), amp=amp).train()
         monkeypatch.setattr(nn.functional, "linear", lambda rows, *_: multiplied.append(len(rows)) or rows)
