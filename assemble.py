@@ -21,7 +21,7 @@ from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
 from features.frozen import keep_outputs
-from features.small_maps import multiply_small_maps
+from features.cpu_layers import multiply_small_maps
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
 from images.opening import Opening, open_data_set, open_test_set

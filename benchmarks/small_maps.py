@@ -1,6 +1,6 @@
 """What matrix products bring to convolutions of small maps on this CPU: single layers, and updates of whole networks.
 
-`nn.Conv2d` and `features.small_maps`, as training uses it, take turns, forward and backward, in FP32 and with autocast
+`nn.Conv2d` and `features.cpu_layers`, as training uses it, take turns, forward and backward, in FP32 and with autocast
 in bfloat16. The layers go beyond the bounds of that module, to show where they are right.
 
     python benchmarks/small_maps.py
@@ -20,7 +20,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from features import small_maps  # noqa: E402 (found beside this folder)
+from features import cpu_layers  # noqa: E402 (found beside this folder)
 from model import avoid_in_place, build_model  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
@@ -47,7 +47,7 @@ def seconds(models: list[nn.Module], images: torch.Tensor, *, amp: bool, rounds:
 def both(plain: nn.Module, *, amp: bool) -> list[nn.Module]:
     """A model, channels last, in training mode, as it is and with matrix products."""
     plain = avoid_in_place(plain).to(memory_format=torch.channels_last).train()
-    return [plain, small_maps.multiply_small_maps(copy.deepcopy(plain), amp=amp)]
+    return [plain, cpu_layers.multiply_small_maps(copy.deepcopy(plain), amp=amp)]
 
 
 def images(*shape: int, needs_gradient: bool = False) -> torch.Tensor:
@@ -61,7 +61,7 @@ def compare_layers(count: int, rounds: int) -> None:
         plain = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         plain = plain.to(memory_format=torch.channels_last)
         ours = copy.deepcopy(plain)
-        ours.__class__ = small_maps.SmallMapConv2d
+        ours.__class__ = cpu_layers.SmallMapConv2d
         ours.pixels = max(SIDES) ** 2
         cells = []
         for side in SIDES:

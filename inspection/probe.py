@@ -25,7 +25,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches
-from features.small_maps import multiply_small_maps
+from features.cpu_layers import multiply_small_maps
 from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from features.small_maps import SmallMapConv2d
+from features.cpu_layers import SmallMapConv2d
 from inspection.probe import Bench, Update
 from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
 from inspection.tensors import dtype_name

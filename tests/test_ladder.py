@@ -12,7 +12,7 @@ from torch import nn
 
 from commands import ladder
 from distributed import Ranks
-from features.small_maps import SmallMapConv2d
+from features.cpu_layers import SmallMapConv2d
 from inspection import probe
 from inspection.roofline import Operator
 from inspection.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up

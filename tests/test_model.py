@@ -14,7 +14,7 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
-from features.small_maps import SmallMapConv2d, multiply_small_maps
+from features.cpu_layers import SmallMapConv2d, multiply_small_maps
 from model import build_model, check_input_size, head_names
 from precision import DepthwiseConv2d, keep_depthwise_float32
 from pretrained.torchvision_models import names
@@ -213,7 +213,7 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
     ],
 )
 def test_in_16_bits_the_processor_decides_which_maps_are_multiplied(monkeypatch, amp, instructions, pixels):
-    monkeypatch.setattr("features.small_maps.cpu_instructions", lambda: instructions)
+    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: instructions)
     with torch.device("meta"):
         ours = multiply_small_maps(nn.Conv2d(512, 512, 3, padding=1), amp=amp).train()
         monkeypatch.setattr(nn.functional, "linear", lambda rows, *_: multiplied.append(len(rows)) or rows)
