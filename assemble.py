@@ -20,8 +20,8 @@ from command_line.kinds import ALL, images_asked, seconds_of
 from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
+from features.cpu_layers import adapt_to_cpu
 from features.frozen import keep_outputs
-from features.cpu_layers import multiply_small_maps
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
 from images.opening import Opening, open_data_set, open_test_set
@@ -30,7 +30,6 @@ from images.subsets import DataSet, Split, Subset
 from model import (
     Network,
     WithMirrorImage,
-    avoid_in_place,
     build_model,
     check_input_size,
     constructor_options,
@@ -41,7 +40,7 @@ from model import (
     rebuild_model,
 )
 from optimizer import make_optimizer, make_scheduler, parameter_groups
-from precision import Precision, choose_precision, keep_depthwise_float32, sensible_precisions
+from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.config import NOT_RECORDED, describe, read_config, versions
 from runs.fitting import micro_batch_that_fits
@@ -327,9 +326,7 @@ class Setup:
     def placed(self, model: nn.Module) -> nn.Module:
         layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
         if self.device.type == "cpu":
-            multiply_small_maps(model, amp=self.options.amp)
-            if self.options.amp:
-                keep_depthwise_float32(avoid_in_place(model))
+            adapt_to_cpu(model, amp=self.options.amp)
         return model.to(self.device).to(memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:

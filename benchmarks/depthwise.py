@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model import avoid_in_place, build_model  # noqa: E402 (found beside this folder)
+from features.cpu_layers import avoid_in_place  # noqa: E402 (found beside this folder)
+from model import build_model  # noqa: E402
 from precision import keep_depthwise_float32  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 

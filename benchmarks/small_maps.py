@@ -21,7 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from features import cpu_layers  # noqa: E402 (found beside this folder)
-from model import avoid_in_place, build_model  # noqa: E402
+from model import build_model  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
 # in_channels, out_channels, kernel_size, stride
@@ -46,7 +46,7 @@ def seconds(models: list[nn.Module], images: torch.Tensor, *, amp: bool, rounds:
 
 def both(plain: nn.Module, *, amp: bool) -> list[nn.Module]:
     """A model, channels last, in training mode, as it is and with matrix products."""
-    plain = avoid_in_place(plain).to(memory_format=torch.channels_last).train()
+    plain = cpu_layers.avoid_in_place(plain).to(memory_format=torch.channels_last).train()
     return [plain, cpu_layers.multiply_small_maps(copy.deepcopy(plain), amp=amp)]
 
 

@@ -1,9 +1,9 @@
-"""Convolutions of small maps as matrix products, for training on a CPU.
+"""Layers that a CPU trains faster than PyTorch's own, with the same weights under the same names.
 
-oneDNN computes the gradient of a convolution's weights image by image, and each image goes through all weights once.
-Late layers have millions of weights and, of small images, few pixels: a 3x3 convolution of 512 channels takes nearly as
-long for 2x2 pixels as for 4x4. benchmarks/small_maps.py measures where a matrix product is faster.
-Knows nothing of options.
+Convolutions of small maps: oneDNN computes the gradient of a convolution's weights image by image, and each image goes
+through all weights once; with millions of weights a 3x3 convolution takes nearly as long for 2x2 pixels as for 4x4, and
+a matrix product is faster (benchmarks/small_maps.py). In 16 bits: activations that write new tensors, and depthwise
+convolutions in float32 (`precision.DepthwiseConv2d`). Knows nothing of options.
 """
 
 from __future__ import annotations
@@ -12,11 +12,31 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from precision import cpu_instructions
+from precision import cpu_instructions, keep_depthwise_float32
 
 WEIGHTS = 1_000_000  # that a convolution must have
 PIXELS = 16  # that its output may have
 FEW_PIXELS = 4  # the same in 16 bits with AVX512-BF16 alone, whose matrix products are not so much faster
+
+
+def adapt_to_cpu(model: nn.Module, *, amp: bool) -> nn.Module:
+    """Gives `model` every layer that this processor trains faster, in place; `amp`: whether it trains in 16 bits."""
+    multiply_small_maps(model, amp=amp)
+    if amp:
+        keep_depthwise_float32(model)
+        avoid_in_place(model)
+    return model
+
+
+def avoid_in_place(model: nn.Module) -> nn.Module:
+    """Makes activations write new tensors; those a backward pass keeps are the same ones as in place.
+
+    On CPUs PyTorch's 16-bit kernels take twice the time in place (34 against 14 ms for 67 million values).
+    """
+    for module in model.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return model
 
 
 class SmallMapConv2d(nn.Conv2d):

@@ -25,14 +25,14 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dataset import Batches
-from features.cpu_layers import multiply_small_maps
+from features.cpu_layers import adapt_to_cpu
 from images.stores import DecodedImages
 from images.subsets import Subset
 from inspection.energy import energy_counter
 from inspection.timing import timed, wait
-from model import avoid_in_place, build_model
+from model import build_model
 from optimizer import make_optimizer
-from precision import Precision, keep_depthwise_float32, named_precision
+from precision import Precision, named_precision
 from system.machine import GPUS, peak_memory, reset_peak_memory
 from train import update_weights
 from transforms import Preprocess
@@ -59,9 +59,7 @@ class Update:
 
     def __init__(self, model: nn.Module, precision: Precision):
         if precision.device.type == "cpu":  # as training does
-            multiply_small_maps(model, amp=precision.amp)
-            if precision.amp:
-                keep_depthwise_float32(avoid_in_place(model))
+            adapt_to_cpu(model, amp=precision.amp)
         self.model: Any = model.train()  # or what calls it
         self.precision = precision
         self.optimizer = make_optimizer(
