@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from evaluate import Evaluation, evaluate, parity, probabilities
 from reports import tables
-from reports.draw import draw_run
 from reports.results import calibration
 from runs.folder import RunDirectory
 from runs.writing import csv_text, prediction_rows
@@ -86,6 +85,8 @@ def _write(
             run.write_json("result.json", result)
         finally:
             run.close()
+        from reports.draw import draw_run  # half a second, which no start should wait for
+
         draw_run(run.path)
         log.info(f"results: {run.path}")
 

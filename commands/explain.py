@@ -14,7 +14,6 @@ from torch import nn
 from features.activation_maps import explained
 from images.decode import Rules, try_decode
 from reports.results import most_confidently_wrong
-from reports.sheets import explained_sheet
 from transforms import Preprocess
 from utils import UserError, log, printable
 
@@ -73,6 +72,8 @@ def explain_predictions(
         raise UserError(f"--explain: {type(model).__name__} has no layer that keeps places. Leave it out.")
     captions = [caption for _, caption in chosen]
     heading = "What spoke for the predicted class (bright)"
+    from reports.sheets import explained_sheet  # matplotlib, which no training should wait for
+
     explained_sheet(paths, captions, maps, file, heading=heading, rules=rules)
     log.info(f"explained: {printable(file)}")
 

@@ -93,11 +93,15 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resu
 
 def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
     """Draws batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
-    if setup.run.writes:
+    if not setup.run.writes:
+        return
+    images, labels = trainer.batches.first_images(24)
+    try:
         from reports.pictures import batch
 
-        images, labels = trainer.batches.first_images(24)
         batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
+    except Exception as error:  # as in `show`; a training does not depend on a picture
+        log.warning(f"no batch.png: {printable(f'{type(error).__name__}: {error}')[:300]}")
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from precision_table import PRECISIONS, label_of
 from runs.result import read_result
@@ -111,12 +110,16 @@ def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int
 
 def wilson(right: int, total: int) -> tuple[float, float]:
     """The 95 % score interval of a share after Wilson (1927), in percent."""
+    from scipy import stats  # a second, which no start should wait for
+
     interval = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
     return 100 * interval.low, 100 * interval.high
 
 
 def student(values: list[float]) -> float:
     """Half of the 95 % interval of the mean of two or more values by Student's t."""
+    from scipy import stats
+
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
@@ -150,6 +153,8 @@ def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
 def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
     """Exact McNemar test of two predictions.csv on the images both list; None if they share none: a two-sided
     binomial test on the images that exactly one of the two gets right."""
+    from scipy import stats
+
     if not (reference.exists() and other.exists()):
         return None
     first, second = (
@@ -266,6 +271,8 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     """Accuracy against FP32 in points, and the test of whether it can be told from noise: of single runs McNemar's
     exact test on the images, of several seeds on both sides Welch's t-test on the accuracies."""
+    from scipy import stats
+
     one = base["test_acc"]
     other = row["test_acc"]
     counts = [len(one["values"]), len(other["values"])]

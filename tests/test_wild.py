@@ -489,6 +489,27 @@ def test_pictures_that_fail_cost_no_results(data, tmp_path, monkeypatch, capsys)
         tiny.draw(data)
 
 
+def test_a_first_picture_that_fails_stops_no_training(data, tmp_path, monkeypatch, caplog):
+    from reports import pictures
+
+    def fail(*_, **__):
+        raise RuntimeError("no fonts here")
+
+    tiny.leave_out_pictures(monkeypatch)
+    monkeypatch.setattr(pictures, "batch", fail)
+    assert tiny.train(data, tmp_path) == 0
+    assert "no batch.png: RuntimeError: no fonts here" in caplog.text and has_result(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["commands.train", "commands.evaluate", "commands.predict"])
+def test_no_start_waits_for_pictures_or_statistics(module):
+    code = f"import sys, {module}; print({{'matplotlib', 'scipy', 'sklearn'}} & sys.modules.keys())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
 def test_report_of_what_is_no_run(tmp_path, capsys):
     assert main.main(["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=x"]) == 2
     assert "No run there is finished" in capsys.readouterr().err
