@@ -104,13 +104,15 @@ def assert_close_runs(ours, theirs, tolerance):
     theirs_counted = np.array(other["confusion"])
     assert ours_counted.sum(1).tolist() == theirs_counted.sum(1).tolist() and ours_counted.sum() == 17
     assert not exact or np.array_equal(ours_counted, theirs_counted)
+    expected = weights(theirs)
     for name, tensor in weights(ours).items():
-        torch.testing.assert_close(tensor, weights(theirs)[name], rtol=tolerance, atol=tolerance, msg=name)
+        torch.testing.assert_close(tensor, expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
 def assert_equal_runs(ours, theirs):
     assert computed_metrics(ours) == computed_metrics(theirs)
-    assert all(torch.equal(tensor, weights(theirs)[name]) for name, tensor in weights(ours).items())
+    expected = weights(theirs)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(ours).items())
 
 
 @pytest.fixture(scope="module")
