@@ -111,6 +111,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "probe": {
         "freeze_epochs": ALL,
+        "image_size": 224,  # at which most networks were trained: a frozen one knows no other
         "optimizer": "ADAMW",
         "learning_rate": 3e-3,
         "weight_decay": 0.01,

@@ -94,6 +94,7 @@ class Trainer:
     meter: Meter = field(init=False)
     stop: StopSignal = field(init=False)
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
+    prepared: float = field(init=False, default=0.0)  # seconds before the first epoch
     epoch_begun: float = field(init=False, default_factory=time.perf_counter)  # less what was done before a resume
     last_save: float = field(init=False, default_factory=time.monotonic)
 
@@ -116,6 +117,9 @@ class Trainer:
         self.last_save = time.monotonic()
         self.begun = time.perf_counter() - self.progress.elapsed
         with self.stop:
+            for batches in (self.batches, self.validation):
+                batches.prepare()
+            self.prepared = 0.0 if self.progress.elapsed else self.seconds
             while self.progress.epoch < self.epochs and not self._out_of_patience():
                 ended = self._train_epoch(stop_after)
                 if ended:
@@ -244,7 +248,7 @@ class Trainer:
         areas = [self.batches.size_in(epoch) ** 2 for epoch in range(self.epochs + 1)]
         updates = self.batches.updates_per_epoch
         if at.history:
-            ends = [0.0, *(line["elapsed"] for line in at.history)][-4:]
+            ends = [self.prepared, *(line["elapsed"] for line in at.history)][-4:]
             seconds = ends[-1] - ends[0]
             done: float = sum(areas[at.epoch + 1 - len(ends) : at.epoch])
         else:

@@ -26,7 +26,7 @@ def keep_outputs(
 ) -> tuple[Batches, Batches] | None:
     """Training and validation batches of inputs of the layer `head`; None, and why in the log, if they cannot be kept.
 
-    The outputs are computed when they are first asked for.
+    The outputs are computed when they are first asked for, at the latest by `prepare`.
     """
     reason = _obstacle(model, head, batches, validation)
     if reason:
@@ -116,6 +116,9 @@ class KeptBatches(Batches):
     """As Batches, but of the inputs of a head, float32 (count, features), in place of images."""
 
     source: FrozenNetwork = field(kw_only=True)
+
+    def prepare(self) -> None:
+        _ = self.source.outputs
 
     def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
         return self.source.batches.first_images(most)

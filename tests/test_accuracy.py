@@ -24,6 +24,7 @@ from model import WithMirrorImage, head_name
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision
 from runs import fitting
+from train import Trainer
 from transforms import Preprocess, growing_sizes
 from utils import UserError
 
@@ -316,6 +317,20 @@ def start(tmp_path):
     file = tmp_path / "start.pt"
     torch.save(model.state_dict(), file)
     return file
+
+
+def test_a_frozen_networks_outputs_are_computed_before_the_first_epoch(data, tmp_path, start, monkeypatch):
+    seen = []
+    train_epoch = Trainer._train_epoch
+
+    def watched(self, stop_after):
+        seen.append(all("outputs" in part.source.__dict__ for part in (self.batches, self.validation)))
+        return train_epoch(self, stop_after)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", watched)
+    tiny.leave_out_pictures(monkeypatch)
+    assert tiny.train(data, tmp_path, f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=2") == 0
+    assert seen == [True, True]
 
 
 @pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])

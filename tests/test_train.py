@@ -569,3 +569,18 @@ def test_what_is_left_of_a_run_grows_with_the_area_of_its_images(tmp_path):
     at.epoch = 0
     made.epoch_begun = time.perf_counter() - 5
     assert made.seconds_left() == pytest.approx(5 * (made.batches.updates_per_epoch * 10 - 1), rel=0.05)
+
+
+def test_what_is_prepared_once_is_not_left_for_every_epoch(tmp_path, monkeypatch):
+    made = trainer(tmp_path, epochs=4)
+    order = []
+    monkeypatch.setattr(made.batches, "prepare", lambda: order.append("prepared") or time.sleep(0.3))
+    left = []
+    made.on_epoch = lambda line: order.append("epoch") or left.append(made.seconds_left() / line["seconds"])
+    made.train()
+    made.run.close()
+    assert order == ["prepared", *["epoch"] * 4]
+    assert made.prepared >= 0.3 and made.progress.history[0]["elapsed"] > made.prepared
+    assert left[0] == pytest.approx(
+        3 * (made.progress.history[0]["elapsed"] - made.prepared) / made.progress.history[0]["seconds"]
+    )
