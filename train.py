@@ -117,8 +117,9 @@ class Trainer:
         self.last_save = time.monotonic()
         self.begun = time.perf_counter() - self.progress.elapsed
         with self.stop:
-            for batches in (self.batches, self.validation):
-                batches.prepare()
+            if self.progress.epoch < self.epochs:
+                self.batches.prepare()
+                self.validation.prepare()
             self.prepared = 0.0 if self.progress.elapsed else self.seconds
             while self.progress.epoch < self.epochs and not self._out_of_patience():
                 ended = self._train_epoch(stop_after)

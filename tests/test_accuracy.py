@@ -20,6 +20,7 @@ import option
 from dataset import Batches
 from distributed import Ranks
 from features.activation_maps import activation_maps
+from features.frozen import FrozenNetwork
 from model import WithMirrorImage, head_name
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision
@@ -329,8 +330,11 @@ def test_a_frozen_networks_outputs_are_computed_before_the_first_epoch(data, tmp
 
     monkeypatch.setattr(Trainer, "_train_epoch", watched)
     tiny.leave_out_pictures(monkeypatch)
-    assert tiny.train(data, tmp_path, f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=2") == 0
+    words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=2")
+    assert tiny.train(data, tmp_path, *words) == 0
     assert seen == [True, True]
+    monkeypatch.setattr(FrozenNetwork, "_bar", None)
+    assert tiny.train(data, tmp_path, *words, "--resume") == 0  # only tested again: they are not needed
 
 
 @pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])
