@@ -242,7 +242,7 @@ EMPTY = dict.fromkeys(
 @pytest.mark.parametrize(
     "options",
     [
-        {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "RANK": "3"},
+        {"MPLBACKEND": "module://matplotlib_inline.backend_inline", "python": ["-O"], "RANK": "3"},
         {"LC_ALL": "C", "python": ["-W", "error"], "TERM": "dumb", "COLUMNS": "40", "shell": 'umask 077; "$@"'},
         {"without": ["HOME", "LANG"], "PYTHONWARNINGS": "error", "TMPDIR": "/proc"},
         EMPTY,
