@@ -1,24 +1,35 @@
 """Every check of the project, in one command: format, lint, types, tests. All are run, also after one has failed.
 
+The tests are shared among up to four processes where pytest-xdist is installed; each test uses one thread.
+
 python tests/check.py              all of them; CI runs this
 python tests/check.py --fix        formats the code and mends what can be mended, before it checks
 python tests/check.py -k resume    other words go to pytest
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXES = (("ruff", "check", "--fix", "--quiet", "."), ("ruff", "format", "--quiet", "."))
-CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",), ("pytest",))
+CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
 
 
 def run(words: list[str]) -> bool:
     """Runs one tool in the project's folder; returns whether it was content."""
     print(f"\n$ {' '.join(words)}", flush=True)
     return subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode == 0
+
+
+def in_parallel() -> list[str]:
+    """pytest's options for sharing the files of tests among processes; none where that is not installed."""
+    processes = min(4, os.cpu_count() or 1)
+    if processes == 1 or importlib.util.find_spec("xdist") is None:
+        return []
+    return ["-n", str(processes), "--dist", "loadfile"]
 
 
 def main(words: list[str]) -> int:
@@ -30,7 +41,9 @@ def main(words: list[str]) -> int:
         for fix in FIXES:
             run(list(fix))
     given = [word for word in words if word != "--fix"]
-    failed = [check[0] for check in CHECKS if not run([*check, *(given if check == ("pytest",) else [])])]
+    failed = [check[0] for check in CHECKS if not run(list(check))]
+    if not run(["pytest", *in_parallel(), *given]):
+        failed.append("pytest")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
