@@ -44,7 +44,13 @@ def launch(words, shell: str = '"$@"', *, python=(), without=(), **variables: st
         errors="backslashreplace",
         env=environment,
         start_new_session=True,
+        preexec_fn=heed_hangups,
     )
+
+
+def heed_hangups() -> None:
+    """The tests may themselves run under nohup, which their processes would inherit."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def loud(data, runs, *more, **options) -> list[str]:
