@@ -426,6 +426,7 @@ def test_a_batch_is_drawn_as_the_network_sees_it():
     assert labels.shape == (8, 3) and torch.allclose(labels.sum(1), torch.ones(8))
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array")
 def test_a_run_has_the_picture_of_a_batch_and_maps_of_its_mistakes(scenes_folder, tmp_path, run, monkeypatch):
     monkeypatch.undo()  # pictures are drawn here
     tiny.register_classifier()
