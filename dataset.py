@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from distributed import Ranks
 from images.opening import Opening, open_data_set, open_test_set
 from images.subsets import DataSet, Subset
-from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop
+from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop, smallest_crop
 from utils import fold
 
 __all__ = ["Batches", "DataSet", "MicroBatch", "Opening", "Subset", "open_data_set", "open_test_set"]
@@ -214,7 +214,8 @@ class Batches:
         if "upright" in self._steps:
             draws[:, 0] = 1.0
         if "crop" in self._steps:
-            images = random_resized_crop(preprocess.shrunk(images), draws, preprocess.image_size)
+            smallest = smallest_crop(preprocess.image_size, self.preprocess.image_size)
+            images = random_resized_crop(preprocess.shrunk(images), draws, preprocess.image_size, smallest)
         else:
             images = preprocess.resized(images if self.augment == "none" else random_flip(images, draws[:, 0]))
         if "jitter" in self._steps:

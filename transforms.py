@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SMALLEST_CROP = 0.25  # share of an image's area
 
 
 @dataclass
@@ -96,13 +97,16 @@ def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
 
 
-def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int) -> torch.Tensor:
-    """25 to 100 % of each image's area at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
+def random_resized_crop(
+    images: torch.Tensor, draws: torch.Tensor, side: int, smallest: float = SMALLEST_CROP
+) -> torch.Tensor:
+    """A random part of each image at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
 
-    `draws` (count, 5) are uniform in [0, 1): flip, area, aspect ratio, horizontal and vertical place. Values stay 0
-    to 255, float32. After Szegedy et al. 2015, with a larger smallest area.
+    The part is `smallest` to all of the image's area. `draws` (count, 5) are uniform in [0, 1): flip, area, aspect
+    ratio, horizontal and vertical place. Values stay 0 to 255, float32. After Szegedy et al. 2015, with a larger
+    smallest area.
     """
-    area = 0.25 + 0.75 * draws[:, 1]
+    area = smallest + (1 - smallest) * draws[:, 1]
     aspect = torch.exp((draws[:, 2] * 2 - 1) * math.log(4 / 3))
     width = (area * aspect).sqrt().clamp(max=1)
     height = (area / aspect).sqrt().clamp(max=1)
@@ -162,6 +166,15 @@ def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
     growing = epochs - max(1, round(epochs / 10))
     grown = [start + (full - start) * (epoch * steps // growing) // steps for epoch in range(growing)]
     return [max(start, size // 32 * 32) for size in grown] + [full] * (epochs - growing)
+
+
+def smallest_crop(side: int, full: int) -> float:
+    """The smallest share of an image that a crop of `side` pixels shows while images grow to `full` pixels.
+
+    Small images are augmented less than those of full size (Tan and Le 2021), which show a quarter: a network learns
+    from them in the epochs in which it still fits them badly.
+    """
+    return min(0.5, SMALLEST_CROP * full / side)
 
 
 def mix(

@@ -22,7 +22,7 @@ from images.decode import decode, try_decode
 from images.folders import find_image_set
 from images.opening import Opening, open_data_set
 from images.split import divide
-from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, smallest_crop
 from utils import UserError, fold
 
 CPU = torch.device("cpu")
@@ -308,21 +308,31 @@ def test_images_of_other_sizes_change_nothing_for_the_rest(tmp_path, batch_size)
         assert torch.equal(mixed[path], plain[path]), path
 
 
-@pytest.mark.parametrize("side, kept, room", [(16, 36, 24), (32, 36, 36)])
-def test_a_crop_is_taken_from_no_more_pixels_than_there_are(tmp_path, monkeypatch, side, kept, room):
+@pytest.mark.parametrize("side, kept, room, smallest", [(16, 36, 24, 0.5), (24, 36, 36, 1 / 3), (32, 36, 36, 0.25)])
+def test_a_crop_is_taken_from_no_more_pixels_than_there_are(tmp_path, monkeypatch, side, kept, room, smallest):
+    """And shows more of a small image than of one of full size."""
     root = folders(tmp_path, "train", "test")
     for number, path in enumerate(sorted(root.rglob("*.png"))):
         noise(number, (20, 20) if number % 5 == 0 else (kept, kept)).save(path)
     seen = set()
     crop = dataset.random_resized_crop
 
-    def watched(images, draws, side):
-        seen.add((images.shape[2:], side))
-        return crop(images, draws, side)
+    def watched(images, draws, side, smallest):
+        seen.add((images.shape[2:], side, smallest))
+        return crop(images, draws, side, smallest)
 
     monkeypatch.setattr(dataset, "random_resized_crop", watched)
     updates(fed(opened(root, 32, keep_larger=True), size=32, kind="crop", start_size=side, epochs=2))
-    assert seen == {((room, room), side)}
+    assert [*seen] == [((room, room), side, pytest.approx(smallest))]
+
+
+@pytest.mark.parametrize("side, full, smallest", [(128, 128, 0.25), (96, 128, 1 / 3), (64, 96, 0.375), (32, 256, 0.5)])
+def test_the_smallest_crop_of_small_images_shows_more(side, full, smallest):
+    assert smallest_crop(side, full) == pytest.approx(smallest)
+    ramp = torch.arange(300.0).expand(1, 3, 300, 300)
+    draws = torch.tensor([[1.0, 0.0, 0.5, 0.5, 0.5]])  # not mirrored, the smallest area, square, in the middle
+    shown = dataset.random_resized_crop(ramp, draws, 30, smallest_crop(side, full))
+    assert shown.max() - shown.min() == pytest.approx(300 * smallest**0.5, abs=300 / 30)
 
 
 @pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "none"])
