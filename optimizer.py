@@ -64,37 +64,6 @@ def block_depths(model: nn.Module) -> dict[str, int]:
     return depths
 
 
-class _InMemoryOrder:
-    """Gives fused Adam on a CPU channels-last tensors as contiguous views, in the order of their memory.
-
-    PyTorch's kernel copies each gradient that is not contiguous, and then reads the gradient itself: the result is the
-    same, bit for bit, without the copy. The views live for one step; state and checkpoints know nothing of them. SGD
-    copies, too, but keeps its state by the tensors that its kernel was given.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[torch.Tensor]) -> Any:
-        found = super()._init_group(group, *lists)  # type: ignore[misc]  # each rule has its own
-        if group["fused"]:
-            for tensors in lists:
-                tensors[:] = [_in_memory_order(tensor) for tensor in tensors]
-        return found
-
-
-class _Adam(_InMemoryOrder, torch.optim.Adam):
-    pass
-
-
-class _AdamW(_InMemoryOrder, torch.optim.AdamW):
-    pass
-
-
-def _in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
-    channels_last = tensor.device.type == "cpu" and tensor.ndim == 4 and not tensor.is_contiguous()
-    if channels_last and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1)
-    return tensor
-
-
 def make_optimizer(
     groups: Iterable[Any], name: str, *, learning_rate: float, weight_decay: float, fused: bool
 ) -> torch.optim.Optimizer:
@@ -110,7 +79,7 @@ def make_optimizer(
             for parameter in group["params"]:  # the fused kernel cannot begin some later than others
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    return {"ADAM": _Adam, "ADAMW": _AdamW}[name](groups, **common)
+    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](groups, **common)
 
 
 def make_scheduler(

@@ -122,31 +122,6 @@ def test_fp32_update_is_a_plain_torch_optim_step_bit_for_bit(name):
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
-@pytest.mark.parametrize("name", ["ADAM", "ADAMW"])
-def test_fused_adam_copies_no_gradient_and_comes_to_the_same(name):
-    """Channels-last weights reach PyTorch's kernel for CPUs as views: else each gradient is copied for nothing."""
-    ours = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(100, 2))
-    ours = ours.to(memory_format=torch.channels_last)
-    plain = copy.deepcopy(ours)
-    optimizer = make_optimizer(ours.parameters(), name, learning_rate=1e-2, weight_decay=1e-4, fused=True)
-    rule = {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name]
-    reference = rule(plain.parameters(), lr=1e-2, weight_decay=1e-4, fused=True)
-    for step in range(3):
-        images = torch.randn(4, 3, 7, 7, generator=torch.Generator().manual_seed(step))
-        for model in (ours, plain):
-            model.zero_grad()
-            model(images.contiguous(memory_format=torch.channels_last)).square().mean().backward()
-        with torch.profiler.profile() as profile:
-            optimizer.step()
-        assert not {"aten::clone", "aten::contiguous"} & {event.key for event in profile.key_averages()}
-        reference.step()
-    assert difference(ours, plain) == 0 and ours[0].weight.is_contiguous(memory_format=torch.channels_last)
-    expected = reference.state_dict()["state"]
-    for number, state in optimizer.state_dict()["state"].items():
-        for key, value in state.items():
-            assert torch.equal(value, expected[number][key]) and value.stride() == expected[number][key].stride(), key
-
-
 @pytest.mark.parametrize("fused", [True, False])
 def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
     model = network(spoil=[2])
