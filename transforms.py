@@ -171,8 +171,8 @@ def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
 def smallest_crop(side: int, full: int) -> float:
     """The smallest share of an image that a crop of `side` pixels shows while images grow to `full` pixels.
 
-    Small images are augmented less than those of full size (Tan and Le 2021), which show a quarter: a network learns
-    from them in the epochs in which it still fits them badly.
+    A quarter at full size, at most a half below it: small images are augmented less (Tan and Le 2021), because the
+    network that learns from them still underfits.
     """
     return min(0.5, SMALLEST_CROP * full / side)
 
