@@ -97,9 +97,7 @@ def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
     return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
 
 
-def random_resized_crop(
-    images: torch.Tensor, draws: torch.Tensor, side: int, smallest: float = SMALLEST_CROP
-) -> torch.Tensor:
+def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int, smallest: float) -> torch.Tensor:
     """A random part of each image at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
 
     The part is `smallest` to all of the image's area. `draws` (count, 5) are uniform in [0, 1): flip, area, aspect

@@ -82,4 +82,5 @@ def _decoded(path: Path, preprocess: Preprocess, rules: Rules | None) -> torch.T
     pixels = try_decode(path, preprocess.image_size, rules)
     if isinstance(pixels, str):
         raise UserError(f"{printable(path)} can no longer be read: {printable(pixels)}")
-    return preprocess(torch.tensor(pixels)[None].to(preprocess.device))  # a copy: some decoded pixels are read-only
+    own = torch.from_numpy(np.array(pixels, order="C"))  # a copy: some decoded pixels are read-only
+    return preprocess(own[None].to(preprocess.device))
