@@ -50,8 +50,17 @@ def both(plain: nn.Module, *, amp: bool) -> list[nn.Module]:
     return [plain, cpu_layers.multiply_small_maps(copy.deepcopy(plain), amp=amp)]
 
 
-def images(*shape: int, needs_gradient: bool = False) -> torch.Tensor:
-    return torch.randn(shape).to(memory_format=torch.channels_last).requires_grad_(needs_gradient)
+def multiplied(plain: nn.Conv2d, *, apart: int) -> nn.Conv2d:
+    """The same layer as products of matrices, for maps of any size here; `apart` as the layer's own."""
+    ours = copy.deepcopy(plain)
+    ours.__class__ = cpu_layers.SmallMapConv2d
+    ours.pixels = max(SIDES) ** 2
+    ours.apart = apart
+    return ours
+
+
+def images(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(memory_format=torch.channels_last)
 
 
 def compare_layers(count: int, rounds: int) -> None:
@@ -60,19 +69,20 @@ def compare_layers(count: int, rounds: int) -> None:
     for inputs, outputs, kernel, stride in LAYERS:
         plain = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
         plain = plain.to(memory_format=torch.channels_last)
-        ours = copy.deepcopy(plain)
-        ours.__class__ = cpu_layers.SmallMapConv2d
-        ours.pixels = max(SIDES) ** 2
-        cells = []
+        forms = {f"{inputs} to {outputs}, {kernel}x{kernel}, stride {stride}": multiplied(plain, apart=0)}
+        if kernel > 1:
+            forms["the same, pixel by pixel"] = multiplied(plain, apart=max(SIDES) ** 2)
+        cells: dict[str, list[str]] = {name: [] for name in forms}
         for side in SIDES:
-            batch = images(count, inputs, side * stride, side * stride, needs_gradient=True)
-            gains = []
-            for amp in (False, True):
-                before, after = seconds([plain, ours], batch, amp=amp, rounds=rounds)
-                gains.append(f"{before / after:.2f}")
-            cells.append(", ".join(gains))
-        name = f"{inputs} to {outputs}, {kernel}x{kernel}, stride {stride}"
-        print(f"| {name} | {plain.weight.numel() / 1e6:.1f} | {' | '.join(cells)} |", flush=True)
+            batch = images(count, inputs, side * stride, side * stride)
+            spent = [
+                seconds([plain, *forms.values()], batch.to(dtype).requires_grad_(), amp=amp, rounds=rounds)
+                for amp, dtype in ((False, torch.float32), (True, torch.bfloat16))  # as a layer before it hands it on
+            ]
+            for place, name in enumerate(forms, 1):
+                cells[name].append(", ".join(f"{times[0] / times[place]:.2f}" for times in spent))
+        for name in forms:
+            print(f"| {name} | {plain.weight.numel() / 1e6:.1f} | {' | '.join(cells[name])} |", flush=True)
 
 
 def compare_networks(count: int, rounds: int) -> None:
@@ -95,7 +105,7 @@ def main() -> None:
     arguments = parser.parse_args()
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.images} images in an update\n")
-    print("How many times as fast a layer is as a matrix product, in FP32 and in bfloat16, by its output's size:\n")
+    print("How many times as fast a layer is by matrix products, in FP32 and in bfloat16, by its output's size:\n")
     compare_layers(arguments.images, arguments.rounds)
     print("\nWhole networks, forward and backward:\n")
     compare_networks(arguments.images, arguments.rounds)

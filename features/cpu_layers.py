@@ -40,21 +40,46 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that in training, if its output has few pixels, is one matrix product of all their neighbourhoods.
+    """A convolution that in training, if its output has few pixels, is computed by matrix products.
 
-    The same sums in another order. Weights and their names are those of `nn.Conv2d`.
+    It is one product of all pixels' neighbourhoods or, for very few pixels, one for each of them. The same sums in
+    another order. Weights and their names are those of `nn.Conv2d`.
     """
 
     pixels = PIXELS
+    apart = 0  # up to how many pixels each has a product of its own
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         height, width = self._output_size(images)
         if not self.training or images.dim() != 4 or min(height, width) < 1 or height * width > self.pixels:
             return super().forward(images)
+        if height * width <= self.apart:
+            return self._pixel_by_pixel(images, height, width)
         rows = self._neighbourhoods(images, height, width)
         weight = self.weight.permute(0, 2, 3, 1).reshape(self.out_channels, -1)
         outputs = F.linear(rows, weight, self.bias)  # (count * height * width, out_channels)
         return outputs.reshape(len(images), height, width, -1).permute(0, 3, 1, 2)
+
+    def _pixel_by_pixel(self, images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """A product for each pixel of the output leaves out what its kernel sees of the padding: with 3x3 weights and
+        2x2 pixels five ninths of the arithmetic."""
+        rows = images.permute(0, 2, 3, 1)
+        taps = [line.unbind(0) for line in self.weight.to(images.dtype).permute(2, 3, 0, 1).unbind(0)]
+        outputs = []
+        for row in range(height):
+            for column in range(width):
+                ys = self._seen(0, row, images)
+                xs = self._seen(1, column, images)
+                weight = torch.cat([taps[tap_y][tap_x] for tap_y in ys.values() for tap_x in xs.values()], 1)
+                seen = rows[:, min(ys) : max(ys) + 1, min(xs) : max(xs) + 1].flatten(1)
+                outputs.append(F.linear(seen, weight, self.bias))  # (count, out_channels)
+        return torch.stack(outputs, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+    def _seen(self, axis: int, place: int, images: torch.Tensor) -> dict[int, int]:
+        """The rows (axis 0) or columns (1) of `images` that one of the output sees, and the kernel's for each."""
+        first = place * self.stride[axis] - int(self.padding[axis])
+        taps = {first + tap: tap for tap in range(self.kernel_size[axis])}
+        return {pixel: tap for pixel, tap in taps.items() if 0 <= pixel < images.shape[2 + axis]}
 
     def _output_size(self, images: torch.Tensor) -> tuple[int, int]:
         """Height and width of the output for images (count, channels, height, width)."""
@@ -82,20 +107,32 @@ class SmallMapConv2d(nn.Conv2d):
 
 def multiply_small_maps(model: nn.Module, *, amp: bool) -> nn.Module:
     """Makes each convolution of `model` for which it can pay on this processor a `SmallMapConv2d`, in place."""
-    pixels = _most_pixels(amp)
+    pixels, apart = _most_pixels(amp)
     for module in model.modules():
         if type(module) is nn.Conv2d and _can_pay(module):
             module.__class__ = SmallMapConv2d
             module.pixels = pixels  # type: ignore[assignment]
+            module.apart = apart if _leaves_out_padding(module) else 0  # type: ignore[assignment]
     return model
 
 
-def _most_pixels(amp: bool) -> int:
-    """Up to how many pixels of an output the product pays on this processor; 0: never."""
+def _most_pixels(amp: bool) -> tuple[int, int]:
+    """Up to how many pixels of an output products pay on this processor, and one for each pixel; 0: never.
+
+    AMX multiplies bfloat16 so fast that the way of the weights through memory counts, which several products lengthen.
+    """
     instructions = cpu_instructions()
-    if not amp or "amx_bf16" in instructions:
-        return PIXELS
-    return FEW_PIXELS if "avx512_bf16" in instructions else 0
+    amx = "amx_bf16" in instructions
+    if amp and not amx and "avx512_bf16" not in instructions:
+        return 0, 0
+    return PIXELS if amx else FEW_PIXELS, 0 if amp and amx else FEW_PIXELS
+
+
+def _leaves_out_padding(convolution: nn.Conv2d) -> bool:
+    """Whether there is padding, and no pixel of the output that sees nothing else."""
+    margins = [int(margin) for margin in convolution.padding]
+    sizes = zip(margins, convolution.kernel_size, strict=True)
+    return any(margins) and all(margin < size for margin, size in sizes)
 
 
 def _can_pay(convolution: nn.Conv2d) -> bool:

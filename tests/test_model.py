@@ -152,15 +152,18 @@ SMALL_MAPS = [
     ({"kernel_size": 3, "padding": 1, "stride": 2}, (7, 8)),
     ({"kernel_size": 1, "stride": 2, "bias": True}, (7, 4)),
     ({"kernel_size": (3, 2), "padding": (0, 1), "stride": (1, 3)}, (5, 9)),
+    ({"kernel_size": (5, 4), "padding": (2, 3), "stride": (2, 1), "bias": True}, (5, 1)),
 ]
 
 
+@pytest.mark.parametrize("apart", [0, 16])
 @pytest.mark.parametrize("options, size", SMALL_MAPS)
-def test_a_convolution_of_small_maps_is_the_same_as_a_matrix_product(monkeypatch, options, size):
+def test_a_convolution_of_small_maps_is_the_same_as_matrix_products(monkeypatch, options, size, apart):
     torch.manual_seed(0)
     plain = nn.Conv2d(6, 5, **{"bias": False} | options, dtype=torch.float64).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(plain)
     ours.__class__ = SmallMapConv2d
+    ours.apart = apart
     assert list(ours.state_dict()) == list(plain.state_dict())
     images = torch.randn(3, 6, *size, dtype=torch.float64)
     inputs = [images.clone().requires_grad_() for _ in range(2)]
@@ -203,16 +206,16 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
 
 
 @pytest.mark.parametrize(
-    "amp, instructions, pixels",
+    "amp, instructions, pixels, apart",
     [
-        (False, {"avx2"}, 16),
-        (False, {"avx512_bf16", "amx_bf16"}, 16),
-        (True, {"avx512_bf16", "amx_bf16"}, 16),
-        (True, {"avx512_bf16"}, 4),
-        (True, {"avx2"}, 0),
+        (False, {"avx2"}, 4, 4),
+        (False, {"avx512_bf16", "amx_bf16"}, 16, 4),
+        (True, {"avx512_bf16", "amx_bf16"}, 16, 0),
+        (True, {"avx512_bf16"}, 4, 4),
+        (True, {"avx2"}, 0, 0),
     ],
 )
-def test_in_16_bits_the_processor_decides_which_maps_are_multiplied(monkeypatch, amp, instructions, pixels):
+def test_the_processor_decides_which_maps_are_multiplied_and_how(monkeypatch, amp, instructions, pixels, apart):
     monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: instructions)
     with torch.device("meta"):
         ours = multiply_small_maps(nn.Conv2d(512, 512, 3, padding=1), amp=amp).train()
@@ -220,11 +223,22 @@ def test_in_16_bits_the_processor_decides_which_maps_are_multiplied(monkeypatch,
         for side in (1, 2, 3, 4, 5):
             multiplied = []
             ours(torch.empty(2, 512, side, side))
-            assert multiplied == ([2 * side**2] if side**2 <= pixels else [])
+            one_by_one = side**2 <= apart
+            expected = [2] * side**2 if one_by_one else [2 * side**2]
+            assert multiplied == (expected if side**2 <= pixels else [])
     assert copy.deepcopy(ours).pixels == pixels
 
 
+def test_without_padding_to_leave_out_all_pixels_are_one_product(monkeypatch):
+    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: {"avx2"})
+    with torch.device("meta"):
+        layers = [nn.Conv2d(512, 2048, 1), nn.Conv2d(512, 512, 3), nn.Conv2d(512, 512, 3, padding=3)]
+        found = multiply_small_maps(nn.Sequential(*layers), amp=False)
+    assert [layer.apart for layer in found] == [0, 0, 0]  # of the last one, some pixels would see nothing else
+
+
 def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: {"avx2"})
     data = tiny.draw(tmp_path / "data")
     product = nn.functional.linear
     shapes = set()
@@ -236,8 +250,8 @@ def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_p
     monkeypatch.setattr(nn.functional, "linear", watched)
     tiny.leave_out_pictures(monkeypatch)
     assert tiny.train(data, tmp_path, "--model=resnet18") == 0
-    assert (512, 9 * 512) in shapes and (512, 9 * 256) in shapes
-    assert not any(columns == 9 * 128 for _, columns in shapes)
+    wide = {columns for rows, columns in shapes if rows == 512}
+    assert wide and all(columns % 512 == 0 and columns < 9 * 512 for columns in wide)  # what is not padding
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
