@@ -155,12 +155,13 @@ def each(
 def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
     """The side of the training images in each epoch: from `start` in even steps to `full`, which the last tenth has.
 
-    At most four sizes, in steps of 32 pixels or more: each is compiled, or searched kernels for, once. A few epochs of
-    full size, at the end of the schedule, are enough to adapt the weights to it (Touvron et al. 2019).
+    At most four sizes, those between the two in multiples of 32 pixels: each is compiled, or searched kernels for,
+    once. A few epochs of full size, at the end of the schedule, are enough to adapt the weights to it (Touvron et al.
+    2019).
     """
     if not start:
         return [full] * epochs
-    steps = min(3, max(1, (full - start) // 32))
+    steps = min(3, math.ceil((full - start) / 32))
     growing = epochs - max(1, round(epochs / 10))
     grown = [start + (full - start) * (epoch * steps // growing) // steps for epoch in range(growing)]
     return [max(start, size // 32 * 32) for size in grown] + [full] * (epochs - growing)

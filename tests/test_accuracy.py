@@ -200,6 +200,8 @@ def test_a_checkpoint_of_one_group_goes_on_in_several(data, tmp_path):
 # ------------------------------------------------------------------------------ growing sizes
 def test_sizes_grow_to_the_full_size_of_the_last_tenth():
     assert growing_sizes(64, 128, 24) == [64] * 11 + [96] * 11 + [128] * 2
+    assert growing_sizes(48, 96, 18) == [48] * 8 + [64] * 8 + [96] * 2
+    assert growing_sizes(48, 128, 36) == [48] * 11 + [64] * 11 + [96] * 10 + [128] * 4
     assert growing_sizes(0, 128, 2) == [128, 128]
     for start, full, epochs in ((16, 33, 2), (128, 256, 7), (224, 225, 30), (100, 260, 5)):
         sizes = growing_sizes(start, full, epochs)
