@@ -94,11 +94,12 @@ def make_scheduler(
     """The learning rate as a function of attempted updates t = 0 .. T-1, with W updates of warmup.
 
     Warmup is (t+1)/W, so no update runs at rate 0; then, for `cosine_warmup`, (1+cos(pi (t-W+1)/(T-W+1)))/2
-    (Loshchilov and Hutter 2017), so the peak is one update; `step` and `step_warmup` divide by 10 at epochs
-    30, 60 and 90, counted from the end of warmup. `done` updates are replayed, which restores a resumed run.
+    (Loshchilov and Hutter 2017), so the peak is one update; for `linear_warmup`, 1-(t-W+1)/(T-W+1) (Defazio et al.
+    2023); `step` and `step_warmup` divide by 10 at epochs 30, 60 and 90, counted from the end of warmup. `done`
+    updates are replayed, which restores a resumed run.
     """
     if warmup_epochs is None:
-        warmup_epochs = {"cosine_warmup": epochs / 10, "step_warmup": 5, "step": 0}[decay_type]
+        warmup_epochs = {"step_warmup": 5, "step": 0}.get(decay_type, epochs / 10)
     total = epochs * updates_per_epoch
     warmup = min(max(1, round(warmup_epochs * updates_per_epoch)), total)
     for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
@@ -107,10 +108,14 @@ def make_scheduler(
     def cosine(step: int) -> float:  # step = t - W: warmup itself ends on the peak
         return 0.5 * (1 + math.cos(math.pi * (step + 1) / (total - warmup + 1)))
 
+    def linear(step: int) -> float:
+        return 1 - (step + 1) / (total - warmup + 1)
+
     def stairs(step: int) -> float:
         return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
 
-    scheduler: LRScheduler = _Curve(optimizer, cosine if decay_type == "cosine_warmup" else stairs)
+    curve = {"cosine_warmup": cosine, "linear_warmup": linear}.get(decay_type, stairs)
+    scheduler: LRScheduler = _Curve(optimizer, curve)
     # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
     # a first update that the scaler skips draws no warning.
     optimizer.zero_grad(set_to_none=True)

@@ -96,13 +96,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "scratch": {
         "pretrained": 0,
         "image_size": 128,
-        "start_size": 64,
+        "start_size": 48,
         "optimizer": "ADAMW",
         "learning_rate": 2e-3,
+        "decay_type": "linear_warmup",
         "weight_decay": 0.05,
         "decay_norms": False,
         "batch_size": 64,
-        "epochs": 36,
+        "epochs": 30,
         "augment": "crop",
         "label_smoothing": 0.1,
         "ema": 0.995,
@@ -228,12 +229,12 @@ OPTIONS = {
             FACTOR, 1.0, "factor of the learning rate for each transformer block between a layer and the head"
         ),
         "decay_type": Option(
-            one_of("cosine_warmup", "step", "step_warmup"),
+            one_of("cosine_warmup", "linear_warmup", "step", "step_warmup"),
             "cosine_warmup",
             "learning rate schedule; step: divide by 10 at epochs 30, 60 and 90",
         ),
         "warmup_epochs": Option(
-            {**RATE, "metavar": "N"}, None, "epochs of warmup (default: epochs/10 for cosine_warmup, 5 for step_warmup)"
+            {**RATE, "metavar": "N"}, None, "epochs of warmup (default: 5 for step_warmup, else epochs/10)"
         ),
         "class_weights": Option(
             one_of("none", "balanced"), "none", "balanced: weight the loss of a class by the inverse of its frequency"

@@ -58,8 +58,10 @@ def test_every_preset_is_valid_for_training_and_comparison(name):
 
 
 def test_the_demo_wins_over_a_preset_and_a_typed_preset_over_a_config(tmp_path):
+    found = parse("--preset=scratch", "--demo", "--image_size=48")
+    assert (found.image_size, found.start_size) == (48, 0)  # 48 pixels do not grow to 48
     found = parse("--preset=scratch", "--demo")
-    assert (found.image_size, found.start_size) == (option.DEMO["image_size"], 0)  # 64 pixels do not grow to 64
+    assert (found.image_size, found.start_size) == (option.DEMO["image_size"], option.PRESETS["scratch"]["start_size"])
     assert parse("--preset=scratch", "--epochs=1").start_size == 0
     assert parse("--preset=scratch", "--start_size=0").start_size == 0
     file = tmp_path / "config.json"

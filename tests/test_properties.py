@@ -70,7 +70,7 @@ RIGHT = {
     "learning_rate": (1e-9, 0.1, 1e30),
     "weight_decay": (0, 0.1, 1e30),
     "warmup_epochs": (0, 0.1, 1, 2),
-    "decay_type": ("step", "step_warmup", "cosine_warmup"),
+    "decay_type": ("step", "step_warmup", "cosine_warmup", "linear_warmup"),
     "clip_grad_norm": (1e-9, 1, 1e30),
     "label_smoothing": (0, 0.1, 0.99),
     "augment": ("flip", "crop", "trivial", "none"),

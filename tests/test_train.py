@@ -242,10 +242,17 @@ def test_cosine_with_warmup_is_the_closed_form(epochs, per_epoch, warmup, expect
     assert min(found) > 0 and found.count(max(found)) == 1
 
 
-@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
 @pytest.mark.parametrize("done", [1, 3, 4, 5, 17])
 def test_a_replayed_schedule_stands_where_it_stood(decay_type, done):
     assert rates(decay_type, 6, 4, 1, done) == rates(decay_type, 6, 4, 1)[done:]
+
+
+def test_linear_decay_goes_in_even_steps_from_its_peak_to_just_above_zero():
+    found = rates("linear_warmup", 10, 7)
+    warmup = 7  # an epoch, a tenth
+    assert found[:warmup] == pytest.approx([0.3 * (t + 1) / warmup for t in range(warmup)], rel=1e-12)
+    assert found[warmup:] == pytest.approx([0.3 * (64 - step) / 64 for step in range(1, 64)], rel=1e-12)
 
 
 def test_a_schedule_made_again_on_the_same_optimizer_starts_from_its_peak():
@@ -275,7 +282,7 @@ def test_step_warmup_counts_its_milestones_from_the_end_of_warmup():
     assert found[warmup:] == pytest.approx(rates("step", 95, 3), rel=1e-12)
 
 
-@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
 def test_a_skipped_first_update_neither_warns_nor_shifts_the_schedule(decay_type):
     assert rates(decay_type, 6, 4, 1, skip_first=True) == rates(decay_type, 6, 4, 1)
 
@@ -292,7 +299,7 @@ def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("decay_type", ["cosine_warmup", "step", "step_warmup"])
+@pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
 def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
     found = trained(tmp_path, network(spoil=[1, 5]), FP16, fused=fused, decay_type=decay_type)
     plain = trained(tmp_path / "plain", network(), FP16, fused=fused, decay_type=decay_type)
