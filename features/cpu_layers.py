@@ -2,7 +2,7 @@
 
 Convolutions of small maps: oneDNN computes the gradient of a convolution's weights image by image, and each image goes
 through all weights once; with millions of weights a 3x3 convolution takes nearly as long for 2x2 pixels as for 4x4, and
-a matrix product is faster (benchmarks/small_maps.py). In 16 bits: activations that write new tensors, and depthwise
+matrix products are faster (benchmarks/small_maps.py). In 16 bits: activations that write new tensors, and depthwise
 convolutions in float32 (`precision.DepthwiseConv2d`). Knows nothing of options.
 """
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from precision import cpu_instructions, keep_depthwise_float32
 
 WEIGHTS = 1_000_000  # that a convolution must have
-PIXELS = 16  # that its output may have
-FEW_PIXELS = 4  # the same in 16 bits with AVX512-BF16 alone, whose matrix products are not so much faster
+PIXELS = 16  # that its output may have on a processor with AMX
+FEW_PIXELS = 4  # the same without AMX; up to so many a product for each pixel is faster than one of all
 
 
 def adapt_to_cpu(model: nn.Module, *, amp: bool) -> nn.Module:

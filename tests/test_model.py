@@ -180,6 +180,34 @@ def test_a_convolution_of_small_maps_is_the_same_as_matrix_products(monkeypatch,
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_for_each_pixel_follow_autocast(dtype):
+    torch.manual_seed(0)
+    plain = nn.Conv2d(64, 32, 3, padding=1)
+    ours = copy.deepcopy(plain)
+    ours.__class__ = SmallMapConv2d
+    ours.apart = 4
+    images = torch.randn(3, 64, 2, 2).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain(images)
+        found = ours.train()(images)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    found.float().sum().backward()
+    expected.float().sum().backward()
+    assert ours.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=0.02, atol=0.1)  # sums of 16-bit products
+
+
+def test_products_for_each_pixel_compile_without_a_break():
+    ours = nn.Conv2d(4, 4, 3, padding=1)
+    ours.__class__ = SmallMapConv2d
+    ours.apart = 4
+    images = torch.randn(3, 4, 2, 2)
+    compiled = torch.compile(ours.train(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), ours(images))
+
+
 def test_larger_maps_are_left_to_the_convolution_and_impossible_ones_refused_by_it():
     ours = nn.Conv2d(2, 2, 3)
     ours.__class__ = SmallMapConv2d
