@@ -64,13 +64,14 @@ class SmallMapConv2d(nn.Conv2d):
         """A product for each pixel of the output leaves out what its kernel sees of the padding: with 3x3 weights and
         2x2 pixels five ninths of the arithmetic."""
         rows = images.permute(0, 2, 3, 1)
-        taps = [line.unbind(0) for line in self.weight.to(images.dtype).permute(2, 3, 0, 1).unbind(0)]
+        weight = self.weight.to(images.dtype)  # once: autocast would do it for each pixel
+        taps = [line.unbind(0) for line in weight.permute(2, 3, 0, 1).unbind(0)]
         outputs = []
         for row in range(height):
             for column in range(width):
                 ys = self._seen(0, row, images)
                 xs = self._seen(1, column, images)
-                weight = torch.cat([taps[tap_y][tap_x] for tap_y in ys.values() for tap_x in xs.values()], 1)
+                weight = torch.cat([taps[y][x] for y in ys.values() for x in xs.values()], 1)
                 seen = rows[:, min(ys) : max(ys) + 1, min(xs) : max(xs) + 1].flatten(1)
                 outputs.append(F.linear(seen, weight, self.bias))  # (count, out_channels)
         return torch.stack(outputs, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
