@@ -64,8 +64,8 @@ class SmallMapConv2d(nn.Conv2d):
         """A product for each pixel of the output leaves out what its kernel sees of the padding: with 3x3 weights and
         2x2 pixels five ninths of the arithmetic."""
         rows = images.permute(0, 2, 3, 1)
-        weight = self.weight.to(images.dtype)  # once: autocast would do it for each pixel
-        taps = [line.unbind(0) for line in weight.permute(2, 3, 0, 1).unbind(0)]
+        kernel = self.weight.to(images.dtype)  # once: autocast would do it for each pixel
+        taps = [line.unbind(0) for line in kernel.permute(2, 3, 0, 1).unbind(0)]
         outputs = []
         for row in range(height):
             for column in range(width):
