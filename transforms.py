@@ -161,7 +161,7 @@ def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
     """
     if not start:
         return [full] * epochs
-    steps = min(3, math.ceil((full - start) / 32))
+    steps = min(3, max(1, math.ceil((full - start) / 32)))
     growing = epochs - max(1, round(epochs / 10))
     grown = [start + (full - start) * (epoch * steps // growing) // steps for epoch in range(growing)]
     return [max(start, size // 32 * 32) for size in grown] + [full] * (epochs - growing)
