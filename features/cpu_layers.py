@@ -120,7 +120,7 @@ def multiply_small_maps(model: nn.Module, *, amp: bool) -> nn.Module:
 def _most_pixels(amp: bool) -> tuple[int, int]:
     """Up to how many pixels of an output products pay on this processor, and one for each pixel; 0: never.
 
-    AMX multiplies bfloat16 so fast that the way of the weights through memory counts, which several products lengthen.
+    One for each pixel reads the weights more often; whether it pays in bfloat16 with AMX has not been measured.
     """
     instructions = cpu_instructions()
     amx = "amx_bf16" in instructions

@@ -265,8 +265,11 @@ def test_without_padding_to_leave_out_all_pixels_are_one_product(monkeypatch):
     assert [layer.apart for layer in found] == [0, 0, 0]  # of the last one, some pixels would see nothing else
 
 
-def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_path, monkeypatch):
-    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: {"avx2"})
+@pytest.mark.parametrize(
+    "instructions, more, seen", [({"avx2"}, (), 4), ({"avx512_bf16", "amx_bf16"}, ("--amp",), 9)], ids=["apart", "amx"]
+)
+def test_a_training_on_a_cpu_multiplies_small_maps_of_many_weights(tmp_path, monkeypatch, instructions, more, seen):
+    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: instructions)
     data = tiny.draw(tmp_path / "data")
     product = nn.functional.linear
     shapes = set()
@@ -277,9 +280,8 @@ def test_a_training_on_a_cpu_multiplies_small_maps_and_keeps_plain_weights(tmp_p
 
     monkeypatch.setattr(nn.functional, "linear", watched)
     tiny.leave_out_pictures(monkeypatch)
-    assert tiny.train(data, tmp_path, "--model=resnet18") == 0
-    wide = {columns for rows, columns in shapes if rows == 512}
-    assert wide and all(columns % 512 == 0 and columns < 9 * 512 for columns in wide)  # what is not padding
+    assert tiny.train(data, tmp_path, "--model=resnet18", *more) == 0
+    assert shapes == {(3, 512), (512, seen * 512), (512, seen * 256)}  # the head, and of 2x2 pixels all or what is seen
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
