@@ -25,9 +25,25 @@ from model import build_model  # noqa: E402
 from utils import keep_freed_memory  # noqa: E402
 
 # in_channels, out_channels, kernel_size, stride
-LAYERS = ((256, 256, 3, 1), (256, 512, 3, 2), (512, 512, 3, 1), (512, 2048, 1, 1), (1024, 2048, 1, 2))
-SIDES = (1, 2, 4, 5, 7)  # of a layer's output, pixels
-NETWORKS = (("resnet18", 64), ("resnet18", 96), ("resnet18", 128), ("resnet50", 64), ("resnet50", 128))
+LAYERS = (
+    (256, 256, 3, 1),
+    (256, 512, 3, 2),
+    (512, 512, 3, 1),
+    (512, 1024, 1, 1),
+    (512, 2048, 1, 1),
+    (1024, 2048, 1, 2),
+)
+SIDES = (1, 2, 4, 5, 7, 8)  # of a layer's output, pixels
+NETWORKS = (
+    ("resnet18", 32),
+    ("resnet18", 64),
+    ("resnet18", 96),
+    ("resnet18", 128),
+    ("resnet18", 160),
+    ("resnet18", 224),
+    ("resnet50", 64),
+    ("resnet50", 128),
+)
 
 
 def seconds(models: list[nn.Module], images: torch.Tensor, *, amp: bool, rounds: int) -> list[float]:

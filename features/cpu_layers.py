@@ -14,9 +14,10 @@ from torch.nn import functional as F
 
 from precision import cpu_instructions, keep_depthwise_float32
 
-WEIGHTS = 1_000_000  # that a convolution must have
-PIXELS = 16  # that its output may have on a processor with AMX
-FEW_PIXELS = 4  # the same without AMX; up to so many a product for each pixel is faster than one of all
+WEIGHTS = 500_000  # that a convolution must have
+MANY_WEIGHTS = 1_000_000
+FEW_PIXELS = 4  # that its output may have on every processor
+AMX_PIXELS = (FEW_PIXELS, 16, 64)  # on one with AMX: a step more in 16 bits, and a step more for many weights
 
 
 def adapt_to_cpu(model: nn.Module, *, amp: bool) -> nn.Module:
@@ -46,7 +47,7 @@ class SmallMapConv2d(nn.Conv2d):
     another order. Weights and their names are those of `nn.Conv2d`.
     """
 
-    pixels = PIXELS
+    pixels = FEW_PIXELS
     apart = 0  # up to how many pixels each has a product of its own
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -108,25 +109,26 @@ class SmallMapConv2d(nn.Conv2d):
 
 def multiply_small_maps(model: nn.Module, *, amp: bool) -> nn.Module:
     """Makes each convolution of `model` for which it can pay on this processor a `SmallMapConv2d`, in place."""
-    pixels, apart = _most_pixels(amp)
     for module in model.modules():
         if type(module) is nn.Conv2d and _can_pay(module):
+            pixels, apart = _most_pixels(module.weight.numel(), amp)
             module.__class__ = SmallMapConv2d
             module.pixels = pixels  # type: ignore[assignment]
             module.apart = apart if _leaves_out_padding(module) else 0  # type: ignore[assignment]
     return model
 
 
-def _most_pixels(amp: bool) -> tuple[int, int]:
+def _most_pixels(weights: int, amp: bool) -> tuple[int, int]:
     """Up to how many pixels of an output products pay on this processor, and one for each pixel; 0: never.
 
-    One for each pixel reads the weights more often; whether it pays in bfloat16 with AMX has not been measured.
+    One for each pixel reads the weights more often, which in bfloat16 with AMX takes longer than the arithmetic.
     """
     instructions = cpu_instructions()
-    amx = "amx_bf16" in instructions
-    if amp and not amx and "avx512_bf16" not in instructions:
+    if "amx_bf16" in instructions:
+        return AMX_PIXELS[amp + (weights >= MANY_WEIGHTS)], 1 if amp else FEW_PIXELS
+    if amp and "avx512_bf16" not in instructions:
         return 0, 0
-    return PIXELS if amx else FEW_PIXELS, 0 if amp and amx else FEW_PIXELS
+    return FEW_PIXELS, FEW_PIXELS
 
 
 def _leaves_out_padding(convolution: nn.Conv2d) -> bool:

@@ -163,6 +163,7 @@ def test_a_convolution_of_small_maps_is_the_same_as_matrix_products(monkeypatch,
     plain = nn.Conv2d(6, 5, **{"bias": False} | options, dtype=torch.float64).to(memory_format=torch.channels_last)
     ours = copy.deepcopy(plain)
     ours.__class__ = SmallMapConv2d
+    ours.pixels = 16
     ours.apart = apart
     assert list(ours.state_dict()) == list(plain.state_dict())
     images = torch.randn(3, 6, *size, dtype=torch.float64)
@@ -222,6 +223,7 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
     many = {"in_channels": 512, "out_channels": 512, "kernel_size": 3}
     others = [
         {"kernel_size": 1},
+        {"in_channels": 108},
         {"dilation": 2},
         {"groups": 2, "in_channels": 1024},
         {"padding": "same"},
@@ -234,23 +236,29 @@ def test_only_convolutions_with_many_weights_and_no_other_trait_are_multiplied()
 
 
 @pytest.mark.parametrize(
-    "amp, instructions, pixels, apart",
+    "amp, instructions, channels, pixels, apart",
     [
-        (False, {"avx2"}, 4, 4),
-        (False, {"avx512_bf16", "amx_bf16"}, 16, 4),
-        (True, {"avx512_bf16", "amx_bf16"}, 16, 0),
-        (True, {"avx512_bf16"}, 4, 4),
-        (True, {"avx2"}, 0, 0),
+        (False, {"avx2"}, 256, 4, 4),
+        (False, {"avx2"}, 512, 4, 4),
+        (False, {"avx512_bf16", "amx_bf16"}, 256, 4, 4),
+        (False, {"avx512_bf16", "amx_bf16"}, 512, 16, 4),
+        (True, {"avx512_bf16", "amx_bf16"}, 256, 16, 1),
+        (True, {"avx512_bf16", "amx_bf16"}, 512, 64, 1),
+        (True, {"avx512_bf16"}, 256, 4, 4),
+        (True, {"avx512_bf16"}, 512, 4, 4),
+        (True, {"avx2"}, 512, 0, 0),
     ],
 )
-def test_the_processor_decides_which_maps_are_multiplied_and_how(monkeypatch, amp, instructions, pixels, apart):
+def test_the_processor_decides_which_maps_are_multiplied_and_how(
+    monkeypatch, amp, instructions, channels, pixels, apart
+):
     monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: instructions)
     with torch.device("meta"):
-        ours = multiply_small_maps(nn.Conv2d(512, 512, 3, padding=1), amp=amp).train()
+        ours = multiply_small_maps(nn.Conv2d(channels, channels, 3, padding=1), amp=amp).train()
         monkeypatch.setattr(nn.functional, "linear", lambda rows, *_: multiplied.append(len(rows)) or rows)
-        for side in (1, 2, 3, 4, 5):
+        for side in (1, 2, 3, 4, 5, 8, 9):
             multiplied = []
-            ours(torch.empty(2, 512, side, side))
+            ours(torch.empty(2, channels, side, side))
             one_by_one = side**2 <= apart
             expected = [2] * side**2 if one_by_one else [2 * side**2]
             assert multiplied == (expected if side**2 <= pixels else [])
@@ -266,9 +274,14 @@ def test_without_padding_to_leave_out_all_pixels_are_one_product(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "instructions, more, seen", [({"avx2"}, (), 4), ({"avx512_bf16", "amx_bf16"}, ("--amp",), 9)], ids=["apart", "amx"]
+    "instructions, more, expected",
+    [
+        ({"avx2"}, (), {(512, 4 * 512), (512, 4 * 256)}),  # of 2x2 pixels what is seen
+        ({"avx512_bf16", "amx_bf16"}, ("--amp",), {(512, 9 * 512), (512, 9 * 256), (256, 9 * 256)}),  # and of 3x3 all
+    ],
+    ids=["apart", "amx"],
 )
-def test_a_training_on_a_cpu_multiplies_small_maps_of_many_weights(tmp_path, monkeypatch, instructions, more, seen):
+def test_a_training_on_a_cpu_multiplies_small_maps_of_many_weights(tmp_path, monkeypatch, instructions, more, expected):
     monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: instructions)
     data = tiny.draw(tmp_path / "data")
     product = nn.functional.linear
@@ -281,7 +294,7 @@ def test_a_training_on_a_cpu_multiplies_small_maps_of_many_weights(tmp_path, mon
     monkeypatch.setattr(nn.functional, "linear", watched)
     tiny.leave_out_pictures(monkeypatch)
     assert tiny.train(data, tmp_path, "--model=resnet18", *more) == 0
-    assert shapes == {(3, 512), (512, seen * 512), (512, seen * 256)}  # the head, and of 2x2 pixels all or what is seen
+    assert shapes == {(3, 512)} | expected  # the head comes first
 
 
 # -------------------------------------------------------------------------------- ImageNet weights
