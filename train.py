@@ -243,19 +243,23 @@ class Trainer:
             bar.set_postfix(left | self.meter.readings(at), refresh=False)
 
     def seconds_left(self) -> float:
-        """How long the run will still take if nothing stops it, in pixels at the speed of its last epochs or, in the
-        first one, of its updates so far."""
+        """How long the run will still take if nothing stops it, at the speed of its last epochs or, in the first one,
+        of its updates so far.
+
+        The time of an image is taken to grow with its side to the power of 1.5: less than its area, because a
+        processor computes small maps less efficiently.
+        """
         at = self.progress
-        areas = [self.batches.size_in(epoch) ** 2 for epoch in range(self.epochs + 1)]
+        work = [self.batches.size_in(epoch) ** 1.5 for epoch in range(self.epochs + 1)]
         updates = self.batches.updates_per_epoch
         if at.history:
             ends = [self.prepared, *(line["elapsed"] for line in at.history)][-4:]
             seconds = ends[-1] - ends[0]
-            done: float = sum(areas[at.epoch + 1 - len(ends) : at.epoch])
+            done = sum(work[at.epoch + 1 - len(ends) : at.epoch])
         else:
             seconds = time.perf_counter() - self.epoch_begun
-            done = areas[0] * max(1, at.update) / updates
-        left = sum(areas[at.epoch : self.epochs]) - areas[at.epoch] * at.update / updates
+            done = work[0] * max(1, at.update) / updates
+        left = sum(work[at.epoch : self.epochs]) - work[at.epoch] * at.update / updates
         return seconds * max(0.0, left) / done
 
     def _out_of_patience(self) -> bool:

@@ -560,22 +560,22 @@ def test_training_says_nothing_that_warns(tmp_path):
     assert [str(warning.message) for warning in caught] == []
 
 
-def test_what_is_left_of_a_run_grows_with_the_area_of_its_images(tmp_path):
+def test_what_is_left_of_a_run_grows_with_the_size_of_its_images(tmp_path):
     made = trainer(tmp_path, epochs=4, batch_options={"epochs": 4})
     made.run.close()
-    made.batches.sizes = [10, 10, 20, 20]
+    made.batches.sizes = [10, 10, 40, 40]
     at = made.progress
     at.history = [{"elapsed": 8.0}, {"elapsed": 16.0}]  # an epoch of 10 x 10 pixels took 8 seconds
     at.epoch = 2
-    assert made.seconds_left() == 2 * 4 * 8
-    at.history.append({"elapsed": 48.0})
+    assert made.seconds_left() == pytest.approx(2 * 4**1.5 * 8)
+    at.history.append({"elapsed": 80.0})
     at.epoch = 3
     at.update = 1
-    assert made.seconds_left() == pytest.approx(32 * (1 - 1 / made.batches.updates_per_epoch))
+    assert made.seconds_left() == pytest.approx(64 * (1 - 1 / made.batches.updates_per_epoch))
     at.history = []
     at.epoch = 0
     made.epoch_begun = time.perf_counter() - 5
-    assert made.seconds_left() == pytest.approx(5 * (made.batches.updates_per_epoch * 10 - 1), rel=0.05)
+    assert made.seconds_left() == pytest.approx(5 * (made.batches.updates_per_epoch * 18 - 1), rel=0.05)
 
 
 def test_what_is_prepared_once_is_not_left_for_every_epoch(tmp_path, monkeypatch):
