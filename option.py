@@ -103,7 +103,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "weight_decay": 0.05,
         "decay_norms": False,
         "batch_size": 64,
-        "epochs": 30,
+        "epochs": 28,
         "augment": "crop",
         "label_smoothing": 0.1,
         "ema": 0.995,
