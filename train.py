@@ -204,8 +204,10 @@ class Trainer:
                 self.run.flush()
             raise
         at.elapsed = self.seconds
-        line = self.meter.line(at, found, self.batches.device) | {"image_size": self.batches.size_in(at.epoch)}
-        best = max((figure(earlier, self.best_by) for earlier in at.history), default=-math.inf)
+        size = self.batches.size_in(at.epoch)
+        line = self.meter.line(at, found, self.batches.device) | {"image_size": size}
+        alike = [earlier for earlier in at.history if earlier.get("image_size", size) == size]
+        best = max((figure(earlier, self.best_by) for earlier in alike), default=-math.inf)  # larger images begin anew
         at.close_epoch(line)
         files = {}
         if figure(line, self.best_by) > best:
