@@ -233,18 +233,18 @@ def test_each_epoch_has_its_size_and_validation_the_full_one(data, tmp_path, mon
     ("more", "epochs"),
     [
         ((), 3),  # the best is the first
-        (("--start_size=20",), 6 + 2),  # six epochs of small images, and two without a gain
+        (("--start_size=20",), 6 + 3),  # six epochs of small images, the first of large ones, and two without a gain
         (("--freeze_epochs=4",), 4 + 2),
-        (("--freeze_epochs=4", "--start_size=20"), 6 + 2),
+        (("--freeze_epochs=4", "--start_size=20"), 6 + 3),
         (("--freeze_epochs=all",), 3),
     ],
 )
 def test_patience_begins_when_images_are_of_full_size_and_layers_thawed(data, tmp_path, monkeypatch, more, epochs):
-    """Training at a rate of almost nothing: no epoch is better than the first."""
+    """Training at a rate of almost nothing: no epoch is better than the first of its size."""
     monkeypatch.setattr(
         "dataset.growing_sizes", lambda start, full, epochs: [start or full] * 6 + [full] * (epochs - 6)
     )
-    words = ("--model=tiny_classifier", "--patience=2", "--epochs=9", "--learning_rate=1e-12", "--weight_decay=0")
+    words = ("--model=tiny_classifier", "--patience=2", "--epochs=12", "--learning_rate=1e-12", "--weight_decay=0")
     assert tiny.train(data, tmp_path, *words, *more, "--best_by=accuracy") == 0
     assert len(tiny.metrics(tmp_path / "run")) == epochs
 
