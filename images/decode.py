@@ -19,6 +19,9 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
+# Formats that are never opened, whatever a file is called: EPS starts Ghostscript, WMF and IPTC open what lies in them,
+# MIC and FPX need another package, the others are stubs that only a handler of another package can draw.
+NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", "WMF"}
 BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 ORIENTATION = 0x0112
@@ -117,16 +120,25 @@ def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> 
         return np.asarray(rgb)
 
 
+def picture_formats() -> list[str]:
+    """Return the names of Pillow's formats that may be opened: give them to each `Image.open`.
+
+    Pillow tells formats by content, not by suffix: without the list, PostScript called photo.jpg runs in Ghostscript.
+    """
+    Image.init()
+    return sorted(Image.OPEN.keys() - NO_PICTURES)
+
+
 def _open(path: Path, rules: Rules) -> Image.Image:
     pixels = rules.max_megapixels * 1e6
     Image.MAX_IMAGE_PIXELS = int(pixels / 2)  # Pillow refuses twice as many, also in pictures within pictures
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=picture_formats())
     except UnidentifiedImageError:
         if not _is_heif(path):
             raise
         _use_heif_plugin()
-        image = Image.open(path)
+        image = Image.open(path, formats=picture_formats())
     if image.width * image.height > pixels:
         image.close()
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
@@ -211,7 +223,7 @@ def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
             return "not a regular file"
         return function(path, *arguments)
     except UnidentifiedImageError:
-        return "an empty file" if path.stat().st_size == 0 else "no image, or of a kind that Pillow does not know"
+        return "an empty file" if path.stat().st_size == 0 else "no image, or of a kind that is not read"
     except Image.DecompressionBombError as error:
         return f"larger than --max_megapixels allows ({str(error).splitlines()[0][:80]})"
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from images.decode import picture_formats
 from utils import UserError, amount, printable
 
 Listing = list[tuple[Path, int]]
@@ -23,7 +24,6 @@ PART_NAMES = {
     "validation": ("val", "valid", "validation", "segval"),
     "test": ("test", "testing", "eval", "evaluation", "segtest"),
 }
-NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"}  # Pillow knows them, but cannot draw them
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
@@ -293,8 +293,7 @@ def is_image_name(name: str) -> bool:
 @cache
 def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
     """The suffixes of pictures, and of each kind the function that knows it by its first bytes."""
-    Image.init()
-    kinds = Image.OPEN.keys() - NO_PICTURES
+    kinds = {*picture_formats()}
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
     return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
 
@@ -306,8 +305,8 @@ def _is_image(path: str) -> bool:
             start = file.read(16)
         if not any(_accepts(accept, start) for accept in _picture_kinds()[1]):
             return False
-        with Image.open(path) as image:
-            return image.format not in NO_PICTURES
+        with Image.open(path, formats=picture_formats()):
+            return True
     except Exception:  # Pillow's readers raise many kinds for what is not theirs
         return False
 

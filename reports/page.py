@@ -78,7 +78,7 @@ def picture(file: Path, name: str, width: int) -> str:
     """A picture inside the page; nothing where the file is missing."""
     if not file.exists():
         return ""
-    with Image.open(file) as image:
+    with Image.open(file, formats=["PNG"]) as image:
         buffer = io.BytesIO()
         image.convert("RGB").save(buffer, "WEBP", quality=90, method=4)  # a tenth of the PNG where it holds photographs
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -152,7 +152,7 @@ class TensorBoard:
         import numpy as np
         from PIL import Image
 
-        with Image.open(file) as image:
+        with Image.open(file, formats=["PNG"]) as image:
             self._writer.add_image(file.stem, np.asarray(image.convert("RGB")), epoch, dataformats="HWC")
 
     def close(self, ending: str) -> None:
