@@ -183,20 +183,27 @@ def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], p
         )
         if rows:
             axes.legend(loc="lower right")
-        divisor, unit = time_unit(max((row["train_seconds"]["mean"] for row, _ in rows), default=0))
+        divisor, unit = time_unit(
+            max((row["train_seconds"]["median"] for row, _ in rows if row["train_seconds"]), default=0)
+        )
         _bars(panels["time"], rows, "train_seconds", divisor, f"Training time without evaluation ({unit})")
         kinds = " or ".join(dict.fromkeys(row["memory_kind"] for row, _ in rows))
         _bars(panels["memory"], rows, "memory_mb", 1, f"Peak memory (MB, {kinds})")
 
 
 def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) -> None:
-    """A bar with its value for each precision, the deviation over seeds on top."""
+    """A bar with its value for each precision: the median over seeds, with the lowest and the highest."""
     for place, (row, (color, _, _, hatch)) in enumerate(rows):
-        mean, error = (row[name][part] / divisor if row[name][part] else 0 for part in ("mean", "std"))
-        axes.barh(place, mean, xerr=error or None, color=color, hatch=hatch, edgecolor="white", height=0.62, capsize=3)
+        if row[name] is None:  # what was tested only has no time of training
+            continue
+        median = row[name]["median"] / divisor
+        lowest = min(row[name]["values"]) / divisor
+        highest = max(row[name]["values"]) / divisor
+        errors = [[median - lowest], [highest - median]] if highest > lowest else None
+        axes.barh(place, median, xerr=errors, color=color, hatch=hatch, edgecolor="white", height=0.62, capsize=3)
         axes.annotate(
-            f"{mean:,.0f}" if mean >= 100 else f"{mean:.1f}",
-            (mean + error, place),
+            f"{median:,.0f}" if median >= 100 else f"{median:.1f}",
+            (highest, place),
             (5, 0),
             textcoords="offset points",
             va="center",

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from precision_table import PRECISIONS, label_of
+from reports.ratios import set_ratio
+from reports.remarks import remarks
 from runs.result import read_result
 from system.files import read_json, reading
 from utils import UserError, printable
@@ -190,10 +192,11 @@ def tell_apart(runs: list[dict[str, Any]]) -> None:
 
 def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -> dict[str, Any]:
     """The content of comparison.json from runs as `read_run` gives them: config (of the first run), devices, rows,
-    and differences (options that are not the same in all runs, less those of `may_differ`).
+    remarks (sentences), and differences (options that are not the same in all runs, less those of `may_differ`).
 
     A row holds the runs of one label: spreads of what was measured, reasons of failures, and, against the FP32 runs
-    of the same model and device, `speed_up` (of images/s), `memory_ratio` and `difference` (of accuracy).
+    of the same model and device, `speed_up` (of images/s), `memory_ratio` and `difference` (of accuracy). A ratio is
+    the median over seeds, None if it may not be stated; `ratios` holds those of each seed (reports/ratios.py).
     """
     tell_apart(runs)
     order = list(PRECISIONS)
@@ -212,15 +215,16 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
             None,
         )
         if base:
-            row["speed_up"] = row["images_per_second"]["mean"] / base["images_per_second"]["mean"]
-            if base["memory_mb"]["mean"]:  # Windows does not say
-                row["memory_ratio"] = row["memory_mb"]["mean"] / base["memory_mb"]["mean"]
+            if (row["train_seconds"] is None) == (base["train_seconds"] is None):  # else one was tested only
+                set_ratio(row, base, "speed_up", "images_per_second")
+            set_ratio(row, base, "memory_ratio", "memory_mb")
             row["difference"] = None if row is base else _difference(base, row)
     configs = [run["config"] for run in runs if run["options"]]
     options = [config["options"] | {"images": config["dataset"].get("fingerprint")} for config in configs]
     values = {name: [one.get(name) for one in options] for name in set().union(*options) - {*may_differ, "model"}}
     return {
         "rows": rows,
+        "remarks": remarks(rows),
         "devices": list(dict.fromkeys(row["device_name"] for row in rows)),
         "differences": {name: found for name, found in sorted(values.items()) if found.count(found[0]) < len(found)},
         "config": configs[0] if configs else {},
@@ -238,6 +242,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "memory_kind": next((str(run["result"].get("memory_kind")) for run in finished), None),
         "speed_up": None,
         "memory_ratio": None,
+        "ratios": {},
         "difference": None,
         "failures": [
             {
@@ -254,14 +259,15 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
-    """{mean, std (n - 1), interval (half of that of 95 %), values}, None for those that one value does not have; None
-    without values."""
+    """{mean, median, std (n - 1), interval (half of that of 95 %), values}, None for those that one value does not
+    have; None without values."""
     known = [float(value) for value in values if value is not None]
     if not known:
         return None
     several = len(known) > 1
     return {
         "mean": float(np.mean(known)),
+        "median": float(np.median(known)),
         "std": float(np.std(known, ddof=1)) if several else None,
         "interval": student(known) if several else None,
         "values": known,

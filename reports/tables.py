@@ -82,8 +82,11 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and lines of the performance table; a failed run is a line of two cells, the second its reason."""
+def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[list[str], list[list[str]]]:
+    """Return header and lines of the performance table; a failed run is a line of two cells, the second its reason.
+
+    With `ranges` the lowest and the highest value over seeds stand beside the medians.
+    """
     rows = comparison["rows"]
     kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
     memory = "GPU Memory (peak allocated)" if kinds == ["CUDA allocated"] else f"Memory ({' or '.join(kinds) or '–'})"
@@ -97,11 +100,16 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
         "Memory ratio",
         "Time without evaluation",
     ]
-    time = time_unit(max((row["total_seconds"]["mean"] for row in rows if row["total_seconds"]), default=0))
+    longest = max((row["total_seconds"]["median"] for row in rows if row["total_seconds"]), default=0)
+    divisor, unit = time_unit(longest)
 
-    def measured(spread: dict[str, Any], form: str, divisor: float = 1, unit: str = "") -> str:
-        numbers = [spread["mean"], *([spread["std"]] if spread["std"] is not None else [])]
-        return " ± ".join(format(number / divisor, form) for number in numbers) + f" {unit}".rstrip()
+    def measured(spread: dict[str, Any] | None, form: str, divisor: float = 1, unit: str = "") -> str:
+        if spread is None:  # what was tested only has no time of training
+            return "–"
+        values = (spread["median"], min(spread["values"]), max(spread["values"]))
+        median, lowest, highest = (format(value / divisor, form) for value in values)
+        between = f" ({lowest}–{highest})" if ranges and lowest != highest else ""
+        return f"{median}{between} {unit}".rstrip()
 
     lines = []
     for row in rows:
@@ -109,12 +117,12 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
             lines.append(
                 [
                     printable(row["label"]),
-                    measured(row["test_acc"], ".2f", 1, "%"),
+                    _accuracy(row["test_acc"]),
                     measured(row["memory_mb"], ".0f", 1, "MB"),
-                    measured(row["total_seconds"], ".1f", *time),
-                    measured(row["images_per_second"], ",.0f" if row["images_per_second"]["mean"] >= 100 else ".1f"),
-                    *(f"{row[name]:.2f}×" if row[name] else "–" for name in ("speed_up", "memory_ratio")),
-                    measured(row["train_seconds"], ".1f", *time),
+                    measured(row["total_seconds"], ".1f", divisor, unit),
+                    measured(row["images_per_second"], ",.0f" if row["images_per_second"]["median"] >= 100 else ".1f"),
+                    *(_ratio(row, name) for name in ("speed_up", "memory_ratio")),
+                    measured(row["train_seconds"], ".1f", divisor, unit),
                 ]
             )
         for failure in row["failures"]:
@@ -123,9 +131,22 @@ def table_cells(comparison: dict[str, Any]) -> tuple[list[str], list[list[str]]]
     return header, lines
 
 
+def _accuracy(spread: dict[str, Any]) -> str:
+    """The mean over seeds, in percent, with its standard deviation."""
+    deviation = "" if spread["std"] is None else f" ± {spread['std']:.2f}"
+    return f"{spread['mean']:.2f}{deviation} %"
+
+
+def _ratio(row: dict[str, Any], name: str) -> str:
+    """A ratio to FP32, or the word that says why it is not stated."""
+    if row[name] is not None:
+        return f"{row[name]:.2f}×"
+    return row["ratios"].get(name, {}).get("unstated") or "–"
+
+
 def terminal_table(comparison: dict[str, Any]) -> str:
     """The performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
-    header, lines = table_cells(comparison)
+    header, lines = table_cells(comparison, ranges=False)
     table = [
         ["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
         *(line[:7] for line in lines if len(line) > 2),
@@ -136,7 +157,7 @@ def terminal_table(comparison: dict[str, Any]) -> str:
         shown = [part for (label, *_), line in zip(table, numbers, strict=True) for part in (label, line) if part]
     below = [": ".join(line) for line in lines if len(line) == 2]
     below += ["", f"{header[2]}; speed-up and the last column, memory, are against FP32."]
-    below += [*spread_over_seeds(comparison), verdict(comparison)]
+    below += [*spread_over_seeds(comparison), *comparison["remarks"], verdict(comparison)]
     return "\n".join([*shown, *(part for text in below for part in textwrap.wrap(text, WIDTH) or [""])])
 
 
@@ -183,9 +204,9 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     lines = [f"{', '.join(parts)}."] if parts else []
     lines.append(
         "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
-        "the memory ratio peak memory, with FP32."
+        "the memory ratio peak memory, with FP32, seed by seed."
     )
-    lines += spread_over_seeds(comparison)
+    lines += [*spread_over_seeds(comparison), *comparison["remarks"]]
     lines += [
         f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
         for name, values in comparison["differences"].items()
@@ -203,7 +224,8 @@ def spread_over_seeds(comparison: dict[str, Any]) -> list[str]:
     if not intervals:
         return []
     return [
-        "Mean ± standard deviation over seeds.",
+        "Accuracy is the mean ± standard deviation over seeds; all other figures are medians, in parentheses "
+        "their range.",
         f"95 % intervals of the mean accuracy (Student's t): {', '.join(intervals)}.",
     ]
 

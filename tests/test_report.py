@@ -329,7 +329,7 @@ def test_comparison_of_two_precisions(tmp_path):
     base, amp = comparison["rows"]
     assert (base["precision"], amp["precision"]) == ("fp32", "amp-bf16")
     assert base["speed_up"] == 1 and amp["speed_up"] == pytest.approx(220 / 110) and amp["memory_ratio"] == 0.75
-    assert amp["test_acc"] == {"mean": 98.0, "std": None, "interval": None, "values": [98.0]}
+    assert amp["test_acc"] == {"mean": 98.0, "median": 98.0, "std": None, "interval": None, "values": [98.0]}
     assert amp["difference"] == {
         "points": -2,
         "p_value": 0.5,
