@@ -43,7 +43,7 @@ def main() -> None:
     train = [data, *shape, "--pretrained=0", *kept, "--overwrite"]
     with open(arguments.out, "w", encoding="utf-8") as out:
         for command in (
-            ["tests/test_cuda.py"],
+            ["tests/long/test_cuda.py"],
             [
                 "main.py",
                 "prepare",

@@ -1,6 +1,7 @@
 """Every check of the project, in one command: format, lint, types, tests. All are run, also after one has failed.
 
-The tests are shared among up to four processes where pytest-xdist is installed; each test uses one thread.
+`pytest` alone runs the smoke tests in tests/; here those in tests/long/ are run, too, shared among up to four
+processes if pytest-xdist is installed. Each test uses one thread. The ten slowest are printed.
 
 python tests/check.py              all of them; CI runs this
 python tests/check.py --fix        formats the code and mends what can be mended, before it checks
@@ -42,7 +43,7 @@ def main(words: list[str]) -> int:
             run(list(fix))
     given = [word for word in words if word != "--fix"]
     failed = [check[0] for check in CHECKS if not run(list(check))]
-    if not run(["pytest", *in_parallel(), *given]):
+    if not run(["pytest", "tests", "tests/long", "--durations=10", *in_parallel(), *given]):
         failed.append("pytest")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

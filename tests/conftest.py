@@ -3,8 +3,6 @@
 One thread, tiny images and small networks keep the whole suite at seconds. Run it: pytest
 """
 
-import contextlib
-import io
 import os
 import zipfile
 from pathlib import Path
@@ -15,25 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inher
 
 import pytest
 import tiny
+from tiny import ROOT, SMALL, run_main
 
-import main as program
-
-ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
-SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
-
-
-def run_main(argv):
-    """main(argv) in this process, on the CPU unless it says otherwise; returns (exit status, stdout, stderr)."""
-    out = io.StringIO()
-    err = io.StringIO()
-    words = [str(word) for word in argv]
-    has_device = not words or words[0].startswith("-") or words[0] not in ("prepare", "export")
-    if has_device and not any(word.startswith(("--device", "--help", "--version")) for word in words):
-        words.append("--device=cpu")
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = program.main(words)
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="session")

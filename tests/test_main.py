@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT, SMALL
 from PIL import Image
-from tiny import metrics
+from tiny import ROOT, SMALL, metrics
 
 import utils
 from command_line import parsing

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_main
+from tiny import ROOT, run_main
 
 import option
 from command_line import parsing

@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from conftest import ROOT
 from PIL import Image
+from tiny import ROOT
 
 from commands import prepare
 from images import archive, placing, scenes

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import tiny
-from conftest import ROOT
+from tiny import ROOT
 
 from system import progress, terminal
 

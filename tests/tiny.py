@@ -4,18 +4,20 @@ Shared by all tests. Knows nothing of what they look for. At its head it imports
 written_before/make.py uses it with older versions.
 """
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,7 @@ from torchvision.models import _api as torchvision_registry
 import main
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
 CLASSES = ("coast", "field", "town")
 # What a clock or the memory allocator says: all that may differ between two equal runs.
 MEASURED = {
@@ -144,7 +147,7 @@ def words(data: Path, runs: Path, *more: object, name: str = "run") -> list[str]
             f"--checkpoint_dir={runs}",
             f"--checkpoint_name={name}",
             "--device=cpu",
-            "--model=shufflenet_v2_x0_5",
+            "--model=tiny_classifier",
             "--pretrained=0",
             "--image_size=36",
             "--batch_size=8",
@@ -170,21 +173,26 @@ def train(data: Path, runs: Path, *more: object, name: str = "run") -> int:
         signal.signal(signal.SIGINT, before[1])
 
 
+def run_main(argv):
+    """main(argv) in this process, on the CPU unless it says otherwise; returns (exit status, stdout, stderr)."""
+    out = io.StringIO()
+    err = io.StringIO()
+    words = [str(word) for word in argv]
+    has_device = not words or words[0].startswith("-") or words[0] not in ("prepare", "export")
+    if has_device and not any(word.startswith(("--device", "--help", "--version")) for word in words):
+        words.append("--device=cpu")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main.main(words)
+    return status, out.getvalue(), err.getvalue()
+
+
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
 
-def start(command: list[str], **options) -> subprocess.Popen:
-    """Starts a command line in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "main.py"), *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="backslashreplace",
-        env=environment(),
-        **options,
-    )
+def start(command: list[str], **options) -> forks.Process:
+    """Starts a command line in a process of its own, which may use `tiny_classifier`; see forks.py."""
+    return forks.Process(command, env=environment(), **options)
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:

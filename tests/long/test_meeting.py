@@ -1,6 +1,6 @@
 """How the processes of a job meet, and what is said if they do not: as real processes, ports and signals.
 
-Each waits a second instead of five minutes. Run it alone: pytest tests/test_meeting.py
+Each waits a second instead of five minutes. Run it alone: pytest tests/long/test_meeting.py
 """
 
 import os
@@ -12,8 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT
-from tiny import free_port
+from tiny import ROOT, free_port
 
 from distributed import Ranks
 from system import meeting

@@ -1,7 +1,7 @@
 """Several processes under torchrun against one: the same losses and weights, one voice, faults and restarts.
 
 Two gloo processes on this machine; two agents on loopback stand for two machines. Networks without dropout and
-with fixed batch statistics, because those alone depend on ranks. Run it alone: pytest tests/test_distributed.py
+with fixed batch statistics, because those alone depend on ranks. Run it alone: pytest tests/long/test_distributed.py
 """
 
 import contextlib
@@ -13,14 +13,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import ROOT, run_main
 from ranks import steady
-from tiny import computed_metrics
+from tiny import computed_metrics, run_main
 
 import assemble
 import model
@@ -71,7 +71,7 @@ def torchrun(scenarios, folder, *options, wait=True):
         "-m",
         "torch.distributed.run",
         *options,
-        str(ROOT / "tests" / "ranks.py"),
+        str(Path(__file__).parent / "ranks.py"),
         str(folder / "scenarios.json"),
         str(folder),
     ]

@@ -1,7 +1,7 @@
 """The program where it is used: behind pipes, under schedulers, in containers, with odd environments and little of all.
 
 Real processes, pipes, signals, limits and mounts. A test that needs root, or a program that is not installed, is
-skipped without it. Run it alone: pytest tests/test_wild.py
+skipped without it. Run it alone: pytest tests/long/test_wild.py
 """
 
 import dataclasses

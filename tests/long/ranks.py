@@ -3,7 +3,7 @@
 Dropout is off and BatchNorm keeps its statistics, so that any number of processes computes the same losses.
 It can also kill, stop or spoil one rank at a given update. Knows nothing of what the tests look for.
 
-    python -m torch.distributed.run --nproc_per_node=2 tests/ranks.py SCENARIOS.json FOLDER
+    python -m torch.distributed.run --nproc_per_node=2 tests/long/ranks.py SCENARIOS.json FOLDER
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 import pytest
 import tiny

@@ -1,7 +1,7 @@
 """docs/errors.md: every program on the page runs, and prints what the page says that it prints.
 
 The programs run in one process of their own, because some of them change global switches.
-Run: pytest tests/test_errors_page.py
+Run: pytest tests/long/test_errors_page.py
 """
 
 import json
@@ -9,12 +9,12 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = tiny.ROOT
 PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 PROGRAMS = {title: body for title, body in SECTIONS.items() if "```python" in body}

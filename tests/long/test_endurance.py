@@ -1,7 +1,7 @@
 """Nothing grows: memory, open files, threads and time per epoch of long runs, memory of streaming workers.
 
-ENDURANCE=200 pytest -s tests/test_endurance.py trains 200 epochs instead of 30, streams 50,000 files instead of 2,000,
-and prints what it measured.
+ENDURANCE=200 pytest -s tests/long/test_endurance.py trains 200 epochs instead of 30,
+streams 50,000 files instead of 2,000, and prints what it measured.
 """
 
 import json

@@ -1,18 +1,18 @@
 """docs/floats.html in a headless browser: its arithmetic against torch's, its keys, its colours, its widths.
 
-Skipped if there is no selenium or no Chromium with its driver. Run: pytest tests/test_floats_page.py
+Skipped if there is no selenium or no Chromium with its driver. Run: pytest tests/long/test_floats_page.py
 """
 
 import json
 import re
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
-PAGE = Path(__file__).parent.parent / "docs/floats.html"
+PAGE = tiny.ROOT / "docs/floats.html"
 TEXT = PAGE.read_text(encoding="utf-8")
 DTYPES = {
     "FP32": torch.float32,

@@ -1,13 +1,13 @@
 """The ladder: which rungs a device has, how they are set against one another, their bounds, and how they are shown.
 
-Processes are impersonated except in one real, tiny climb. Run it alone: pytest tests/test_ladder.py
+Processes are impersonated except in one real, tiny climb. Run it alone: pytest tests/long/test_ladder.py
 """
 
 import json
 
 import pytest
 import torch
-from conftest import SMALL
+from tiny import SMALL
 from torch import nn
 
 from commands import ladder

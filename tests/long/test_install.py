@@ -1,7 +1,7 @@
 """The built wheel: one package folder, and a command that works beside a user's own files of any name.
 
 The wheel is built from a copy of the checkout without network, and installed into an environment of its own that
-sees this one's libraries. Run it alone: pytest tests/test_install.py
+sees this one's libraries. Run it alone: pytest tests/long/test_install.py
 """
 
 import ast

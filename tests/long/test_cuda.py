@@ -1,6 +1,6 @@
 """What only an NVIDIA card can show; skipped without one: no waiting in the step, true FP32, resume, compile.
 
-Run it alone: pytest tests/test_cuda.py
+Run it alone: pytest tests/long/test_cuda.py
 """
 
 import json

@@ -1,7 +1,7 @@
 """The notebook is the one that its script makes, it holds no outputs, and it runs from its first cell to its last.
 
 It runs on a CPU, small (AMP_NOTEBOOK_QUICK), in a copy of the checkout, so that it leaves nothing behind. That takes a
-minute, so it does so only if NOTEBOOK is set, as it is in CI: NOTEBOOK=1 pytest tests/test_notebook.py
+minute, so it does so only if NOTEBOOK is set, as it is in CI: NOTEBOOK=1 pytest tests/long/test_notebook.py
 """
 
 import importlib.util
@@ -11,11 +11,11 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import tiny
 
-ROOT = Path(__file__).parent.parent
+ROOT = tiny.ROOT
 NOTEBOOK = ROOT / "notebooks/amp_in_ten_minutes.ipynb"
 
 

@@ -1,11 +1,12 @@
-"""docs/roofline.py draws what a ladder's file says. Run: pytest tests/test_roofline_picture.py"""
+"""docs/roofline.py draws what a ladder's file says. Run: pytest tests/long/test_roofline_picture.py"""
 
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
-SCRIPT = Path(__file__).parent.parent / "docs/roofline.py"
+import tiny
+
+SCRIPT = tiny.ROOT / "docs/roofline.py"
 
 
 def load():

@@ -1,7 +1,7 @@
 """Runs every recipe as a reader would, and looks for the numbers that make its point.
 
 The recipes assert their own claims; this checks that they run, that they print, and that the index is whole.
-It must not import a recipe: each is a program that stands alone. Run: pytest tests/test_recipes.py
+It must not import a recipe: each is a program that stands alone. Run: pytest tests/long/test_recipes.py
 """
 
 import os
@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+import tiny
 
-FOLDER = Path(__file__).parent.parent / "recipes"
+FOLDER = tiny.ROOT / "recipes"
 RECIPES = sorted(FOLDER.glob("[0-9][0-9]_*.py"))
 
 # Patterns that must be found in the output, so that a recipe cannot lose its failure and keep its rule.

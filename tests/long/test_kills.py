@@ -1,6 +1,6 @@
 """kill -9 at random moments of every phase: nothing is lost, and the end equals the undisturbed one.
 
-Each attempt is a fork of this process, so that hundreds take minutes: FAULT_KILLS=200 pytest tests/test_kills.py
+Each attempt is a fork of this process, so that hundreds take minutes: FAULT_KILLS=200 pytest tests/long/test_kills.py
 """
 
 import collections
