@@ -3,6 +3,7 @@
 One thread, tiny images and small networks keep the whole suite at seconds. Run it: pytest
 """
 
+import contextlib
 import os
 import zipfile
 from pathlib import Path
@@ -23,10 +24,18 @@ def run():
     return run_main
 
 
+@pytest.fixture(scope="session", autouse=True)
+def zoo():
+    """Makes the tiny classifier a model, and leaves out pictures wherever a test does not ask for them."""
+    tiny.register_classifier()
+    tiny.leave_out_pictures()
+
+
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Leaves out the pictures, which take longer than the training, where a test is not about them."""
-    tiny.leave_out_pictures(monkeypatch)
+def drawn():
+    """Pictures and pages are drawn in this test."""
+    with tiny.drawing():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +80,8 @@ def trained(scenes_folder, tmp_path_factory):
     }
     runs = {}
     for name, words in flags.items():
-        outcome = run_main(
-            [
-                f"--data_dir={scenes_folder}",
-                f"--checkpoint_dir={checkpoints}",
-                f"--checkpoint_name={name}",
-                *SMALL,
-                *words,
-            ]
-        )
+        line = [f"--data_dir={scenes_folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}"]
+        with tiny.drawing() if name == "fp32" else contextlib.nullcontext():
+            outcome = run_main([*line, *SMALL, *words])
         runs[name] = (checkpoints / name, *outcome)
     return runs

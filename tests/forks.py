@@ -19,8 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = (  # imported once; no test that looks at what a start imports may use a fork
     "assemble",
@@ -214,7 +212,7 @@ def become(request: dict, descriptors: list[int]) -> None:
     for name, limit in request["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     if not request["pictures"]:
-        sys.modules["tiny"].leave_out_pictures(pytest.MonkeyPatch())
+        sys.modules["tiny"].leave_out_pictures()
     sys.argv = [str(ROOT / "main.py"), *request["words"]]
 
 

@@ -34,7 +34,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
     tiny.register_classifier()
 
 
@@ -333,7 +332,6 @@ def test_a_frozen_networks_outputs_are_computed_before_the_first_epoch(data, tmp
         return train_epoch(self, stop_after)
 
     monkeypatch.setattr(Trainer, "_train_epoch", watched)
-    tiny.leave_out_pictures(monkeypatch)
     words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=2")
     assert tiny.train(data, tmp_path, *words) == 0
     assert seen == [True, True]

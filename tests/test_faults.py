@@ -33,8 +33,6 @@ from images import cache, decode
 from runs.checkpoint import load_checkpoint
 from utils import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture
 def own_data(tmp_path):
@@ -46,9 +44,7 @@ def own_data(tmp_path):
 def finished(data, tmp_path_factory):
     """The folder of a finished run."""
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(data, runs) == 0
+    assert tiny.train(data, runs) == 0
     return runs / "run"
 
 

@@ -213,13 +213,11 @@ def test_the_summary_tells_what_a_user_wants_to_know(trained):
     assert err == ""
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
     status, out, err = run([*words(scenes_folder, tmp_path, "a", "--model=squeezenet1_1", "--epochs=1"), "--quiet"])
     assert status == 0 and out.startswith("Test accuracy") and err == ""
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_quiet_still_warns(scenes_folder, tmp_path, run):
     status, out, _ = run(
         [
@@ -251,13 +249,11 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
         assert values == [(line["epoch"], pytest.approx(line[name])) for line in lines]
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_run_without_a_name_is_called_after_model_and_precision(scenes_folder, tmp_path, run):
     given = words(scenes_folder, tmp_path, "", "--model=SqueezeNet1_1", "--epochs=1", "--amp", "--quiet")
     assert run(given)[0] == 0 and (tmp_path / "squeezenet1_1_amp-bf16" / "result.json").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run):
     status, out, err = run(
         words(
@@ -291,7 +287,6 @@ def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run)
     assert status == 0 and shown_accuracy(again) == shown_accuracy(out)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path, run):
     """At a rate of almost nothing, the best epoch tests as the run whose weights it began with."""
     weights = trained["fp32"][0] / "best_model.pt"
@@ -314,7 +309,6 @@ def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path,
     assert float((one - other).abs().max()) < 1e-9
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_first_of_equal_epochs_is_the_best(scenes_folder, tmp_path, run):
     status, _, err = run(words(scenes_folder, tmp_path, "still", "--model=squeezenet1_1", "--learning_rate=1e-30"))
     result = read(tmp_path / "still", "result.json")
@@ -323,7 +317,6 @@ def test_the_first_of_equal_epochs_is_the_best(scenes_folder, tmp_path, run):
 
 
 # ------------------------------------------------------------------------------------ real images
-@pytest.mark.usefixtures("undrawn")
 def test_real_images_train_and_test(real_folder, tmp_path, run):
     status, out, err = run(words(real_folder, tmp_path, "real", "--amp", "--epochs=1"))
     assert status == 0, err
@@ -373,7 +366,6 @@ def test_evaluate_in_several_precisions(trained, run):
 
 
 # ---------------------------------------------------------------------------------------- demo
-@pytest.mark.usefixtures("undrawn")
 def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeypatch):
     draw = demo.draw_demo
     drawn = []
@@ -494,7 +486,6 @@ def test_compare_writes_a_run_a_precision_and_one_table(comparison):
     assert f"{read(folder / 'fp32', 'result.json')['test_acc']:.2f}" in table and str(folder) in out
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatch):
     folder, given, _ = comparison
     started = []
@@ -534,7 +525,6 @@ def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):
     assert status == 2 and "nothing" in err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run, monkeypatch):
     folder, given, _ = comparison
     monkeypatch.setattr(compare, "_process", lambda given: [0, 1])
@@ -546,7 +536,6 @@ def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run
     shutil.rmtree(folder / "amp-fp16")  # the folder is shared with the tests below
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monkeypatch):
     folder, given, _ = comparison
     monkeypatch.setattr(compare, "_process", lambda given: [2])
@@ -569,7 +558,6 @@ def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monke
     assert status == 130 and "without --overwrite" in err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_the_reason_of_an_earlier_failure_is_not_shown_again(scenes_folder, tmp_path, run, monkeypatch):
     (tmp_path / "own" / "fp32").mkdir(parents=True)
     (tmp_path / "own" / "fp32" / "failure.json").write_text('{"precision": "fp32", "reason": "an old one"}')
@@ -578,7 +566,6 @@ def test_the_reason_of_an_earlier_failure_is_not_shown_again(scenes_folder, tmp_
     assert status == 1 and "failed: exit status 2" in out and "an old one" not in out
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder, tmp_path, run):
     status, out, err = run(["compare", *words(tmp_path / "nowhere", tmp_path, "own"), "--precisions=fp32"])
     assert status == 2 and "Three ways to get data" in err and "run 1" not in out
@@ -589,7 +576,6 @@ def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder,
     assert status == 1 and "cannot be read" in out
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have TF32")
 def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, run):
     folder, given, _ = comparison
@@ -597,7 +583,6 @@ def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, 
     assert status == 1 and "TF32: failed: --tf32 is a mode of NVIDIA's Tensor Cores" in " ".join(out.split()), err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_path, run, monkeypatch):
     folder, given, _ = comparison
     started = []
@@ -606,7 +591,6 @@ def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_pa
     assert status == 2 and not started and "--data_dir" in err and "--overwrite" in err
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, monkeypatch):
     def process(given):
         folder = tmp_path / "timed" / given[-2].removeprefix("--checkpoint_name=")
@@ -677,7 +661,6 @@ def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, n
     assert not (tmp_path / "runs" / "run" / "config.json").exists()
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_unreadable_images_may_be_left_out_and_are_recorded(scenes_folder, tmp_path, run):
     data = broken_copy(scenes_folder, tmp_path / "data", unreadable)
     status, out, err = run(words(data, tmp_path, "run", "--skip_unreadable", "--model=squeezenet1_1", "--epochs=1"))

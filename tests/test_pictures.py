@@ -660,9 +660,7 @@ def pets(tmp_path_factory):
     """A run on one folder of class folders: (data folder, folder of runs)."""
     folder = tmp_path_factory.mktemp("pets")
     root = classes(folder / "pets", names=("cat", "dog", "emu"), count=20)
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(root, folder / "runs", *TINY, "--best_by=macro_f1", "--sampler=balanced") == 0
+    assert tiny.train(root, folder / "runs", *TINY, "--best_by=macro_f1", "--sampler=balanced") == 0
     return root, folder / "runs"
 
 
@@ -695,7 +693,6 @@ def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, t
 
 def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
     root, runs = pets
-    tiny.leave_out_pictures(monkeypatch)
     shutil.copytree(root, tmp_path / "pets")
     shutil.copytree(runs, tmp_path / "runs")
     before = (tmp_path / "runs" / "run" / "split.csv").read_text()
@@ -805,7 +802,6 @@ def test_audit_finds_labels_that_were_swapped(tmp_path, run, monkeypatch):
     for place, path in enumerate(swapped):
         path.rename(train / "town" / f"swapped{place}.png")
     shutil.copy(sorted((train / "field").iterdir())[0], train / "town" / "twice.png")
-    tiny.leave_out_pictures(monkeypatch)
     words = tiny.words(root, tmp_path / "runs", "--epochs=5", "--folds=2", name="look")[1:]
     status, out, err = run(["audit", *words])
     assert status == 0, err

@@ -18,8 +18,6 @@ from runs import checkpoint
 from runs.folder import RunDirectory
 from utils import RunError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SETTINGS = {
     "fp32": [],
     "bf16, accumulated": ["--amp", "--accumulate=3"],
@@ -51,9 +49,7 @@ SETTINGS = {
 def straight(data, tmp_path_factory):
     """The outcome of a run of the first setting that nothing disturbed."""
     runs = tmp_path_factory.mktemp("straight")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(data, runs) == 0
+    assert tiny.train(data, runs) == 0
     return outcome(runs / "run")
 
 

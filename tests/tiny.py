@@ -276,14 +276,27 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def leave_out_pictures(patch) -> None:
-    """The one seam for pictures and pages, which take most of the time of a tiny run and have tests of their own.
-
-    `patch` is a pytest.MonkeyPatch.
-    """
+def _drawn() -> list[tuple[object, str]]:
     from reports import page, pictures
 
     drawn = ("learning_curve", "confusion_matrix", "gallery", "batch", "comparison_picture", "reliability_curve")
-    for owner, names in ((pictures, drawn), (page, ("html_report", "html_comparison"))):
-        for name in names:
-            patch.setattr(owner, name, lambda *_, **__: None)
+    return [*((pictures, name) for name in drawn), (page, "html_report"), (page, "html_comparison")]
+
+
+_functions: dict[tuple[object, str], Callable] = {}
+
+
+def leave_out_pictures(*_: object) -> None:
+    """The one seam for pictures and pages, which take most of the time of a tiny run and have tests of their own."""
+    for owner, name in _drawn():
+        _functions.setdefault((owner, name), getattr(owner, name))
+        setattr(owner, name, lambda *_, **__: None)
+
+
+@contextlib.contextmanager
+def drawing():
+    """Within it pictures and pages are drawn."""
+    for (owner, name), function in _functions.items():
+        setattr(owner, name, function)
+    yield
+    leave_out_pictures()

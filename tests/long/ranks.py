@@ -17,7 +17,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-import pytest
 import tiny
 import torch
 from torch import nn
@@ -117,7 +116,7 @@ def run(scenarios, folder):
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
     assemble.empty_model = steady(assemble.empty_model)
-    tiny.leave_out_pictures(pytest.MonkeyPatch())
+    tiny.leave_out_pictures()
     ranks = Ranks.from_environment()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     join = meeting.join

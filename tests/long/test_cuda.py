@@ -19,10 +19,7 @@ from precision import named_precision, sensible_precisions
 from train import update_weights
 from transforms import Preprocess
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.usefixtures("undrawn"),
-]
+pytestmark = [pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 PRECISIONS = sensible_precisions(torch.device("cuda")) if torch.cuda.is_available() else ["fp32"]
 
 

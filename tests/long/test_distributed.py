@@ -132,7 +132,6 @@ def alone(data, tmp_path_factory):
     """The same trainings by one process: the folder of their runs."""
     runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
         patch.setattr(assemble, "build_model", steady(model.build_model))
         patch.setattr(assemble, "empty_model", steady(model.empty_model))
         for name, (more, what) in SCENARIOS.items():
@@ -260,7 +259,6 @@ def test_ranks_agree_on_stopping_and_one_process_goes_on(pair, alone, data, monk
     assert [rank["stopped"]["status"] for rank in seen] == [143, 143]  # only the second had the signal
     state = torch.load(runs / "stopped" / "last.pt", weights_only=True)["progress"]
     assert (state["epoch"], state["update"]) == (1, 2)
-    tiny.leave_out_pictures(monkeypatch)
     monkeypatch.setattr(assemble, "build_model", steady(model.build_model))
     monkeypatch.setattr(assemble, "empty_model", steady(model.empty_model))
     status, out, err = run_main(words(data, runs, "stopped", "--resume"))

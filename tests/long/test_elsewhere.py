@@ -16,8 +16,6 @@ from model import build_model
 from pretrained.files import load_file
 from runs.checkpoint import load_checkpoint
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
@@ -133,10 +131,8 @@ def test_a_checkpoint_of_before_still_knows_what_its_constructor_decided(data, t
 def finished(data, tmp_path_factory):
     """A finished run with averaged weights."""
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        more = ["--safetensors"] if tiny.has("safetensors") else []
-        assert tiny.train(data, runs, "--ema=0.5", *more) == 0
+    more = ["--safetensors"] if tiny.has("safetensors") else []
+    assert tiny.train(data, runs, "--ema=0.5", *more) == 0
     return runs / "run"
 
 

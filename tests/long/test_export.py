@@ -99,7 +99,6 @@ def pictures(folder):
 
 
 def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
     data = tiny.draw(tmp_path / "data")
     assert tiny.train(data, tmp_path, "--model=squeezenet1_1", "--pretrained=0") == 0
     folder = tmp_path / "pictures"
@@ -121,7 +120,6 @@ def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypa
 def test_mirror_images_are_part_of_what_is_exported(tmp_path, monkeypatch):
     import onnxruntime
 
-    tiny.leave_out_pictures(monkeypatch)
     tiny.register_classifier()
     data = tiny.draw(tmp_path / "data")
     assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--tta=flip") == 0

@@ -4,6 +4,7 @@ Each attempt is a fork of this process, so that hundreds take minutes: FAULT_KIL
 """
 
 import collections
+import contextlib
 import faulthandler
 import os
 import random
@@ -98,9 +99,7 @@ TRAINING = {  # phase: its function, the most calls to it, seconds that it takes
 def test_training_killed_in_every_phase(tmp_path):
     data = tiny.draw(tmp_path / "data")
     options = ["--epochs=3", "--checkpoint_every=1u"]
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(data, tmp_path / "a", *options) == 0
+    assert tiny.train(data, tmp_path / "a", *options) == 0
     run = tmp_path / "b" / "run"
     chance = random.Random(7)
     count = collections.Counter()
@@ -112,9 +111,7 @@ def test_training_killed_in_every_phase(tmp_path):
             shutil.rmtree(run)
         if phase == "decoding":
             shutil.rmtree(data / ".cache", ignore_errors=True)
-        with pytest.MonkeyPatch.context() as patch:
-            if phase != "pictures":  # which take most of the time of a tiny run
-                tiny.leave_out_pictures(patch)
+        with tiny.drawing() if phase == "pictures" else contextlib.nullcontext():
             hit = killed(
                 lambda: tiny.train(data, tmp_path / "b", *options, "--resume=auto"),
                 function,
@@ -218,7 +215,6 @@ def several(command: str, data: Path, runs: Path) -> int:
         yield main.main(["train", *words])
 
     with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
         patch.setattr(compare, "_process", process)
         for owner, name in (
             (pictures, "comparison_picture"),
@@ -286,7 +282,6 @@ def test_a_training_ends_with_the_comparison_that_started_it(tmp_path, monkeypat
     assert not in_use(run) and not (run / "result.json").exists()
     done = len((run / "metrics.jsonl").read_text().splitlines())
     assert done < 10
-    tiny.leave_out_pictures(monkeypatch)
     assert tiny.train(data, tmp_path, *options, name="alone") == 0
     assert main.main(words) == 0
     assert_equal(outcome(tmp_path / "alone"), outcome(run))

@@ -318,7 +318,6 @@ def test_a_clock_that_is_set_back(data, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "update_weights", slowly)
     for owner, name in ((time, "time"), (sys.modules["tqdm.std"], "time")):
         monkeypatch.setattr(owner, name, lambda: day() - (back or [0])[-1])
-    tiny.leave_out_pictures(monkeypatch)
     said = []
     monkeypatch.setattr(utils.log, "info", lambda text, *_: said.append(text))
     words = loud(data, tmp_path, "--epochs=3", "--log_interval=1")
@@ -341,17 +340,13 @@ def test_home_and_variables_in_every_path(data, tmp_path, monkeypatch):
     monkeypatch.setenv("DATA", str(data))
     odd = "odd $name, ünï"
     words = tiny.words("$DATA", "~/runs", "--epochs=1", name=odd)
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert main.main(words) == 0
+    assert main.main(words) == 0
     run = tmp_path / "runs" / odd
     assert (run / "result.json").exists()
     config = tiny.config(run)
     config["options"] |= {"data_dir": "${DATA}", "epochs": 1}
     (tmp_path / "mine.json").write_text(json.dumps(config))
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert main.main(["--config=~/mine.json", "--checkpoint_dir=~/runs", "--checkpoint_name=again"]) == 0
+    assert main.main(["--config=~/mine.json", "--checkpoint_dir=~/runs", "--checkpoint_name=again"]) == 0
     assert (tmp_path / "runs" / "again" / "result.json").exists()
     named = ["--checkpoint_dir=~/runs", "--checkpoint_name=again"]
     assert main.main(["predict", *named, "$DATA/seg_test", "--csv=~/p.csv", "--contact_sheet=$HOME/s.png"]) == 0
@@ -386,9 +381,7 @@ def test_a_config_saved_by_any_editor(how, data, tmp_path, capsys):
     text = json.dumps({"options": {"data_dir": str(folder), "epochs": 1}}, indent=1, ensure_ascii=False)
     (tmp_path / "config.json").write_bytes(SAVED[how](text))
     words = [word for word in loud(data, tmp_path) if not word.startswith(("--data_dir", "--epochs"))]
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert main.main([*words, f"--config={tmp_path / 'config.json'}"]) == 0
+    assert main.main([*words, f"--config={tmp_path / 'config.json'}"]) == 0
     assert ("read as Windows-1252" in capsys.readouterr().out) == (how == "Windows-1252")
     assert tiny.config(tmp_path / "run")["options"]["data_dir"] == str(folder)
 
@@ -424,7 +417,6 @@ def overflowing(monkeypatch, epoch: int, precision: str = "amp-fp16") -> None:
 
 
 def test_a_validation_that_overflows_costs_no_training(data, tmp_path, monkeypatch, capsys):
-    tiny.leave_out_pictures(monkeypatch)
     half = ["--amp", "--amp_dtype=float16", "--epochs=3"]
     overflowing(monkeypatch, 2)
     assert tiny.train(data, tmp_path, *half) == 1
@@ -452,7 +444,6 @@ def test_a_validation_that_overflows_costs_no_training(data, tmp_path, monkeypat
 
 
 def test_another_precision_is_for_overflows_alone(data, tmp_path, monkeypatch, capsys):
-    tiny.leave_out_pictures(monkeypatch)
     monkeypatch.setattr(training.Trainer, "_must_stop", lambda self: self.updates_done == 4)
     assert tiny.train(data, tmp_path, "--amp") == 143
     monkeypatch.undo()
@@ -501,7 +492,6 @@ def test_a_first_picture_that_fails_stops_no_training(data, tmp_path, monkeypatc
     def fail(*_, **__):
         raise RuntimeError("no fonts here")
 
-    tiny.leave_out_pictures(monkeypatch)
     monkeypatch.setattr(pictures, "batch", fail)
     assert tiny.train(data, tmp_path) == 0
     assert "no batch.png: RuntimeError: no fonts here" in caplog.text and has_result(tmp_path)
@@ -525,9 +515,7 @@ def test_report_of_what_is_no_run(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(data, runs) == 0
+    assert tiny.train(data, runs) == 0
     return runs
 
 

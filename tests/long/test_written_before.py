@@ -31,7 +31,6 @@ def begun(request, folder, monkeypatch):
     """A copy of the run of (version, setting), in the current folder as when it was written; returns its folder."""
     version, name = request.param
     monkeypatch.chdir(folder)
-    tiny.leave_out_pictures(monkeypatch)
     run = make.RUNS / name
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(make.HERE / version / name, run)
@@ -75,7 +74,6 @@ def test_a_run_with_a_last_batch_of_one_image_is_refused(folder, monkeypatch, ca
     import train
 
     monkeypatch.chdir(folder)
-    tiny.leave_out_pictures(monkeypatch)
     more = make.words("--batch_size=9", "--epochs=3")
     with pytest.MonkeyPatch.context() as before:
         before.setattr(Batches, "updates_per_epoch", property(lambda self: -(-len(self.subset) // self.batch_size)))
