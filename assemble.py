@@ -34,7 +34,7 @@ from model import (
     check_input_size,
     constructor_options,
     empty_model,
-    head_name,
+    head_names,
     known_model,
     preprocessing,
     rebuild_model,
@@ -346,23 +346,23 @@ class Setup:
         model = self._trainable(data, resumed)
         batches = self.batches(data, data.train, train=True, epochs=epochs)
         validation = self.batches(data, data.validation)
-        head = head_name(model)
+        heads = head_names(model)
         frozen = epochs if options.freeze_epochs == ALL else options.freeze_epochs
-        kept = keep_outputs(model, head, batches, validation, self.precision) if frozen == epochs else None
+        kept = keep_outputs(model, heads, batches, validation, self.precision) if frozen == epochs else None
         batches, validation = kept or (batches, validation)
         network = Network(
             model,
             sizes=batches.full_sizes,
             evaluation_size=validation.batch_size,
             ranks=self.ranks,
-            head=head,
+            heads=heads,
             freeze_epochs=frozen,
             ema=options.ema,
             compile=options.compile,
             graphs=options.cuda_graphs,
             only_head=kept is not None,
         )
-        optimizer = self._optimizer(model, head)
+        optimizer = self._optimizer(model, heads)
         schedule = partial(
             make_scheduler,
             optimizer,
@@ -392,12 +392,12 @@ class Setup:
             record=self._identity(data, model),
         )
 
-    def _optimizer(self, model: nn.Module, head: str) -> torch.optim.Optimizer:
+    def _optimizer(self, model: nn.Module, heads: tuple[str, ...]) -> torch.optim.Optimizer:
         """The optimizer of all weights, in groups by --decay_norms, --backbone_lr and --layer_decay."""
         options = self.options
         groups = parameter_groups(
             model,
-            head,
+            heads,
             learning_rate=options.learning_rate,
             weight_decay=options.weight_decay,
             decay_norms=options.decay_norms,

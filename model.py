@@ -17,7 +17,7 @@ from torch import nn
 
 from distributed import Ranks
 from pretrained import timm_models, torchvision_models
-from pretrained.fitting import Fit, Weights, fitted, load_weights, read_weights
+from pretrained.fitting import Fit, Weights, belongs, fitted, load_weights, read_weights
 from utils import UserError, log, printable
 
 GRAPHS = 32  # of one model: growing images, two counts in a micro-batch and frozen layers take more than PyTorch's 8
@@ -90,13 +90,8 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The names of the layers that make the logits; timm's distilled models have two."""
+    """Return the names of the layers that make the logits: one, or up to four in timm (LeViT, RepViT, EfficientViM)."""
     return timm_models.head_names(model) or (torchvision_models.head_name(model),)
-
-
-def head_name(model: nn.Module) -> str:
-    """The name of the layer that makes the logits, the first where there are two."""
-    return head_names(model)[0]
 
 
 def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...]) -> None:
@@ -175,11 +170,11 @@ def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
 class Network:
     """A model as a training uses it: frozen in part at first, wrapped for ranks, compiled, and averaged.
 
-    `head` is the name of the layer that alone is trained for the first `freeze_epochs`; `ema` the decay of the moving
-    average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers of
-    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
+    `heads` are the names of the layers that alone are trained for the first `freeze_epochs`; `ema` is the decay of the
+    moving average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers
+    of images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
     model is compiled and its training kernels are replayed as CUDA graphs.
-    With `only_head` batches are not of images but of the head's inputs.
+    With `only_head` batches are not of images but of the inputs of its one head.
     """
 
     def __init__(
@@ -189,7 +184,7 @@ class Network:
         sizes: set[int],
         evaluation_size: int,
         ranks: Ranks,
-        head: str = "",
+        heads: tuple[str, ...] = (),
         freeze_epochs: int = 0,
         ema: float = 0.0,
         compile: bool = False,
@@ -200,7 +195,7 @@ class Network:
         self.only_head = only_head
         self.sizes = sizes
         self.ranks = ranks
-        self.head = head
+        self.heads = heads
         self.freeze_epochs = freeze_epochs
         self.ema = ema
         self.compile = compile or graphs
@@ -218,7 +213,7 @@ class Network:
 
     def _fed(self, model: nn.Module) -> nn.Module:
         """The part of `model` that batches are given to."""
-        return model.get_submodule(self.head) if self.only_head else model
+        return model.get_submodule(self.heads[0]) if self.only_head else model
 
     def begin_epoch(self, epoch: int) -> bool:
         """Puts the model into training mode with the right layers frozen; returns whether other layers train now."""
@@ -227,15 +222,16 @@ class Network:
         if changed:
             self._frozen = frozen
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(not frozen or name.startswith(self.head))
+                parameter.requires_grad_(not frozen or belongs(name, self.heads))
             fed = self._fed(self.model)
             wrapped = nn.parallel.DistributedDataParallel(fed) if self.ranks.size > 1 else fed
             self.forward = Forward(wrapped, self.sizes, self.compile, self.graphs)
         self.model.train()
         if frozen:  # a frozen layer's batch statistics stay as they were trained, too
-            for name, module in self.model.named_modules():
-                if name and not name.startswith(self.head):
-                    module.eval()
+            for layer in self.model.children():
+                layer.eval()
+            for head in self.heads:
+                self.model.get_submodule(head).train()
         return changed
 
     def after_update(self, updates: int) -> None:

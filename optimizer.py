@@ -11,12 +11,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from warmup_scheduler import GradualWarmupScheduler
 
+from pretrained.fitting import belongs
 from utils import UserError
 
 
 def parameter_groups(
     model: nn.Module,
-    head: str,
+    heads: tuple[str, ...],
     *,
     learning_rate: float,
     weight_decay: float,
@@ -24,18 +25,17 @@ def parameter_groups(
     backbone_lr: float = 1.0,
     layer_decay: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """All parameters of `model`, grouped by learning rate and weight decay; the head's rate comes first.
+    """Return all parameters of `model`, grouped by learning rate and weight decay; the heads' rate comes first.
 
     Without `decay_norms` parameters of one dimension (scales and shifts of norms, biases) have no weight decay.
-    `backbone_lr` is a factor of the learning rate of all but the layer named `head`; `layer_decay` one more for each
-    transformer block between a parameter and the head (Clark et al. 2020). Groups of one kind are one group.
+    `backbone_lr` is a factor of the learning rate of all but the layers named in `heads`; `layer_decay` is one more for
+    each transformer block between a parameter and the head (Clark et al. 2020). Groups of one kind are one group.
     """
     depths = block_depths(model) if layer_decay < 1 else {}
     deepest = max(depths.values(), default=0)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        in_head = name.rpartition(".")[0] == head
-        factor = 1.0 if in_head else backbone_lr * layer_decay ** (deepest - depths.get(name, deepest))
+        factor = 1.0 if belongs(name, heads) else backbone_lr * layer_decay ** (deepest - depths.get(name, deepest))
         decay = weight_decay if decay_norms or parameter.ndim > 1 else 0.0
         groups.setdefault((learning_rate * factor, decay), []).append(parameter)
     order = sorted(groups, key=lambda key: (key[0] != learning_rate, -key[0], -key[1]))

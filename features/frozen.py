@@ -22,13 +22,13 @@ from utils import log, progress
 
 
 def keep_outputs(
-    model: nn.Module, head: str, batches: Batches, validation: Batches, precision: Precision
+    model: nn.Module, heads: tuple[str, ...], batches: Batches, validation: Batches, precision: Precision
 ) -> tuple[Batches, Batches] | None:
-    """Training and validation batches of inputs of the layer `head`; None, and why in the log, if they cannot be kept.
+    """Return training and validation batches of the head's inputs; None, and why in the log, if they cannot be kept.
 
     The outputs are computed when they are first asked for, at the latest by `prepare`.
     """
-    reason = _obstacle(model, head, batches, validation)
+    reason = _obstacle(model, heads, batches, validation)
     if reason:
         log.info(f"only the head is trained, but every epoch computes the whole network: {reason}")
         return None
@@ -36,13 +36,15 @@ def keep_outputs(
     kept = []
     for images, mirrored in ((batches, batches.augment == "flip"), (validation, False)):
         same = {part.name: getattr(images, part.name) for part in fields(Batches) if part.init}
-        source = FrozenNetwork(model, head, images, precision, mirrored)
+        source = FrozenNetwork(model, heads[0], images, precision, mirrored)
         kept.append(KeptBatches(**same, source=source))
     return kept[0], kept[1]
 
 
-def _obstacle(model: nn.Module, head: str, batches: Batches, validation: Batches) -> str:
-    """Why the outputs cannot be kept; empty if they can."""
+def _obstacle(model: nn.Module, heads: tuple[str, ...], batches: Batches, validation: Batches) -> str:
+    """Say why the outputs cannot be kept; empty if they can."""
+    if len(heads) > 1:
+        return f"{type(model).__name__} has {len(heads)} heads"
     if batches.augment not in ("flip", "none") or batches.mixup or batches.cutmix:
         return "images that change in other ways than by --augment flip have other outputs in every epoch"
     if batches.start_size:
@@ -51,8 +53,8 @@ def _obstacle(model: nn.Module, head: str, batches: Batches, validation: Batches
     example = torch.zeros(1, 3, size, size, device=batches.device)
     was_training = model.training
     with torch.no_grad():
-        found, logits = _inputs_of(model.eval(), head, example)
-        fits = found.ndim == 2 and torch.equal(model.get_submodule(head)(found), logits)
+        found, logits = _inputs_of(model.eval(), heads[0], example)
+        fits = found.ndim == 2 and torch.equal(model.get_submodule(heads[0])(found), logits)
     model.train(was_training)
     if not fits:
         return f"in {type(model).__name__} more follows its last layer"

@@ -112,7 +112,7 @@ def fitted(weights: Weights, model: nn.Module, head: tuple[str, ...]) -> Fit:
     own = model.state_dict()
     fits = [_without_prefix(state, own, place) for place, state in weights.places.items()]
     best = max(fits, key=lambda fit: (fit.matched, "ema" in fit.place.lower()))
-    needed = [name for name in own if not _COUNTERS.search(name) and not _belongs(name, head)]
+    needed = [name for name in own if not _COUNTERS.search(name) and not belongs(name, head)]
     if best.matched < len(needed) / 2:
         for place, state in sorted(weights.places.items(), key=lambda item: "ema" not in item[0].lower()):
             ordered = _by_order(state, own, head)
@@ -121,7 +121,8 @@ def fitted(weights: Weights, model: nn.Module, head: tuple[str, ...]) -> Fit:
     return best
 
 
-def _belongs(name: str, modules: Iterable[str]) -> bool:
+def belongs(name: str, modules: Iterable[str]) -> bool:
+    """Return whether `name` is one of the `modules`, or a parameter, buffer or layer inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
@@ -179,7 +180,7 @@ def _by_order(state: State, own: State, head: tuple[str, ...]) -> State | None:
     for (their_name, tensor), (our_name, wanted) in zip(theirs, ours, strict=True):
         if their_name.rpartition(".")[2] != our_name.rpartition(".")[2]:
             return None
-        if tensor.shape != wanted.shape and not (_belongs(our_name, head) and tensor.dim() == wanted.dim()):
+        if tensor.shape != wanted.shape and not (belongs(our_name, head) and tensor.dim() == wanted.dim()):
             return None
     return collections.OrderedDict((ours[i][0], theirs[i][1]) for i in range(len(ours)))
 
@@ -205,7 +206,7 @@ def load_weights(
     state = {
         name: tensor
         for name, tensor in state.items()
-        if not _belongs(name, ignored) and name not in drawn and not _is_beside(name, own)
+        if not belongs(name, ignored) and name not in drawn and not _is_beside(name, own)
     }
     state, notes = _with_head(state, own, head)
     problems = _problems(state, own, head)
@@ -247,7 +248,7 @@ def _with_head(state: State, own: State, head: tuple[str, ...]) -> tuple[State, 
 
     A head inside a Sequential (fc.1.weight) is taken for the model's own where its shape is the same.
     """
-    theirs = {name: tensor for name, tensor in state.items() if _belongs(name, head)}
+    theirs = {name: tensor for name, tensor in state.items() if belongs(name, head)}
     others = {name: tensor for name, tensor in state.items() if name not in theirs}
     fitting = {name: tensor for name, tensor in theirs.items() if name in own and own[name].shape == tensor.shape}
     if len(head) == 1 and theirs and not fitting:
@@ -257,7 +258,7 @@ def _with_head(state: State, own: State, head: tuple[str, ...]) -> tuple[State, 
             ]
             if len(inner) == 1:
                 fitting[f"{head[0]}.{name}"] = inner[0]
-    wanted = {name for name in own if _belongs(name, head)}
+    wanted = {name for name in own if belongs(name, head)}
     if fitting.keys() >= wanted:
         return {**others, **fitting}, []
     if not head:
@@ -274,5 +275,5 @@ def _problems(state: State, own: State, head: tuple[str, ...]) -> list[str]:
         if own[name].shape != state[name].shape
     ]
     missing = sorted(name for name in own.keys() - state.keys() if not _COUNTERS.search(name))
-    lines += [f"  {name}: missing" for name in missing if not _belongs(name, head)]
+    lines += [f"  {name}: missing" for name in missing if not belongs(name, head)]
     return lines + [f"  {printable(name)}: unknown" for name in sorted(state.keys() - own.keys())]

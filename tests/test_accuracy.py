@@ -21,7 +21,7 @@ from dataset import Batches
 from distributed import Ranks
 from features.activation_maps import activation_maps
 from features.frozen import FrozenNetwork
-from model import WithMirrorImage, head_name
+from model import WithMirrorImage, head_names
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision
 from runs import fitting
@@ -87,7 +87,7 @@ def test_augmentations_have_one_spelling():
 # --------------------------------------------------------------------------- parameter groups
 def groups(model, **options):
     options = {"learning_rate": 1e-2, "weight_decay": 0.1} | options
-    return parameter_groups(model, head_name(model), **options)
+    return parameter_groups(model, head_names(model), **options)
 
 
 def test_without_options_all_parameters_are_one_group_in_their_order():

@@ -59,7 +59,7 @@ def trainer(
         return make_scheduler(rule, decay_type, epochs=epochs, updates_per_epoch=fed.updates_per_epoch, done=done)
 
     record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 9, "normalize": "imagenet"}
-    own = {name: options.pop(name) for name in ("head", "freeze_epochs", "ema", "compile") if name in options}
+    own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema", "compile") if name in options}
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
     options = {"log_interval": 2, "record": record} | options
     validation = batches(subset(9, seed=1))
@@ -365,7 +365,7 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
     readings = iter(peaks)
     monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": next(readings)})
-    run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, head="head")
+    run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, heads=("head",))
     assert run.progress.peak_memory_mb == kept
 
 
@@ -501,7 +501,7 @@ def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
     made = trainer(
         tmp_path,
         model,
-        head="head",
+        heads=("head",),
         freeze_epochs=1,
         on_epoch=lambda line: kept.append(copy.deepcopy(model.state_dict())),
     )

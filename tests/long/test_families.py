@@ -1,0 +1,92 @@
+"""Every family of torchvision and timm: its heads are found, and they alone are trained while the rest is frozen."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision import models
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from test_heads import fastest_names, in_heads, trained_names
+
+from model import head_names
+
+SEVERAL = {
+    "crossvit": 2,
+    "efficientformer": 2,
+    "efficientformer_v2": 2,
+    "efficientvim": 4,
+    "levit": 2,
+    "repvit": 2,
+    "swiftformer": 2,
+    "volo": 2,
+}
+
+
+def families() -> dict[str, str]:
+    """timm's first model of each of its modules, by the module's name."""
+    if importlib.util.find_spec("timm") is None:
+        return {}
+    import timm
+
+    found: dict[str, str] = {}
+    for name in timm.list_models():
+        found.setdefault(timm.models._registry._model_to_module[name], name)
+    return found
+
+
+def assert_heads(model: torch.nn.Module, classes: int) -> None:
+    heads = [model.get_submodule(name) for name in head_names(model)]
+    assert [len(head.weight) for head in heads] == [classes] * len(heads)
+    assert trained_names(model) == fastest_names(model) == in_heads(model)
+
+
+# RegNets compute their widths with tensors, so that they cannot be built without their weights: the smallest stands
+# for all.
+@pytest.mark.parametrize(
+    "name", [name for name in models.list_models(module=models) if "regnet" not in name or name.endswith("y_400mf")]
+)
+def test_torchvisions_heads_alone_are_trained_while_frozen(name):
+    options = {"init_weights": False, "aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):
+        model = models.get_model(name, num_classes=7, **options)
+    assert_heads(model, 7)
+
+
+@pytest.mark.parametrize("family", families())
+def test_timms_heads_alone_are_trained_while_frozen(family):
+    import timm
+
+    with torch.device("meta"):
+        model = timm.create_model(families()[family], num_classes=7)
+    assert_heads(model, 7)
+    assert len(head_names(model)) == SEVERAL.get(family, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("levit_128s", 224),
+        ("crossvit_9_240", 240),
+        ("repvit_m0_9", 64),
+        ("efficientvim_m1", 64),
+        ("deit_tiny_distilled_patch16_224", 224),
+        ("pit_ti_distilled_224", 224),
+        ("efficientformer_l1", 224),
+        ("efficientformerv2_s0", 224),
+        ("swiftformer_xs", 224),
+        ("volo_d1_224", 224),
+    ],
+)
+def test_every_head_of_timms_distilled_models_counts_for_the_logits(name, size):
+    """A head that the logits do not depend on would make the other tests prove nothing."""
+    from model import build_model
+
+    model = build_model(f"timm:{name}", 5, pretrained=False, image_size=size).train()
+    trained = trained_names(model)
+    model(torch.rand(2, 3, size, size)).square().sum().backward()
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in trained)
