@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -250,20 +251,35 @@ def some(names: Sequence[str], most: int = 10) -> str:
 
 
 def _sorted_images(folder: Path, passed_over: Counter[str]) -> list[Path]:
-    found = list(_walk(str(folder), passed_over))
+    found = list(_walk(str(folder), passed_over, []))
     found.sort(key=lambda path: path.split(os.sep))
     return list(map(Path, found))
 
 
-def find_images(folder: Path, passed_over: Counter[str] | None = None) -> Iterator[Path]:
+def find_images(
+    folder: Path, passed_over: Counter[str] | None = None, folders: list[str] | None = None
+) -> Iterator[Path]:
     """Every image below `folder`, in the order of names, files before subfolders; linked folders are followed.
 
-    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix.
+    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix. `folders` gathers
+    the folders that were walked, `folder` first.
     """
-    return map(Path, _walk(str(folder), Counter() if passed_over is None else passed_over))
+    found = _walk(str(folder), Counter() if passed_over is None else passed_over, [] if folders is None else folders)
+    return map(Path, found)
 
 
-def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
+def relative_name(path: Path | str, root: Path) -> str:
+    """Return the path of a file below `root` as it stands in tables: with slashes, without the root."""
+    start = len(str(root)) + 1 if str(root) != "." else 0
+    return str(path)[start:].replace(os.sep, "/")
+
+
+def composed(name: str) -> str:
+    """Return a name in the one Unicode form: an accent is a letter's own or, as macOS writes it, a sign behind it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _walk(folder: str, passed_over: Counter[str], folders: list[str]) -> Iterator[str]:
     seen = set()  # device and number of each folder: a link may lead back, or to a folder already walked
     waiting = [folder]
     while waiting:
@@ -272,6 +288,7 @@ def _walk(folder: str, passed_over: Counter[str]) -> Iterator[str]:
         if (state.st_dev, state.st_ino) in seen and state.st_ino:
             continue
         seen.add((state.st_dev, state.st_ino))
+        folders.append(folder)
         with os.scandir(folder) as entries:
             wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
         waiting += [entry.path for entry in reversed(wanted) if _is_folder(entry)]

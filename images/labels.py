@@ -5,14 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
+import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from images.folders import ImageSet, Listing, find_image_set, find_images, part_of
+from images.folders import ImageSet, Listing, composed, find_image_set, find_images, part_of, relative_name
 from images.split import groups_by_pattern
-from system.files import reading
+from system.files import read_text, reading
 from utils import UserError, amount, printable
 
 # Names of columns, the likeliest first; case, blanks and punctuation do not count.
@@ -70,15 +71,20 @@ def find_labelled(
     file = Path(table) if Path(table).exists() else root / table
     rows = read_table(file)
     image_set = ImageSet(root, [], [])
-    index = _Index(root, list(find_images(root, image_set.passed_over)))
+    index = _Index(root)
     header, columns = _columns(file, rows, index, group)
     image_set.notes.append(f"{printable(file.name)}: {header}")
-    image_set.passed_over.clear()  # in such a folder lies what is no image of the data set: the table decides
+    cells = [[_cell(row, place) for place in columns.places] for row in rows[columns.first :]]
+    index.named = {index.folder(name) for name, *_ in cells} - {""}
     found = _Found(file, index)
-    for row in rows[columns.first :]:
-        found.add(*(row[place].strip() if place is not None and place < len(row) else "" for place in columns.places))
+    for row in cells:
+        found.add(*row)
     _fill(image_set, found, known)
     return image_set
+
+
+def _cell(row: list[str], place: int | None) -> str:
+    return row[place].strip() if place is not None and place < len(row) else ""
 
 
 def read_table(file: Path) -> list[list[str]]:
@@ -87,12 +93,12 @@ def read_table(file: Path) -> list[list[str]]:
     Separated by comma, semicolon or tab; in UTF-8, UTF-16 with its mark, or else Windows' western code page.
     """
     with reading(file):
-        content = file.read_bytes()
-        if content[:4] == b"PK\x03\x04":
-            raise ValueError("a spreadsheet's own format: save it as CSV")
-        text = _as_text(content)
+        with open(file, "rb") as content:
+            if content.read(4) == b"PK\x03\x04":
+                raise ValueError("a spreadsheet's own format: save it as CSV")
+        text = read_text(file)
         first, _, rest = text.partition("\n")
-        if re.fullmatch(r"\ufeff?\"?sep=.\"?\s*", first):  # Excel's hint to itself
+        if re.fullmatch(r"\"?sep=.\"?\s*", first):  # Excel's hint to itself
             text = rest
         tables = [list(csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=False)) for sign in ",;\t"]
     tables = [[row for row in table if any(cell.strip() for cell in row)] for table in tables]
@@ -100,15 +106,6 @@ def read_table(file: Path) -> list[list[str]]:
     if not best or len(best[0]) < 2:
         raise UserError(f"{printable(file)} is no table of at least two columns (path or id, and label).")
     return best
-
-
-def _as_text(content: bytes) -> str:
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", "replace")
 
 
 def _regularity(table: list[list[str]]) -> tuple[float, int]:
@@ -121,47 +118,87 @@ def _regularity(table: list[list[str]]) -> tuple[float, int]:
 class _Index:
     """The images below a folder, found again by path, by name, by stem, or by a number that lost its zeros."""
 
-    def __init__(self, root: Path, paths: list[Path]):
+    def __init__(self, root: Path):
+        folders: list[str] = []
         self.root = root
-        self.paths = paths
-        self._tables: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(5)]
-        start = len(str(root)) + 1 if str(root) != "." else 0
-        for path in paths:
-            whole = str(path)[start:].replace(os.sep, "/")
-            name = path.name
-            stem = path.stem
-            for table, key in zip(self._tables, self._keys(whole, name, stem), strict=True):
+        self.paths = list(find_images(root, folders=folders))
+        self.named: set[str] = set()  # the folders in which the table's images lie, as it says itself
+        names = [relative_name(path, root) for path in self.paths]
+        folders = [relative_name(folder, root) for folder in folders]
+        self._fold = _folding([*names, *folders])
+        self._names = {self._fold(name) for folder in folders for name in folder.split("/")} - {""}
+        self._folders: set[str] = set()  # those that hold images
+        self._ends: dict[str, list[str]] = defaultdict(list)
+        self._tables: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(3)]
+        for path, name in zip(self.paths, names, strict=True):
+            folder, _, last = self._fold(name).rpartition("/")
+            if folder not in self._folders:
+                self._folders.add(folder)
+                for end in _ends(folder):
+                    self._ends[end].append(folder)
+            for table, key in zip(self._tables, _keys(last, posixpath.splitext(last)[0]), strict=True):
                 table[key].append(path)
+                table[f"{folder}/{key}"].append(path)
 
-    @staticmethod
-    def _keys(whole: str, name: str, stem: str) -> tuple[str, ...]:
-        """Relative path, path without suffix, name, stem, and the stem as a number; case does not count."""
-        whole = whole.casefold()
-        number = str(int(stem)) if stem.isascii() and stem.isdigit() else stem.casefold()
-        return whole, os.path.splitext(whole)[0], name.casefold(), stem.casefold(), number
-
-    def find(self, name: str) -> list[Path]:
-        """The images that a cell may mean: one, none, or several of the same name in different folders."""
-        wanted = re.sub(r"^(\./)+", "", name.replace("\\", "/")).casefold()
-        last = wanted.rpartition("/")[2]
-        number = str(int(last)) if last.isascii() and last.isdigit() else last
-        for table, key in zip(self._tables, (wanted, wanted, last, last, number), strict=True):
-            found = table.get(key, [])
-            if len(found) > 1 and "/" in wanted:  # the folders that the cell names decide
-                tails = [path for path in found if self._ends(path, wanted)]
-                found = tails or found
-            if len(found) > 1 and len({path.name.casefold() for path in found}) < len(found):
-                exact = [path for path in found if path.name == last]
-                found = exact if len(exact) == 1 else found
+    def find(self, cell: str) -> list[Path]:
+        """Return the images that a cell may mean: one, none, or several of the same name in different folders."""
+        if os.path.isabs(cell) and os.path.isfile(cell):
+            inside = os.path.relpath(cell, os.path.abspath(self.root))
+            if inside.startswith(os.pardir):
+                return [Path(cell)]
+            cell = inside
+        folder, last = self._split(cell)
+        for table, key in zip(self._tables, _keys(last, last), strict=True):
+            found = self._lying(table, key, folder)
             if found:
                 return found
-        path = Path(name)
-        return [path] if path.is_absolute() and path.is_file() else []
+        return []
 
-    @staticmethod
-    def _ends(path: Path, wanted: str) -> bool:
-        whole = path.as_posix().casefold()
-        return whole.endswith(f"/{wanted}") or os.path.splitext(whole)[0].endswith(f"/{wanted}")
+    def folder(self, cell: str) -> str:
+        """Return the name of the folder that a cell gives its image, folded; empty if it gives none."""
+        return self._split(cell)[0].rpartition("/")[2]
+
+    def _split(self, cell: str) -> tuple[str, str]:
+        folder, _, last = self._fold(posixpath.normpath(cell.replace("\\", "/"))).rpartition("/")
+        return folder, last
+
+    def _lying(self, table: dict[str, list[Path]], key: str, folder: str) -> list[Path]:
+        """Return the images of a table's key that lie where a cell says: in the longest end of `folder` on disk.
+
+        If no end is on disk, the folder was perhaps renamed. Then the key alone decides, but it takes no image from a
+        folder that other cells name.
+        """
+        if not folder:
+            return table.get(f"/{key}") or table.get(key, [])
+        ends = _ends(folder)
+        for end, shorter in zip(ends, [*ends[1:], ""], strict=True):
+            if end in self._ends:
+                places = [end] if end in self._folders else self._ends[end]
+                return [path for place in places for path in table.get(f"{place}/{key}", [])]
+            first = end.partition("/")[0]
+            if first in self._names and first != shorter.partition("/")[0]:
+                return []
+        return [path for path in table.get(key, []) if self.folder(relative_name(path, self.root)) not in self.named]
+
+
+def _ends(folder: str) -> list[str]:
+    """Return the ends of a path, the longest first: a/b/c, b/c, c."""
+    names = folder.split("/")
+    return ["/".join(names[first:]) for first in range(len(names))]
+
+
+def _keys(name: str, stem: str) -> tuple[str, str, str]:
+    """Return what an image is found by: its name, its stem, and its stem as a number without leading zeros."""
+    return name, stem, str(int(stem)) if stem.isascii() and stem.isdigit() else stem
+
+
+def _folding(names: list[str]) -> Callable[[str], str]:
+    """Return how to compare names: case, and the Unicode form of accents, count only if two names differ by them."""
+    different = len(set(names))
+    for fold in (lambda name: composed(name).casefold(), composed):
+        if len({fold(name) for name in names}) == different:
+            return fold
+    return str
 
 
 class _Columns:
@@ -176,7 +213,7 @@ def _columns(file: Path, rows: list[list[str]], index: _Index, group: str | None
     """The columns of a table, and in words what they were taken for. Files on disk decide which one names images."""
     sample = rows[1:200] or rows
     width = len(rows[0])
-    hits = [sum(bool(index.find(row[place].strip())) for row in sample if place < len(row)) for place in range(width)]
+    hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(width)]
     plain = [re.sub(r"[\W_]+", "", cell.casefold()) for cell in rows[0]]
     best = max(hits)
     if not best:
@@ -233,7 +270,8 @@ class _Found:
     def __init__(self, file: Path, index: _Index):
         self.file = file
         self.index = index
-        self.entries: dict[Path, tuple[str, str | None, str]] = {}  # label, part, group
+        self.entries: dict[Path, tuple[str, str, str]] = {}  # label, part, group
+        self.moved: dict[str, Path] = {}
         self.missing: list[str] = []
         self.unlabelled: list[str] = []
 
@@ -252,13 +290,18 @@ class _Found:
             raise UserError(
                 f"{printable(self.file)}: {printable(part)!r} is no part of a data set: use train, val and test."
             )
-        entry = (label, part_of(part) if part else None, group)
-        earlier = self.entries.setdefault(paths[0], entry)
-        if earlier[0] != label:
-            raise UserError(
-                f"{printable(self.file)} gives {printable(name)} two labels: {printable(earlier[0])} and "
-                f"{printable(label)}. Keep one of its rows."
-            )
+        path = paths[0]
+        entry = (label, part_of(part) or "", group)
+        earlier = self.entries.setdefault(path, entry)
+        for what, one, other in zip(("labels", "parts", "groups"), earlier, entry, strict=True):
+            if one != other:
+                raise UserError(
+                    f"{printable(self.file)} gives {printable(path)} two {what}: {printable(one) or 'none'} and "
+                    f"{printable(other) or 'none'}. Keep one of its rows."
+                )
+        folder = self.index.folder(name)
+        if folder and folder != self.index.folder(str(path)):
+            self.moved.setdefault(name, path)
 
 
 def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
@@ -271,6 +314,11 @@ def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> No
         if names:
             rows = amount(len(names), f"row of {file} {one}", f"rows of {file} {more}")
             image_set.notes.append(f"{rows}, such as {printable(names[0])}")
+    for name, path in list(found.moved.items())[:1]:
+        rows = amount(len(found.moved), f"row of {file} names", f"rows of {file} name")
+        image_set.notes.append(
+            f"{rows} a folder that is not there, such as {printable(name)}: taken for {printable(path)}"
+        )
     surplus = [path for path in found.index.paths if path not in found.entries]
     if surplus:
         shown = printable(surplus[0].relative_to(image_set.root))
@@ -287,7 +335,7 @@ def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> No
             f"{printable(found.file)} labels one class, {printable(min(labels, default=''))}: two are needed."
         )
     numbers = {name: label for label, name in enumerate(image_set.classes)}
-    parts: dict[str | None, Listing] = {"train": [], "validation": [], "test": []}
+    parts: dict[str, Listing] = {"train": [], "validation": [], "test": []}
     for path in sorted(found.entries, key=lambda path: path.parts):
         label, part, group = found.entries[path]
         if label in numbers:

@@ -1,0 +1,145 @@
+"""What is listed, and under which label: folders of all shapes, tables of all kinds, and nothing lost in silence.
+
+Run: pytest tests/test_listing.py
+"""
+
+import unicodedata
+
+import pytest
+import tiny
+
+from images.labels import find_labelled
+
+
+def draw(root, *names):
+    """Writes an image of noise for each name, each another one."""
+    for seed, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.noise(seed, (6, 5)).save(path, "PNG")
+    return root
+
+
+def listed(root, table, **options):
+    """Writes a table and returns {image: class} as it was understood, and the notes."""
+    (root / "t.csv").write_text(table)
+    found = find_labelled(root, "t.csv", **options)
+    labels = {
+        path.relative_to(root).as_posix(): found.classes[label]
+        for listing in found.parts.values()
+        for path, label in listing
+    }
+    return labels, " | ".join(found.notes)
+
+
+PETS = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
+
+# ------------------------------------------------------------------------------------------ rows and their files
+MISSING = {
+    "another class's picture of the same name": (("cat/1.png", "dog/1.png", "dog/7.png"), "cat/7.png"),
+    "the same, by its stem": (("cat/1.png", "dog/1.png", "dog/7.png"), "cat/7"),
+    "the same, by a number": (("cat/0001.png", "dog/0001.png", "dog/0007.png"), "cat/7"),
+    "a class whose folder is gone": (("cow/1.png", "dog/1.png", "dog/7.png"), "cat/7.png"),
+    "another part's": (("train/cat/1.png", "test/cat/7.png", "train/dog/1.png"), "train/cat/7.png"),
+    "a backup's": (("cat/1.png", "old/cat/7.png", "dog/1.png"), "cat/7.png"),
+    "a folder within the one that is named": (("cat/1.png", "cat/small/7.png", "dog/1.png"), "cat/7.png"),
+    "with a folder before it": (("cat/1.png", "dog/1.png", "dog/7.png"), "data/cat/7.png"),
+    "with a path from another machine": (("cat/1.png", "dog/1.png", "dog/7.png"), "C:\\data\\cat\\7.png"),
+}
+
+
+@pytest.mark.parametrize("there, cell", MISSING.values(), ids=MISSING)
+def test_a_row_without_its_file_takes_no_other_picture(tmp_path, there, cell):
+    draw(tmp_path, *there)
+    own = [name for name in there if "7" not in name]
+    table = "\n".join(["file,label", *(f"{name},{name.split('/')[-2]}" for name in own), f"{cell},cat"])
+    labels, notes = listed(tmp_path, table)
+    assert set(labels) == set(own)
+    assert (
+        f"1 row of t.csv names no image that is there, such as {cell.encode('unicode_escape').decode()}" in notes
+        or (f"1 row of t.csv names no image that is there, such as {cell}" in notes)
+    )
+
+
+def test_an_emptied_class_folder_is_still_a_folder(tmp_path):
+    draw(tmp_path, "cow/1.png", "dog/1.png", "cat/1.png")
+    (tmp_path / "cat" / "1.png").unlink()
+    labels, notes = listed(
+        tmp_path, "file,label\ncow/1.png,cow\ncow/1.png,cow\ncat/1.png,cat\n1.jpg,x\ndog/1.png,dog\n"
+    )
+    assert labels == {"cow/1.png": "cow", "dog/1.png": "dog"} and "2 rows of t.csv name no image" in notes
+
+
+FOUND = {
+    "as it is": "cat/1.png",
+    "with a dot before it": "./cat/1.png",
+    "with a folder before it": "images/cat/1.png",
+    "with the data folder before it": "/home/x/pets/cat/1.png",
+    "as Windows writes it": "D:\\pets\\cat\\1.png",
+    "without its suffix": "cat/1",
+    "in capitals": "CAT/1.PNG",
+    "by a way around": "dog/../cat/1.png",
+}
+
+
+@pytest.mark.parametrize("cell", FOUND.values(), ids=FOUND)
+def test_a_path_is_found_by_its_end(tmp_path, cell):
+    draw(tmp_path, *PETS)
+    labels, notes = listed(tmp_path, f"file,label\n{cell},x\ncat/2.png,x\ndog/1.png,y\ndog/2.png,y\n")
+    assert labels == dict(zip(PETS, "xxyy", strict=True))
+    assert "no image" not in notes and "is not there" not in notes
+
+
+@pytest.mark.parametrize("folder", ["", "train_images/", "parts/a/"])
+def test_a_renamed_folder_is_said(tmp_path, folder):
+    root = draw(tmp_path / "pics", *(f"{folder}{name}.png" for name in "1234"))
+    labels, notes = listed(root, "".join(f"images/{number}.png,{number % 2}\n" for number in (1, 2, 3, 4)))
+    assert sorted(labels.values()) == ["0", "0", "1", "1"]
+    assert "4 rows of t.csv name a folder that is not there, such as images/1.png: taken for " in notes
+
+
+def test_absolute_paths_name_their_file_and_no_other(tmp_path):
+    root = draw(tmp_path / "pets", *PETS)
+    draw(tmp_path / "else", "1.png", "2.png")
+    away = tmp_path / "else" / "2.png"
+    labels = find_labelled_rows(root, [(root / "cat" / "1.png", "x"), (away, "y"), (root / "dog" / "2.png", "y")])
+    assert labels == {root / "cat" / "1.png": "x", away: "y", root / "dog" / "2.png": "y"}
+
+
+def find_labelled_rows(root, rows):
+    (root / "t.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
+    found = find_labelled(root, "t.csv")
+    return {path: found.classes[label] for path, label in found.train}
+
+
+def test_names_that_differ_by_case_alone_are_two(tmp_path):
+    if (draw(tmp_path, "A/x.png", "a/X.png", "a/x.png") / "a" / "X.png").samefile(tmp_path / "a" / "x.png"):
+        pytest.skip("case does not count on this disk")
+    labels, notes = listed(tmp_path, "file,label\nA/x.png,1\na/X.png,2\na/x.png,3\nA/X.png,4\n")
+    assert labels == {"A/x.png": "1", "a/X.png": "2", "a/x.png": "3"}
+    assert "such as A/X.png" in notes
+
+
+@pytest.mark.parametrize("disk, table", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_is_one_in_both_unicode_forms(tmp_path, disk, table):
+    names = ["café/é.png", "thé/ü.png"]
+    draw(tmp_path, *(unicodedata.normalize(disk, name) for name in names))
+    rows = "".join(f"{unicodedata.normalize(table, name)},{number}\n" for number, name in enumerate(names))
+    assert list(listed(tmp_path, rows)[0].values()) == ["0", "1"]
+
+
+TWICE = [
+    ("cat/1.png,cat,train,p\ncat/1.png,dog,train,p", "two labels: cat and dog"),
+    ("cat/1.png,cat,train,p\ncat/1.png,cat,test,p", "two parts: train and test"),
+    ("cat/1.png,cat,train,p\ncat/1,cat,,p", "two parts: train and none"),
+    ("cat/1.png,cat,train,p\n./cat/1.png,cat,train,q", "two groups: p and q"),
+]
+
+
+@pytest.mark.parametrize("rows, message", TWICE)
+def test_an_image_listed_twice_says_one_thing(tmp_path, rows, message):
+    draw(tmp_path, *PETS)
+    head = "file,label,split,group\ndog/1.png,dog,train,r\n"
+    assert message in tiny.refused(listed, tmp_path, head + rows)
+    same = head + "cat/1.png,cat,train,p\ncat/1,cat,Training,p\n"
+    assert len(listed(tmp_path, same)[0]) == 2
