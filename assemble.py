@@ -334,17 +334,15 @@ class Setup:
         model = self.placed(rebuild_model(checkpoint)).eval()
         return WithMirrorImage(model) if getattr(self.options, "tta", "none") == "flip" else model
 
-    def trainer(
-        self, data: DataSet, run: RunDirectory, *, epochs: int | None = None, resumed: dict[str, Any] | None = None
-    ) -> Trainer:
-        """Everything a training needs, wired together; for `epochs`, or as many as the options say.
+    def trainer(self, data: DataSet, run: RunDirectory, *, resumed: dict[str, Any] | None = None) -> Trainer:
+        """Everything a training needs, wired together.
 
         A run that is `resumed`, from what its config.json says, needs no weights to start from: last.pt holds them.
         """
         options = self.options
-        epochs = epochs or options.epochs
+        epochs = options.epochs
         model = self._trainable(data, resumed)
-        batches = self.batches(data, data.train, train=True, epochs=epochs)
+        batches = self.batches(data, data.train, train=True)
         validation = self.batches(data, data.validation)
         heads = head_names(model)
         frozen = epochs if options.freeze_epochs == ALL else options.freeze_epochs

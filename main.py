@@ -139,14 +139,10 @@ def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> Non
 def train(setup: Setup) -> None:
     """Trains, tests the best epoch once, and writes the run's results. Its steps are in commands/train.py."""
     from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
-    from commands.verify_resume import verify
     from runs.resume import find_earlier
 
     options = setup.options
     announce(setup, model=options.model, logs=log_names(options), safetensors=options.safetensors)
-    if options.verify_resume:
-        verify(setup, checkpoint_dir=options.checkpoint_dir, batch_size=setup.update_shape[0], epochs=options.epochs)
-        return
     with opened(setup, partial(explain, options=options)) as run:
         asked = {name: getattr(options, name) for name in ("resume", "overwrite", "config")}
         earlier = setup.ranks.share(lambda: find_earlier(run, vars(options), **asked))  # others may not see the folder

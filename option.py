@@ -280,7 +280,6 @@ OPTIONS = {
         "overwrite": Option(FLAG, False, "replace a finished run of the same name", CALL),
         "max_time": Option(TIME, None, "stop and save before this process has taken so long", CALL),
         "checkpoint_every": Option(EVERY, None, "also save within epochs, every N minutes or updates", HANDLING),
-        "verify_resume": Option(FLAG, False, "prove on a short run that resuming is exact", CALL),
         "log": Option(LOG, None, "also log to these: tensorboard, wandb, mlflow, separated by commas", HANDLING),
         "tensorboard": Option(FLAG, False, "the same as --log tensorboard", HANDLING),
         "safetensors": Option(FLAG, False, "also write the best weights as best_model.safetensors", HANDLING),

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -109,8 +109,8 @@ class Trainer:
             self.run.path, self.precision, self.scaler, self.batches.ranks, self.batches.updates_per_epoch
         )
 
-    def train(self, *, stop_after: int | None = None) -> None:
-        """Trains from where the run stands to its end, or until `stop_after` updates are done in all.
+    def train(self) -> None:
+        """Trains from where the run stands to its end.
 
         Raises Stopped after a signal, with everything saved, and RunError if the run cannot go on.
         """
@@ -122,11 +122,8 @@ class Trainer:
                 self.validation.prepare()
             self.prepared = 0.0 if self.progress.elapsed else self.seconds
             while self.progress.epoch < self.epochs and not self._out_of_patience():
-                ended = self._train_epoch(stop_after)
-                if ended:
-                    self._finish_epoch()
-                if not ended or (stop_after is not None and self.updates_done >= stop_after):
-                    break
+                self._train_epoch()
+                self._finish_epoch()
         self.run.write_metrics(self.progress.history)  # as last.pt knows it, whatever ended an earlier process
         self.run.flush()
         if self._must_stop():  # the signal came while the last epoch was being finished
@@ -144,8 +141,8 @@ class Trainer:
         """Attempted updates, those that the scaler skipped included."""
         return self.progress.epoch * self.batches.updates_per_epoch + self.progress.update
 
-    def _train_epoch(self, stop_after: int | None) -> bool:
-        """The updates that are left of this epoch; False where `stop_after` ended it early."""
+    def _train_epoch(self) -> None:
+        """The updates that are left of this epoch."""
         at = self.progress
         batches = self.batches
         if self.network.begin_epoch(at.epoch) or batches.grows_in(at.epoch):
@@ -174,7 +171,7 @@ class Trainer:
                 at.update += 1
                 bar.update(count)
                 ended = at.update == batches.updates_per_epoch
-                stopping = self._must_stop() or (not ended and self.updates_done == stop_after)
+                stopping = self._must_stop()
                 saving = not ended and self._save_is_due()
                 if ended or stopping or saving or at.update % self.log_interval == 0:
                     self._read(bar)
@@ -182,11 +179,9 @@ class Trainer:
                 at.epoch_waited = batches.seconds_waited
                 if stopping:
                     self._save_and_stop()
-                    return False
                 if saving:
                     self._save()
                     begun = time.perf_counter() - at.epoch_seconds  # saving is no training
-        return True
 
     def _finish_epoch(self) -> None:
         """Validation, the epoch's line in the metrics, and both checkpoints."""
@@ -197,7 +192,6 @@ class Trainer:
                 raise self.meter.bad_validation(at)
         except Interrupted:
             self._save_and_stop()
-            raise
         except Exception:  # what is wrong with a validation must not cost the epoch's training
             with contextlib.suppress(Exception):
                 self._save()
@@ -281,17 +275,16 @@ class Trainer:
         self.last_save = time.monotonic()
         self.run.save({"last.pt": self.state()})
 
-    def _save_and_stop(self) -> None:
-        """Saves where the run stands; raises Stopped if a signal asked for it."""
+    def _save_and_stop(self) -> NoReturn:
+        """Saves where the run stands, then raises Stopped."""
         self._save()
         self.run.write_metrics(self.progress.history)
         self.run.flush()
-        if self._must_stop():
-            at = self.progress
-            raise self.stop.stopped(
-                f"stopped in epoch {at.epoch + 1} after update {at.update} of {self.batches.updates_per_epoch}; "
-                f"saved in {self.run.path}. Go on with the same command and --resume."
-            )
+        at = self.progress
+        raise self.stop.stopped(
+            f"stopped in epoch {at.epoch + 1} after update {at.update} of {self.batches.updates_per_epoch}; "
+            f"saved in {self.run.path}. Go on with the same command and --resume."
+        )
 
     def _save_is_due(self) -> bool:
         if self.checkpoint_every is None:

@@ -65,7 +65,7 @@ def main() -> None:
             ],
             ["main.py", "doctor", data, *shape],
             ["main.py", "train", "--amp", *train, f"--epochs={arguments.epochs}", "--checkpoint_name=gpu_amp"],
-            ["main.py", "train", "--amp", *train, "--verify_resume"],
+            ["benchmarks/verify_resume.py", "--amp", data, *shape, "--pretrained=0", "--epochs=2"],
             ["main.py", "compare", *train, f"--epochs={arguments.compare_epochs}", "--checkpoint_name=gpu_comparison"],
         ):
             run(command, out)

@@ -161,7 +161,6 @@ def _check_together(options: argparse.Namespace) -> None:
             comparing and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
             "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
         ),
-        (comparing and get("verify_resume"), "--verify_resume is for train."),
         (
             get("ladder") and (get("runs") or get("report_only") or get("precisions")),
             "--ladder trains no run: leave out --runs, --report_only and --precisions.",

@@ -160,24 +160,12 @@ GROUPED = ("--backbone_lr=0.1", "--no-decay_norms", "--optimizer=ADAMW", "--augm
 @pytest.mark.parametrize("more", [(), ("--optimizer=SGD", "--amp", "--start_size=20", "--epochs=3", "--ema=0.9")])
 def test_a_run_with_groups_resumes_bit_for_bit(data, tmp_path, more):
     assert tiny.train(data, tmp_path, *GROUPED, *more, "--model=tiny_classifier", name="straight") == 0
-    words = [*GROUPED, *more, "--model=tiny_classifier", "--checkpoint_every=4u"]
-    from train import Trainer
-
-    whole = Trainer.train
+    words = [*GROUPED, *more, "--model=tiny_classifier"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "train", lambda self: (whole(self, stop_after=4), exit_early()))
-        with pytest.raises(EarlyExit):
-            tiny.train(data, tmp_path, *words, name="stopped")
+        tiny.stop_after(patch, 4)
+        assert tiny.train(data, tmp_path, *words, name="stopped") == 130
     assert tiny.train(data, tmp_path, *words, "--resume", name="stopped") == 0
     tiny.assert_equal(tiny.outcome(tmp_path / "straight"), tiny.outcome(tmp_path / "stopped"))
-
-
-class EarlyExit(Exception):
-    pass
-
-
-def exit_early():
-    raise EarlyExit
 
 
 def test_a_checkpoint_of_one_group_goes_on_in_several(data, tmp_path):
@@ -327,9 +315,9 @@ def test_a_frozen_networks_outputs_are_computed_before_the_first_epoch(data, tmp
     seen = []
     train_epoch = Trainer._train_epoch
 
-    def watched(self, stop_after):
+    def watched(self):
         seen.append(all("outputs" in part.source.__dict__ for part in (self.batches, self.validation)))
-        return train_epoch(self, stop_after)
+        return train_epoch(self)
 
     monkeypatch.setattr(Trainer, "_train_epoch", watched)
     words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=2")
@@ -391,10 +379,14 @@ def test_where_outputs_cannot_be_kept_the_log_says_why(run, data, tmp_path, capl
     assert status == 0 and reason in caplog.text
 
 
-def test_a_probe_resumes_bit_for_bit(run, data, tmp_path):
+def test_a_probe_resumes_bit_for_bit(data, tmp_path):
     words = ("--preset=probe", "--epochs=4", "--model=tiny_classifier")
-    status, out, _ = run([*tiny.words(data, tmp_path, *words), "--verify_resume"])
-    assert status == 0 and "bit for bit" in out
+    assert tiny.train(data, tmp_path, *words, name="straight") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.stop_after(patch, 4)
+        assert tiny.train(data, tmp_path, *words, name="stopped") == 130
+    assert tiny.train(data, tmp_path, *words, "--resume", name="stopped") == 0
+    tiny.assert_equal(tiny.outcome(tmp_path / "straight"), tiny.outcome(tmp_path / "stopped"))
 
 
 # --------------------------------------------------------------------------------- mirror images

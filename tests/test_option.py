@@ -25,10 +25,7 @@ TRAINING = (
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
     " --class_weights --sampler --best_by"
 )
-RECORDING = (
-    "--log_interval --resume --overwrite --max_time --checkpoint_every --verify_resume --log --tensorboard "
-    "--safetensors"
-)
+RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every --log --tensorboard --safetensors"
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
@@ -255,7 +252,6 @@ def test_impossible_values_are_refused_by_name(words, named):
         (["compare", "--amp"], "--precisions"),
         (["compare", "--amp_dtype", "float16"], "--precisions"),
         (["compare", "--tf32"], "--precisions"),
-        (["compare", "--verify_resume"], "train"),
         (["evaluate", "--amp_dtype", "float16"], "without --amp"),
     ],
 )

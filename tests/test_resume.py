@@ -357,28 +357,3 @@ def test_other_environment_is_said(data, begun, capsys):
         said = capsys.readouterr().out
         for was in ("0.4", "an abacus", "99"):
             assert was in said
-
-
-# ----------------------------------------------------------------------------- verify_resume
-def test_verify_resume(data, tmp_path, capsys):
-    assert tiny.train(data, tmp_path, "--verify_resume", "--amp", "--amp_dtype=float16") == 0
-    assert "bit for bit" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_verify_resume_finds_what_is_not_exact(data, tmp_path, monkeypatch, capsys):
-    original = training.Trainer.load_state
-
-    def forgetful(self, state):
-        original(self, state)
-        self.optimizer.state.clear()
-
-    monkeypatch.setattr(training.Trainer, "load_state", forgetful)
-    assert tiny.train(data, tmp_path, "--verify_resume") == 1
-    assert "differs" in capsys.readouterr().err
-
-
-def test_verify_resume_does_not_pass_without_a_stop_in_mid_epoch(data, tmp_path, capsys):
-    assert tiny.train(data, tmp_path, "--verify_resume", "--epochs=1") == 0
-    assert tiny.train(data, tmp_path, "--verify_resume", "--batch_size=12") == 2
-    assert "--batch_size" in capsys.readouterr().err

@@ -186,6 +186,23 @@ def run_main(argv):
     return status, out.getvalue(), err.getvalue()
 
 
+def stop_after(patch, updates: int, number: int = signal.SIGINT) -> None:
+    """Sends this process a signal after so many updates of the trainings to come; `patch` is a pytest.MonkeyPatch."""
+    import train as training
+
+    update_weights = training.update_weights
+    done = []
+
+    def counted(*arguments, **options):
+        row = update_weights(*arguments, **options)
+        done.append(row)
+        if len(done) == updates:
+            os.kill(os.getpid(), number)
+        return row
+
+    patch.setattr(training, "update_weights", counted)
+
+
 def environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **extra}
 
