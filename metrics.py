@@ -17,6 +17,7 @@ from model import Forward
 from precision import Precision
 from runs.checkpoint import Progress
 from system.machine import peak_memory, reset_peak_memory
+from system.waiting import Waiting
 from utils import RunError, log
 
 # The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
@@ -86,6 +87,7 @@ class Meter:
         self.ranks = ranks
         self.updates_per_epoch = updates_per_epoch
         self.warming = True  # this epoch's peak memory holds what comes once, such as cuDNN's searches
+        self.waiting = Waiting()  # since the epoch began
         self._unread: list[torch.Tensor] = []
         self._scale_warned = False
 
@@ -186,6 +188,7 @@ class Meter:
             at.steady = not self.warming
         sums = at.sums
         macro = found.macro()
+        busy = self.waiting.share()
         return {
             "epoch": at.epoch + 1,
             "updates": (at.epoch + 1) * self.updates_per_epoch,
@@ -201,6 +204,7 @@ class Meter:
             "grad_norm": sums["norm"] / max(1, sums["updates"]),
             "images_per_second": round(sums["images"] / at.epoch_seconds, 2),
             "data_wait_share": round(at.epoch_waited / at.epoch_seconds, 4),
+            "busy_share": None if busy is None else round(busy, 4),
             "seconds": round(at.epoch_seconds, 3),
             "elapsed": round(at.elapsed, 3),
             "peak_memory_mb": memory["peak_memory_mb"],
@@ -208,7 +212,8 @@ class Meter:
         }
 
     def next_epoch(self, device: torch.device) -> None:
-        """After an epoch that warmed up, peak memory is measured anew."""
+        """After an epoch that warmed up, peak memory is measured anew; after each, the waiting for processors."""
+        self.waiting = Waiting()
         if self.warming:
             self.warming = False
             reset_peak_memory(device)

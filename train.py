@@ -25,6 +25,7 @@ from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
 from system.terminal import duration
+from system.waiting import Waiting
 from utils import Interrupted, StopSignal, UserError, printable, progress, seed_everything
 
 
@@ -116,6 +117,7 @@ class Trainer:
         """
         self.last_save = time.monotonic()
         self.begun = time.perf_counter() - self.progress.elapsed
+        self.meter.waiting = Waiting()
         with self.stop:
             if self.progress.epoch < self.epochs:
                 self.batches.prepare()

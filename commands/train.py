@@ -18,7 +18,7 @@ from evaluate import evaluate, probabilities
 from images.subsets import DataSet
 from model import constructor_options
 from reports import tables
-from reports.results import EXPLANATIONS, steady_rate
+from reports.results import EXPLANATIONS, busy_share, steady_rate
 from runs import resume
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
@@ -153,6 +153,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         "total_seconds": round(trainer.seconds, 3),
         "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
         "images_per_second": steady_rate(at.history),
+        "busy_share": busy_share(at.history),
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)

@@ -10,22 +10,25 @@ import math
 import statistics
 from typing import Any
 
-UNCLEAR = "unclear"  # stands in a table in place of a ratio that differs between seeds by more than it gains
+# What stands in a table in place of a ratio.
+UNCLEAR = "unclear"  # it differs between seeds by more than it gains
+MACHINE_BUSY = "busy"  # other programs used the machine while it was measured
 
 
-def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str) -> None:
+def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str, *, busy: bool = False) -> None:
     """Set `row[name]` to the median ratio of `measure` to that of `base`, or to None if it may not be stated.
 
     Beside it, `row["ratios"][name]` holds `values`, the ratio of each seed that both rows have (of each pair of runs
     if they share fewer than two), and `unstated`, the reason in one word or None. A ratio is not stated if its values
-    spread further (largest ÷ smallest) than their median is from 1.
+    spread further (largest ÷ smallest) than their median is from 1, and no ratio of times is if a machine was `busy`.
     """
     values = _by_seed(row, base, measure)
     if not values:
         return
     median = statistics.median(values)
     spread = math.log(max(values) / min(values))
-    unstated = UNCLEAR if spread > abs(math.log(median)) else None
+    unclear = UNCLEAR if spread > abs(math.log(median)) else None
+    unstated = MACHINE_BUSY if busy else unclear
     row[name] = None if unstated else median
     row["ratios"][name] = {"values": values, "unstated": unstated}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from reports.ratios import UNCLEAR
+from system.waiting import BUSY
 from utils import printable
 
 _RATIOS = {"speed_up": ("speed-up", "images/s"), "memory_ratio": ("memory ratio", "memory")}
@@ -15,7 +16,21 @@ _RATIOS = {"speed_up": ("speed-up", "images/s"), "memory_ratio": ("memory ratio"
 
 def remarks(rows: list[dict[str, Any]]) -> list[str]:
     """Return the sentences for the rows of a comparison, as `results.compare_runs` makes them."""
-    return [printable(text) for row in rows for text in _unclear_ratios(row)]
+    sentences = _busy_machines(rows)
+    for row in rows:
+        sentences += _unclear_ratios(row)
+    return [printable(text) for text in sentences]
+
+
+def _busy_machines(rows: list[dict[str, Any]]) -> list[str]:
+    """Say which rows lost time to other programs."""
+    lost = [f"{row['label']} lost {100 * row['busy_share']:.0f} %" for row in rows if row["busy_share"] > BUSY]
+    if not lost:
+        return []
+    return [
+        f"The machine was busy: times are not comparable ({', '.join(lost)} of the time waiting for processors that "
+        "other programs used)."
+    ]
 
 
 def _unclear_ratios(row: dict[str, Any]) -> list[str]:

@@ -21,6 +21,7 @@ from reports.ratios import set_ratio
 from reports.remarks import remarks
 from runs.result import read_result
 from system.files import read_json, reading
+from system.waiting import BUSY
 from utils import UserError, printable
 
 
@@ -102,6 +103,13 @@ def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
 def steady_rate(metrics: list[dict[str, Any]]) -> float:
     """Median images/s of the epochs after the first, which pays for warm-up; the first where it is the only one."""
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
+
+
+def busy_share(metrics: list[dict[str, Any]]) -> float | None:
+    """Share of the run's time in which it waited for processors that others used; None if the system did not say."""
+    shares = column(metrics, "busy_share")
+    known = np.isfinite(shares)
+    return float(np.average(shares[known], weights=column(metrics, "seconds")[known])) if known.any() else None
 
 
 def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = 24) -> np.ndarray:
@@ -216,7 +224,8 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
         )
         if base:
             if (row["train_seconds"] is None) == (base["train_seconds"] is None):  # else one was tested only
-                set_ratio(row, base, "speed_up", "images_per_second")
+                busy = row is not base and max(row["busy_share"], base["busy_share"]) > BUSY
+                set_ratio(row, base, "speed_up", "images_per_second", busy=busy)
             set_ratio(row, base, "memory_ratio", "memory_mb")
             row["difference"] = None if row is base else _difference(base, row)
     configs = [run["config"] for run in runs if run["options"]]
@@ -240,6 +249,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "seeds": [run["seed"] for run in finished],
         **{key.replace("peak_", ""): _spread([run["result"].get(key) for run in finished]) for key in keys},
         "memory_kind": next((str(run["result"].get("memory_kind")) for run in finished), None),
+        "busy_share": max((run["result"].get("busy_share") or 0.0 for run in finished), default=0.0),
         "speed_up": None,
         "memory_ratio": None,
         "ratios": {},

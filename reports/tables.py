@@ -11,6 +11,7 @@ from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 from reports.results import wilson
 from reports.text import WIDTH, align, duration, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES
+from system.waiting import BUSY
 from utils import printable
 
 
@@ -32,6 +33,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         *_balanced(result),
         (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
+        *_busy(result),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
     ]
@@ -43,6 +45,14 @@ def _balanced(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         return []
     remark = f"mean recall of the classes; macro F1 {100 * result['macro']['f1']:.2f} %"
     return [("Balanced", f"{result['balanced_acc']:.2f} %", remark)]
+
+
+def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """A warning beside the time if other programs used the machine."""
+    share = result.get("busy_share") or 0.0
+    if share <= BUSY:
+        return []
+    return [("Machine busy", f"{100 * share:.0f} %", "of the time lost waiting for processors: times say little")]
 
 
 def class_rows(result: dict[str, Any]) -> list[list[str]]:

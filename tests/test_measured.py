@@ -1,14 +1,20 @@
 """What was measured is what is said: ratios, times, reasons and advice. Run it alone: pytest tests/test_measured.py"""
 
 import json
+import os
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from test_report import compare, make_run
 from tqdm.utils import disp_len
 
-from reports import page, tables
+from reports import page, results, tables
+from system import waiting
+from utils import UserError
 
 
 def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
@@ -80,3 +86,89 @@ def test_a_rate_of_testing_is_not_compared_with_one_of_training(tmp_path):
     (tested / "metrics.jsonl").unlink()
     comparison = compare(make_run(tmp_path / "fp32"), tested)[1]
     assert comparison["rows"][1]["speed_up"] is None and "| – |" in tables.performance_table(comparison)
+
+
+# A busy machine
+
+
+def set_result(run: Path, **changes) -> Path:
+    file = run / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return run
+
+
+@pytest.mark.parametrize("busy_one", ["fp32", "amp-bf16"])
+def test_no_speed_up_is_stated_of_a_busy_machine(tmp_path, busy_one):
+    runs = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16", rates=(1.0, 25.0))]
+    for run in runs:
+        set_result(run, busy_share=0.62 if run.name == busy_one else 0.004)
+    comparison = compare(*runs)[1]
+    amp = comparison["rows"][1]
+    assert amp["speed_up"] is None and amp["ratios"]["speed_up"]["unstated"] == "busy" and amp["memory_ratio"] == 1
+    page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
+    told = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
+    for text in [*told, (tmp_path / "report.html").read_text()]:
+        flat = " ".join(text.split())
+        assert "The machine was busy: times are not comparable" in flat and "lost 62 %" in flat
+        assert "0.23×" not in flat
+
+
+def test_a_quiet_machine_and_an_old_result_are_not_called_busy(tmp_path):
+    quiet = set_result(make_run(tmp_path / "fp32"), busy_share=0.04)
+    unknown = set_result(make_run(tmp_path / "tf32", "tf32"), busy_share=None)
+    old = make_run(tmp_path / "amp-bf16", "amp-bf16")
+    comparison = compare(quiet, unknown, old)[1]
+    assert [row["speed_up"] for row in comparison["rows"]] == [1, 1, 1] and comparison["remarks"] == []
+    with pytest.raises(UserError, match="result.json"):
+        results.read_run(set_result(quiet, busy_share="much"))
+
+
+def test_a_summary_says_that_the_machine_was_busy(tmp_path):
+    run = results.read_run(set_result(make_run(tmp_path / "run"), busy_share=0.4))
+    assert re.search(r"^Machine busy +40 %", tables.summary(run["result"]), re.MULTILINE)
+    assert results.busy_share([{"busy_share": 0.5, "seconds": 1.0}, {"busy_share": 0.1, "seconds": 3.0}]) == 0.2
+    assert results.busy_share([{"busy_share": None, "seconds": 1.0}, {"seconds": 1.0}]) is None
+
+
+COUNTS = {"clock": 100.0, "waited": {"1": 5.0}, "own": 50.0, "workers": 0.0, "stolen": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("later", "share"),
+    [
+        ({"waited": {"1": 5.0}, "own": 70.0}, 0.0),  # idle processors, as while a GPU computes
+        ({"waited": {"1": 9.0}, "own": 56.0}, 0.4),
+        ({"waited": {"1": 5.1, "2": 3.0}, "own": 56.0}, 0.3),  # a thread that is new and waited longest
+        ({"waited": {"1": 9.0}, "own": 70.0}, 0.0),  # more threads than processors: it had all of them
+        ({"waited": {"1": 9.0}, "own": 56.0, "workers": 3.0}, 0.1),  # its own loading workers took three
+        ({"waited": {"1": 5.0}, "own": 60.0, "stolen": 2.0}, 0.2),  # by the host of a virtual machine
+        ({"waited": {}, "own": 56.0}, None),  # not Linux
+    ],
+)
+def test_only_what_others_took_counts_as_busy(monkeypatch, later, share):
+    states = iter([waiting._Counts(**COUNTS), waiting._Counts(**COUNTS | {"clock": 110.0} | later)])
+    monkeypatch.setattr(waiting, "_counts", lambda root: next(states))
+    monkeypatch.setattr(waiting, "_processors", lambda root: 2.0)
+    assert waiting.Waiting().share() == (None if share is None else pytest.approx(share))
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not count waiting")
+def test_a_competing_process_is_noticed():
+    """Two processes on one processor: each waits half of the time, whatever else the machine does."""
+    one = min(os.sched_getaffinity(0))
+    before = os.sched_getaffinity(0)
+    other = subprocess.Popen(
+        [sys.executable, "-S", "-c", f"import os; os.sched_setaffinity(0, {{{one}}})\nwhile 1: pass"]
+    )
+    os.sched_setaffinity(0, {one})
+    try:
+        time.sleep(0.1)
+        measured = waiting.Waiting()
+        until = time.perf_counter() + 0.4
+        while time.perf_counter() < until:
+            pass
+        assert measured.share() > 0.3
+    finally:
+        os.sched_setaffinity(0, before)
+        other.kill()
+        other.wait()

@@ -36,6 +36,7 @@ MEASURED = {
     "elapsed",
     "images_per_second",
     "data_wait_share",
+    "busy_share",
     "peak_memory_mb",
     "reserved_memory_mb",
     "epoch_seconds",
