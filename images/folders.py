@@ -42,7 +42,8 @@ class ImageSet:
     """The files of a data set: (path, label) lists, labels indexing `classes`.
 
     `validation` or `test` is None if it is to be split off `train`. `groups` names for a path the images that
-    must stay together. `passed_over` counts the files that are no images, by suffix; `notes` are sentences to say.
+    must stay together; `from_table` says that a table gave labels and groups. `passed_over` counts the files that are
+    no images, by suffix; `notes` are sentences to say.
     """
 
     root: Path
@@ -51,6 +52,7 @@ class ImageSet:
     test: Listing | None = None
     validation: Listing | None = None
     groups: dict[Path, str] = field(default_factory=dict)
+    from_table: bool = False
     passed_over: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
 

@@ -70,7 +70,7 @@ def find_labelled(
         raise UserError(f"{printable(root)} does not exist. Name the folder that holds the images with --data_dir.")
     file = Path(table) if Path(table).exists() else root / table
     rows = read_table(file)
-    image_set = ImageSet(root, [], [])
+    image_set = ImageSet(root, [], [], from_table=True)
     index = _Index(root)
     header, columns = _columns(file, rows, index, group)
     image_set.notes.append(f"{printable(file.name)}: {header}")

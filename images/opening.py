@@ -115,6 +115,7 @@ def open_test_set(
             image_set.notes.append(
                 f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
             )
+        _say_relabelled(image_set, recorded or {}, listing)
     image_set = replace(image_set, train=[], validation=None, test=listing)
     opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
     if not len(opened.subsets["test"]):
@@ -159,6 +160,8 @@ def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
         new = amount(len(added), "image is", "images are")
         image_set.notes.append(f"{new} not in split.csv, such as {printable(added[0])}: {fate}")
 
+    _say_relabelled(image_set, follow, [entry for listing in image_set.parts.values() for entry in listing])
+
     def wanted(path: Path) -> bool:
         entry = follow.get(names[path])
         return not strictly if entry is None else bool(strictly or entry[1])
@@ -167,6 +170,19 @@ def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
         setattr(image_set, name, [entry for entry in listing if wanted(entry[0])] or None)
     if not image_set.train:
         raise UserError(f"--split calls no image in {printable(image_set.root)} a training image.")
+
+
+def _say_relabelled(image_set: ImageSet, split: Split, listing: Listing) -> None:
+    """Note images that have another label now than when a split was written."""
+    changed = []
+    for path, label in listing:
+        name = relative(path, image_set.root)
+        now = image_set.classes[label]
+        if split.get(name, (now, ""))[0] != now:
+            changed.append(f"{printable(name)} ({printable(split[name][0])} there, {printable(now)} now)")
+    if changed:
+        have = amount(len(changed), "image has", "images have")
+        image_set.notes.append(f"{have} another label than in split.csv, such as {changed[0]}")
 
 
 @dataclass
@@ -195,12 +211,19 @@ class _Opened:
             self.subsets[name] = subset
 
     def fingerprint(self) -> str:
-        """What tells these images from others: classes, names and pixels of all listed files."""
-        found = hashlib.sha256(json.dumps(self.image_set.classes).encode())
-        for name, listing in self.image_set.parts.items():
-            names = [os.path.relpath(path, self.image_set.root) for path, _ in listing]
+        """Return what tells these images from others: classes, names and pixels of all listed files.
+
+        Labels and groups count if a table gives them; of class folders the names of the files say them.
+        """
+        image_set = self.image_set
+        found = hashlib.sha256(json.dumps(image_set.classes).encode())
+        for name, listing in image_set.parts.items():
+            names = [os.path.relpath(path, image_set.root) for path, _ in listing]
             found.update(json.dumps([name, names]).encode())
             found.update(self.crc32[name].tobytes())
+            if image_set.from_table:
+                told = [[label, image_set.groups.get(path)] for path, label in listing]
+                found.update(json.dumps(told).encode())
         return found.hexdigest()[:16]
 
     def data_set(self) -> DataSet:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 from images.labels import find_labelled
+from images.opening import Opening, open_data_set, open_test_set
 
 
 def draw(root, *names):
@@ -30,6 +31,16 @@ def listed(root, table, **options):
         for path, label in listing
     }
     return labels, " | ".join(found.notes)
+
+
+def opened(root, **options):
+    return open_data_set(root, image_size=8, seed=1, opening=Opening(workers=1), **options)
+
+
+def split_of(data):
+    """{path: (class, part)}, as read from the split.csv that a run would write."""
+    header, *rows = data.split()
+    return {path: (name, part) for path, name, part in rows}
 
 
 PETS = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
@@ -143,3 +154,54 @@ def test_an_image_listed_twice_says_one_thing(tmp_path, rows, message):
     assert message in tiny.refused(listed, tmp_path, head + rows)
     same = head + "cat/1.png,cat,train,p\ncat/1,cat,Training,p\n"
     assert len(listed(tmp_path, same)[0]) == 2
+
+
+# --------------------------------------------------------------------------------- labels that change under a run
+TABLE = {f"{number}.png": ("even", "odd")[number % 2] for number in range(16)}
+
+
+def write(root, table, groups=None):
+    rows = [f"{name},{label},{(groups or {}).get(name, name)}" for name, label in table.items()]
+    (root / "t.csv").write_text("\n".join(["image,label,group", *rows]))
+
+
+def test_labels_that_changed_make_other_images_of_them(tmp_path):
+    draw(tmp_path, *TABLE)
+    write(tmp_path, TABLE)
+    first = opened(tmp_path, labels="t.csv")
+    recorded = split_of(first)
+    assert opened(tmp_path, labels="t.csv", recorded=recorded).fingerprint == first.fingerprint
+    swapped = TABLE | {"3.png": "even", "4.png": "odd"}
+    for changed, groups in ((swapped, None), (TABLE | {"4.png": "odd"}, None), (TABLE, {"1.png": "7.png"})):
+        write(tmp_path, changed, groups)
+        assert opened(tmp_path, labels="t.csv", recorded=recorded).fingerprint != first.fingerprint
+
+
+def test_a_table_in_another_order_is_the_same(tmp_path):
+    draw(tmp_path, *TABLE)
+    write(tmp_path, TABLE)
+    first = opened(tmp_path, labels="t.csv").fingerprint
+    write(tmp_path, dict(reversed(TABLE.items())))
+    assert opened(tmp_path, labels="t.csv").fingerprint == first
+
+
+def test_the_fingerprint_of_class_folders_is_what_it_was(tmp_path):
+    draw(tmp_path, *(f"{'ab'[number % 2]}/{number}.png" for number in range(8)))
+    assert opened(tmp_path).fingerprint == "ebc6072bcb194ee5"
+
+
+def test_images_tested_under_another_label_are_said(tmp_path, caplog):
+    caplog.set_level("INFO", "amp-train")
+    draw(tmp_path, *TABLE)
+    write(tmp_path, TABLE)
+    recorded = split_of(opened(tmp_path, labels="t.csv"))
+    tested = next(name for name, (label, part) in recorded.items() if part == "test" and label == "odd")
+    write(tmp_path, TABLE | {tested: "even"})
+    options = {"image_size": 8, "known": ["even", "odd"], "labels": "t.csv", "same_place": True}
+    open_test_set(tmp_path, recorded=recorded, **options)
+    said = f"1 image has another label than in split.csv, such as {tested} (odd there, even now)"
+    assert said in caplog.messages
+    caplog.clear()
+    write(tmp_path, TABLE)
+    open_test_set(tmp_path, recorded=recorded, **options)
+    assert "another label" not in caplog.text
