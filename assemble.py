@@ -11,7 +11,6 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import nn
 
@@ -39,7 +38,7 @@ from model import (
     preprocessing,
     rebuild_model,
 )
-from optimizer import make_optimizer, make_scheduler, parameter_groups
+from optimizer import balanced_weights, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.config import NOT_RECORDED, describe, read_config, versions
@@ -411,11 +410,10 @@ class Setup:
         )
 
     def _class_weights(self, data: DataSet) -> torch.Tensor | None:
-        """Inverse frequencies of the classes, of mean 1 over the training images; None if all weigh the same."""
+        """Return the weight of each class in the loss; None if all weigh the same."""
         if self.options.class_weights == "none":
             return None
-        counts = numpy.bincount(data.train.labels, minlength=len(data.classes))
-        return torch.from_numpy(len(data.train) / (len(counts) * counts)).float().to(self.device)
+        return balanced_weights(torch.from_numpy(data.train.labels), len(data.classes)).to(self.device)
 
     def _trainable(self, data: DataSet, resumed: dict[str, Any] | None) -> nn.Module:
         """The model to train. Raises UserError where it cannot be trained with these batches on these processes."""

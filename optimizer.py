@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer and the schedule: the learning rate as a function of attempted updates."""
+"""The loss, parameter groups, the optimizer and the schedule: the learning rate as a function of attempted updates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,53 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from warmup_scheduler import GradualWarmupScheduler
 
 from pretrained.fitting import belongs
 from utils import UserError
+
+
+class SmoothedCrossEntropy(nn.Module):
+    """Compute the cross entropy, summed over images, in which each image has the weight of its own class.
+
+    With logits z (images, classes), p = softmax(z), K classes, label smoothing e and class weights w (classes,), the
+    loss of an image of class y is
+
+        L(y) = w[y] * ((1 - e) * -log p[y] + e / K * sum over k of -log p[k])
+
+    and it is smallest where p is the smoothed label, whatever the weights are. nn.CrossEntropyLoss weights each term of
+    the sum by w[k] instead: with e = 0.1 and 400 images of one class against 20 of another, every image is then pulled
+    to the rare class. Labels are class indices (images,), or shares q (images, classes) that sum to 1, as MixUp and
+    CutMix make them: then the loss of an image is the sum over c of q[c] * L(c). Without weights this is
+    nn.CrossEntropyLoss, bit for bit.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, class_weights: torch.Tensor | None = None):
+        super().__init__()
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        class_count = logits.shape[1]
+        shares = labels if labels.ndim > 1 else F.one_hot(labels, class_count)
+        weighted = shares * self.class_weights
+        spread = weighted.sum(1, keepdim=True) / class_count
+        targets = (1 - self.label_smoothing) * weighted + self.label_smoothing * spread
+        return F.cross_entropy(logits, targets, reduction="sum")
+
+
+def balanced_weights(labels: torch.Tensor, class_count: int) -> torch.Tensor:
+    """Return a weight for each class (class_count,), float32, inverse to its frequency among `labels` (images,).
+
+    Their mean over these images is 1. A class without an image has weight 0.
+    """
+    counts = torch.bincount(labels, minlength=class_count)
+    weights = len(labels) / (counts.count_nonzero() * counts.clamp(min=1))
+    return torch.where(counts > 0, weights, 0.0)
 
 
 def parameter_groups(

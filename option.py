@@ -237,7 +237,9 @@ OPTIONS = {
             {**RATE, "metavar": "N"}, None, "epochs of warmup (default: 5 for step_warmup, else epochs/10)"
         ),
         "class_weights": Option(
-            one_of("none", "balanced"), "none", "balanced: weight the loss of a class by the inverse of its frequency"
+            one_of("none", "balanced"),
+            "none",
+            "balanced: weight the loss of an image by the inverse of its class's frequency",
         ),
         "sampler": Option(
             one_of("shuffle", "balanced"),

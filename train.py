@@ -21,6 +21,7 @@ from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
 from metrics import Meter, UpdateRecord, figure
 from model import Forward, Network
+from optimizer import SmoothedCrossEntropy
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
@@ -103,7 +104,7 @@ class Trainer:
         self, label_smoothing: float, class_weights: torch.Tensor | None, max_seconds: float | None
     ) -> None:
         self.stop = StopSignal(max_seconds)
-        self.criterion = nn.CrossEntropyLoss(class_weights, reduction="sum", label_smoothing=label_smoothing)
+        self.criterion = SmoothedCrossEntropy(label_smoothing, class_weights)
         self.scaler = self.precision.grad_scaler()
         self.scheduler = self.make_scheduler(done=0)
         self.meter = Meter(
