@@ -18,7 +18,7 @@ from images.folders import ImageSet, Listing
 from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
-from images.stores import ImageStore, open_store
+from images.stores import ImageStore, checksums, open_store
 from images.subsets import DataSet, Split, Subset, relative
 from utils import UserError, amount, log, printable
 
@@ -83,7 +83,7 @@ def open_data_set(
         opened.divide(parts, missing, image_size)
     data = opened.data_set()
     refuse_empty(data.subsets, image_set)
-    warn_of_leaks(data.subsets, image_set)
+    warn_of_leaks(data.subsets, image_set, opened.compared)
     return data
 
 
@@ -195,6 +195,7 @@ class _Opened:
     subsets: dict[str, Subset] = field(default_factory=dict)
     bad: dict[Path, str] = field(default_factory=dict)
     crc32: dict[str, np.ndarray] = field(default_factory=dict)
+    compared: dict[str, np.ndarray] = field(default_factory=dict)  # checksums at the training images' limit
 
     def divide(self, parts: np.ndarray, missing: list[str], image_size: int) -> None:
         """Makes subsets of the training images by `parts`, indices of PARTS. What is not trained on is kept smaller."""
@@ -256,6 +257,12 @@ def _open_parts(
         opened.bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         opened.subsets[name] = Subset(store, listing, np.setdiff1d(np.arange(len(listing)), list(store.unreadable)))
         opened.crc32[name] = store.crc32
+        opened.compared[name] = store.crc32
+        if name != "train" and train_limit != image_size:
+            paths = [path for path, _ in listing]
+            opened.compared[name] = checksums(
+                paths, image_set.root, limit=train_limit, rules=store.rules, workers=opening.workers
+            )
     report_unreadable(opened.bad, skip_unreadable)
     return opened
 

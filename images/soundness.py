@@ -59,13 +59,16 @@ def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
             log.info(f"no {name} image of {names}: tested with support 0, and left out of averages over classes")
 
 
-def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Warns of pictures, or groups, that a given test or validation part shares with the training images."""
+def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet, crc32: dict[str, np.ndarray]) -> None:
+    """Warn of pictures, or groups, that a given test or validation part shares with the training images.
+
+    `crc32` holds for each given part the checksums of its listing's images, all kept to one size.
+    """
     train = subsets["train"]
     for name in PARTS[1:]:
         other = subsets[name]
         if other.listing is getattr(image_set, name):  # not split off
-            copies = _copies(train, other)
+            copies = _copies(train, other, crc32[name])
             if copies:
                 both = amount(
                     len(copies), f"{name} image is also a training image", f"{name} images are also training images"
@@ -82,12 +85,12 @@ def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet) -> None:
             log.warning(f"{have} images on both sides, training and {name}, such as {min(shared)}.")
 
 
-def _copies(train: Subset, other: Subset) -> list[Path]:
+def _copies(train: Subset, other: Subset, crc32: np.ndarray) -> list[Path]:
     """The images of another part whose picture is one of all that the training images were taken from.
 
-    Equal checksums may be chance, so these files are looked at again.
+    `crc32` holds the checksums of the other part's listing. Equal ones may be chance: the files are looked at again.
     """
-    theirs = other.store.crc32[other.positions]
+    theirs = crc32[other.positions]
     both = np.intersect1d(train.store.crc32, theirs)
     both = both[both > 0]
     if not len(both):

@@ -191,7 +191,38 @@ def open_store(
     range of these files' values; `store.rules` says which. Caches in the same folder are kept to `cache_limit` GB.
     """
     workers = min(8, cores()) if workers is None else workers
-    rules = rules or Rules()
+    kept = _kept(paths, root, limit, cache, workers, rules or Rules(), own_window, cache_limit)
+    if kept.several:
+        log.info(f"{kept.several:,} files hold several pictures: the first of each is used")
+    for mode, window in kept.rules.windows.items():
+        log.info(f"deep grey pictures (mode {mode}): {window[0]:g} becomes black, {window[1]:g} white")
+    if kept.array is not None:
+        return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
+    shape = kept.shape(len(paths))
+    if workers and not _can_share():
+        workers = 0
+        log.info("note: no worker processes can be had here (no shared memory, or no folder for temporary files)")
+    log.info(f"images: {described(shape)}, streamed through {workers} workers")
+    return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
+
+
+def checksums(paths: list[Path], root: Path, *, limit: int, rules: Rules, workers: int | None = None) -> np.ndarray:
+    """Return the CRC-32 of each image (count,) as `open_store` would keep it with that limit; keep no pixels."""
+    workers = min(8, cores()) if workers is None else workers
+    return _kept(paths, root, limit, "none", workers, rules, False, math.inf).crc32
+
+
+def _kept(
+    paths: list[Path],
+    root: Path,
+    limit: int,
+    cache: str,
+    workers: int,
+    rules: Rules,
+    own_window: bool,
+    cache_limit: float,
+) -> Kept:
+    """Return what is known of a listing's images: found in the cache folder, or decoded now."""
     states = [file_state(path) for path in paths]
     identity = [rules.identity, own_window, limit, [str(root.resolve()), *map(str, paths)], states]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
@@ -205,18 +236,7 @@ def open_store(
         if kept is None or (kept.array is None and not streamed):
             kept = build_cache(file, paths, plan, limit, streamed, workers)
     limit_caches(file.parent, cache_limit * 2**30, keep=file)
-    if kept.several:
-        log.info(f"{kept.several:,} files hold several pictures: the first of each is used")
-    for mode, window in kept.rules.windows.items():
-        log.info(f"deep grey pictures (mode {mode}): {window[0]:g} becomes black, {window[1]:g} white")
-    if kept.array is not None:
-        return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
-    shape = kept.shape(len(paths))
-    if workers and not _can_share():
-        workers = 0
-        log.info("note: no worker processes can be had here (no shared memory, or no folder for temporary files)")
-    log.info(f"images: {described(shape)}, streamed through {workers} workers")
-    return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
+    return kept
 
 
 def _is_streamed(cache: str, size: int, cache_limit: float) -> bool:

@@ -205,3 +205,24 @@ def test_images_tested_under_another_label_are_said(tmp_path, caplog):
     write(tmp_path, TABLE)
     open_test_set(tmp_path, recorded=recorded, **options)
     assert "another label" not in caplog.text
+
+
+# ------------------------------------------------------------------------------------- copies on both sides
+@pytest.mark.parametrize("size, larger", [(16, True), (32, True), (40, True), (16, False)])
+@pytest.mark.parametrize("cache", ["auto", "none"])
+def test_copies_in_a_given_part_are_seen_at_every_size(tmp_path, caplog, size, larger, cache):
+    for seed in range(12):
+        path = tmp_path / "train" / "ab"[seed % 2] / f"{seed}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tiny.noise(seed, (40, 36)).save(path)
+        for part in ("test", "val"):
+            (tmp_path / part / "ab"[seed % 2]).mkdir(parents=True, exist_ok=True)
+    for seed, part in ((0, "test"), (1, "test"), (2, "val"), (3, "val")):
+        picture = tiny.noise(seed if seed < 3 else 77, (40, 36))
+        picture.save(tmp_path / part / "ab"[seed % 2] / f"again{seed}.{'bmp' if seed else 'png'}")
+    opening = Opening(workers=1, cache=cache)
+    for _ in range(2):  # decoded, then found decoded
+        caplog.clear()
+        open_data_set(tmp_path, image_size=size, seed=1, keep_larger=larger, opening=opening)
+        assert "2 test images are also training images, such as " in caplog.text
+        assert "1 validation image is also a training image, such as " in caplog.text
