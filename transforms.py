@@ -143,13 +143,32 @@ RANDOM = {
 def each(
     make: Callable[[], Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor, seeds: Sequence[int]
 ) -> torch.Tensor:
-    """A random transform of images (count, 3, height, width), each by its own seed, in the images' layout."""
+    """A random transform of images (count, 3, height, width), each by its own seed, in the images' layout.
+
+    The transforms draw from the default generators. These are put back as they were, because dropout draws from them,
+    too; their states lie in the host's memory, so that no device is waited for.
+    """
     transform = make()
     distorted = torch.empty_like(images)
+    generators = default_generators(images.device)
+    states = [generator.get_state() for generator in generators]
     for place, (image, seed) in enumerate(zip(images, seeds, strict=True)):
-        torch.manual_seed(seed)  # of every device: some draw on that of the image
+        for generator in generators:
+            generator.manual_seed(seed)
         distorted[place] = transform(image)
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
     return distorted
+
+
+def default_generators(device: torch.device) -> list[torch.Generator]:
+    """Return those that functions without a generator draw from: the CPU's, and the one of `device`."""
+    found = [torch.default_generator]
+    if device.type in ("cuda", "xpu"):
+        found.append(torch.get_device_module(device).default_generators[device.index])
+    elif device.type == "mps":
+        found.append(torch.mps._get_default_mps_generator())
+    return found
 
 
 def growing_sizes(start: int, full: int, epochs: int) -> list[int]:

@@ -117,7 +117,8 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
 def seed_everything(*numbers: int) -> None:
     """Seeds torch's default generators on every device with a number derived from `numbers`.
 
-    Called before each update with (seed, epoch, update, rank), so that dropout needs no saved state.
+    Called before each update with (seed, epoch, update, rank), so that dropout needs no saved state. Nothing else
+    may draw from these generators until the update ends.
     """
     import torch
 

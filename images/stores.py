@@ -86,6 +86,7 @@ class StreamedImages:
             persistent_workers=workers > 0,
             worker_init_fn=_quiet_worker,
             collate_fn=_as_it_is,
+            generator=torch.Generator(),  # the default one belongs to dropout: each new iterator draws a seed
         )
         self._pin = pin
         self._said = False
