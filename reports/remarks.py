@@ -5,6 +5,10 @@ The terminal, Markdown, HTML and comparison.json say the same sentences.
 
 from __future__ import annotations
 
+import csv
+import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from reports.ratios import UNCLEAR
@@ -12,13 +16,18 @@ from system.waiting import BUSY
 from utils import printable
 
 _RATIOS = {"speed_up": ("speed-up", "images/s"), "memory_ratio": ("memory ratio", "memory")}
+FAR_APART = 0.25  # of a run's epochs: between tested epochs that are worth a word
+_SIZES = ("image_size", "start_size", "augment")  # options by which the same pictures are kept in other sizes
 
 
-def remarks(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the sentences for the rows of a comparison, as `results.compare_runs` makes them."""
-    sentences = _busy_machines(rows)
+def remarks(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[str]:
+    """Return the sentences for the rows of a comparison, and the runs in them, as `results.compare_runs` has them."""
+    sentences = [*_busy_machines(rows), *_other_data([run for run in runs if run["result"]])]
     for row in rows:
         sentences += _unclear_ratios(row)
+        if row["difference"]:
+            base, own = ([run for run in runs if run["label"] == row[key]] for key in ("against", "label"))
+            sentences += _choice_of_epoch(base, own)
     return [printable(text) for text in sentences]
 
 
@@ -46,3 +55,67 @@ def _unclear_ratios(row: dict[str, Any]) -> list[str]:
                 f"{high:.2f} times those of FP32, which spreads by more than the gain."
             )
     return sentences
+
+
+def _choice_of_epoch(base: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterator[str]:
+    """Say of runs of one seed that were tested at other epochs how they stood at the same one, and what follows.
+
+    If their validation accuracies there differ by less than half as much as the test accuracies, what differs is the
+    choice of the epoch. Without that, epochs that are near to each other are not worth a word.
+    """
+    for one, other in ((one, other) for one in base for other in others if one["seed"] == other["seed"]):
+        if not (one["result"] and other["result"] and one["metrics"] and other["metrics"]):
+            continue
+        tested = [run["result"]["best_epoch"] for run in (other, one)]
+        last = min(len(one["metrics"]), len(other["metrics"]))
+        accuracies = [run["metrics"][last - 1].get("val_acc") for run in (other, one)]
+        if tested[0] == tested[1] or not all(value is not None and math.isfinite(value) for value in accuracies):
+            continue
+        points = other["result"]["test_acc"] - one["result"]["test_acc"]
+        chosen = abs(points) >= 1 and abs(accuracies[0] - accuracies[1]) <= abs(points) / 2
+        if not chosen and abs(tested[0] - tested[1]) <= FAR_APART * last:
+            continue
+        seed = f" (seed {one['seed']})" if len(base) > 1 else ""
+        follows = ": the difference in test accuracy comes from the choice of the epoch" if chosen else ""
+        yield (
+            f"{other['label']} was tested at epoch {tested[0]}, {one['label']} at epoch {tested[1]}{seed}. At epoch "
+            f"{last} they had validation accuracies of {accuracies[0]:.2f} % and {accuracies[1]:.2f} %{follows}."
+        )
+
+
+def _other_data(runs: list[dict[str, Any]]) -> Iterator[str]:
+    """Say which runs were not made of the same images and labels as the first."""
+    pictures = [_pictures(run["directory"] / "split.csv") for run in runs]
+    for run, own in zip(runs[1:], pictures[1:], strict=True):
+        difference = _difference_of_data(runs[0], run, pictures[0], own)
+        if difference:
+            names = f"{run['directory'].name} and {runs[0]['directory'].name}"
+            yield (
+                f"{names} were not made of the same data: {difference}. What differs between them "
+                "says nothing about the precision."
+            )
+
+
+def _difference_of_data(
+    one: dict[str, Any], other: dict[str, Any], first: dict[str, str] | None, second: dict[str, str] | None
+) -> str:
+    """In words, how the images and labels of two runs differ; empty if they do not, or nobody knows."""
+    if first and second:
+        shared = first.keys() & second.keys()
+        relabelled = sum(first[path] != second[path] for path in shared)
+        if relabelled:
+            return f"{relabelled:,} of {len(shared):,} images have another label"
+        if first.keys() != second.keys():
+            return f"{len(first.keys() ^ second.keys()):,} images are in one of them only"
+    prints = [run["config"]["dataset"].get("fingerprint") for run in (one, other)]
+    same_size = all(one["options"].get(name) == other["options"].get(name) for name in _SIZES)
+    return "the images or their labels are others" if all(prints) and prints[0] != prints[1] and same_size else ""
+
+
+def _pictures(file: Path) -> dict[str, str] | None:
+    """The class of each image of split.csv; None if there is no such file."""
+    try:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            return {row["path"]: row["class"] for row in csv.DictReader(lines)}
+    except (OSError, KeyError, csv.Error):
+        return None

@@ -178,7 +178,10 @@ def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
     lost = sum(first[image] and not second[image] for image in shared)
     gained = sum(second[image] and not first[image] for image in shared)
     p_value = float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
-    return {"images": len(shared), "lost": lost, "gained": gained, "p_value": p_value} if shared else None
+    if not shared:
+        return None
+    most = max(len(first), len(second))
+    return {"images": len(shared), "tested": most, "lost": lost, "gained": gained, "p_value": p_value}
 
 
 def tell_apart(runs: list[dict[str, Any]]) -> None:
@@ -227,13 +230,14 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
                 busy = row is not base and max(row["busy_share"], base["busy_share"]) > BUSY
                 set_ratio(row, base, "speed_up", "images_per_second", busy=busy)
             set_ratio(row, base, "memory_ratio", "memory_mb")
+            row["against"] = base["label"]
             row["difference"] = None if row is base else _difference(base, row)
     configs = [run["config"] for run in runs if run["options"]]
     options = [config["options"] | {"images": config["dataset"].get("fingerprint")} for config in configs]
     values = {name: [one.get(name) for one in options] for name in set().union(*options) - {*may_differ, "model"}}
     return {
         "rows": rows,
-        "remarks": remarks(rows),
+        "remarks": remarks(rows, runs),
         "devices": list(dict.fromkeys(row["device_name"] for row in rows)),
         "differences": {name: found for name, found in sorted(values.items()) if found.count(found[0]) < len(found)},
         "config": configs[0] if configs else {},
@@ -253,6 +257,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "speed_up": None,
         "memory_ratio": None,
         "ratios": {},
+        "against": None,
         "difference": None,
         "failures": [
             {
@@ -297,7 +302,9 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     if counts == [1, 1]:
         found = mcnemar(*(Path(rows["runs"][0]) / "predictions.csv" for rows in (base, row)))
         if found:
-            test = f"{found['gained']} images gained, {found['lost']} lost of {found['images']:,}, exact McNemar test"
+            both = " that both tested under one label" if found["images"] < found["tested"] else ""
+            changes = f"{found['gained']} images gained, {found['lost']} lost of {found['images']:,}{both}"
+            test = f"{changes}, exact McNemar test"
             p_value = found["p_value"]
     elif min(counts) > 1 and (one["std"] or other["std"]):
         test = "Welch's t-test over seeds"

@@ -30,6 +30,7 @@ def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
 # Ratios over seeds
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_fast_run_does_not_make_a_speed_up(tmp_path):
     comparison = seeded(tmp_path, {"fp32": [20.0, 155.0, 21.0], "amp-bf16": [40.0, 42.0, 41.0]})
     amp = comparison["rows"][1]
@@ -97,6 +98,7 @@ def set_result(run: Path, **changes) -> Path:
     return run
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("busy_one", ["fp32", "amp-bf16"])
 def test_no_speed_up_is_stated_of_a_busy_machine(tmp_path, busy_one):
     runs = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16", rates=(1.0, 25.0))]
@@ -172,3 +174,95 @@ def test_a_competing_process_is_noticed():
         os.sched_setaffinity(0, before)
         other.kill()
         other.wait()
+
+
+# The choice of the epoch
+
+
+def validated(run: Path, best: int, accuracies: list[float]) -> Path:
+    """The run with these validation accuracies, tested at the epoch `best`."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"val_acc": value} for line, value in zip(lines, accuracies, strict=True)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return set_result(run, best_epoch=best)
+
+
+TRUTH = [0] * 20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "best", "accuracies", "said"),
+    [
+        (8, 1, [50.0, 50.0, 50.0, 50.0], "comes from the choice of the epoch"),
+        (8, 3, [50.0, 50.0, 50.0, 40.0], "comes from the choice of the epoch"),  # 10 points there, 40 in the test
+        (8, 1, [20.0, 20.0, 20.0, 20.0], "20.00 % and 50.00 %."),  # it is not the epoch alone
+        (8, 4, [50.0, 50.0, 50.0, 50.0], None),  # tested at the same epoch
+        (8, 3, [50.0, 50.0, 50.0, 10.0], None),
+        (0, 3, [50.0, 50.0, 50.0, 50.0], None),  # no difference to explain
+    ],
+)
+def test_a_difference_that_comes_from_the_choice_of_the_epoch_is_said(tmp_path, wrong, best, accuracies, said):
+    fp32 = validated(make_run(tmp_path / "fp32", truth=TRUTH), 4, [50.0] * 4)
+    amp = make_run(tmp_path / "amp", "amp-bf16", truth=TRUTH, predicted=[1] * wrong + TRUTH[wrong:])
+    comparison = compare(fp32, validated(amp, best, accuracies))[1]
+    found = [text for text in comparison["remarks"] if "was tested at epoch" in text]
+    if said is None:
+        assert found == []
+        return
+    (sentence,) = found
+    assert f"AMP bfloat16 was tested at epoch {best}, ResNet18 FP32 at epoch 4" in sentence and said in sentence
+    assert "At epoch 4" in sentence and sentence in " ".join(tables.terminal_table(comparison).split())
+    assert ("comes from" in sentence) == ("comes from" in said)
+
+
+def test_seeds_are_set_against_equal_seeds_when_epochs_were_chosen(tmp_path):
+    runs = []
+    for seed, best in enumerate((4, 1)):
+        runs.append(validated(make_run(tmp_path / f"fp32{seed}", truth=TRUTH, seed=seed), best, [50.0] * 4))
+        amp = make_run(tmp_path / f"amp{seed}", "amp-bf16", truth=TRUTH, predicted=[1] * 8 + TRUTH[8:], seed=seed)
+        runs.append(validated(amp, 1, [50.0] * 4))
+    (sentence,) = [text for text in compare(*runs)[1]["remarks"] if "tested at" in text]
+    assert "(seed 0)" in sentence
+
+
+# Other data
+
+
+def listed(run: Path, labels: dict[str, str], fingerprint: str) -> Path:
+    (run / "split.csv").write_text(
+        "path,class,part\n" + "".join(f"{path},{name},train\n" for path, name in labels.items())
+    )
+    config = json.loads((run / "config.json").read_text())
+    config["dataset"]["fingerprint"] = fingerprint
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("labels", "fingerprint", "said"),
+    [
+        ({"1.png": "sea", "2.png": "forest"}, "f", "1 of 2 images have another label"),
+        ({"1.png": "sea", "2.png": "sea"}, "f", ""),
+        ({"1.png": "sea", "3.png": "sea"}, "g", "2 images are in one of them only"),
+        ({"1.png": "sea", "2.png": "sea"}, "g", "the images or their labels are others"),
+    ],
+)
+def test_runs_on_other_images_or_labels_are_told_apart(tmp_path, labels, fingerprint, said):
+    one = listed(make_run(tmp_path / "fp32"), {"1.png": "sea", "2.png": "sea"}, "f")
+    other = listed(make_run(tmp_path / "amp", "amp-bf16"), labels, fingerprint)
+    comparison = compare(one, other)[1]
+    assert len(comparison["remarks"]) == bool(said)
+    if said:
+        sentence = f"amp and fp32 were not made of the same data: {said}."
+        assert sentence in comparison["remarks"][0] and sentence in tables.performance_table(comparison)
+    other_size = make_run(tmp_path / "tf32", "tf32", image_size=32)
+    assert len(compare(one, listed(other_size, {"1.png": "sea", "2.png": "sea"}, "h"))[1]["remarks"]) == 0
+
+
+def test_a_test_on_a_part_of_the_images_says_so(tmp_path):
+    one = make_run(tmp_path / "fp32")
+    other = make_run(tmp_path / "amp", "amp-bf16")
+    table = (other / "predictions.csv").read_text()
+    (other / "predictions.csv").write_text(table.replace("sea/9.jpg,sea", "sea/9.jpg,forest"))
+    sentence = tables.verdict(compare(one, other)[1])
+    assert "0 lost of 9 that both tested under one label, exact McNemar test" in sentence
