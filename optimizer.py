@@ -85,14 +85,12 @@ def parameter_groups(
 
 
 def block_depths(model: nn.Module) -> dict[str, int]:
-    """How many transformer blocks stand before each parameter, its own counted; those behind all blocks: one more.
+    """Return how many transformer blocks lead to each parameter, its own counted; for those behind all blocks one more.
 
-    A block is what holds an attention layer. Raises UserError if there is none.
+    Raises UserError if the model has no such block.
     """
-    attention = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
-    outermost = [name for name in attention if not any(name.startswith(f"{other}.") for other in attention)]
-    blocks = list(dict.fromkeys(name.rpartition(".")[0] for name in outermost))
-    if not blocks or "" in blocks:
+    blocks = attention_blocks(model)
+    if not blocks:
         raise UserError(f"--layer_decay is for transformers: {type(model).__name__} has no attention blocks.")
     depth = 0
     depths = {}
@@ -104,6 +102,32 @@ def block_depths(model: nn.Module) -> dict[str, int]:
         depth = max(depth, *inside) if inside else depth
         depths[name] = depth
     return depths
+
+
+def attention_blocks(model: nn.Module) -> list[str]:
+    """Return the names of the transformer blocks, in the order of the model's layers.
+
+    A block is the nearest member of an nn.ModuleList or nn.Sequential around an attention layer. Attention that lies in
+    no such list pools the output of all blocks. A stage that holds blocks and attention of its own is no block.
+    """
+    modules = dict(model.named_modules())
+    found = {}
+    for name, module in modules.items():
+        while name and _is_attention(module):
+            outside, _, _ = name.rpartition(".")
+            is_member = isinstance(modules[outside], (nn.ModuleList, nn.Sequential))
+            if is_member and not _is_attention(modules[name]):
+                found[name] = None
+                break
+            name = outside
+    return [name for name in found if not any(other.startswith(f"{name}.") for other in found)]
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """Return whether a layer is called attention, or computes queries as attention does."""
+    called = type(module).__name__.lower()
+    computes_queries = not {"q", "qk", "qkv"}.isdisjoint(name for name, _ in module.named_children())
+    return computes_queries or ("attention" in called and "block" not in called)
 
 
 def make_optimizer(

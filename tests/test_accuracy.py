@@ -137,7 +137,7 @@ def test_each_block_learns_more_slowly_than_the_next():
 
 def test_layer_decay_is_refused_for_other_networks(run, data, tmp_path):
     status, _, errors = run(tiny.words(data, tmp_path, "--layer_decay=0.5"))
-    assert status == 2 and "--layer_decay is for transformers: ShuffleNetV2 has no attention blocks" in errors
+    assert status == 2 and "--layer_decay is for transformers: Classifier has no attention blocks" in errors
 
 
 @pytest.mark.parametrize("rule", ["ADAM", "ADAMW", "SGD"])

@@ -1,4 +1,4 @@
-"""Heads: all of them are new, trained while the rest is frozen, and have the head's learning rate; nothing else has."""
+"""Learning rates: of all heads and nothing else while the rest is frozen, and of transformer blocks one by one."""
 
 import pytest
 import tiny
@@ -9,7 +9,7 @@ from torchvision.models import _api as torchvision_registry
 
 from distributed import Ranks
 from model import Network, build_model, head_names
-from optimizer import parameter_groups
+from optimizer import block_depths, parameter_groups
 from utils import seed_everything
 
 HEADS = ("head.linear", "head_dist.linear")
@@ -114,3 +114,71 @@ def test_a_frozen_network_of_two_heads_is_not_kept_and_says_why(run, data, tmp_p
     words = tiny.words(data, tmp_path, two_heads, "--epochs=1", "--freeze_epochs=all")
     status, said, _ = run([word for word in words if word != "--quiet"])
     assert status == 0 and "every epoch computes the whole network: TwoHeads has 2 heads" in said
+
+
+# ------------------------------------------------------------------------------- transformer blocks
+class Mixer(nn.Module):
+    """Attention by what it computes, whatever it is called, as XCiT, CaiT, Twins and ConViT have it."""
+
+    def __init__(self, projection: str):
+        super().__init__()
+        self.add_module(projection, nn.Linear(4, 4))
+
+
+class Block(nn.Module):
+    def __init__(self, mixer: nn.Module):
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.mixer = mixer
+
+
+class AttentionPool(Mixer):
+    pass
+
+
+class Stage(nn.Module):
+    """Blocks, and attention of its own that makes the map smaller, as LeViT has it."""
+
+    def __init__(self, projection: str):
+        super().__init__()
+        self.downsample = Mixer(projection)
+        self.blocks = nn.Sequential(Block(Mixer(projection)), Block(Mixer(projection)))
+
+
+class Transformer(nn.Module):
+    def __init__(self, blocks: nn.Module, pool: nn.Module | None = None):
+        super().__init__()
+        self.pretrained_cfg = {"classifier": "head"}
+        self.stem = nn.Linear(4, 4)
+        self.blocks = blocks
+        self.norm = nn.LayerNorm(4)
+        self.attn_pool = pool or nn.Identity()
+        self.head = nn.Linear(4, 3)
+
+
+def block_count(model: nn.Module) -> int:
+    """How many blocks have a learning rate of their own, between that of the stem and that of the norm behind them."""
+    depths = block_depths(model)
+    of_blocks = [depths[name] for name in depths if ".mixer." in name or ".self_attn." in name]
+    assert of_blocks == sorted(of_blocks) and set(of_blocks) == set(range(1, max(of_blocks) + 1))
+    assert depths["stem.weight"] == 0 and depths["norm.weight"] == depths["head.weight"] == max(of_blocks) + 1
+    return max(of_blocks)
+
+
+@pytest.mark.parametrize("projection", ["q", "qk", "qkv"])
+def test_blocks_are_found_by_what_their_attention_computes(projection):
+    blocks = nn.ModuleList(Block(Mixer(projection)) for _ in range(3))
+    assert block_count(Transformer(blocks)) == 3
+    assert block_count(Transformer(blocks, AttentionPool("q"))) == 3
+    stages = nn.Sequential(Stage(projection), Stage(projection))
+    assert block_count(Transformer(stages)) == 4
+
+
+def test_blocks_are_found_by_what_their_attention_is_called():
+    layers = [nn.TransformerEncoderLayer(4, 1, 4) for _ in range(2)]
+    assert block_count(Transformer(nn.Sequential(*layers))) == 2
+
+
+def test_attention_pooling_alone_makes_no_transformer():
+    model = Transformer(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), AttentionPool("q"))
+    assert "Transformer has no attention blocks" in tiny.refused(block_depths, model)

@@ -1,4 +1,4 @@
-"""Every family of torchvision and timm: its heads are found, and they alone are trained while the rest is frozen."""
+"""Every family of torchvision and timm: its heads are found and alone trained while frozen; its blocks are found."""
 
 import importlib.util
 import sys
@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from test_heads import fastest_names, in_heads, trained_names
 
 from model import head_names
+from optimizer import attention_blocks, block_depths
+from utils import UserError
 
 SEVERAL = {
     "crossvit": 2,
@@ -90,3 +92,73 @@ def test_every_head_of_timms_distilled_models_counts_for_the_logits(name, size):
     model(torch.rand(2, 3, size, size)).square().sum().backward()
     assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
     assert all(model.get_parameter(name).grad.abs().sum() > 0 for name in trained)
+
+
+BLOCKS = {  # of timm's transformers, as their papers count them; of hybrids those with attention
+    "beit_base_patch16_224": 12,
+    "botnet26t_256": 3,
+    "caformer_s18": 12,
+    "cait_xxs24_224": 24 + 2,
+    "coat_lite_tiny": 8,
+    "coatnet_0_224": 5 + 2,
+    "convit_tiny": 12,
+    "crossvit_9_240": 12 + 6,
+    "davit_tiny": 12,
+    "deit_tiny_distilled_patch16_224": 12,
+    "edgenext_xx_small": 3,
+    "efficientformer_l3": 4,
+    "efficientformerv2_s0": 4,
+    "efficientvit_b0": 4,
+    "eva02_tiny_patch14_224": 12,
+    "flexivit_small": 12,
+    "gcvit_xxtiny": 12,
+    "hiera_tiny_224": 12,
+    "levit_128s": 2 + 3 + 4,
+    "maxvit_tiny_tf_224": 11,
+    "mobilevit_xxs": 9,
+    "mvitv2_tiny": 10,
+    "naflexvit_base_patch16_gap": 12,
+    "nest_tiny": 12,
+    "pit_ti_224": 12,
+    "pvt_v2_b0": 8,
+    "swin_tiny_patch4_window7_224": 12,
+    "swinv2_tiny_window8_256": 12,
+    "tiny_vit_5m_224": 10,
+    "tnt_s_legacy_patch16_224": 12,
+    "twins_pcpvt_small": 16,
+    "twins_svt_small": 18,
+    "visformer_tiny": 8,
+    "vit_base_patch16_siglip_224": 12,
+    "vit_base_patch16_siglip_gap_224": 12,
+    "vit_small_patch14_dinov2": 12,
+    "vit_tiny_patch16_224": 12,
+    "volo_d1_224": 4 + 14 + 2,
+    "xcit_nano_12_p16_224": 12 + 2,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_of_a_transformer_has_a_learning_rate_of_its_own(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7)
+    depths = block_depths(model)
+    blocks = attention_blocks(model)
+    assert len(blocks) == BLOCKS[name]
+    for number, block in enumerate(blocks, 1):
+        assert {depth for parameter, depth in depths.items() if parameter.startswith(f"{block}.")} == {number}
+    heads = in_heads(model)
+    assert {depths[parameter] for parameter in heads} == {len(blocks) + 1}
+    assert list(depths.values())[0] == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet50_clip", "resnest14d", "skresnet18", "convnext_atto", "mixer_s16_224", "poolformer_s12", "ecaresnet26t"],
+)
+def test_layer_decay_is_refused_for_networks_without_blocks_of_attention(name):
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=7)
+    with pytest.raises(UserError, match="has no attention blocks"):
+        block_depths(model)
