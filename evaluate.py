@@ -1,7 +1,7 @@
-"""Testing a classifier: one integer confusion matrix and a loss sum, and all that derives from them.
+"""Test a classifier: one prediction an image and a loss sum, and all figures that derive from them.
 
-Ranks take strides of the images and add up once; nothing is padded, nothing counted twice. Runs in the
-precision of the training. Knows nothing of optimisers or of where results are written.
+Ranks take strides of the images and add up once; nothing is padded, nothing counted twice. Memory grows with the
+images and the classes, never with classes squared. Knows nothing of optimizers or of where results are written.
 """
 
 from __future__ import annotations
@@ -18,59 +18,115 @@ from torch.nn import functional as F
 
 from dataset import Batches
 from precision import Precision, named_precision
-from utils import Interrupted, progress
+from utils import Interrupted, RunError, amount, progress
+
+NO_PREDICTION = -1  # for an image whose logits are not finite
+
+
+class NotFinite(RunError):
+    """The precision could not compute the logits of some images: the run may go on in another precision."""
+
+    record = {"kind": "validation overflowed"}  # in failure.json, for runs/resume.py
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Counts (true class, predicted class) and the summed cross entropy in nats; `logits` in subset order, or none."""
+    """The predictions for the images of a subset, in its order.
 
-    confusion: np.ndarray
+    `labels` and `predicted` (images,) are class indices, `confidence` (images,) the probability of the predicted
+    class; `loss_sum` is the summed cross entropy in nats. `logits` (images, classes) are empty unless they are kept.
+    """
+
+    labels: np.ndarray
+    predicted: np.ndarray
+    class_count: int
     loss_sum: float
+    confidence: np.ndarray = field(default_factory=lambda: np.empty(0))
     logits: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     @property
-    def accuracy(self) -> float:
-        """Share of correct predictions, in percent."""
-        return 100 * float(np.trace(self.confusion) / self.confusion.sum())
+    def right(self) -> np.ndarray:
+        """Return True for each correct prediction (images,)."""
+        return self.labels == self.predicted
 
     @property
-    def loss(self) -> float:
-        """Mean cross entropy in nats."""
-        return self.loss_sum / int(self.confusion.sum())
-
-    def macro(self) -> dict[str, float]:
-        """Mean precision, recall and F1 (shares) over the classes that were tested: each counts alike.
-
-        The mean recall is the balanced accuracy. A class without an image is left out, as its recall is undefined.
-        """
-        right = np.diag(self.confusion)
-        support = self.confusion.sum(1)
-        predicted = self.confusion.sum(0)
-        there = support > 0
-        return {
-            "precision": float(np.mean((right / np.maximum(predicted, 1))[there])),
-            "recall": float(np.mean(right[there] / support[there])),
-            "f1": float(np.mean(2 * right[there] / (support + predicted)[there])),
-        }
+    def unpredicted(self) -> int:
+        """Return the number of images whose logits are not finite."""
+        return int(np.sum(self.predicted == NO_PREDICTION))
 
     @property
     def is_finite(self) -> bool:
-        return math.isfinite(self.loss_sum)
+        """Return True if every logit and the loss are finite: else no figure of this evaluation means anything."""
+        return self.unpredicted == 0 and math.isfinite(self.loss_sum)
+
+    @property
+    def fault(self) -> str:
+        """Return in words what is not finite."""
+        if self.unpredicted:
+            return f"the logits of {self.unpredicted:,} of {amount(len(self.labels), 'image', 'images')} are not finite"
+        return "" if self.is_finite else "the loss is not finite"
+
+    def require_finite(self, precision: Precision, way: str = "use") -> None:
+        """Raise NotFinite, with what `way_out` says, if the logits or the loss are not finite."""
+        if self.fault:
+            raise NotFinite(f"{self.fault} in {precision.label}: there is no accuracy.\n{way_out(precision, way)}")
+
+    @property
+    def accuracy(self) -> float:
+        """Return the share of correct predictions, in percent."""
+        return 100 * float(np.mean(self.right))
+
+    @property
+    def loss(self) -> float:
+        """Return the mean cross entropy in nats."""
+        return self.loss_sum / len(self.labels)
+
+    def by_class(self) -> dict[str, np.ndarray]:
+        """Return precision, recall and F1 (shares, 0 where undefined) and support of each class, (classes,) each."""
+        hits, support, predicted = (
+            np.bincount(places, minlength=self.class_count)
+            for places in (self.labels[self.right], self.labels, self.predicted[self.predicted >= 0])
+        )
+        return {
+            "precision": hits / np.maximum(predicted, 1),
+            "recall": hits / np.maximum(support, 1),
+            "f1": 2 * hits / np.maximum(support + predicted, 1),
+            "support": support,
+        }
+
+    def macro(self) -> dict[str, float]:
+        """Return the mean precision, recall and F1 (shares) over the classes that were tested: each counts alike.
+
+        The mean recall is the balanced accuracy. A class without an image is left out, as its recall is undefined.
+        """
+        table = self.by_class()
+        tested = table.pop("support") > 0
+        return {name: float(np.mean(values[tested])) for name, values in table.items()}
 
     def per_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
-        """Precision, recall and F1 (0 where undefined) and support of each class, by scikit-learn."""
-        from sklearn.metrics import precision_recall_fscore_support
+        """Return the figures of `by_class` by the name of the class, with six digits."""
+        table = self.by_class()
+        rows = zip(*(np.round(values, 6).tolist() for values in table.values()), strict=True)
+        return {name: dict(zip(table, row, strict=True)) for name, row in zip(classes, rows, strict=True)}
 
-        true, predicted = np.nonzero(np.ones_like(self.confusion))
-        table = precision_recall_fscore_support(
-            true, predicted, sample_weight=self.confusion.ravel(), labels=range(len(classes)), zero_division=0
-        )
-        names = ("precision", "recall", "f1", "support")
-        return {
-            name: dict(zip(names, (round(float(v), 6) for v in row), strict=True))
-            for name, row in zip(classes, np.array(table).T, strict=True)
-        }
+    def cells(self) -> np.ndarray:
+        """Return the cells of the confusion matrix that are not 0, in order: (cells, 3) of true, predicted, count."""
+        numbers, counts = np.unique(self.labels * self.class_count + self.predicted, return_counts=True)
+        return np.stack([numbers // self.class_count, numbers % self.class_count, counts], 1)
+
+    def confusion(self) -> np.ndarray:
+        """Return the confusion matrix (true class, predicted class)."""
+        matrix = np.zeros((self.class_count, self.class_count), np.int64)
+        true, predicted, counts = self.cells().T
+        matrix[true, predicted] = counts
+        return matrix
+
+
+def way_out(precision: Precision, way: str = "use") -> str:
+    """Return what to do if logits are not finite in this precision; `way` stands before the option that helps."""
+    if precision.name == "amp-fp16":
+        return f"Values beyond 65,504, float16's largest, are the usual cause: {way} --amp_dtype bfloat16."
+    return "Weights that grew too large are the usual cause: train with a lower --learning_rate, or --clip_grad_norm."
 
 
 def evaluate(
@@ -82,18 +138,20 @@ def evaluate(
     stop: Callable[[], bool] | None = None,
     description: str = "evaluating",
 ) -> Evaluation:
-    """Runs `model` (in evaluation mode) over all images of `batches`.
+    """Run `model` (in evaluation mode) over all images of `batches`.
 
-    Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often. Raises
-    Interrupted where it said so.
+    Nothing is read back from the device before the last batch. Ranks ask `stop` together, equally often. Raise
+    Interrupted if it returned True.
     """
-    count = batches.class_count
+    count = len(batches.subset)
     device = batches.device
-    confusion = torch.zeros(count * count, dtype=torch.int64, device=device)
-    loss_sum = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    kept = torch.zeros(len(batches.subset) if keep_logits else 0, count, device=device)
-    bar = progress(total=len(batches.subset), desc=description, unit="image", delay=2)
-    questions = -(-(len(batches.subset) // batches.ranks.size) // batches.batch_size)
+    exact = torch.float64 if device.type != "mps" else torch.float32
+    predicted = torch.zeros(count, dtype=torch.int64, device=device)
+    confidence = torch.zeros(count, dtype=exact, device=device)
+    loss_sum = torch.zeros((), dtype=exact, device=device)
+    kept = torch.zeros(count if keep_logits else 0, batches.class_count, device=device)
+    bar = progress(total=count, desc=description, unit="image", delay=2)
+    questions = -(-(count // batches.ranks.size) // batches.batch_size)
     with torch.inference_mode(), bar:
         for number, (images, labels, positions) in enumerate(batches.evaluation()):
             if stop is not None and number < questions and stop():
@@ -102,13 +160,21 @@ def evaluate(
                 logits = model(images)
             logits = logits.float()
             loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-            cells = labels * count + logits.argmax(1)
-            confusion.index_add_(0, cells, torch.ones_like(cells))
+            mine = slice(positions[0], positions[-1] + 1, batches.ranks.size)
+            predicted[mine] = torch.where(logits.isfinite().all(1), logits.argmax(1), NO_PREDICTION)
+            confidence[mine] = logits.softmax(1, dtype=exact).amax(1)
             if keep_logits:
-                kept[positions[0] : positions[-1] + 1 : batches.ranks.size] = logits
+                kept[mine] = logits
             bar.update(len(positions) * batches.ranks.size)
-    batches.ranks.sum(confusion, loss_sum, *([kept] if keep_logits else []))
-    return Evaluation(confusion.view(count, count).cpu().numpy(), float(loss_sum), kept.cpu().numpy())
+    batches.ranks.sum(predicted, confidence, loss_sum, *([kept] if keep_logits else []))  # each rank has its own images
+    return Evaluation(
+        batches.subset.labels,
+        predicted.cpu().numpy(),
+        batches.class_count,
+        float(loss_sum),
+        confidence.cpu().numpy(),
+        kept.cpu().numpy(),
+    )
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -120,27 +186,35 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 def parity(
     model: nn.Module, batches: Batches, precisions: list[str], paths: list[str], classes: list[str]
 ) -> dict[str, Any]:
-    """One checkpoint in each precision: accuracy, predictions that differ from the first one's, logit difference."""
+    """Return one checkpoint's figures in each precision, and how its predictions differ from the first one's.
+
+    A precision in which logits are not finite has no accuracy and no loss (None); `not_finite` counts its images.
+    Logits and predictions are compared for the images that are finite in both.
+    """
+    named = [named_precision(name, batches.device) for name in precisions]  # refuses a name before the first test
     rows = {}
     reference: Evaluation | None = None
-    for name in precisions:
+    for name in [precision.name for precision in named]:
         precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
         found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
         reference = found if reference is None else reference
-        before = reference.logits.argmax(1)
-        after = found.logits.argmax(1)
-        rows[precision.name] = {
-            "accuracy": found.accuracy,
-            "loss": found.loss,
-            "largest_logit_difference": float(np.abs(found.logits - reference.logits).max()),
+        before = reference.predicted
+        after = found.predicted
+        finite = (before != NO_PREDICTION) & (after != NO_PREDICTION)
+        differences = np.abs(found.logits[finite] - reference.logits[finite])
+        rows[name] = {
+            "accuracy": found.accuracy if found.is_finite else None,
+            "loss": found.loss if found.is_finite else None,
+            "not_finite": found.unpredicted,
+            "largest_logit_difference": float(differences.max()) if len(differences) else None,
             "flipped": [
                 {
-                    "path": paths[i],
-                    "label": classes[batches.subset.labels[i]],
-                    "from": classes[before[i]],
-                    "to": classes[after[i]],
+                    "path": paths[place],
+                    "label": classes[batches.subset.labels[place]],
+                    "from": classes[before[place]],
+                    "to": classes[after[place]],
                 }
-                for i in np.flatnonzero(before != after)
+                for place in np.flatnonzero(finite & (before != after))
             ],
         }
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from distributed import Ranks
-from evaluate import Evaluation
+from evaluate import Evaluation, NotFinite, way_out
 from model import Forward
 from precision import Precision
 from runs.checkpoint import Progress
@@ -35,12 +35,6 @@ def figure(line: dict[str, Any], name: str) -> float:
     return sign * line[column]
 
 
-class BadValidation(RunError):
-    """The validation gave no finite loss, though the training did: the next attempt may use another precision."""
-
-    record = {"kind": "validation overflowed"}  # in failure.json, for runs/resume.py
-
-
 class UpdateRecord:
     """What one update leaves on the device: nothing here waits for it."""
 
@@ -52,7 +46,8 @@ class UpdateRecord:
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weight: int) -> None:
         """Adds a micro-batch: its loss (a sum), logits (count, classes), and labels or their probabilities."""
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
-        self.correct = self.correct.to(loss.device) + weight * (logits.argmax(1) == class_indices(labels)).sum()
+        right = (logits.argmax(1) == class_indices(labels)) & logits.isfinite().all(1)
+        self.correct = self.correct.to(loss.device) + weight * right.sum()
 
     def gradient_norm(self, model: Forward, scaler: torch.amp.GradScaler) -> torch.Tensor:
         """The L2 norm of all gradients; notes which parameter's is bad, and the loss scale before it changes."""
@@ -139,17 +134,14 @@ class Meter:
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
         return shown
 
-    def bad_validation(self, at: Progress) -> BadValidation:
-        """The end of a run whose validation loss is not finite after an epoch that trained well."""
+    def bad_validation(self, at: Progress, found: Evaluation) -> NotFinite:
+        """The end of a run whose validation is not finite after an epoch that trained well."""
         last = self.folder / "last.pt"
-        overflow = (
-            "Values beyond 65,504, float16's largest, are the usual cause. Go on with --resume --amp_dtype bfloat16."
-        )
-        growth = "Weights that grew too large are the usual cause: a lower --learning_rate, or --clip_grad_norm."
-        return BadValidation(
-            f"the validation loss is not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
+        what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
+        return NotFinite(
+            f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
             f"is saved; a resume begins with this validation.\n"
-            f"{overflow if self.precision.name == 'amp-fp16' else growth}\nWhat each precision makes of the weights: "
+            f"{way_out(self.precision, 'go on with --resume')}\nWhat each precision makes of the weights: "
             f"main.py evaluate --checkpoint_name {self.folder.name} --checkpoint {last} "
             f"--precisions fp32,{self.precision.name}"
         )

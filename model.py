@@ -270,7 +270,7 @@ class WithMirrorImage(nn.Module):
         self.model = model
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (self.model(images) + self.model(images.flip(3))) / 2
+        return (self.model(images).float() + self.model(images.flip(3)).float()) / 2  # a sum may overflow in float16
 
 
 class Forward:

@@ -192,7 +192,7 @@ class Trainer:
         try:
             found = self._validate()
             if not found.is_finite:
-                raise self.meter.bad_validation(at)
+                raise self.meter.bad_validation(at, found)
         except Interrupted:
             self._save_and_stop()
         except Exception:  # what is wrong with a validation must not cost the epoch's training

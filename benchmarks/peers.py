@@ -532,7 +532,7 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], failed:
         print(f"\n{side} failed: {reason}")
     if arguments.json:
         content = {"arguments": vars(arguments), "versions": versions, "rates": rates, "failed": failed}
-        Path(arguments.json).write_text(json.dumps(content, indent=1))
+        Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False))
     if failed:
         sys.exit(1)
 

@@ -358,7 +358,7 @@ def report(arguments: argparse.Namespace, rates: dict[str, list[float]], facts: 
         print(f"| {' | '.join(cells)} |")
     if arguments.json:
         content = {"arguments": vars(arguments), "rates": rates, "medians": medians, "facts": facts}
-        Path(arguments.json).write_text(json.dumps(content, indent=1))
+        Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
 from reports import results, tables, text
 from runs.config import read_config
-from system.files import lock, remove, write_text
+from system.files import json_text, lock, remove, write_text
 from system.parent import environment_of_child
 from utils import (
     OUT_OF_TIME,
@@ -179,7 +178,7 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
             elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
                 run.folder.mkdir(parents=True, exist_ok=True)
                 failure = {"precision": run.precision, "reason": reason}
-                write_text(run.folder / "failure.json", json.dumps(failure))
+                write_text(run.folder / "failure.json", json_text(failure))
     if kept:
         raise RunError(
             f"these runs are still those of an earlier comparison, because the new ones failed: {', '.join(kept)}."
@@ -293,7 +292,7 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     comparison = results.compare_runs(runs, MAY_DIFFER_IN_COMPARISON)
     write_text(folder / "performance_table.md", tables.performance_table(comparison))
-    write_text(folder / "comparison.json", json.dumps(comparison, indent=1))
+    write_text(folder / "comparison.json", json_text(comparison, indent=1))
     print("\n" + tables.terminal_table(comparison))
     finished = [run for run in runs if run["result"]]
     if not finished:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from inspection.timing import wait
 from model import known_model
 from precision import sensible_precisions
 from reports.doctor import doctor_text
-from system.files import refuse_missing_folders, write_text
+from system.files import json_text, refuse_missing_folders, write_text
 from transforms import Preprocess
 from utils import RunError, choose_device
 
@@ -48,7 +47,7 @@ def doctor(
     )
     print(doctor_text(findings))
     if json:
-        write_text(Path(json), dumps(findings, indent=1))
+        write_text(Path(json), json_text(findings, indent=1))
 
 
 def examine(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from reports import tables
 from reports.results import calibration
 from runs.folder import RunDirectory
 from runs.writing import csv_text, prediction_rows
-from system.files import refuse_missing_folders, write_text
+from system.files import json_text, refuse_missing_folders, write_text
 from system.machine import device_name, peak_memory, reset_peak_memory
 from utils import UserError, log, printable
 
@@ -35,13 +34,14 @@ def evaluate_run(
         if setup.ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
             print(tables.parity_table(rows))
-            write_text(file, dumps(rows, indent=1))
+            write_text(file, json_text(rows, indent=1))
             log.info(f"details: {file}")
         return
     reset_peak_memory(setup.device)
     started = time.perf_counter()
     found = evaluate(model, batches, setup.precision, keep_logits=True, description="testing")
     seconds = time.perf_counter() - started
+    found.require_finite(setup.precision)
     if setup.ranks.is_first:
         training = {
             "best_epoch": checkpoint["epoch"],
@@ -70,7 +70,7 @@ def _write(
     names = data.names(data.test)
     shares = probabilities(found.logits)
     if json:
-        write_text(Path(json), dumps(result, indent=1) + "\n")
+        write_text(Path(json), json_text(result, indent=1) + "\n")
     if csv:
         rows = prediction_rows(names, data.test.labels, shares, data.classes)
         write_text(Path(csv), csv_text(rows))
@@ -106,6 +106,6 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "balanced_acc": 100 * macro["recall"],
         "macro": macro,
         "per_class": found.per_class(data.classes),
-        "confusion": found.confusion.tolist(),
+        "confusion": found.confusion().tolist(),
         "calibration_error": calibration(probabilities(found.logits), data.test.labels)["ece"],
     }

@@ -6,7 +6,6 @@ first one; the bound is a roofline of this machine's own rates. Knows nothing of
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import cpu_instructions, sensible_precisions
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
-from system.files import write_text
+from system.files import json_text, write_text
 from system.machine import device_name
 from utils import RunError, choose_device, log
 
@@ -82,7 +81,7 @@ def climb_and_report(device_name: str, folder: Path, *, model_name: str, image_s
     folder.mkdir(parents=True, exist_ok=True)
     found = climb(device, model_name=model_name, image_size=image_size, batch_size=batch_size)
     print("\n" + ladder_text(found))
-    write_text(folder / "ladder.json", json.dumps(found, indent=1))
+    write_text(folder / "ladder.json", json_text(found, indent=1))
     write_text(folder / "ladder.md", ladder_markdown(found))
     ladder_picture(found, folder / "ladder.png")
     print(f"\nresults: {folder}")

@@ -7,7 +7,6 @@ they come, so memory does not grow with the number of files, and a stopped predi
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -23,12 +22,12 @@ import torch
 from torch import nn
 
 from commands.explain import explain_predictions
-from evaluate import probabilities
+from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
 from images.folders import counted, find_images
 from precision import Precision
 from reports.text import end_of
-from system.files import refuse_missing_folders
+from system.files import json_text, refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
 from utils import RunError, Stopped, UserError, amount, log, printable, progress
@@ -99,8 +98,8 @@ def predict_files(
 ) -> int:
     """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
 
-    Raises UserError where an input does not exist or no image is readable, RunError at the end where some are not,
-    Stopped where a signal ended it.
+    Raise UserError if an input does not exist or no image is readable, RunError at the end if some are not or have
+    logits that are not finite, Stopped if a signal ended it.
     """
     _refuse_missing(inputs)
     table = Table(classes, top_k, sheet=sheet, samples=bool(sheet or explain))
@@ -123,11 +122,19 @@ def predict_files(
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
-    if explain:
+    if explain and table.count:
         explain_predictions(model, table.on_sheet, preprocess, rules, Path(explain))
+    total = table.count + table.unreadable + table.overflowed
+    failed = []
     if table.unreadable:
-        total = table.count + table.unreadable
-        raise RunError(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
+        failed.append(f"{table.unreadable:,} of {total:,} files could not be read; the others are classified.")
+    if table.overflowed:
+        failed.append(
+            f"{table.overflowed:,} of {total:,} files have no prediction: their logits are not finite in "
+            f"{precision.label}. {way_out(precision)}"
+        )
+    if failed:
+        raise RunError("\n".join(failed))
     return table.count
 
 
@@ -141,7 +148,10 @@ def _classify(
         return
     with precision.autocast():
         logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
-    table.add([item for item, _ in good], probabilities(logits.float().cpu().numpy()))
+    found = logits.float().cpu().numpy()
+    finite = np.isfinite(found).all(1)
+    table.add([item for (item, _), fine in zip(good, finite, strict=True) if fine], probabilities(found[finite]))
+    table.add_overflowed([item for (item, _), fine in zip(good, finite, strict=True) if not fine])
 
 
 def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, np.ndarray]:
@@ -208,6 +218,7 @@ class Table:
     samples: bool = False  # whether a few images are kept, for a sheet
     count: int = 0
     unreadable: int = 0
+    overflowed: int = 0  # whose logits are not finite
     lines: list[tuple[str, str]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     folders: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
@@ -236,7 +247,7 @@ class Table:
                 values = [row["path"], row["folder"], *best.values(), *row["probabilities"].values()]
                 csv.writer(self._csv).writerow(values)
             if self._json:
-                self._json.write((",\n" if self.count else "\n") + json.dumps(row))
+                self._json.write((",\n" if self.count else "\n") + json_text(row))
             if len(self.lines) < SHOWN:
                 top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
                 self.lines.append((end_of(printable(row["path"]), 40), "  ".join(top)))
@@ -256,12 +267,22 @@ class Table:
             if self.unreadable <= 10:
                 log.warning(f"cannot be read, skipped: {printable(item.path)}: {printable(reason)}")
 
+    def add_overflowed(self, items: list[Item]) -> None:
+        for item in items:
+            self.overflowed += 1
+            if self.overflowed <= 10:
+                log.warning(f"no prediction, its logits are not finite: {printable(item.path)}")
+
     def report(self) -> None:
-        """Draws the sheet and prints the first lines and the counts. Raises UserError if there is nothing."""
+        """Draw the sheet and print the first lines and the counts. Raise UserError if no image could be read."""
         if self.unreadable > 10:
             log.warning(f"and {self.unreadable - 10:,} more cannot be read")
-        if not self.count:
+        if self.overflowed > 10:
+            log.warning(f"and {self.overflowed - 10:,} more have no prediction")
+        if not self.count + self.overflowed:
             raise UserError("none of the images can be read.")
+        if not self.count:
+            return
         if self.sheet:
             from reports.sheets import labelled_sheet
 

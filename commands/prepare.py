@@ -8,7 +8,6 @@ import shutil
 import zipfile
 from contextlib import ExitStack
 from datetime import datetime
-from json import dumps
 from pathlib import Path
 
 from images.archive import (
@@ -26,7 +25,7 @@ from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
-from system.files import FULL, refuse_missing_folders, write_text
+from system.files import FULL, json_text, refuse_missing_folders, write_text
 from system.machine import cores
 from utils import RunError, UserError, amount, printable, progress
 
@@ -74,7 +73,7 @@ def prepare(
         report = check(folder, labels=labels, rules=rules, own_window=window == "data")
         print(format_check(report))
         if json:
-            write_text(Path(json), dumps(report, indent=1))
+            write_text(Path(json), json_text(report, indent=1))
         if report["unreadable"]:
             count = len(report["unreadable"])
             raise RunError(f"{count:,} {'image' if count == 1 else 'images'} cannot be read: repair or remove them.")

@@ -144,6 +144,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
     batches = setup.batches(data, data.test)
     found = evaluate(model, batches, setup.precision, keep_logits=True, description="testing")
+    found.require_finite(setup.precision, "go on with --resume")
     if not run.writes:
         return
     result = {

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from images.decode import Header, Rules, ahead, deep_mode, read_header, try_decode, value_range
-from system.files import atomic_write, lock, remove
+from system.files import atomic_write, json_text, lock, remove
 from utils import log, progress
 
 
@@ -229,7 +229,7 @@ def write_notes(file: Path, kept: Kept) -> None:
         "unreadable": kept.unreadable,
     }
     with suppress(OSError), atomic_write(file.with_suffix(".json")) as handle:
-        handle.write(json.dumps(notes).encode())
+        handle.write(json_text(notes).encode())
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,6 +19,7 @@ import numpy as np
 
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from images.scenes import CLASSES, SIZE, VERSION, draw_scene
+from system.files import json_text
 from utils import RunError, progress
 
 # What a demo on a GPU has to stay within, in seconds: the whole comparison, the drawing, the start of each run.
@@ -134,7 +135,7 @@ def draw_demo(
                     scenes.append((file, CLASSES[label], (seed, split, label, index), size))
             for count in _draw_all(scenes, workers if len(scenes) >= IN_PROCESSES else 1):
                 bar.update(count)
-            (stage / "demo.json").write_text(json.dumps(settings, indent=1) + "\n")
+            (stage / "demo.json").write_text(json_text(settings, indent=1) + "\n")
 
 
 def _holds(manifest: Path, settings: dict[str, int], exact: bool) -> bool:

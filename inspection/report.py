@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from inspection.words import (
     underflow_lines,
 )
 from reports.text import cut, end_of, heading, paragraph, table
-from system.files import write_text
+from system.files import json_text, write_text
 from utils import UserError
 
 
@@ -165,7 +164,7 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             for draw, what, name in jobs:
                 draw(what, folder / name)
-            write_text(folder / "inspect.json", json.dumps(self.record(), indent=1) + "\n")
+            write_text(folder / "inspect.json", json_text(self.record(), indent=1) + "\n")
         except OSError as error:
             raise UserError(f"cannot write into {folder} ({error.strerror}). Name another folder with --out.") from None
         write_report_page(self, folder)

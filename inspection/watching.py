@@ -7,7 +7,6 @@ percent of an update. Everything else (reading back, running the forward pass on
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -23,6 +22,7 @@ from inspection.finite import ranged
 from inspection.subject import core
 from inspection.tensors import tensors_in
 from precision import Precision
+from system.files import json_text
 from utils import UserError
 
 log = logging.getLogger("amp_train.watch")
@@ -278,7 +278,7 @@ class Watcher:
         self._line_start = (self.updates, len(self.events))
         if self._diary is not None:
             with self._diary.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json_text(line) + "\n")
 
 
 def _copied(scale: torch.Tensor | None) -> torch.Tensor | None:

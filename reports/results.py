@@ -83,8 +83,10 @@ def read_predictions(file: Path) -> dict[str, Any]:
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header, *rows = csv.reader(lines)
         numbers = np.array([row[3:] for row in rows], dtype=float).reshape(len(rows), len(header) - 3)
-        if len(header) < 5 or not np.isfinite(numbers).all():
-            raise ValueError("a column or a number is missing")
+        if len(header) < 5:
+            raise ValueError("a column is missing")
+        if not np.isfinite(numbers).all():
+            raise ValueError("it holds probabilities that are not finite: the logits of that test were not")
         return {
             "classes": header[4:],
             "paths": [row[0] for row in rows],

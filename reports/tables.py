@@ -12,7 +12,7 @@ from reports.results import wilson
 from reports.text import WIDTH, align, duration, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES
 from system.waiting import BUSY
-from utils import printable
+from utils import amount, printable
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -250,22 +250,19 @@ def performance_table(comparison: dict[str, Any]) -> str:
 
 
 def parity_table(rows: dict[str, dict[str, Any]]) -> str:
-    """One checkpoint in several precisions: accuracy, flipped predictions, and which files they are."""
+    """Return the table of one checkpoint in several precisions, and below it which predictions flipped."""
     lines = align(
-        [["", "Accuracy", "Loss", "Flipped", "Largest logit difference"]]
-        + [
-            [
-                name,
-                f"{row['accuracy']:.2f} %",
-                f"{row['loss']:.4f}",
-                f"{len(row['flipped']):,}",
-                f"{row['largest_logit_difference']:.2e}",
-            ]
-            for name, row in rows.items()
+        [
+            ["", "Accuracy", "Loss", "Flipped", "Largest logit difference"],
+            *([name, *_parity_cells(row)] for name, row in rows.items()),
         ]
     )
     lines.append(f"Flipped predictions and logits are against {next(iter(rows))}.")
     for name, row in rows.items():
+        if row["accuracy"] is None:
+            bad = row["not_finite"]
+            what = f"the logits of {amount(bad, 'image', 'images')} are" if bad else "the loss is"
+            lines.append(f"{name}: {what} not finite, so there is no accuracy in this precision.")
         lines += [
             f"{name}: {fit(flip['path'], 50)} ({flip['label']}): {flip['from']} became {flip['to']}"
             for flip in row["flipped"][:10]
@@ -273,3 +270,14 @@ def parity_table(rows: dict[str, dict[str, Any]]) -> str:
         if len(row["flipped"]) > 10:
             lines.append(f"{name}: and {len(row['flipped']) - 10:,} more")
     return "\n".join(map(printable, lines))
+
+
+def _parity_cells(row: dict[str, Any]) -> list[str]:
+    finite = row["accuracy"] is not None
+    difference = row["largest_logit_difference"]
+    return [
+        f"{row['accuracy']:.2f} %" if finite else "not finite",
+        f"{row['loss']:.4f}" if finite else "not finite",
+        f"{len(row['flipped']):,}" if difference is not None else "–",
+        f"{difference:.2e}" if difference is not None else "–",
+    ]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pretrained import torchvision_models
 from pretrained.files import METADATA, load_file
 from runs.writing import replace_file
-from system.files import read_json
+from system.files import json_text, read_json
 from utils import UserError, log, printable
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
@@ -191,7 +191,7 @@ def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     return {
         "model": checkpoint["model_name"],
         **plain,
-        **{name: json.dumps(checkpoint[name]) for name in _AS_TEXT if name in checkpoint},
+        **{name: json_text(checkpoint[name]) for name in _AS_TEXT if name in checkpoint},
     }
 
 

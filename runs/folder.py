@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import socket
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ import numpy as np
 
 from runs.checkpoint import snapshot, write_checkpoints
 from runs.writing import csv_text, prediction_rows, replace_file
-from system.files import FULL, lock, remove
+from system.files import FULL, json_text, lock, remove
 from utils import RunError, UserError, printable
 
 
@@ -80,7 +79,7 @@ class RunDirectory:
         return self.path / name
 
     def write_json(self, name: str, content: Any) -> None:
-        self.write_text(name, json.dumps(content, indent=1) + "\n")
+        self.write_text(name, json_text(content, indent=1) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
         if self.writes:
@@ -92,7 +91,7 @@ class RunDirectory:
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+        self.write_text("metrics.jsonl", "".join(json_text(line) + "\n" for line in history))
         header = list(history[-1]) if history else ["epoch"]  # an earlier version's lines may lack some
         self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from system.files import write_text
+from system.files import json_text, write_text
 from utils import UserError, printable
 
 PROJECT = "amp-train"  # of W&B, and the experiment of MLflow, unless their own variables name another
@@ -73,7 +73,7 @@ class Logs:
                     own["epoch"] = line["epoch"]
         if self._adapters:
             with self._guarded():
-                write_text(self._folder / STATE, json.dumps(self._state))
+                write_text(self._folder / STATE, json_text(self._state))
 
     def result(self, values: dict[str, Any], pictures: Iterable[Path]) -> None:
         """Tells the numbers of the test, less those that an epoch has under the same name, and shows the pictures."""

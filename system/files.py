@@ -7,6 +7,7 @@ import contextlib
 import csv
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,22 @@ def write_text(file: Path, text: str) -> None:
         ) from None
 
 
+def json_text(content: Any, *, indent: int | None = None) -> str:
+    """Return `content` as strict JSON. A number that is not finite, which JSON does not have, becomes null."""
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(content), indent=indent, allow_nan=False)
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def refuse_missing_folders(*files: str | None) -> None:
     """Raises UserError if a file that is to be written has no folder: before the work, not after it."""
     for file in files:
@@ -70,11 +87,11 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if it is missing or damaged."""
+    """Return the object in a JSON file. Raise UserError if it is missing or damaged, or holds NaN or Infinity."""
     with reading(file):
         text = read_text(file)
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             line = text.splitlines()[error.lineno - 1 :][:1]
             raise UserError(
@@ -85,6 +102,10 @@ def read_json(file: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise TypeError("no JSON object")
         return content
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON: the program that wrote it met numbers that are not finite")
 
 
 def read_text(file: Path) -> str:

@@ -1,0 +1,265 @@
+"""No figure from logits that are not finite; files that are strict JSON and plain CSV whatever names they hold.
+
+Run it alone: pytest tests/test_finite.py
+"""
+
+import ast
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import nn
+
+import main
+from commands.predict import predict_files
+from dataset import Batches
+from evaluate import NotFinite, evaluate
+from metrics import UpdateRecord
+from model import WithMirrorImage
+from precision import Precision
+from reports import results, tables
+from runs.checkpoint import load_checkpoint
+from system.files import json_text, read_json
+from transforms import Preprocess
+from utils import RunError, UserError
+
+CPU = torch.device("cpu")
+FP32 = Precision("fp32", CPU, "")
+FP16 = ["--amp", "--amp_dtype=float16"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+    tiny.register_classifier()
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """A finished run of one epoch."""
+    folder = tmp_path_factory.mktemp("runs")
+    tiny.register_classifier()
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.leave_out_pictures(patch)
+        assert tiny.train(data, folder, "--model=tiny_classifier", "--epochs=1") == 0
+    return folder / "run"
+
+
+def overflowing(model):
+    """Weights that are finite in float32, and whose logits are not finite in float16."""
+    model["fc.bias"].copy_(torch.tensor([7e4, 1.0, -7e4]))
+    model["fc.weight"][0] = 1e5
+
+
+def one_logit(model):
+    """The loss stays finite: only the logit of a class that is never the label's overflows, to -inf."""
+    model["fc.bias"].copy_(torch.tensor([0.0, 0.0, -7e4]))
+
+
+def beyond_float32(model):
+    model["fc.weight"].fill_(3e38)
+    model["features.4.weight"].fill_(1e3)
+
+
+def spoiled(run, folder, spoil):
+    """A copy of a run whose best_model.pt `spoil` changed in place."""
+    copy = folder / "spoiled"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("lock"))
+    content = torch.load(copy / "best_model.pt", weights_only=True)
+    spoil(content["model"])
+    torch.save(content, copy / "best_model.pt")
+    return copy
+
+
+def call(command, run, *more):
+    words = [f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}", "--device=cpu", *map(str, more)]
+    return main.main([command, *words])
+
+
+def strict(file):
+    """The content of a JSON file, read as every other program reads it."""
+
+    def refuse(name):
+        raise AssertionError(f"{file} holds {name}")
+
+    return json.loads(file.read_text(), parse_constant=refuse)
+
+
+# ------------------------------------------------------------------------------------ figures
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(overflowing, FP16), (one_logit, FP16), (beyond_float32, []), (overflowing, [*FP16, "--tta=flip"])],
+)
+def test_evaluate_states_no_accuracy_of_logits_that_are_not_finite(spoil, words, run, tmp_path, capsys):
+    copy = spoiled(run, tmp_path, spoil)
+    files = [tmp_path / "predictions.csv", tmp_path / "result.json", tmp_path / "out"]
+    wanted = [f"--{name}={file}" for name, file in zip(("csv", "json", "out"), files, strict=True)]
+    assert call("evaluate", copy, *words, *wanted) == 1
+    said = capsys.readouterr()
+    assert "not finite in" in said.err and "accuracy" not in said.out
+    assert not any(file.exists() for file in files)
+    assert ("bfloat16" in said.err) == bool(words)
+
+
+def test_training_states_no_test_accuracy_and_goes_on_in_bfloat16(data, tmp_path, monkeypatch, capsys):
+    def loaded(file):
+        content = load_checkpoint(file)
+        overflowing(content["model"])
+        return content
+
+    monkeypatch.setattr("commands.train.load_checkpoint", loaded)
+    words = ["--model=tiny_classifier", "--epochs=1", "--amp"]
+    assert tiny.train(data, tmp_path, *words, "--amp_dtype=float16") == 1
+    run = tmp_path / "run"
+    reason = strict(run / "failure.json")["reason"]
+    assert "logits of 6 of 6 images are not finite in AMP float16" in reason
+    assert not (run / "result.json").exists() and not (run / "predictions.csv").exists()
+    assert "--resume --amp_dtype bfloat16" in capsys.readouterr().err
+    assert tiny.train(data, tmp_path, *words, "--amp_dtype=bfloat16", "--resume") == 0
+    assert strict(run / "result.json")["precision"] == "amp-bf16"
+    assert not (run / "failure.json").exists()
+
+
+def test_parity_marks_a_precision_without_accuracy(run, tmp_path, capsys):
+    copy = spoiled(run, tmp_path, overflowing)
+    assert call("evaluate", copy, "--precisions=fp32,amp-fp16") == 0
+    rows = strict(copy / "parity.json")
+    bad = rows["amp-fp16"]
+    assert rows["fp32"]["accuracy"] > 0 and rows["fp32"]["not_finite"] == 0
+    assert bad["accuracy"] is bad["loss"] is bad["largest_logit_difference"] is None and bad["not_finite"] == 6
+    out = capsys.readouterr().out
+    assert "nan" not in out and "amp-fp16: the logits of 6 images are not finite" in out
+    assert call("evaluate", copy, "--precisions=amp-fp16,fp32") == 0  # the reference is the one that overflows
+    assert strict(copy / "parity.json")["fp32"]["accuracy"] == rows["fp32"]["accuracy"]
+
+
+class Brightness(nn.Module):
+    """Three logits of an image: its mean, 0 and -mean; `bad` for bright images."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+
+    def forward(self, images):
+        mean = images.mean((1, 2, 3))
+        logits = torch.stack([mean, torch.zeros_like(mean), -mean], 1)
+        return torch.where(mean[:, None] > 0, torch.tensor([0.0, 0.0, self.bad]), logits)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_predict_gives_no_class_to_logits_that_are_not_finite(bad, tmp_path, capsys):
+    for place, grey in enumerate((10, 250, 20, 240, 30)):
+        Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{place}.png")
+    files = {"csv_file": str(tmp_path / "p.csv"), "json_file": str(tmp_path / "p.json")}
+    with pytest.raises(RunError, match="2 of 5 files have no prediction: their logits are not finite"):
+        predict_files(
+            Brightness(bad),
+            ["a", "b", "c"],
+            [str(tmp_path)],
+            preprocess=Preprocess(CPU, 8),
+            precision=FP32,
+            batch_size=2,
+            top_k=3,
+            workers=1,
+            sheet=None,
+            **files,
+        )
+    rows = strict(tmp_path / "p.json")
+    assert [row["path"][-5:] for row in rows] == ["0.png", "2.png", "4.png"]
+    assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
+    out = capsys.readouterr().out
+    assert "3 images: c 3" in out and "nan" not in out
+
+
+def test_predict_of_nothing_but_overflows_says_why_and_not_unreadable(run, data, tmp_path, capsys):
+    copy = spoiled(run, tmp_path, overflowing)
+    files = [tmp_path / "sheet.png", tmp_path / "maps.png"]
+    wanted = [f"--contact_sheet={files[0]}", f"--explain={files[1]}", f"--json={tmp_path / 'p.json'}"]
+    assert call("predict", copy, *tiny.images(data, "seg_test"), *FP16, *wanted) == 1
+    assert "use --amp_dtype bfloat16" in capsys.readouterr().err
+    assert strict(tmp_path / "p.json") == [] and not any(file.exists() for file in files)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_of_some_bad_logits_has_no_figure(bad):
+    batches = Batches(tiny.subset(12), Preprocess(CPU, 9), 5, 3)
+    found = evaluate(Brightness(bad), batches, FP32, keep_logits=True)
+    bright = sum(images.mean((1, 2, 3)).gt(0).sum() for images, *_ in batches.evaluation())
+    assert 0 < found.unpredicted == bright < 12 and not found.is_finite
+    with pytest.raises(NotFinite, match=f"{bright} of 12 images are not finite in FP32"):
+        found.require_finite(FP32)
+
+
+def test_a_loss_that_overflows_alone_is_not_finite_either():
+    class Large(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[3e38, -3e38, 0.0]]).expand(len(images), 3)
+
+    found = evaluate(Large(), Batches(tiny.subset(12), Preprocess(CPU, 9), 5, 3), FP32)
+    with pytest.raises(NotFinite, match="the loss is not finite"):
+        found.require_finite(FP32)
+
+
+def test_training_accuracy_counts_no_logits_that_are_not_finite():
+    record = UpdateRecord()
+    logits = torch.tensor([[math.nan, 0, 0], [math.inf, 0, 0], [1.0, 0, 0], [1.0, -math.inf, 0]])
+    record.add(torch.zeros(()), logits, torch.zeros(4, dtype=torch.long), 1)
+    assert record.correct == 1
+
+
+def test_mirrored_logits_are_not_added_in_16_bits():
+    class Constant(nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 2), 40000.0, dtype=torch.float16)
+
+    assert WithMirrorImage(Constant())(torch.zeros(1, 3, 4, 4)).tolist() == [[40000, 40000]]
+
+
+# --------------------------------------------------------------------------------------- JSON
+def test_json_is_strict_whatever_is_written(tmp_path):
+    content = {"a": [math.nan, (math.inf, 1)], "b": {"c": -math.inf, "d": np.float64("nan"), "e": "NaN"}, "f": 0.5}
+    assert json.loads(json_text(content, indent=1), parse_constant=pytest.fail) == {
+        "a": [None, [None, 1]],
+        "b": {"c": None, "d": None, "e": "NaN"},
+        "f": 0.5,
+    }
+
+
+def test_all_json_goes_through_the_strict_writer():
+    hashed = ("opening.py", "stores.py")  # their JSON is no file, but what a checksum is taken of
+    loose = {}
+    for file in tiny.ROOT.rglob("*.py"):
+        if {"tests", "notebooks", "benchmarks"} & set(file.parts) or file.name in hashed:
+            continue
+        text = file.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)) if "dump" in text else ():
+            name = isinstance(node, ast.Call) and ast.unparse(node.func)
+            written = name in ("json.dump", "json.dumps", "dumps", "dump")
+            if written and not any(word.arg == "allow_nan" for word in node.keywords):
+                loose.setdefault(str(file.relative_to(tiny.ROOT)), []).append(node.lineno)
+    assert loose == {}
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
+def test_a_result_that_holds_nan_is_refused_by_its_name(value, run, tmp_path, capsys):
+    copy = spoiled(run, tmp_path, lambda model: None)
+    result = json.loads((copy / "result.json").read_text())
+    text = json.dumps(result | {"test_loss": 12345.0}).replace("12345.0", value)
+    (copy / "result.json").write_text(text)
+    assert main.main(["compare", "--runs", str(run), str(copy), f"--checkpoint_dir={tmp_path / 'c'}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{copy / 'result.json'} is damaged" in said and f"holds {value}" in said and "not finite" in said
+
+
+def test_predictions_that_hold_nan_are_refused_by_their_reason(run, tmp_path):
+    lines = (run / "predictions.csv").read_text().splitlines()
+    (tmp_path / "predictions.csv").write_text("\n".join([lines[0], "a.png,buildings,buildings,nan,nan,0.5,0.5"]))
+    with pytest.raises(UserError, match="not finite"):
+        results.read_predictions(tmp_path / "predictions.csv")
+    assert read_json(run / "result.json")["test_loss"] > 0 and tables.summary(read_json(run / "result.json"))
