@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dataset import Batches
-from precision import Precision, named_precision
+from precision import Precision
 from utils import Interrupted, RunError, amount, progress
 
 NO_PREDICTION = -1  # for an image whose logits are not finite
@@ -181,40 +179,3 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over classes (count, classes), in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)
-
-
-def parity(
-    model: nn.Module, batches: Batches, precisions: list[str], paths: list[str], classes: list[str]
-) -> dict[str, Any]:
-    """Return one checkpoint's figures in each precision, and how its predictions differ from the first one's.
-
-    A precision in which logits are not finite has no accuracy and no loss (None); `not_finite` counts its images.
-    Logits and predictions are compared for the images that are finite in both.
-    """
-    named = [named_precision(name, batches.device) for name in precisions]  # refuses a name before the first test
-    rows = {}
-    reference: Evaluation | None = None
-    for name in [precision.name for precision in named]:
-        precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
-        found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
-        reference = found if reference is None else reference
-        before = reference.predicted
-        after = found.predicted
-        finite = (before != NO_PREDICTION) & (after != NO_PREDICTION)
-        differences = np.abs(found.logits[finite] - reference.logits[finite])
-        rows[name] = {
-            "accuracy": found.accuracy if found.is_finite else None,
-            "loss": found.loss if found.is_finite else None,
-            "not_finite": found.unpredicted,
-            "largest_logit_difference": float(differences.max()) if len(differences) else None,
-            "flipped": [
-                {
-                    "path": paths[place],
-                    "label": classes[batches.subset.labels[place]],
-                    "from": classes[before[place]],
-                    "to": classes[after[place]],
-                }
-                for place in np.flatnonzero(finite & (before != after))
-            ],
-        }
-    return rows

@@ -6,7 +6,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from evaluate import Evaluation, evaluate, parity, probabilities
+import numpy as np
+from torch import nn
+
+from dataset import Batches
+from evaluate import NO_PREDICTION, Evaluation, evaluate, probabilities
+from precision import named_precision
 from reports import tables
 from reports.results import calibration
 from runs.folder import RunDirectory
@@ -109,3 +114,40 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "confusion": found.confusion().tolist(),
         "calibration_error": calibration(probabilities(found.logits), data.test.labels)["ece"],
     }
+
+
+def parity(
+    model: nn.Module, batches: Batches, precisions: list[str], paths: list[str], classes: list[str]
+) -> dict[str, Any]:
+    """Return one checkpoint's figures in each precision, and how its predictions differ from the first one's.
+
+    A precision in which logits are not finite has no accuracy and no loss (None); `not_finite` counts its images.
+    Logits and predictions are compared for the images that are finite in both.
+    """
+    named = [named_precision(name, batches.device) for name in precisions]  # refuses a name before the first test
+    rows = {}
+    reference: Evaluation | None = None
+    for name in [precision.name for precision in named]:
+        precision = named_precision(name, batches.device)  # on CUDA this sets the mode of float32 products
+        found = evaluate(model, batches, precision, keep_logits=True, description=precision.label)
+        reference = found if reference is None else reference
+        before = reference.predicted
+        after = found.predicted
+        finite = (before != NO_PREDICTION) & (after != NO_PREDICTION)
+        differences = np.abs(found.logits[finite] - reference.logits[finite])
+        rows[name] = {
+            "accuracy": found.accuracy if found.is_finite else None,
+            "loss": found.loss if found.is_finite else None,
+            "not_finite": found.unpredicted,
+            "largest_logit_difference": float(differences.max()) if len(differences) else None,
+            "flipped": [
+                {
+                    "path": paths[place],
+                    "label": classes[batches.subset.labels[place]],
+                    "from": classes[before[place]],
+                    "to": classes[after[place]],
+                }
+                for place in np.flatnonzero(finite & (before != after))
+            ],
+        }
+    return rows
