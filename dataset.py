@@ -112,8 +112,12 @@ class Batches:
         order = torch.randperm(len(self.subset), generator=generator).numpy()
         return order if self.sampler == "shuffle" else balanced(order, self.subset.labels, self.class_count)
 
-    def prepare(self) -> None:
-        """Computes what all epochs share, so that the first one takes no longer than the others: of images, nothing."""
+    def prepare(self) -> float | None:
+        """Compute what all epochs share, so that the first one takes no longer than the others.
+
+        Return the seconds that it took, which are training; None for images, which share nothing.
+        """
+        return None
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""

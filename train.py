@@ -97,6 +97,7 @@ class Trainer:
     stop: StopSignal = field(init=False)
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
     prepared: float = field(init=False, default=0.0)  # seconds before the first epoch
+    frozen_seconds: float | None = field(init=False, default=None)  # of a frozen network computed once, until recorded
     epoch_begun: float = field(init=False, default_factory=time.perf_counter)  # less what was done before a resume
     last_save: float = field(init=False, default_factory=time.monotonic)
 
@@ -121,7 +122,7 @@ class Trainer:
         self.meter.waiting = Waiting()
         with self.stop:
             if self.progress.epoch < self.epochs:
-                self.batches.prepare()
+                self.frozen_seconds = self.batches.prepare()
                 self.validation.prepare()
             self.prepared = 0.0 if self.progress.elapsed else self.seconds
             while self.progress.epoch < self.epochs and not self._out_of_patience():
@@ -203,6 +204,9 @@ class Trainer:
         at.elapsed = self.seconds
         size = self.batches.size_in(at.epoch)
         line = self.meter.line(at, found, self.batches.device) | {"image_size": size}
+        if self.frozen_seconds is not None:
+            line["frozen_seconds"] = round(self.frozen_seconds, 3)
+            self.frozen_seconds = 0.0
         alike = [earlier for earlier in at.history if earlier.get("image_size", size) == size]
         best = max((figure(earlier, self.best_by) for earlier in alike), default=-math.inf)  # larger images begin anew
         at.close_epoch(line)

@@ -18,7 +18,7 @@ from evaluate import evaluate, probabilities
 from images.subsets import DataSet
 from model import constructor_options
 from reports import tables
-from reports.results import EXPLANATIONS, busy_share, steady_rate
+from reports.results import EXPLANATIONS, busy_share, training_rate, training_seconds
 from runs import resume
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
@@ -152,8 +152,8 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         "best_epoch": at.best_epoch,
         "best_val_acc": at.best_val_acc,
         "total_seconds": round(trainer.seconds, 3),
-        "train_seconds": round(sum(line["seconds"] for line in at.history), 3),
-        "images_per_second": steady_rate(at.history),
+        "train_seconds": round(training_seconds(at.history), 3),
+        "images_per_second": training_rate(at.history, len(data.train)),
         "busy_share": busy_share(at.history),
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }

@@ -107,6 +107,22 @@ def steady_rate(metrics: list[dict[str, Any]]) -> float:
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
 
 
+def training_seconds(metrics: list[dict[str, Any]]) -> float:
+    """Seconds of training without evaluation: all epochs, and before them a frozen network that is computed once."""
+    return sum(line["seconds"] + line.get("frozen_seconds", 0.0) for line in metrics)
+
+
+def training_rate(metrics: list[dict[str, Any]], images: int) -> float:
+    """Images/s of a training whose epochs have so many images.
+
+    If a frozen network was computed once, that is the work, and its epochs take next to no time: then it is all
+    epochs' images divided by all seconds of training. Otherwise it is `steady_rate`.
+    """
+    if any("frozen_seconds" in line for line in metrics):
+        return images * len(metrics) / training_seconds(metrics)
+    return steady_rate(metrics)
+
+
 def busy_share(metrics: list[dict[str, Any]]) -> float | None:
     """Share of the run's time in which it waited for processors that others used; None if the system did not say."""
     shares = column(metrics, "busy_share")

@@ -212,9 +212,11 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         *(f"{name} {version}" for name, version in config.get("versions", {}).items()),
     ]
     lines = [f"{', '.join(parts)}."] if parts else []
+    rate = "the median over the epochs after the first, which warms up"
+    if settings.get("freeze_epochs") == "all":
+        rate += " (if the frozen network is computed once: of all epochs, with the time that this takes)"
     lines.append(
-        "Images/s is the median over the epochs after the first, which warms up; speed-up compares it, and "
-        "the memory ratio peak memory, with FP32, seed by seed."
+        f"Images/s is {rate}; speed-up compares it, and the memory ratio peak memory, with FP32, seed by seed."
     )
     lines += [*spread_over_seeds(comparison), *comparison["remarks"]]
     lines += [

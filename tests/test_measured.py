@@ -9,9 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny
 from test_report import compare, make_run
+from tqdm import tqdm
 from tqdm.utils import disp_len
 
+from features.frozen import FrozenNetwork
 from reports import page, results, tables
 from system import waiting
 from utils import UserError
@@ -266,3 +269,26 @@ def test_a_test_on_a_part_of_the_images_says_so(tmp_path):
     (other / "predictions.csv").write_text(table.replace("sea/9.jpg,sea", "sea/9.jpg,forest"))
     sentence = tables.verdict(compare(one, other)[1])
     assert "0 lost of 9 that both tested under one label, exact McNemar test" in sentence
+
+
+# A frozen network that is computed once
+
+
+def test_the_work_of_a_frozen_network_is_in_its_time_and_rate(data, tmp_path, monkeypatch):
+    seconds = {"fp32": 0.3, "amp-bf16": 0.1}
+    for name, taken in seconds.items():
+        monkeypatch.setattr(FrozenNetwork, "_bar", lambda self, taken=taken: time.sleep(taken) or tqdm(disable=True))
+        words = ("--preset=probe", "--epochs=3", "--model=tiny_classifier", "--augment=flip")
+        assert tiny.train(data, tmp_path, *words, *(["--amp"] if name != "fp32" else []), name=name) == 0
+    runs, comparison = compare(*(tmp_path / name for name in seconds))
+    for run, taken in zip(runs, seconds.values(), strict=True):
+        frozen = [line["frozen_seconds"] for line in run["metrics"]]
+        assert taken <= frozen[0] < taken + 0.5 and frozen[1:] == [0, 0], "once for the training images"
+        result = run["result"]
+        assert result["train_seconds"] == pytest.approx(sum(frozen) + sum(results.column(run["metrics"], "seconds")))
+        images = run["config"]["dataset"]["train"]
+        assert result["images_per_second"] == pytest.approx(3 * images / result["train_seconds"], rel=0.01)
+        assert result["total_seconds"] >= result["train_seconds"]
+    ratio = runs[0]["result"]["train_seconds"] / runs[1]["result"]["train_seconds"]
+    assert comparison["rows"][1]["ratios"]["speed_up"]["values"] == pytest.approx([ratio], rel=0.01)
+    assert "the frozen network is computed once" in tables.performance_table(comparison)

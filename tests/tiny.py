@@ -43,6 +43,7 @@ MEASURED = {
     "epoch_waited",
     "total_seconds",
     "train_seconds",
+    "frozen_seconds",
     "steady",
 }
 
