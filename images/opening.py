@@ -287,8 +287,7 @@ def _divided(
         parts[:] = 0
         parts[hold_out_as_before(pool.labels, seed)] = 1
         return parts
-    grouped = bool(image_set.groups)
-    fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together, grouped=grouped)
+    fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together)
     return extend(parts, fresh, together)
 
 

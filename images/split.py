@@ -1,4 +1,4 @@
-"""Who trains, who validates, who is tested: split by scikit-learn, written down, equal pictures kept together.
+"""Who trains, who validates, who is tested: stratified, written down, equal pictures kept together.
 
 Imports no torch.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
 
@@ -61,31 +61,12 @@ def digest(pixels: np.ndarray | str) -> bytes | None:
     return None if isinstance(pixels, str) else hashlib.sha256(pixels.tobytes()).digest() + repr(pixels.shape).encode()
 
 
-def hold_out(labels: np.ndarray, fraction: float, seed: int, units: np.ndarray, *, grouped: bool = False) -> np.ndarray:
-    """Positions held out of `labels`, ascending: about `fraction` of each class, whole units.
+def hold_out(labels: np.ndarray, fraction: float, seed: int, units: np.ndarray) -> np.ndarray:
+    """Return the positions held out of `labels`, ascending: `fraction` of each class, in whole units.
 
-    Each class gives at least one unit if it has two, and always keeps one. Stratified by scikit-learn.
+    `units` (images,) names the unit of each image. Each class gives at least one unit if it has two, and keeps one.
     """
-    _, heads, inverse = np.unique(units, return_index=True, return_inverse=True)
-    own = labels[heads]
-    counts = Counter(own.tolist())
-    wide = np.flatnonzero([counts[label] > 1 for label in own.tolist()])
-    held = np.zeros(len(heads), bool)
-    if len(wide):
-        sizes = np.bincount(inverse)[wide]
-        chosen = _grouped(own[wide], sizes, fraction, seed) if grouped else _stratified(own[wide], fraction, seed)
-        held[wide[chosen]] = True
-    order = np.random.default_rng(seed % 2**32).permutation(len(heads))
-    for label in np.flatnonzero(np.bincount(own)):
-        members = order[own[order] == label]
-        out = held[members]
-        if len(members) > 1 and not out.any():
-            held[members[0]] = True
-        if len(members) > 1 and out.all():
-            held[members[0]] = False
-        if len(members) == 1:
-            held[members] = False
-    return np.flatnonzero(held[inverse])
+    return np.flatnonzero(_shared_out(labels, units, (1 - fraction, fraction), (seed,)))
 
 
 def hold_out_as_before(labels: np.ndarray, seed: int) -> np.ndarray:
@@ -95,31 +76,6 @@ def hold_out_as_before(labels: np.ndarray, seed: int) -> np.ndarray:
     return train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed % 2**32)[1]
 
 
-def _stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    from sklearn.model_selection import train_test_split
-
-    classes = len(np.unique(labels))
-    size = fraction
-    if np.ceil(fraction * len(labels)) < classes or len(labels) - np.ceil(fraction * len(labels)) < classes:
-        size = min(max(classes, round(fraction * len(labels))), len(labels) - classes)
-    _, held = train_test_split(np.arange(len(labels)), test_size=size, stratify=labels, random_state=seed % 2**32)
-    return held
-
-
-def _grouped(labels: np.ndarray, sizes: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Whole groups, balanced by class and by their number of images."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    folds = min(max(2, round(1 / fraction)), len(labels))
-    images = np.repeat(np.arange(len(labels)), sizes)
-    if np.bincount(labels[images]).max() < folds:
-        folds = max(2, int(np.bincount(labels[images]).max()))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed % 2**32)
-    parts = [np.unique(images[held]) for _, held in splitter.split(images, labels[images], images)]
-    wanted = fraction * len(images)
-    return min(parts, key=lambda part: abs(sizes[part].sum() - wanted))
-
-
 def divide(
     labels: np.ndarray,
     *,
@@ -127,28 +83,19 @@ def divide(
     shares: Sequence[float] | None = None,
     with_test: bool = False,
     together: Iterable[Sequence[int]] = (),
-    grouped: bool = False,
 ) -> np.ndarray:
-    """The part of each image, an index of PARTS: validation and, with `with_test`, test held out of the others.
+    """Return the part of each image, an index of PARTS: validation and, with `with_test`, test are held out.
 
-    `shares` are percentages of training, validation and test (of training and validation where nothing is to be
-    tested); `together` lists images that must stay on one side. Raises UserError if nothing can be held out.
+    `shares` are percentages of training, validation and test (of training and validation if nothing is to be
+    tested); `together` lists images that must stay on one side. Without such lists each part, and each class within
+    it, is within one image of its share. Raises UserError if nothing can be held out.
     """
     shares = shares or (SHARES if with_test else (80.0, 20.0))
-    units = united(together, len(labels))
-    parts = np.zeros(len(labels), np.int64)
-    rest = np.arange(len(labels))
-    small = _classes_of_two(labels, units)
-    if with_test:
-        if len(shares) < 3:
-            raise UserError("--split: three shares are needed, for training, validation and test, such as 70,15,15.")
-        free = np.flatnonzero(~np.isin(labels, small[1::2]))  # of two images, one is tested or validated
-        test = free[hold_out(labels[free], shares[2] / 100, TEST_SEED, units[free], grouped=grouped)]
-        parts[test] = 2
-        rest = np.setdiff1d(rest, test)
-    held = rest[hold_out(labels[rest], shares[1] / (shares[0] + shares[1]), seed, units[rest], grouped=grouped)]
-    parts[held] = 1
-    for part in (1, 2) if with_test else (1,):
+    if with_test and len(shares) < 3:
+        raise UserError("--split: three shares are needed, for training, validation and test, such as 70,15,15.")
+    asked, seeds = (shares, (seed, TEST_SEED)) if with_test else (shares[:2], (seed,))
+    parts = _shared_out(labels, united(together, len(labels)), asked, seeds)
+    for part in range(1, len(asked)):
         if not (parts == part).any():
             raise UserError(
                 f"nothing can be held out for {PARTS[part]}: a class needs two images that are neither copies of one "
@@ -157,9 +104,85 @@ def divide(
     return parts
 
 
-def _classes_of_two(labels: np.ndarray, units: np.ndarray) -> np.ndarray:
-    heads = np.unique(units)
-    return np.flatnonzero(np.bincount(labels[heads]) == 2)
+def _shared_out(labels: np.ndarray, units: np.ndarray, shares: Sequence[float], seeds: Sequence[int]) -> np.ndarray:
+    """Return the part of each image: 0, or that of the share that it was drawn for.
+
+    `seeds` has one for each share but the first. A unit goes whole, and is of the class of its first image.
+    """
+    _, heads, inverse, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
+    weights = np.rint(np.asarray(shares) * 1e6).astype(np.int64)  # whole numbers: 15/85 of 170 images are 30
+    own = labels[heads]
+    parts = _stratified(own, weights, seeds[0]) if len(weights) == 2 and sizes.max() == 1 else None
+    return (_drawn(own, sizes, weights, seeds) if parts is None else parts)[inverse]
+
+
+def _stratified(labels: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray | None:
+    """Return scikit-learn's part of each image, 0 or 1; None if a class of it is not within one image of its share."""
+    from sklearn.model_selection import train_test_split
+
+    exact = np.bincount(labels)[:, None] * weights
+    exact = exact[exact[:, 0] > 0]
+    whole = weights.sum()
+    if (exact < whole).any():  # a class would be left out of a part
+        return None
+    held = (2 * exact[:, 1].sum() + whole) // (2 * whole)
+    positions = np.arange(len(labels))
+    _, chosen = train_test_split(positions, test_size=int(held), stratify=labels, random_state=seed % 2**32)
+    drawn = np.bincount(labels[chosen], minlength=labels.max() + 1)[np.unique(labels)]
+    return np.isin(positions, chosen).astype(np.int64) if (abs(drawn * whole - exact[:, 1]) <= whole).all() else None
+
+
+def _drawn(labels: np.ndarray, sizes: np.ndarray, weights: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
+    """Return the part of each unit, given its class, its number of images, and the parts' weights.
+
+    Class by class, each part gets its share rounded down, and what is left goes to the parts that are furthest behind
+    in all classes so far. Units are drawn in the order of each part's seed until their images come nearest to that.
+    """
+    counts = np.bincount(labels)
+    orders = [np.random.default_rng(seed % 2**32).permutation(len(labels)) for seed in seeds]
+    by_class = [np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)) for order in orders]
+    parts = np.zeros(len(labels), np.int64)
+    behind = np.zeros(len(weights), np.int64)  # images, in units of 1 / weights.sum()
+    owed = np.zeros(len(weights), np.int64)  # images by which whole units missed what was wanted
+    pairs = 0
+    for label in np.flatnonzero(counts):
+        gives = np.arange(len(weights)) < counts[label]
+        if len(weights) == 3 and counts[label] == 2:  # of two units, one is tested or validated
+            gives[1:] = [pairs % 2, not pairs % 2]
+            pairs += 1
+        wanted = _wanted(int(sizes[by_class[0][label]].sum()), weights, behind, gives)
+        for part in np.flatnonzero(gives)[:0:-1]:
+            free = [unit for unit in by_class[part - 1][label] if not parts[unit]]
+            taken = _nearest(free, sizes, wanted[part] + owed[part], len(free) - gives[:part].sum())
+            parts[taken] = part
+            owed[part] += wanted[part] - sizes[taken].sum()
+    return parts
+
+
+def _wanted(images: int, weights: np.ndarray, behind: np.ndarray, gives: np.ndarray) -> np.ndarray:
+    """Return how many of a class's images each part gets, at least one if it `gives` to it; update `behind`."""
+    whole = weights.sum()
+    exact = images * weights
+    behind += exact
+    wanted = np.where(gives, np.maximum(exact // whole, 1), 0)
+    while wanted.sum() > images:
+        wanted[wanted.argmax()] -= 1
+    due = behind - wanted * whole
+    lacking = [part for part in np.argsort(-due, kind="stable") if gives[part] and wanted[part] * whole < exact[part]]
+    wanted[lacking[: images - wanted.sum()]] += 1
+    wanted[0] = images - wanted[1:].sum()
+    behind -= wanted * whole
+    return wanted
+
+
+def _nearest(units: list[int], sizes: np.ndarray, images: int, most: int) -> list[int]:
+    """Return the first units, at least one and at most `most`, whose sizes add up nearest to `images`."""
+    taken: list[int] = []
+    for unit in units:
+        if len(taken) < most and sizes[unit] < 2 * images:
+            taken.append(unit)
+            images -= sizes[unit]
+    return taken or [min(units, key=lambda unit: sizes[unit])]
 
 
 def extend(recorded: np.ndarray, divided: np.ndarray, together: Iterable[Sequence[int]]) -> np.ndarray:
