@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from images.decode import Rules
@@ -9,6 +10,7 @@ from precision_table import label_of
 from reports import page, pictures
 from reports.results import EXPLANATIONS, read_run
 from system.files import read_json
+from utils import log, printable
 
 
 def draw_run(directory: Path) -> None:
@@ -24,9 +26,23 @@ def draw_run(directory: Path) -> None:
             run["metrics"], directory / "learning_curve.png", title=title, best_epoch=result["best_epoch"]
         )
     pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title=title)
-    images = Path(run["options"].get("data_dir", ""))
-    rules = Rules(windows=run["config"]["dataset"].get("windows") or {})
+    dataset = run["config"]["dataset"]
+    images = Path(dataset.get("folder") or run["options"].get("data_dir", ""))  # the second may be relative
+    rules = Rules(windows=dataset.get("windows") or {})
     file = directory / EXPLANATIONS
     maps = read_json(file) if file.exists() else {}
-    pictures.gallery(directory / "predictions.csv", images, directory / "mistakes.png", rules=rules, maps=maps)
+    mistakes = directory / "mistakes.png"
+    if not _keeps(mistakes, directory / "predictions.csv", images):
+        pictures.gallery(directory / "predictions.csv", images, mistakes, rules=rules, maps=maps)
     page.html_report(directory, directory / "report.html")
+
+
+def _keeps(picture: Path, predictions: Path, images: Path) -> bool:
+    """Say if images of a contact sheet are gone; return whether an earlier sheet stays, as it may still show them."""
+    files = [images / name for name in pictures.wrong_images(predictions)]
+    gone = sum(not os.path.isfile(file) for file in files)
+    keeps = gone > 0 and picture.exists()
+    if gone:
+        outcome = "stays as it is" if keeps else "shows empty places"
+        log.warning(f"{picture.name} {outcome}: {gone} of its {len(files)} images are not in {printable(images)}")
+    return keeps

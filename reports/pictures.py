@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from images.decode import Rules
 from reports.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
-from reports.results import column, most_confidently_wrong, read_predictions, run_calibration
+from reports.results import WRONGEST, column, most_confidently_wrong, read_predictions, run_calibration
 from reports.sheets import explained_sheet, labelled_sheet
 from reports.text import fit, time_unit
 
@@ -268,20 +268,30 @@ def batch(images: np.ndarray, labels: np.ndarray, classes: list[str], path: Path
     labelled_sheet(list(images), captions, path, heading=heading)
 
 
+def wrong_images(predictions_csv: Path) -> list[str]:
+    """Return the paths of the images that `gallery` shows."""
+    table = read_predictions(predictions_csv)
+    return [table["paths"][place] for place in _wrongest(table, WRONGEST)]
+
+
+def _wrongest(table: dict[str, Any], count: int) -> np.ndarray:
+    differ = np.array(table["labels"]) != np.array(table["predicted"])
+    return most_confidently_wrong(np.asarray(table["confidence"]), differ, count)
+
+
 def gallery(
     predictions_csv: Path,
     data_root: Path,
     path: Path,
     *,
-    count: int = 24,
+    count: int = WRONGEST,
     rules: Rules | None = None,
     maps: dict[str, list[list[int]]] | None = None,
 ) -> None:
     """The test images that were wrong with the highest confidence, at most `count`, with their predicted and their
     true class, and beside them their class activation `maps`. Paths are taken below `data_root`."""
     table = read_predictions(Path(predictions_csv))
-    differ = np.array(table["labels"]) != np.array(table["predicted"])
-    wrong = most_confidently_wrong(np.asarray(table["confidence"]), differ, count)
+    wrong = _wrongest(table, count)
     captions = [
         f"{fit(table['predicted'][place], 14)} {100 * table['confidence'][place]:.0f} %\ntrue: {table['labels'][place]}"
         for place in wrong

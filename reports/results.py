@@ -34,6 +34,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return [line | {"epoch": int(line["epoch"])} for line in metrics]
 
 
+WRONGEST = 24  # images that mistakes.png shows at most
 EXPLANATIONS = "explanations.json"  # file name of a test image: a class activation map of 0 to 255, 32 by 32
 
 
@@ -130,7 +131,7 @@ def busy_share(metrics: list[dict[str, Any]]) -> float | None:
     return float(np.average(shares[known], weights=column(metrics, "seconds")[known])) if known.any() else None
 
 
-def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = 24) -> np.ndarray:
+def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = WRONGEST) -> np.ndarray:
     """Places of at most `count` wrong predictions, the most confident first, as six digits of confidence tell."""
     order = np.argsort(-np.round(confidence, 6), kind="stable")
     return order[wrong[order]][:count]

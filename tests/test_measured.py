@@ -14,8 +14,9 @@ from test_report import compare, make_run
 from tqdm import tqdm
 from tqdm.utils import disp_len
 
+import main
 from features.frozen import FrozenNetwork
-from reports import page, results, tables
+from reports import page, pictures, results, tables
 from system import waiting
 from utils import UserError
 
@@ -292,3 +293,35 @@ def test_the_work_of_a_frozen_network_is_in_its_time_and_rate(data, tmp_path, mo
     ratio = runs[0]["result"]["train_seconds"] / runs[1]["result"]["train_seconds"]
     assert comparison["rows"][1]["ratios"]["speed_up"]["values"] == pytest.approx([ratio], rel=0.01)
     assert "the frozen network is computed once" in tables.performance_table(comparison)
+
+
+# Pictures drawn again
+
+
+@pytest.mark.usefixtures("drawn")
+def test_a_report_from_another_folder_does_not_lose_the_mistakes(tmp_path, monkeypatch, capsys):
+    run = make_run(tmp_path / "run", predicted=[1, 1, 0, 1, 1, 1, 2, 2, 2, 2], data_dir="photos")
+    photos = tmp_path / "photos"
+    for place in (0, 1):
+        (photos / "buildings").mkdir(parents=True, exist_ok=True)
+        tiny.noise().save(photos / "buildings" / f"{place}.jpg")
+    config = json.loads((run / "config.json").read_text())
+    config["dataset"]["folder"] = str(photos)
+    (run / "config.json").write_text(json.dumps(config))
+    for owner, names in ((pictures, ("learning_curve", "confusion_matrix")), (page, ("html_report",))):
+        for name in names:
+            monkeypatch.setattr(owner, name, lambda *_, **__: None)
+    monkeypatch.setattr(
+        pictures, "labelled_sheet", lambda files, _, path, **__: path.write_text(f"{sum(map(Path.exists, files))}")
+    )
+    redraw = ["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    monkeypatch.chdir("/")  # "photos" is not here
+    assert main.main(redraw) == 0 and (run / "mistakes.png").read_text() == "2"
+    assert "mistakes" not in capsys.readouterr().out
+    for gone, words in (("1.jpg", "1 of its 2 images are"), ("0.jpg", "2 of its 2 images are")):
+        (photos / "buildings" / gone).unlink()
+        assert main.main(redraw) == 0 and (run / "mistakes.png").read_text() == "2"
+        assert f"mistakes.png stays as it is: {words} not in {photos}" in capsys.readouterr().out
+    (run / "mistakes.png").unlink()
+    assert main.main(redraw) == 0 and (run / "mistakes.png").read_text() == "0"
+    assert "shows empty places" in capsys.readouterr().out
