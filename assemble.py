@@ -67,9 +67,9 @@ def demo_size(device_name: str) -> DemoSize | None:
     )
 
 
-def _folder_of(config: Path) -> str | None:
-    """The data folder that a run was trained on, as its config.json says."""
-    return read_config(config)["dataset"].get("folder") if config.exists() else None
+def _data_of(config: Path) -> dict[str, Any]:
+    """Return what config.json says of the images that a run was trained on; nothing if there is no such file."""
+    return read_config(config)["dataset"] if config.exists() else {}
 
 
 class Setup:
@@ -208,7 +208,7 @@ class Setup:
         options = self.options
         self._draw_demo()
         folder = self.checkpoint_file.parent
-        trained_on = self.ranks.share(lambda: _folder_of(folder / "config.json"))
+        was = self.ranks.share(lambda: _data_of(folder / "config.json"))
         return self._agreed(
             open_test_set(
                 options.data_dir,
@@ -216,7 +216,8 @@ class Setup:
                 known=self.checkpoint["classes"],
                 labels=options.labels,
                 recorded=self._recorded(folder),
-                same_place=trained_on == str(Path(options.data_dir).resolve()),
+                same_place=was.get("folder") == str(Path(options.data_dir).resolve()),
+                checksum=was.get("tested"),
                 skip_unreadable=options.skip_unreadable,
                 opening=self._opening(self.rules, own_window=False),
             ),

@@ -19,7 +19,7 @@ from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
 from images.stores import ImageStore, checksums, open_store
-from images.subsets import DataSet, Split, Subset, relative
+from images.subsets import DataSet, Split, Subset, files_checksum, relative
 from utils import UserError, amount, log, printable
 
 
@@ -95,27 +95,39 @@ def open_test_set(
     labels: str | None = None,
     recorded: Split | None = None,
     same_place: bool = False,
+    checksum: str | None = None,
     skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
     """The images to test a trained model on, whose classes are `known`.
 
-    These are the test images that the run's split `recorded`, if `data_dir` is where it was trained (`same_place`, or
-    all of them are there and nothing else is called a test part); or else the test part; or else all images.
+    These are the test images of the run's split `recorded`, if `data_dir` is where it was trained (`same_place`), or if
+    all of them are there, nothing else is called a test part, and the files have the run's `checksum`. Else they are
+    the test part, or all images.
     """
     image_set = list_images(data_dir, labels=labels, known=known)
     listing = image_set.test or image_set.train
     tested = {name for name, (_, part) in (recorded or {}).items() if part == "test"}
     there = {name for name in tested if (image_set.root / name).is_file()}
-    if there and (same_place or (there == tested and not image_set.test)):
+    is_whole = bool(tested) and there == tested
+    is_same = is_whole and files_checksum([image_set.root / name for name in tested], image_set.root) == checksum
+    if there and (same_place or (is_same and not image_set.test)):
         everything = [entry for part in image_set.parts.values() for entry in part]
         listing = [(path, label) for path, label in everything if relative(path, image_set.root) in there]
         image_set.notes.append(f"tested: the {len(listing):,} images that the run's split.csv calls its test part")
-        if len(there) < len(tested):
+        if not is_whole:
             image_set.notes.append(
                 f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
             )
+        elif checksum and not is_same:
+            image_set.notes.append("files of the run's test part were changed after its training")
         _say_relabelled(image_set, recorded or {}, listing)
+    elif there and not image_set.test:
+        have = amount(len(there), "image has", "images have")
+        image_set.notes.append(
+            f"{have} the names of the run's test images, but these files are not all there as they were: every image "
+            "is tested"
+        )
     image_set = replace(image_set, train=[], validation=None, test=listing)
     opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
     if not len(opened.subsets["test"]):

@@ -48,11 +48,14 @@ _COUNTED = {"train": "train", "validation": "val", "test": "test"}  # parts of a
 
 def describe(data: DataSet) -> dict[str, Any]:
     """What config.json records of a data set."""
+    from images.subsets import files_checksum
+
     return {
         "fingerprint": data.fingerprint,
         "folder": str(data.root.resolve()),
         "classes": data.classes,
         **{short: len(data.subsets[name]) for name, short in _COUNTED.items() if name in data.subsets},
+        "tested": files_checksum(data.test.paths, data.root),
         "unreadable": data.unreadable,
         "windows": data.rules.windows,
     }

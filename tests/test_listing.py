@@ -3,6 +3,7 @@
 Run: pytest tests/test_listing.py
 """
 
+import shutil
 import unicodedata
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 
 from images.labels import find_labelled
 from images.opening import Opening, open_data_set, open_test_set
+from images.subsets import files_checksum
 
 
 def draw(root, *names):
@@ -226,3 +228,43 @@ def test_copies_in_a_given_part_are_seen_at_every_size(tmp_path, caplog, size, l
         open_data_set(tmp_path, image_size=size, seed=1, keep_larger=larger, opening=opening)
         assert "2 test images are also training images, such as " in caplog.text
         assert "1 validation image is also a training image, such as " in caplog.text
+
+
+# ---------------------------------------------------------------------------------- what a run is tested on later
+PHOTOS = [f"{name}/{number}.bmp" for name in "ab" for number in range(15)]
+
+
+def evaluated(root, caplog, **options):
+    """How many images `evaluate` tests, and what it says."""
+    caplog.set_level("INFO", "amp-train")
+    caplog.clear()
+    return len(open_test_set(root, image_size=8, known=["a", "b"], **options).test), caplog.text
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A data folder, and what a run on it recorded."""
+    data = opened(draw(tmp_path / "data", *PHOTOS))
+    return data.root, {"recorded": split_of(data), "checksum": files_checksum(data.test.paths, data.root)}
+
+
+def test_new_pictures_under_old_names_are_all_tested(ran, tmp_path, caplog):
+    _, was = ran
+    other = draw(tmp_path / "hold", *reversed(PHOTOS))  # as many, of the same names and sizes
+    count, said = evaluated(other, caplog, **was)
+    assert count == 30 and "have the names of the run's test images, but" in said
+    count, said = evaluated(draw(tmp_path / "none", "a/x.bmp", "b/y.bmp"), caplog, **was)
+    assert count == 2 and "names of the run's" not in said
+
+
+def test_a_data_folder_that_moved_and_grew_is_known_again(ran, tmp_path, caplog):
+    root, was = ran
+    moved = shutil.copytree(root, tmp_path / "moved")
+    draw(moved, "a/new.bmp", "b/new.bmp")
+    few = sum(part == "test" for _, part in was["recorded"].values())
+    assert evaluated(moved, caplog, **was)[0] == few < 30
+    draw(moved, next(name for name, (_, part) in was["recorded"].items() if part == "test"))
+    assert evaluated(moved, caplog, **was)[0] == 32
+    assert (
+        evaluated(moved, caplog, **was, same_place=True)[0] == few and "were changed after its training" in caplog.text
+    )
