@@ -6,9 +6,11 @@ is the start itself: for that, start `python main.py`.
 """
 
 import contextlib
+import ctypes
 import json
 import os
 import resource
+import runpy
 import select
 import signal
 import socket
@@ -40,30 +42,48 @@ MODULES = (  # imported once; no test that looks at what a start imports may use
 class Process:
     """A fork that runs `main.py` with `words`; the part of subprocess.Popen that tests use.
 
-    `limits` holds soft and hard limits by name, such as {"NOFILE": 48}. Signals in `ignored` are ignored from the
-    start, as under nohup. `closed` names descriptors among 0, 1, 2 that are closed. Without `pictures` none is drawn,
-    because they take longer than a tiny training. Each process leads a session of its own.
+    `script` is run in place of `main.py`. `limits` holds soft and hard limits by name, such as {"NOFILE": 48}.
+    `shared_memory` holds mount options of a tmpfs that this process alone finds in /dev/shm, such as "size=1m".
+    Signals in `ignored` are ignored from the start, as under nohup. `closed` names descriptors among 0, 1, 2 that are
+    closed. Without `pictures` none is drawn, because they take longer than a tiny training. Each process leads a
+    session of its own. Streams are named as in Popen: `stdin` (nothing to read), `stdout` and `stderr` (pipes).
     """
 
-    def __init__(self, words, *, env=None, cwd=None, limits=None, ignored=(), closed=(), pictures=False, **streams):
+    def __init__(
+        self,
+        words,
+        *,
+        script=ROOT / "main.py",
+        env=None,
+        cwd=None,
+        limits=None,
+        shared_memory=None,
+        ignored=(),
+        closed=(),
+        pictures=False,
+        **streams,
+    ):
         request = {
+            "script": str(script),
             "words": [str(word) for word in words],
             "environment": dict(os.environ if env is None else env),
             "folder": str(cwd or os.getcwd()),
             "limits": limits or {},
+            "shared_memory": shared_memory,
             "ignored": [int(number) for number in ignored],
             "closed": list(closed),
             "pictures": pictures,
         }
         status, theirs = os.pipe()
-        nothing = os.open(os.devnull, os.O_RDONLY)
+        given = streams.get("stdin")
+        source = os.open(os.devnull, os.O_RDONLY) if given is None else _stream(given)[0]
         out, self.stdout = _stream(streams.get("stdout"))
         err, self.stderr = _stream(streams.get("stderr"))
         content = json.dumps(request).encode()
         control = _server()
         control.sendall(struct.pack("I", len(content)))
-        socket.send_fds(control, [content], [nothing, out, err, theirs])
-        for descriptor in (nothing, out, err, theirs):
+        socket.send_fds(control, [content], [source, out, err, theirs])
+        for descriptor in (source, out, err, theirs):
             os.close(descriptor)
         self._status = os.fdopen(status, "rb", buffering=0)
         self.pid = struct.unpack("i", self._status.read(4))[0]
@@ -200,6 +220,7 @@ def become(request: dict, descriptors: list[int]) -> None:
         os.close(descriptor)
     for number in request["closed"]:
         os.close(number)
+        setattr(sys, ("stdin", "stdout", "stderr")[number], None)  # as Python itself does
     for number in (signal.SIGCHLD, signal.SIGHUP):  # tests may themselves run under nohup
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -209,11 +230,23 @@ def become(request: dict, descriptors: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
+    if request["shared_memory"]:
+        mount_shared_memory(request["shared_memory"])
     for name, limit in request["limits"].items():
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
     if not request["pictures"]:
         sys.modules["tiny"].leave_out_pictures()
-    sys.argv = [str(ROOT / "main.py"), *request["words"]]
+    sys.modules["utils"].STARTED = time.monotonic()
+    sys.argv = [request["script"], *request["words"]]
+
+
+def mount_shared_memory(options: str) -> None:
+    """Mounts a tmpfs over /dev/shm that this process and its children alone see."""
+    new_mounts = 0x00020000
+    if ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", "/dev/shm"], check=True)
 
 
 if __name__ == "__main__":
@@ -227,6 +260,5 @@ if __name__ == "__main__":
     sys.modules["tiny"].register_classifier()
     gc.freeze()
     if serve(line) is not None:
-        import main
-
-        main.run()
+        sys.path[:1] = [str(Path(sys.argv[0]).parent)]
+        runpy.run_path(sys.argv[0], run_name="__main__")

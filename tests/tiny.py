@@ -317,5 +317,7 @@ def drawing():
     """Within it pictures and pages are drawn."""
     for (owner, name), function in _functions.items():
         setattr(owner, name, function)
-    yield
-    leave_out_pictures()
+    try:
+        yield
+    finally:
+        leave_out_pictures()
