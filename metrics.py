@@ -18,7 +18,7 @@ from precision import Precision
 from runs.checkpoint import Progress
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
-from utils import RunError, log
+from utils import RunError, log, typed
 
 # The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
 FIGURES = {
@@ -137,13 +137,13 @@ class Meter:
     def bad_validation(self, at: Progress, found: Evaluation) -> NotFinite:
         """The end of a run whose validation is not finite after an epoch that trained well."""
         last = self.folder / "last.pt"
+        precisions = f"fp32,{self.precision.name}"
         what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
         return NotFinite(
             f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
             f"is saved; a resume begins with this validation.\n"
             f"{way_out(self.precision, 'go on with --resume')}\nWhat each precision makes of the weights: "
-            f"main.py evaluate --checkpoint_name {self.folder.name} --checkpoint {last} "
-            f"--precisions fp32,{self.precision.name}"
+            + typed("python", "main.py", "evaluate", "--checkpoint", last, "--precisions", precisions)
         )
 
     def not_finite(self, what: str, at: Progress, update: int) -> RunError:

@@ -11,8 +11,10 @@ import ctypes
 import logging
 import os
 import platform
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 import threading
@@ -217,6 +219,12 @@ def printable(text: object) -> str:
     """`text` on one line whatever a file name holds: control characters and stray bytes are escaped."""
     escaped = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def typed(*arguments: object) -> str:
+    """Return a command line for a person to type: each argument quoted for the shell, whatever a file name holds."""
+    words = [str(argument) for argument in arguments]
+    return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
 
 
 def wrapped(text: str, stream: IO) -> str:

@@ -26,7 +26,7 @@ from runs.logs import Logs, refuse_missing_packages
 from system.files import read_json
 from system.terminal import duration
 from train import Trainer
-from utils import RunError, Stopped, log, printable
+from utils import RunError, Stopped, log, printable, typed
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -182,10 +182,10 @@ def show(run: RunDirectory, logs: Logs) -> None:
         draw_run(run.path)
     except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
         reason = printable(f"{type(error).__name__}: {error}")[:300]
+        where = ("--checkpoint_dir", run.path.parent, "--checkpoint_name", run.path.name)
         raise NotDrawn(
             f"the results are in {printable(run.path)}, but the pictures could not be drawn ({reason}).\nOnce that is "
-            f"mended: python main.py report --checkpoint_dir {printable(run.path.parent)} "
-            f"--checkpoint_name {printable(run.path.name)}"
+            f"mended: {typed('python', 'main.py', 'report', *where)}"
         ) from None
     finally:
         pictures = (run.file(name) for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"))

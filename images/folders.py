@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from images.decode import picture_formats
-from utils import UserError, amount, printable
+from utils import UserError, amount, printable, typed
 
 Listing = list[tuple[Path, int]]
 
@@ -172,11 +172,9 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
         taken = f"the {part} part" if part else "a class" if images and not names else "no part and no class"
         lines.append(f"  {printable(sub.name)}/: {pictures} in {inner_folders}, would be {taken}")
         if not part and len([name for name in names if _find_parts(inner) or _holds_images(inner / name)]) > 1:
-            lines.append(f"    perhaps you mean --data_dir {printable(sub)}")
+            lines.append(f"    perhaps you mean {typed('--data_dir', sub)}")
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt"))
-    lines += [
-        f"  {printable(path.name)}: a table of labels? Then add --labels {printable(path)}" for path in tables[:3]
-    ]
+    lines += [f"  {printable(path.name)}: a table of labels? Then add {typed('--labels', path)}" for path in tables[:3]]
     loose = sum(1 for entry in os.scandir(folder) if os.path.isfile(entry.path) and is_image_name(entry.name))
     if loose:
         them = amount(loose, "image", "images")

@@ -5,7 +5,6 @@ Takes plain values, as `commands.doctor.examine` collects them. Knows nothing of
 
 from __future__ import annotations
 
-import shlex
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from inspection.timing import amdahl
 from precision_table import label_of
 from system.cards import EMULATED, NONE
+from utils import typed
 
 
 def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -133,5 +133,5 @@ def _command(findings: dict[str, Any], name: str) -> str:
         words.append(f"--model {setting['model_name']}")
     words += [f"--{option} {setting[option]}" for option in ("image_size", "batch_size")]
     if "data_dir" in findings:
-        words.append(f"--data_dir {shlex.quote(findings['data_dir'])}")
+        words.append(typed("--data_dir", findings["data_dir"]))
     return " ".join(words)

@@ -10,7 +10,6 @@ import json
 import pathlib
 import pickle
 import re
-import shlex
 import types
 import warnings
 import zipfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from utils import UserError, printable
+from utils import UserError, printable, typed
 
 METADATA = "safetensors metadata"  # where `load_file` puts what such a file of this program says in text
 _DAMAGE = (
@@ -186,4 +185,4 @@ def _resaving_line(path: Path) -> str:
         "c = next((c[k] for k in ('state_dict', 'model', 'model_state_dict', 'net') "
         "if isinstance(c, dict) and k in c), c); torch.save(getattr(c, 'state_dict', lambda: c)(), 'weights.pt')"
     )
-    return f"python -c {shlex.quote(code) if chr(34) in code else chr(34) + code + chr(34)}"
+    return typed("python", "-c", code)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from runs.checkpoint import load_checkpoint
 from runs.config import read_config
 from runs.folder import RunDirectory
 from system.files import read_json
-from utils import UserError, is_out_of_memory, log, printable
+from utils import UserError, is_out_of_memory, log, printable, typed
 
 if TYPE_CHECKING:
     from images.subsets import DataSet
@@ -107,8 +106,7 @@ def _refuse_longer(run: RunDirectory, stored: dict[str, Any], current: dict[str,
     words += ["--epochs", epochs - stored["epochs"]]
     raise UserError(
         f"{printable(run.path)} is finished: its learning rate schedule ended with epoch {stored['epochs']}, so more "
-        "epochs would be another run.\nGo on from its best weights, with a schedule of its own:\n  "
-        + printable(shlex.join(map(str, words)))
+        "epochs would be another run.\nGo on from its best weights, with a schedule of its own:\n  " + typed(*words)
     )
 
 
