@@ -134,11 +134,22 @@ class Meter:
             shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
         return shown
 
-    def bad_validation(self, at: Progress, found: Evaluation) -> NotFinite:
-        """The end of a run whose validation is not finite after an epoch that trained well."""
+    def bad_validation(self, at: Progress, found: Evaluation, spoiled: list[str]) -> RunError:
+        """Return the end of a run whose validation is not finite after an epoch that trained well.
+
+        `spoiled` names the buffers that are not finite.
+        """
+        what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
+        if spoiled:
+            best = self.folder / "best_model.pt"
+            way = f"from the best epoch: {typed('--pretrained_path', best)}" if at.epoch else "with --overwrite"
+            return RunError(
+                f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}), because buffers "
+                f"of the model are not, such as {spoiled[0]}: a forward pass overflowed into its statistics. No "
+                f"precision mends them.\nBegin another run {way}."
+            )
         last = self.folder / "last.pt"
         precisions = f"fp32,{self.precision.name}"
-        what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
         return NotFinite(
             f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
             f"is saved; a resume begins with this validation.\n"

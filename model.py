@@ -251,6 +251,10 @@ class Network:
         """Names of the parameters that are trained now, in the order of `parameters()`."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
+    def spoiled_buffers(self) -> list[str]:
+        """Return the names of the evaluated model's buffers that are not finite, such as running statistics."""
+        return [name for name, buffer in self.evaluated.named_buffers() if not buffer.isfinite().all()]
+
     def state(self) -> dict[str, Any]:
         """The weights, and those of the average, for a checkpoint."""
         return {"model": self.model.state_dict(), "ema": None if self.average is None else self.average.state_dict()}
@@ -260,6 +264,37 @@ class Network:
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
+
+
+class BuffersBefore:
+    """The buffers of a model as they were before an update, in case the loss scaler skips it.
+
+    The forward pass writes BatchNorm's running statistics before anybody knows that a gradient is not finite. An
+    activation that overflowed makes them inf or NaN for ever, as 0.9 * NaN + 0.1 * x is NaN, and with them each
+    evaluation. A disabled scaler skips nothing: then nothing is kept. Nothing here waits for the device.
+    """
+
+    def __init__(self, model: Forward, scaler: torch.amp.GradScaler):
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in model.buffers() if scaler.is_enabled() else ():
+            kinds.setdefault(buffer.dtype, []).append(buffer)
+        self._kinds = list(kinds.values())
+        self._before = [_in_one(buffers) for buffers in self._kinds]
+
+    def put_back_if_skipped(self, norm: torch.Tensor) -> None:
+        """Undo what was written since if `norm`, the L2 norm of all gradients, is not finite.
+
+        It is the same on all ranks, so that they decide alike.
+        """
+        for buffers, before in zip(self._kinds, self._before, strict=True):
+            chosen = torch.where(norm.isfinite(), _in_one(buffers), before)
+            parts = chosen.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
+
+
+def _in_one(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Return the values of all tensors in one row: one kernel instead of one for each."""
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 class WithMirrorImage(nn.Module):
@@ -296,6 +331,9 @@ class Forward:
 
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.model.parameters()
+
+    def buffers(self) -> Iterable[torch.Tensor]:
+        return self.model.buffers()
 
     def no_sync(self) -> contextlib.AbstractContextManager:
         """Within it DDP exchanges no gradients."""

@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
 from metrics import Meter, UpdateRecord, figure
-from model import Forward, Network
+from model import BuffersBefore, Forward, Network
 from optimizer import SmoothedCrossEntropy
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
@@ -48,6 +48,7 @@ def update_weights(
     own: https://docs.pytorch.org/docs/stable/notes/amp_examples.html
     """
     record = UpdateRecord()
+    buffers = BuffersBefore(model, scaler)  # the forward pass writes BatchNorm's statistics, whatever comes of it
     for images, labels, weight, last in micro_batches:
         # DDP averages gradients over ranks once per update, during the backward pass of the last micro-batch.
         with contextlib.nullcontext() if last or ranks == 1 else model.no_sync():
@@ -61,6 +62,7 @@ def update_weights(
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad_norm, norm)
     scaler.step(optimizer)  # skipped as a whole, inside the fused kernel, if any gradient is not finite
+    buffers.put_back_if_skipped(norm)
     scaler.update()  # halves the scale after a skip, doubles it after 2,000 updates without one
     optimizer.zero_grad(set_to_none=True)
     return record.row()
@@ -193,7 +195,7 @@ class Trainer:
         try:
             found = self._validate()
             if not found.is_finite:
-                raise self.meter.bad_validation(at, found)
+                raise self.meter.bad_validation(at, found, self.network.spoiled_buffers())
         except Interrupted:
             self._save_and_stop()
         except Exception:  # what is wrong with a validation must not cost the epoch's training

@@ -134,10 +134,8 @@ def snapshot(content: dict[str, Any]) -> dict[str, Any]:
 
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: value == 1,
-    "model": lambda value: (
-        isinstance(value, dict)
-        and all(isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items())
-    ),
+    "model": lambda value: _are_weights(value),
+    "ema": lambda value: value is None or _are_weights(value),  # best_model.pt has none
     "classes": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
     ),
@@ -155,6 +153,12 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "epoch": lambda value: value is None or isinstance(value, int),  # last.pt says it in `progress`
     "val_acc": lambda value: value is None or isinstance(value, (int, float)),
 }
+
+
+def _are_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and torch.is_tensor(weight) for name, weight in value.items()
+    )
 
 
 def _is_plain(value: Any) -> bool:
@@ -177,9 +181,26 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         content = _completed(content, file)
     if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
         raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
-    if not all(weight.isfinite().all() for weight in content["model"].values()):
-        raise UserError(f"{printable(file)} holds weights that are not finite: its run diverged, or it is damaged.")
+    _refuse_not_finite(content, file)
     return content
+
+
+def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
+    """Raise UserError if weights or buffers are not finite, those of the moving average included."""
+    averaged = content.get("ema")
+    weights = {**content["model"], **{f"{name} (averaged)": value for name, value in (averaged or {}).items()}}
+    bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    if not bad:
+        return
+    if all("running_" in name for name in bad):
+        raise UserError(
+            f"{printable(file)} holds running statistics that are not finite, such as {bad[0]}: a forward pass "
+            "overflowed into them, and no precision mends them.\nUse best_model.pt of its run, or an earlier "
+            "checkpoint; to train on from one, begin another run with --pretrained_path FILE."
+        )
+    raise UserError(
+        f"{printable(file)} holds weights that are not finite, such as {bad[0]}: its run diverged, or it is damaged."
+    )
 
 
 _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", "epoch", "val_acc")

@@ -1,0 +1,220 @@
+"""The numbers of a training: what a skipped update leaves, which epoch is best, how batches are cut, what is stated."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dataset import Batches
+from model import Network
+from optimizer import make_optimizer, make_scheduler
+from precision import Precision
+from runs.checkpoint import load_checkpoint
+from runs.folder import RunDirectory
+from train import Trainer, update_weights
+from transforms import Preprocess
+from utils import RunError
+
+CPU = torch.device("cpu")
+FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
+
+
+def update(model, optimizer, pieces, *, precision=FP16, scaler=None):
+    """One update by the recipe, on pieces of six images each."""
+    fed = [(images, torch.arange(6) % 3, 1, images is pieces[-1]) for images in pieces]
+    return update_weights(
+        model,
+        fed,
+        6 * len(pieces),
+        optimizer=optimizer,
+        scaler=scaler or precision.grad_scaler(),
+        precision=precision,
+        criterion=nn.CrossEntropyLoss(reduction="sum"),
+        clip_grad_norm=None,
+    )
+
+
+def images(seed=0, factor=1.0):
+    return factor * torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(seed))
+
+
+def classifier():
+    """A network with two layers of BatchNorm, and its optimizer."""
+    torch.manual_seed(0)
+    model = tiny.Classifier(3)
+    return model, make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
+
+
+def buffers_of(model):
+    return {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+# ------------------------------------------------------------------------- buffers of a skipped update
+OVERFLOW = 1e6  # beyond 65,504 after the first convolution
+
+
+@pytest.mark.parametrize("pieces", [[OVERFLOW], [1.0, OVERFLOW], [OVERFLOW, 1.0], [1.0, OVERFLOW, 1.0]])
+def test_a_skipped_update_leaves_running_statistics_and_counts_as_they_were(pieces):
+    model, optimizer = classifier()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    update(model, optimizer, [images(1)], scaler=scaler)
+    before = buffers_of(model)
+    weights = copy.deepcopy(list(model.parameters()))
+    row = update(model, optimizer, [images(2, factor) for factor in pieces], scaler=scaler)
+    assert not row[2].isfinite() and scaler.get_scale() == 8
+    assert same(before, buffers_of(model))
+    assert all(torch.equal(*pair) for pair in zip(weights, model.parameters(), strict=True))
+    update(model, optimizer, [images(3)], scaler=scaler)
+    after = buffers_of(model)
+    assert not same(before, after) and all(buffer.isfinite().all() for buffer in after.values())
+    assert after["features.1.num_batches_tracked"] == 2
+
+
+def test_an_overflow_of_the_backward_pass_alone_leaves_them_as_they_were_too():
+    model, optimizer = classifier()
+    before = buffers_of(model)
+    row = update(model, optimizer, [images()], scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+    assert row[0].isfinite() and not row[2].isfinite()
+    assert same(before, buffers_of(model))
+
+
+@pytest.mark.parametrize("precision", [FP32, BF16, FP16], ids=lambda precision: precision.name)
+def test_an_update_that_is_not_skipped_writes_what_the_forward_pass_writes(precision):
+    model, optimizer = classifier()
+    plain = copy.deepcopy(model)
+    with precision.autocast():
+        plain(images())
+    update(
+        model,
+        optimizer,
+        [images()],
+        precision=precision,
+        scaler=torch.amp.GradScaler("cpu", 16.0, enabled=precision is FP16),
+    )
+    assert same(buffers_of(plain), buffers_of(model))
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called, and those that wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.called.append(str(operator))
+        return operator(*args, **(kwargs or {}))
+
+    @property
+    def waits(self):
+        return [name for name in self.called if "_local_scalar_dense" in name or "nonzero" in name]
+
+
+def test_keeping_the_buffers_waits_for_nothing_and_costs_nothing_without_a_scaler():
+    counts = {}
+    for precision in (FP32, BF16, FP16):
+        model, optimizer = classifier()
+        with Operators() as seen:
+            update(model, optimizer, [images()], precision=precision)
+        assert seen.waits == []
+        counts[precision.name] = sum("aten.cat" in name or "aten.where" in name for name in seen.called)
+    assert counts == {"fp32": 0, "amp-bf16": 0, "amp-fp16": 6}  # two types: before, after, the choice
+
+
+class Bright(tiny.Classifier):
+    """Sees one batch of a training a million times too bright: the forward pass of float16 overflows there."""
+
+    def __init__(self, when):
+        super().__init__(3)
+        self.when = when
+        self.seen = 0
+
+    def forward(self, pixels):
+        self.seen += self.training
+        bright = self.training and self.seen == self.when
+        return super().forward(pixels * OVERFLOW if bright else pixels)
+
+
+def trainer(folder, model, *, precision=FP32, epochs=2, ema=0.0, **options):
+    """A training of noise whose brightness tells the class: three updates an epoch."""
+    fed = Batches(tiny.subset(22, side=12), Preprocess(CPU, 12), 8, 3, seed=3, epochs=epochs)
+    rule = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
+    schedule = partial(make_scheduler, rule, "cosine_warmup", epochs=epochs, updates_per_epoch=fed.updates_per_epoch)
+    network = Network(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, ema=ema)
+    validation = Batches(tiny.subset(9, seed=1, side=12), Preprocess(CPU, 12), 8, 3)
+    record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 12, "normalize": "imagenet"}
+    run = RunDirectory(folder)
+    made = Trainer(network, rule, schedule, precision, fed, validation, run, epochs, 3, record=record, **options)
+    made.scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision is FP16)
+    made.meter.scaler = made.scaler
+    run.open()
+    return made
+
+
+def trained(*positional, **options):
+    made = trainer(*positional, **options)
+    try:
+        made.train()
+    finally:
+        made.run.close()
+    return made
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_outlives_a_batch_that_overflowed(ema, tmp_path):
+    torch.manual_seed(0)
+    made = trained(tmp_path, Bright(2), precision=FP16, ema=ema)
+    history = made.progress.history
+    assert [line["skipped_updates"] for line in history] == [1, 0]
+    assert all(math.isfinite(line["val_loss"]) for line in history)
+    last = load_checkpoint(tmp_path / "last.pt")
+    for weights in (last["model"], last["ema"] or {}):
+        assert all(value.isfinite().all() for value in weights.values())
+        assert weights.get("features.1.num_batches_tracked", 5) == 5  # six updates, one of them skipped
+
+
+def test_a_validation_that_statistics_spoil_is_told_so_and_no_precision_is_advised(tmp_path):
+    model = Bright(0)
+    model.features[1].running_var.fill_(math.nan)
+    with pytest.raises(RunError) as error:
+        trained(tmp_path / "run", model, precision=FP16)
+    said = str(error.value)
+    assert "features.1.running_var" in said and "--overwrite" in said and "bfloat16" not in said
+    assert not hasattr(error.value, "record")
+
+
+def spoiled_checkpoint(folder, part, name):
+    """last.pt of a finished run with one value of `part` ("model" or "ema") that is not finite."""
+    made = trained(folder, Bright(0), ema=0.9, epochs=1)
+    content = torch.load(made.run.file("last.pt"), weights_only=True)
+    content[part][name].view(-1)[0] = math.inf
+    torch.save(content, made.run.file("last.pt"))
+    return made.run.file("last.pt")
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_a_checkpoint_whose_statistics_are_not_finite_says_what_to_do(part, tmp_path):
+    said = tiny.refused(load_checkpoint, spoiled_checkpoint(tmp_path / "run", part, "features.1.running_mean"))
+    assert "features.1.running_mean" in said and "no precision" in said and "--pretrained_path" in said
+
+
+@pytest.mark.parametrize("part", ["model", "ema"])
+def test_a_checkpoint_whose_weights_are_not_finite_is_refused_whichever_are_used(part, tmp_path):
+    said = tiny.refused(load_checkpoint, spoiled_checkpoint(tmp_path / "run", part, "fc.weight"))
+    assert "fc.weight" in said and "diverged" in said
+
+
+@pytest.mark.parametrize("averaged", [5, [], {"fc.weight": 1.0}])
+def test_a_checkpoint_with_a_damaged_average_is_refused_in_words(averaged, tmp_path):
+    file = spoiled_checkpoint(tmp_path / "run", "model", "fc.bias")
+    torch.save({**torch.load(file, weights_only=True), "ema": averaged}, file)
+    assert "damaged" in tiny.refused(load_checkpoint, file)
