@@ -396,9 +396,9 @@ def test_a_start_in_mid_epoch_goes_on_with_the_same_batches(scenes_folder, first
 @pytest.mark.parametrize("ranks, accumulate", [(1, 3), (2, 1), (3, 2), (5, 1), (8, 1)])
 @pytest.mark.parametrize("kind", ["flip", "crop", "trivial", "mixup", "cutmix"])
 def test_the_pieces_of_all_ranks_are_one_process_batches(tmp_path, ranks, accumulate, kind):
-    data = opened(folders(tmp_path, "train", "test", count=9))  # 21 after the split: a ragged last batch of 5
+    data = opened(folders(tmp_path, "train", "test", count=9))  # 22 after the split: a ragged last batch of 6
     whole = updates(fed(data, kind=kind))
-    assert [len(labels) for _, labels in whole] == [8, 8, 5]
+    assert [len(labels) for _, labels in whole] == [8, 8, 6]
     shares = [fed(data, kind=kind, accumulate=accumulate, ranks=Ranks(rank, rank, ranks)) for rank in range(ranks)]
     parts = [updates(share) for share in shares]
     for update, (images, labels) in enumerate(whole):
