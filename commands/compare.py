@@ -214,8 +214,21 @@ def _train(run: Planned, epochs_later: int, max_seconds: int | None) -> str | No
             f"comparison stopped in {run.folder.name}; the same command, without --overwrite, goes on from there.",
         )
     if status > 128:
-        return f"ended by signal {status - 128}"
+        return ended_by(status - 128)
     return f"exit status {status}" if status else None
+
+
+def ended_by(number: int) -> str:
+    """Return in words that a signal ended a training and, if it is the kernel's for lack of memory, what may help.
+
+    These options leave a run the same training, so that it goes on and finished runs stay.
+    """
+    if number != getattr(signal, "SIGKILL", None):
+        return f"ended by signal {number}"
+    return (
+        f"ended by signal {number}, as systems do when memory runs out (dmesg says if so): the same command with "
+        "--cache none --num_workers 1 goes on, or begin all anew with a smaller --batch_size"
+    )
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ runs, nor of what the numbers mean (inspection/advice.py).
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from pathlib import Path
@@ -33,6 +32,7 @@ from model import known_model
 from precision import sensible_precisions
 from reports.doctor import doctor_text
 from system.files import json_text, refuse_missing_folders, write_text
+from system.machine import images_that_fit
 from transforms import Preprocess
 from utils import RunError, choose_device
 
@@ -66,14 +66,11 @@ def examine(
     """
     started = time.perf_counter()
     known_model(model_name)  # an unknown name is refused before anything is measured
-    if batch_size is None and device.type == "cuda":  # an FP32 update of ResNet-18 takes 42 MB an image of 256 pixels
-        free = 0.6 * torch.cuda.mem_get_info(device)[0]
-        batch_size = min(256, 2 ** int(math.log2(max(8, free / (42 * 2**20)))))
-    setting: dict[str, Any] = {
-        "model_name": model_name,
-        "image_size": image_size or (128 if device.type == "cpu" else 256),
-        "batch_size": batch_size or 32,
-    }
+    image_size = image_size or (128 if device.type == "cpu" else 256)
+    if batch_size is None and device.type == "cuda":
+        fits = images_that_fit(0.6 * torch.cuda.mem_get_info(device)[0], image_size)
+        batch_size = min(256, 2 ** (fits.bit_length() - 1))
+    setting: dict[str, Any] = {"model_name": model_name, "image_size": image_size, "batch_size": batch_size or 32}
     findings = {"machine": machine(device), "setting": setting, **_measure(device, setting)}
     slowdown = findings["measured"]["fp32"]["float16_slowdown"]
     if slowdown is not None:  # instructions such as avx512_fp16 alone do not make float16 the faster type

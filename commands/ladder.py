@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from inspection.probe import PATIENCE, PRODUCT_SIZE, ROUNDS, Probe, joules_per_image, update_seconds, updates_of_a_round
-from inspection.roofline import Operator, roofline, why_it_ends
+from inspection.roofline import Operator, beyond, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import cpu_instructions, sensible_precisions
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
 from system.files import json_text, write_text
-from system.machine import device_name
+from system.machine import device_name, images_that_fit
 from utils import RunError, choose_device, log
 
 LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
@@ -56,13 +56,12 @@ def climb(
 def fitting_batch(device: torch.device, image_size: int, batch_size: int) -> tuple[int, str]:
     """The images in one update, and a remark if they are fewer than `batch_size`.
 
-    An FP32 update of ResNet-18 takes 42 MB an image of 256 pixels; three fifths of a GPU's free memory may be used.
+    Three fifths of a GPU's free memory may be used.
     """
     fits = CPU_IMAGES
     why = "a CPU needs no more to be busy"
     if device.type == "cuda":
-        each = 42 * 2**20 * (image_size / 256) ** 2
-        fits = max(1, int(0.6 * torch.cuda.mem_get_info(device)[0] / each))
+        fits = images_that_fit(0.6 * torch.cuda.mem_get_info(device)[0], image_size)
         fits = 2 ** (fits.bit_length() - 1)
         why = "no more fit into the free memory"
     if batch_size <= fits:
@@ -219,7 +218,17 @@ def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], b
     shares = {"first_share": bottom["share_of_bound"], "share": top["share_of_bound"]}
     why = why_it_ends(first, eager, speedup=top["speedup_first"], **shares)
     names = {f"{name} ({mode})" if mode else name: rate for (mode, name), rate in sorted(best.items())}
-    return {"bandwidth": bandwidth, "rates": names, "roofline": eager, "roofline_of": last["name"], "why": why}
+    reached = [rung["share_of_bound"] for rung in rungs if not rung["skipped"]]
+    known = [group for group in eager["groups"].values() if group["measured_seconds"]]
+    reached += [group["bound_seconds"] / group["measured_seconds"] for group in known]
+    return {
+        "bandwidth": bandwidth,
+        "rates": names,
+        "roofline": eager,
+        "roofline_of": last["name"],
+        "remarks": beyond(reached),
+        "why": why,
+    }
 
 
 def _mode(rung: dict[str, Any]) -> str:

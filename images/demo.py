@@ -20,6 +20,7 @@ import numpy as np
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from images.scenes import CLASSES, SIZE, VERSION, draw_scene
 from system.files import json_text
+from system.machine import images_that_fit
 from utils import RunError, progress
 
 # What a demo on a GPU has to stay within, in seconds: the whole comparison, the drawing, the start of each run.
@@ -30,7 +31,6 @@ SCENES_PER_SECOND = 100  # that one process draws and compresses at 224 pixels, 
 IN_PROCESSES = 1600  # from so many scenes on processes draw them: fewer are done before the processes have started
 FLOP_PER_IMAGE = 14.2e9  # ResNet-18 at 256 x 256, forward and backward: 3 x 2 x 2.37e9 multiply-adds
 EFFICIENCY = 0.5  # of its nominal FP32 rate that a card reaches in training
-BYTES_PER_IMAGE = 42 * 2**20  # an FP32 update of ResNet-18 takes, for each image of 256 x 256
 LANES = {(6, 0): 64, (7, 0): 64, (7, 2): 64, (7, 5): 64, (8, 0): 64}  # FP32 units of a multiprocessor; else 128
 
 
@@ -86,7 +86,7 @@ def fit_demo(*, name: str, memory: int, rate: float, runs: int, workers: int) ->
     drawn = min(DRAWING_SECONDS * SCENES_PER_SECOND * workers, 14_034 + 3_000)  # as many as the Intel set at most
     train = max(600, min(0.8 * drawn, passes / (4 * 0.8)))  # at least four epochs over the 80 % not held out
     train = int(train // 60 * 60)
-    batch = 0.5 * memory / (BYTES_PER_IMAGE * share)
+    batch = images_that_fit(0.5 * memory, pixels)
     batch = 2 ** int(np.log2(max(8, min(256, batch, 0.8 * train / 8))))  # at least eight updates an epoch
     epochs = int(max(4, min(30, passes / (0.8 * train))))
     why = (

@@ -41,11 +41,11 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
     reasons = [_hardware_reason(findings["machine"])]
     verdict = "AMP cannot be used on this device; train in FP32."
     if best:
-        speedup = speedups[best]
-        saving = measured[best]["training_mb"] / measured["fp32"]["training_mb"]
+        speedup = round(speedups[best], 2)  # as it is printed
+        saving = round(measured[best]["training_mb"] / measured["fp32"]["training_mb"], 2)
         if speedup >= 1.05 or (speedup >= 0.95 and saving <= 0.85):
             recommended = best
-        effect = "pays" if speedup >= 1.05 else "brings no speed" if speedup > 0.95 else "is slower"
+        effect = "pays" if speedup >= 1.05 else "brings hardly any speed" if speedup >= 0.95 else "is slower"
         verdict = (
             f"AMP {effect} here: {label_of(best)} trains {speedup:.2f} times as fast as FP32, in {saving:.0%} "
             "of its memory."
@@ -88,18 +88,24 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
     top = findings["ceiling"][best]
     reasons = [
         f"Matrix products and convolutions take {top['f']:.0%} of an FP32 update. A large product runs {top['s']:.1f} "
-        f"times as fast in 16 bits, which allows {top['ceiling']:.2f} if nothing else gets faster; those of this model "
-        f"ran {top['gained']:.1f} times as fast, and are {row['shares']['products']:.0%} of the AMP update."
+        f"times as fast in 16 bits, which by itself would give {top['ceiling']:.2f}; those of this model ran "
+        f"{top['gained']:.1f} times as fast, and are {row['shares']['products']:.0%} of the AMP update."
     ]
+    if row["speedup"] > top["ceiling"]:
+        reasons.append(
+            f"That {row['speedup']:.2f} was measured, more than such products give, is due to what is no product (its "
+            "tensors are half as large), or to products that gained more than the large one."
+        )
     if row["busy"] is not None and row["busy"] < 0.8:
         reasons.append(
             f"The GPU computes in {row['busy']:.0%} of an AMP update and waits for the next kernel "
             "otherwise. A larger --batch_size or --compile would let AMP show more."
         )
     if saving > 0.8:
+        change = "falls little" if saving < 1 else "does not fall"
         reasons.append(
-            "Memory falls little: weights, gradients and Adam's two moments stay FP32, and autocast adds "
-            "16-bit copies of the weights. Only activations shrink, so a larger batch or image saves more."
+            f"Memory {change}: weights, gradients and Adam's two moments stay FP32, and autocast adds 16-bit copies of "
+            "the weights. Only activations shrink, so a larger batch or image saves more."
         )
     loader = findings.get("loader_images_per_second")
     rate = row["images_per_second"]

@@ -24,6 +24,7 @@ ROUNDS = 7
 BUDGET = 12.0  # seconds for all precisions together
 ENOUGH = 1.05  # a gain below this factor is not worth a word
 SIDE = 1024  # of the square product that says how much faster 16 bits multiply
+ATTEMPTS = 3  # at the rates of the device, while a step seems to be faster than they allow
 
 
 def measure_speed(
@@ -83,27 +84,34 @@ def bounds(
     share of the measured update), words. None if the operators cannot be counted.
     """
     device = subject.device
-    rates = {}
-    for dtype in dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]):
-        rates[dtype_name(dtype)] = roofline.matrix_rate(device, dtype, size=SIDE)
-    found: dict[str, dict[str, float]] = {}
-    bandwidth = None
+    dtypes = list(dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]))
+    operators = {}
     for precision in precisions:
         execution = Execution(subject, precision, ambient=ambient)
         try:
             with eager():
-                operators = roofline.count_step(partial(execution.run, update=True), device)
+                operators[precision.name] = roofline.count_step(partial(execution.run, update=True), device)
         except RuntimeError:  # FLOPs of an operator that two ways of counting see differently
             return None
         finally:
             execution.put_back()
-        if bandwidth is None:
-            megabytes = roofline.typical_megabytes(operators)
-            bandwidth = roofline.copy_bandwidth(device, megabytes=max(1.0, megabytes))
-        bound = roofline.roofline(operators, rates=rates, bandwidth=bandwidth)["bound_seconds"]
-        found[precision.name] = {"bound_seconds": bound, "share": bound / speed[precision.name]["shortest"]}
+    megabytes = max(1.0, roofline.typical_megabytes(next(iter(operators.values()))))
+    rates = dict.fromkeys(map(dtype_name, dtypes), 0.0)
+    bandwidth = 0.0
+    found: dict[str, dict[str, float]] = {}
+    for _ in range(ATTEMPTS):  # the best of some: whatever else runs on the machine can only lower a rate
+        for dtype in dtypes:
+            name = dtype_name(dtype)
+            rates[name] = max(rates[name], roofline.matrix_rate(device, dtype, size=SIDE))
+        bandwidth = max(bandwidth, roofline.copy_bandwidth(device, megabytes=megabytes))
+        for name, counted in operators.items():
+            bound = roofline.roofline(counted, rates=rates, bandwidth=bandwidth)["bound_seconds"]
+            found[name] = {"bound_seconds": bound, "share": bound / speed[name]["shortest"]}
+        if all(row["share"] <= 1 for row in found.values()):
+            break
     shares = ", ".join(f"{row['share']:.0%} in {name}" for name, row in found.items())
     words = f"Of the roofline's rate (products as fast as a large one, traffic as fast as a copy) it reaches {shares}."
+    words = " ".join([words, *roofline.beyond(row["share"] for row in found.values())])
     return {"rates": rates, "bandwidth": bandwidth, "precisions": found, "words": words}
 
 
@@ -135,7 +143,8 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
         return {"precision": base, "speedup": gains, "memory_saving": savings, "words": words}
     best = max(others, key=gains.__getitem__)
     noise = max(entry["longest"] / entry["shortest"] for entry in speed.values())
-    if gains[best] >= ENOUGH:
+    gained = round(gains[best], 2)  # as it is printed
+    if gained >= ENOUGH:
         choice = best
         words.append(f"{best} is {gains[best]:.2f} times as fast as {base}: use it.")
     elif max(saving or 0.0 for saving in savings.values()) >= ENOUGH:
@@ -146,7 +155,8 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
         )
     else:
         choice = base
-        words.append(f"AMP does not pay here: {best} runs at {gains[best]:.2f} times the speed of {base}.")
+        little = ", a gain below 5 %" if gained > 1 else ""
+        words.append(f"AMP does not pay here: {best} runs at {gains[best]:.2f} times the speed of {base}{little}.")
     if noise > 1.5:
         words.append(f"The machine was not quiet: one update took up to {noise:.1f} times as long as another.")
     return {"precision": choice, "speedup": gains, "memory_saving": savings, "words": words}

@@ -266,7 +266,7 @@ class Probe:
             answer = self._pipe.recv()
         except (EOFError, ConnectionError):
             self._process.join()
-            raise RunError(f"the measuring process ended with {self._process.exitcode}") from None
+            raise RunError(_ending(self._process.exitcode)) from None
         if isinstance(answer, str):
             raise RunError(answer)
         return answer
@@ -277,6 +277,14 @@ class Probe:
         self._process.join(GRACE)
         self._process.kill()
         self._process.join()
+
+
+def _ending(status: int | None) -> str:
+    """In words, how a measuring process ended; a negative status is a signal's."""
+    if status is None or status >= 0:
+        return f"the measuring process ended with exit status {status}"
+    killed = ", as systems do when memory runs out" if -status == getattr(signal, "SIGKILL", None) else ""
+    return f"the measuring process was ended by signal {-status}{killed}"
 
 
 def _serve(pipe: Any, make_bench: Callable[..., Any], keep_memory: bool, request: dict[str, Any]) -> None:

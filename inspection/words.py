@@ -218,12 +218,16 @@ def payoff_words(payoff: dict[str, Any]) -> list[str]:
     if ceiling is not None:
         text = f"Products are {ceiling['product_share']:.0%} of a float32 update"
         if ceiling["ceiling"] is not None:
-            text += f": if they cost nothing, an update would be {ceiling['ceiling']:.2f} times as fast (Amdahl's law)"
+            text += f": if they alone cost nothing, it would be {ceiling['ceiling']:.2f} times as fast (Amdahl's law)"
         if ceiling["expected"] is not None:
             text += (
                 f". This device multiplies {ceiling['product_gain']:.2f} times as fast in 16 bits, which would give "
                 f"{ceiling['expected']:.2f}"
             )
+        measured = max(payoff["recommendation"]["speedup"].values(), default=0.0)
+        estimates = [value for value in (ceiling["ceiling"], ceiling["expected"]) if value is not None]
+        if any(measured > value for value in estimates):
+            text += f". {measured:.2f} was measured: what is no product became faster, too"
         lines += paragraph(f"{text}.", "  ")
     roofline = payoff.get("roofline")
     if roofline is not None:

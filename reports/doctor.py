@@ -23,7 +23,7 @@ def doctor_text(findings: dict[str, Any]) -> str:
         *_update_lines(findings),
         *_energy_lines(findings["measured"]),
         "",
-        "The same by kind of operator, and how far the speed-up can go",
+        "The same by kind of operator, and what faster products would give by themselves",
         *_ceiling_lines(findings),
         "",
         "To copy (with --demo, if you have no data yet)",
@@ -74,15 +74,15 @@ def _energy_lines(measured: dict[str, Any]) -> list[str]:
 
 
 def _ceiling_lines(findings: dict[str, Any]) -> list[str]:
-    """Shares of the update by kind of operator, and the ceiling that follows from them."""
+    """Shares of the update by kind of operator, and the speed-up that follows from them."""
     measured = findings["measured"]
-    cells = [["", *measured["fp32"]["shares"], "s", "ceiling"]]
+    cells = [["", *measured["fp32"]["shares"], "s", "expected"]]
     for name, row in measured.items():
         top = ["", ""] if name == "fp32" else [f"{findings['ceiling'][name][key]:.2f}" for key in ("s", "ceiling")]
         cells.append([label_of(name), *(f"{share:.0%}" for share in row["shares"].values()), *top])
     rates = ", ".join(f"{row['tflops']:.3g} in {label_of(name)}" for name, row in measured.items())
     remark = (
-        "Ceiling: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
-        f"a large matrix product runs ({rates} TFLOP/s)."
+        "Expected: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
+        f"a large matrix product runs ({rates} TFLOP/s). An estimate: other operators may gain, too."
     )
     return [*table("<>>>>>>>", cells), *paragraph(remark, "  ")]

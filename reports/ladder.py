@@ -56,7 +56,7 @@ def remarks(found: dict[str, Any]) -> list[str]:
         f"Bound: each operator at the rate of a large matrix product ({rates} TFLOP/s) or of a copy "
         f"({found['bandwidth'] / 1e9:.3g} GB/s), whichever takes longer, in eager mode; measured on this machine."
     )
-    return [*lines, found["why"]]
+    return [*lines, *found.get("remarks", []), found["why"]]
 
 
 def roofline_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -97,6 +97,14 @@ def _reclaimable(folder: Path) -> int:
     return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
 
 
+def images_that_fit(memory: float, image_size: int) -> int:
+    """Return how many images of that side in pixels an FP32 update of ResNet-18 can have in `memory` bytes, at least 1.
+
+    It takes 42 MB for an image of 256 x 256 pixels, and in proportion to the area for others.
+    """
+    return max(1, int(memory / (42 * 2**20 * (image_size / 256) ** 2)))
+
+
 def _address_space_left() -> int | None:
     """What `ulimit -v` leaves, in bytes; None if it is not set."""
     try:

@@ -18,6 +18,7 @@ from command_line import parsing
 from commands import compare
 from images import demo, scenes
 from images.demo import draw_demo, fit_demo, nominal_rate
+from system.machine import images_that_fit
 from utils import RunError, UserError
 
 GB = 2**30
@@ -60,7 +61,7 @@ def test_the_device_has_work_to_show_a_difference(name):
     work = demo.FLOP_PER_IMAGE * (size.image_size / 256) ** 2
     assert size.image_size == size.scene_size == 224 and size.batch_size >= 128 and size.epochs >= 4
     assert 0.8 * size.train_images * size.epochs * work / (demo.EFFICIENCY * rate) > 15
-    assert size.batch_size * demo.BYTES_PER_IMAGE * (224 / 256) ** 2 < 0.6 * CARDS[name][0]
+    assert size.batch_size <= images_that_fit(0.6 * CARDS[name][0], 224)
     assert 0.8 * size.train_images / size.batch_size >= 8
 
 
