@@ -137,7 +137,7 @@ class Meter:
     def bad_validation(self, at: Progress, found: Evaluation, spoiled: list[str]) -> RunError:
         """Return the end of a run whose validation is not finite after an epoch that trained well.
 
-        `spoiled` names the buffers that are not finite.
+        `spoiled` names the buffers that hold NaN.
         """
         what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
         if spoiled:
@@ -145,7 +145,7 @@ class Meter:
             way = f"from the best epoch: {typed('--pretrained_path', best)}" if at.epoch else "with --overwrite"
             return RunError(
                 f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}), because buffers "
-                f"of the model are not, such as {spoiled[0]}: a forward pass overflowed into its statistics. No "
+                f"of the model hold NaN, such as {spoiled[0]}: a forward pass overflowed into its statistics. No "
                 f"precision mends them.\nBegin another run {way}."
             )
         last = self.folder / "last.pt"

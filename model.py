@@ -252,8 +252,11 @@ class Network:
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def spoiled_buffers(self) -> list[str]:
-        """Return the names of the evaluated model's buffers that are not finite, such as running statistics."""
-        return [name for name, buffer in self.evaluated.named_buffers() if not buffer.isfinite().all()]
+        """Return the names of the evaluated model's buffers that hold NaN, such as running statistics.
+
+        An infinity may be meant: in a mask.
+        """
+        return [name for name, buffer in self.evaluated.named_buffers() if buffer.isnan().any()]
 
     def state(self) -> dict[str, Any]:
         """The weights, and those of the average, for a checkpoint."""

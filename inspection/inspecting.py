@@ -18,7 +18,7 @@ from inspection.ranges import measure_ranges
 from inspection.recipe_rules import recipe_findings
 from inspection.report import Report
 from inspection.subject import Subject, core
-from inspection.tensors import dtype_name
+from inspection.tensors import buffers_not_finite, dtype_name
 from inspection.tracing import Trace, trace_step
 from precision import Precision, named_precision, sensible_precisions
 from utils import RunError, UserError
@@ -72,6 +72,7 @@ class Inspection:
         self.traces: dict[str, Trace] = {}
         self.precisions: dict[str, Precision] = {}
         self.scales: dict[str, dict[str, Any]] = {}
+        self.spoiled: dict[str, list[str]] = {}  # buffers that the step left not finite
         self.everything: list[Finding] = []
 
     def run(self, *, speed: bool) -> Report:
@@ -129,8 +130,12 @@ class Inspection:
         first = None
         for scale in scales:
             with self.subject.kept():
+                models = {prefix: core(model) for prefix, model in self.subject.models.items()}
+                before = buffers_not_finite(models)  # masks of -inf, which are no fault
                 self._set_scaler(scale)
                 trace = trace_step(self.subject, precision, ambient=self.ambient, scale=scale)
+                after = buffers_not_finite(models)
+                self.spoiled[name] = [buffer for buffer in after if buffer not in before]
             origin = trace.lineage.first
             first = first or origin
             if trace.error is not None or origin is None or origin.phase != "backward":
@@ -156,7 +161,8 @@ class Inspection:
             origin = trace.lineage.first
             if origin is not None:
                 scale = self.scales[name]["scale"]
-                self.everything.append(nonfinite(origin, name, overflow=finite, scale=scale))
+                found = nonfinite(origin, name, overflow=finite, scale=scale, spoiled=self.spoiled[name])
+                self.everything.append(found)
 
     def _ranges(self) -> dict[str, Any] | None:
         modules = {
@@ -183,7 +189,8 @@ class Inspection:
                 self.traces["amp-fp16"] = trace = self._trace("amp-fp16")
                 if trace.error is None and trace.lineage.first is not None:
                     origin = trace.lineage.first
-                    self.everything.append(nonfinite(origin, "amp-fp16", overflow=True, scale=None))
+                    spoiled = self.spoiled["amp-fp16"]
+                    found.append(nonfinite(origin, "amp-fp16", overflow=True, scale=None, spoiled=spoiled))
             self.everything += found
 
     def _places(self) -> dict[str, Place | None]:

@@ -169,8 +169,8 @@ def failure(trace: Trace, precision: str) -> Finding:
     return Finding(rule, f"{type(trace.error).__name__}: {text[:300]}", help_, place, precision=precision)
 
 
-def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | None) -> Finding:
-    """The finding for the first place that is not finite."""
+def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | None, spoiled: list[str]) -> Finding:
+    """Return the finding for the first place that is not finite; `spoiled` are the buffers that the step left so."""
     rule = "nonfinite-backward" if origin.phase == "backward" else "nonfinite-forward"
     if origin.phase == "before":
         message = f"{origin.module} holds {origin.kind} before the step begins."
@@ -183,7 +183,12 @@ def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | 
         )
         if scale is not None and origin.phase == "backward":
             message += f" No loss scale down to {scale:g} avoids it."
-    return Finding(rule, message, cures(origin, overflow=overflow), origin.place, origin.module, origin.op, precision)
+    helpful = cures(origin, overflow=overflow)
+    if spoiled:
+        more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
+        message += f" The step left buffers that are not finite: {spoiled[0]}{more}. Skipping does not undo that."
+        helpful.append("put the buffers back as they were if the update is skipped: recipe 23")
+    return Finding(rule, message, helpful, origin.place, origin.module, origin.op, precision)
 
 
 def describe_range(entry: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,21 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, nn.Module)) and not callable(leaf):
             found += [value for value in vars(leaf).values() if isinstance(value, torch.Tensor)]
     return found
+
+
+def buffers_not_finite(models: Mapping[str, nn.Module]) -> list[str]:
+    """Return the names of the buffers that hold inf or NaN, each after the name of its model."""
+    return [
+        ".".join(word for word in (prefix, name) if word)
+        for prefix, model in models.items()
+        for name, buffer in model.named_buffers()
+        if _has_values(buffer) and not (buffer.float() if buffer.element_size() < 2 else buffer).isfinite().all()
+    ]
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor holds floating-point values: one that is lazy or on the meta device has none."""
+    return not nn.parameter.is_lazy(tensor) and not tensor.is_meta and tensor.is_floating_point()
 
 
 def address(tensor: torch.Tensor) -> int:

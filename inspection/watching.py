@@ -20,7 +20,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from inspection.finite import ranged
 from inspection.subject import core
-from inspection.tensors import tensors_in
+from inspection.tensors import buffers_not_finite, tensors_in
 from precision import Precision
 from system.files import json_text
 from utils import UserError
@@ -44,8 +44,8 @@ def watch(
     `model` is one model or a dictionary of several, `scaler` the GradScaler (None or a disabled one: each optimizer
     that trains the model is watched instead). At each update that is skipped or has a gradient that is not finite, a
     warning says which layer was first, in the forward pass if it began there, and how its gradients moved in the
-    updates before. `diary` is a file of lines that `inspect --diary` draws, one for every so many updates, or for
-    each epoch if the loop calls `watcher.epoch()`.
+    updates before; a second one names the buffers that the update left not finite. `diary` is a file of lines that
+    `inspect --diary` draws, one for every so many updates, or for each epoch if the loop calls `watcher.epoch()`.
     Raises UserError if the diary cannot be written.
     """
     return Watcher(model, scaler, diary=diary, every=every)
@@ -82,6 +82,8 @@ class Watcher:
         self._arrivals: list[Any] = []
         self._trains: dict[int, list[str]] = {}
         self._stepped: set[int] = set()
+        self._suspect: dict[str, Any] | None = None  # the event whose buffers were not looked at yet
+        self._spoiled = set(buffers_not_finite(self.models))  # a mask of -inf may be one: it is no fault
 
     def __enter__(self) -> Watcher:
         if self._diary is not None:
@@ -112,6 +114,7 @@ class Watcher:
         if self.scaler is not None:
             del self.scaler.step  # the class's own shows again
         self._read_waiting(all_of_them=True)
+        self._look_at_buffers()
         if self.updates > self._line_start[0]:
             self._write_line()
         self._inputs.clear()
@@ -123,6 +126,7 @@ class Watcher:
 
     def _keep(self, name: str, args: Any, kwargs: Any) -> None:
         """What the model was called with, so that the call can be repeated if its update goes wrong."""
+        self._look_at_buffers()
         if torch.is_grad_enabled():
             device = next(iter(self.parameters.values())).device.type
             enabled = torch.is_autocast_enabled(device)
@@ -237,9 +241,29 @@ class Watcher:
             "of": len(names),
             "forward": self._forward() if update in (None, self.updates) else None,
             "before": self._before(first),
+            "buffers": [],
         }
+        self._suspect = event
         self.events.append(event)
         log.warning(in_words(event, skipped=self.scaler is not None))
+
+    def _look_at_buffers(self) -> None:
+        """Names the buffers that an update that went wrong has left not finite, once each.
+
+        It is done before the next forward pass: a loop that puts them back has done so by then.
+        """
+        event, self._suspect = self._suspect, None
+        if event is None:
+            return
+        bad = buffers_not_finite(self.models)
+        event["buffers"] = [name for name in bad if name not in self._spoiled]
+        self._spoiled.update(bad)
+        if event["buffers"]:
+            log.warning(
+                f"update {event['update']:,} left buffers that are not finite: {', '.join(event['buffers'][:SHOWN])}"
+                f"{' ...' if len(event['buffers']) > SHOWN else ''}. Running statistics stay so, and each evaluation "
+                "with them is not finite. Put the buffers back if an update is skipped."
+            )
 
     def _before(self, name: str) -> list[dict[str, float]]:
         """The largest magnitude of one gradient in the updates before, without the loss scale."""
