@@ -29,10 +29,22 @@ FIGURES = {
 }
 
 
-def figure(line: dict[str, Any], name: str) -> float:
-    """A figure of an epoch's line: the larger the better."""
+def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
+    """Return the epochs (from 1) that none surpasses by the figure `name`: one, or more if nothing tells them apart.
+
+    Of equal figures that of the lower validation loss is better: on few validation images accuracies are often equal,
+    while the loss still falls. Larger images begin anew: only epochs of the last one's size count. An epoch whose
+    figure or loss is NaN is never the best.
+    """
     column, sign = FIGURES[name]
-    return sign * line[column]
+    size = history[-1].get("image_size") if history else None
+    ranks = {
+        line["epoch"]: (sign * line[column], -line["val_loss"])
+        for line in history
+        if line.get("image_size", size) == size and not math.isnan(line[column] + line["val_loss"])
+    }
+    best = max(ranks.values(), default=None)
+    return [epoch for epoch, rank in ranks.items() if rank == best]
 
 
 class UpdateRecord:

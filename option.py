@@ -249,7 +249,7 @@ OPTIONS = {
         "best_by": Option(
             one_of("accuracy", "balanced_accuracy", "macro_f1", "loss"),
             "accuracy",
-            "figure of the validation images by which the best epoch is chosen, also for --patience",
+            "validation figure that chooses the best epoch, also for --patience; of equal ones the lower loss",
         ),
         "clip_grad_norm": Option(POSITIVE, None, "clip the gradients' global L2 norm to this value"),
         "label_smoothing": Option(SHARE, 0.0, "share of each label that is spread over all classes"),

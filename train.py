@@ -7,7 +7,6 @@ waits for the device. Knows nothing of options, files' layout or how pictures ar
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import InitVar, dataclass, field
@@ -19,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
-from metrics import Meter, UpdateRecord, figure
+from metrics import Meter, UpdateRecord, best_epochs
 from model import BuffersBefore, Forward, Network
 from optimizer import SmoothedCrossEntropy
 from precision import Precision
@@ -209,11 +208,9 @@ class Trainer:
         if self.frozen_seconds is not None:
             line["frozen_seconds"] = round(self.frozen_seconds, 3)
             self.frozen_seconds = 0.0
-        alike = [earlier for earlier in at.history if earlier.get("image_size", size) == size]
-        best = max((figure(earlier, self.best_by) for earlier in alike), default=-math.inf)  # larger images begin anew
         at.close_epoch(line)
         files = {}
-        if figure(line, self.best_by) > best:
+        if at.epoch in best_epochs(at.history, self.best_by):  # of equal ones the later, which was trained longer
             at.best_epoch = at.epoch
             at.best_val_acc = found.accuracy
             weights = self.network.evaluated.state_dict()
@@ -268,10 +265,14 @@ class Trainer:
         return seconds * max(0.0, left) / done
 
     def _out_of_patience(self) -> bool:
-        """Epochs of small images or frozen layers do not count: what makes later ones better is still to come."""
+        """Return whether `patience` epochs in a row were not better than the best one before them.
+
+        Epochs of small images or frozen layers do not count: what makes later ones better is still to come.
+        """
         sizes = self.batches.sizes
         frozen = self.network.freeze_epochs
-        since = max(self.progress.best_epoch, sizes.index(sizes[-1]), frozen if frozen < self.epochs else 0)
+        best = min(best_epochs(self.progress.history, self.best_by), default=0)  # of equal ones the first
+        since = max(best, sizes.index(sizes[-1]), frozen if frozen < self.epochs else 0)
         return self.patience is not None and self.progress.epoch - since >= self.patience
 
     def _must_stop(self) -> bool:

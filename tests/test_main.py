@@ -311,10 +311,10 @@ def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path,
     assert float((one - other).abs().max()) < 1e-9
 
 
-def test_the_first_of_equal_epochs_is_the_best(scenes_folder, tmp_path, run):
+def test_the_last_of_equal_epochs_is_the_best(scenes_folder, tmp_path, run):
     status, _, err = run(words(scenes_folder, tmp_path, "still", "--model=squeezenet1_1", "--learning_rate=1e-30"))
     result = read(tmp_path / "still", "result.json")
-    assert status == 0 and result["best_epoch"] == load_file(tmp_path / "still" / "best_model.pt")["epoch"] == 1, err
+    assert status == 0 and result["best_epoch"] == load_file(tmp_path / "still" / "best_model.pt")["epoch"] == 2, err
     assert result["best_val_acc"] == metrics(tmp_path / "still")[0]["val_acc"]
 
 

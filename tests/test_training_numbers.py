@@ -4,6 +4,7 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -11,7 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches
+from evaluate import Evaluation
 from inspection import inspect_step, watch
+from metrics import best_epochs
 from model import Network
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision
@@ -19,7 +22,7 @@ from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer, update_weights
 from transforms import Preprocess
-from utils import RunError
+from utils import RunError, Stopped
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
@@ -273,3 +276,79 @@ def test_inspect_names_the_buffers_that_a_step_spoiled(cured):
     (found,) = [finding for finding in report.findings if finding.rule == "nonfinite-forward"]
     assert ("features.1.running_mean and 3 more" in found.message) == (not cured)
     assert any("put the buffers back" in cure for cure in found.cures) == (not cured)
+
+
+# --------------------------------------------------------------------------------- the best epoch
+def history(*epochs, **more):
+    """Lines of metrics from pairs of accuracy and loss."""
+    return [
+        {"epoch": number, "val_acc": accuracy, "val_balanced_acc": accuracy, "val_macro_f1": accuracy, "val_loss": loss}
+        | {name: values[number - 1] for name, values in more.items()}
+        for number, (accuracy, loss) in enumerate(epochs, 1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["accuracy", "balanced_accuracy", "macro_f1"])
+@pytest.mark.parametrize(
+    ("epochs", "best"),
+    [
+        ([(26.0, 2.0), (26.0, 1.5)], [2]),
+        ([(26.0, 1.5), (26.0, 2.0)], [1]),
+        ([(26.0, 1.5), (30.0, 2.0), (26.0, 1.0)], [2]),
+        ([(26.0, 1.5), (26.0, 1.5), (20.0, 1.0)], [1, 2]),
+        ([(26.0, math.nan), (26.0, 9.0)], [2]),
+        ([(20.0, 1.0), (90.0, math.nan)], [1]),
+        ([(math.nan, 1.0), (1.0, 2.0)], [2]),
+        ([(26.0, math.nan)], []),
+        ([], []),
+    ],
+)
+def test_of_equal_figures_the_lower_loss_is_the_best(name, epochs, best):
+    assert best_epochs(history(*epochs), name) == best
+
+
+def test_by_loss_the_lowest_is_the_best_whatever_the_accuracy():
+    assert best_epochs(history((10.0, 1.0), (90.0, 1.5), (20.0, 1.0)), "loss") == [1, 3]
+
+
+def test_larger_images_begin_anew_with_the_same_rule():
+    lines = history((90.0, 0.1), (30.0, 2.0), (30.0, 1.9), image_size=[24, 32, 32])
+    assert best_epochs(lines, "accuracy") == [3] and best_epochs(lines[:2], "accuracy") == [2]
+
+
+def scripted(made, epochs):
+    """Lets each validation find an accuracy of so many percent and a loss, by epoch."""
+
+    def validate():
+        accuracy, loss = epochs[made.progress.epoch]
+        predicted = (np.arange(100) >= accuracy).astype(int)
+        return Evaluation(np.zeros(100, int), predicted, 2, 100 * loss)
+
+    made._validate = validate
+    return made
+
+
+PLATEAU = [(50, 2.0), (50, 1.0), (50, 1.0), (50, 1.5), (40, 0.1), (50, 1.1), (45, 0.0)]
+
+
+def test_the_later_of_equal_epochs_is_kept_and_patience_counts_from_the_first(tmp_path):
+    made = scripted(trainer(tmp_path, tiny.Classifier(3), epochs=7, patience=4), PLATEAU)
+    made.train()
+    made.run.close()
+    assert (made.progress.epoch, made.progress.best_epoch) == (6, 3)
+    assert load_checkpoint(tmp_path / "best_model.pt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("stop", range(1, 6))
+def test_a_resumed_run_chooses_the_same_epoch_and_ends_with_the_same(stop, tmp_path):
+    made = scripted(trainer(tmp_path, tiny.Classifier(3), epochs=7, patience=4), PLATEAU)
+    made.on_epoch = lambda line: line["epoch"] == stop and setattr(made.stop, "number", 15)
+    with pytest.raises(Stopped):
+        made.train()
+    made.run.close()
+    made = scripted(trainer(tmp_path, tiny.Classifier(3), epochs=7, patience=4), PLATEAU)
+    made.load_state(load_checkpoint(tmp_path / "last.pt"))
+    made.train()
+    made.run.close()
+    assert (made.progress.epoch, made.progress.best_epoch) == (6, 3)
+    assert load_checkpoint(tmp_path / "best_model.pt")["epoch"] == 3
