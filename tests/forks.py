@@ -33,6 +33,10 @@ MODULES = (  # imported once; no test that looks at what a start imports may use
     "matplotlib.figure",
     "reports.page",
     "reports.pictures",
+    "scipy.stats",
+    "sklearn.metrics",
+    "sklearn.model_selection",
+    "system.progress",
     "tiny",
     "torchvision",
     "warmup_scheduler",
@@ -257,6 +261,7 @@ if __name__ == "__main__":
     line = socket.socket(fileno=int(sys.argv[1]))
     for name in MODULES:
         importlib.import_module(name)
+    sys.modules["PIL.Image"].init()  # imports what reads each format
     sys.modules["tiny"].register_classifier()
     gc.freeze()
     if serve(line) is not None:

@@ -1,0 +1,176 @@
+"""A part that fails costs no other: a validation, a picture, a file to predict, one image of many.
+
+In this process. Run it alone: pytest tests/long/test_partial_failures.py
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+import main
+import train as training
+from runs.checkpoint import load_checkpoint
+
+
+# ----------------------------------------------------------------- a validation that overflows
+def overflowing(monkeypatch, epoch: int, precision: str = "amp-fp16") -> None:
+    """Validations from the given epoch on give no finite loss in one precision."""
+    original = training.Trainer._validate
+
+    def validate(self):
+        found = original(self)
+        if self.progress.epoch + 1 >= epoch and self.precision.name == precision:
+            return dataclasses.replace(found, loss_sum=float("inf"))
+        return found
+
+    monkeypatch.setattr(training.Trainer, "_validate", validate)
+
+
+def test_a_validation_that_overflows_costs_no_training(data, tmp_path, monkeypatch, capsys):
+    half = ["--amp", "--amp_dtype=float16", "--epochs=3"]
+    overflowing(monkeypatch, 2)
+    assert tiny.train(data, tmp_path, *half) == 1
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("epoch 2", "--resume --amp_dtype bfloat16", "--precisions fp32,amp-fp16"))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["progress"]
+    assert (state["epoch"], state["update"]) == (1, 3)
+
+    updates = []
+    original = training.update_weights
+    monkeypatch.setattr(training, "update_weights", lambda *a, **b: updates.append(1) or original(*a, **b))
+    assert tiny.train(data, tmp_path, *half, "--resume") == 1  # at once, and with the same words
+    assert updates == [] and "--amp_dtype bfloat16" in capsys.readouterr().err
+
+    last = tmp_path / "run" / "last.pt"
+    where = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run", f"--checkpoint={last}"]
+    assert main.main(["evaluate", *where, "--precisions=fp32,amp-bf16", "--device=cpu"]) == 0
+
+    assert tiny.train(data, tmp_path, *half, "--amp_dtype=bfloat16", "--resume") == 0
+    assert len(updates) == 3
+    config = tiny.config(tmp_path / "run")
+    assert (config["precision"], config["begun_in"]) == ("amp-bf16", "amp-fp16")
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["precision"] == "amp-bf16"
+    assert not (tmp_path / "run" / "failure.json").exists()
+
+
+def test_another_precision_is_for_overflows_alone(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training.Trainer, "_must_stop", lambda self: self.updates_done == 4)
+    assert tiny.train(data, tmp_path, "--amp") == 143
+    monkeypatch.undo()
+    assert tiny.train(data, tmp_path, "--resume") == 2
+    assert "--amp: begun with True, now False" in capsys.readouterr().err
+
+
+def test_an_error_in_the_validation_costs_no_training(data, tmp_path, monkeypatch, capsys):
+    def fail(self):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(training.Trainer, "_validate", fail)
+    assert tiny.train(data, tmp_path) == 1
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["progress"]
+    assert (state["epoch"], state["update"]) == (0, 3)
+
+
+# ---------------------------------------------------------------------------- results first
+def test_pictures_that_fail_cost_no_results(tmp_path, monkeypatch, capsys):
+    from reports import pictures
+
+    def fail(*_, **__):
+        raise RuntimeError("no fonts here")
+
+    data = tiny.draw(tmp_path / "data")
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "learning_curve", fail)
+        assert tiny.train(data, tmp_path) == 1
+    said = capsys.readouterr()
+    assert "the pictures could not be drawn (RuntimeError: no fonts here)" in said.err and "Test accuracy" in said.out
+    run = tmp_path / "run"
+    assert (run / "result.json").exists() and (run / "predictions.csv").exists() and not (run / "failure.json").exists()
+    command = said.err.partition("python main.py ")[2].split()
+    with tiny.drawing():
+        assert main.main(command) == 0
+    assert (run / "learning_curve.png").exists() and (run / "report.html").exists()
+    shutil.rmtree(data / "seg_test")  # from the run's files alone
+    (run / "report.html").unlink()
+    with tiny.drawing():
+        assert main.main(command) == 0 and (run / "report.html").exists()
+
+
+def test_a_first_picture_that_fails_stops_no_training(data, tmp_path, monkeypatch, caplog):
+    from reports import pictures
+
+    def fail(*_, **__):
+        raise RuntimeError("no fonts here")
+
+    monkeypatch.setattr(pictures, "batch", fail)
+    assert tiny.train(data, tmp_path) == 0
+    assert "no batch.png: RuntimeError: no fonts here" in caplog.text and (tmp_path / "run" / "result.json").exists()
+
+
+def test_no_start_waits_for_pictures_or_statistics():
+    code = """
+import importlib, sys
+for name in ("commands.train", "commands.evaluate", "commands.predict"):
+    importlib.import_module(name)
+    assert not {"matplotlib", "scipy", "sklearn"} & sys.modules.keys(), name
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(), check=True)
+
+
+def test_report_of_what_is_no_run(tmp_path, capsys):
+    assert main.main(["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=x"]) == 2
+    assert "No run there is finished" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------ exit statuses
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert tiny.train(data, runs) == 0
+    return runs
+
+
+def test_predict_says_that_some_files_could_not_be_read(finished, data, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("no image")
+    words = [f"--checkpoint_dir={finished}", "--checkpoint_name=run", f"--csv={tmp_path / 'p.csv'}"]
+    assert main.main(["predict", *words, str(data / "seg_test"), str(tmp_path / "bad.png")]) == 1
+    said = capsys.readouterr()
+    assert "1 of 7 files could not be read" in said.err and "6 images" in said.out
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 7
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_predict_leaves_what_it_has(number, finished, data, tmp_path, monkeypatch, capsys):
+    from commands import predict
+
+    calls = []
+    original = predict.probabilities
+
+    def stop_at_the_third(logits):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return original(logits)
+
+    monkeypatch.setattr(predict, "probabilities", stop_at_the_third)
+    words = [f"--checkpoint_dir={finished}", "--checkpoint_name=run", "--batch_size=2", f"--json={tmp_path / 'p.json'}"]
+    assert main.main(["predict", *words, str(data / "seg_train")]) == 128 + number
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"stopped after 4 predictions, which are in {tmp_path / 'p.json'}" in said
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 4
+
+
+def test_check_says_that_some_images_cannot_be_read(tmp_path, capsys):
+    own = tiny.draw(tmp_path / "data")
+    tiny.images(own)[0].write_bytes(b"\x89PNG")
+    assert main.main(["prepare", "--check", f"--data_dir={own}"]) == 1
+    said = capsys.readouterr()
+    assert "1 image cannot be read" in said.err and "unreadable files: 1" in said.out
