@@ -50,9 +50,7 @@ class Preprocess:
         """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
         if images.shape[-2:] == (self.image_size, self.image_size):
             return images
-        if self.device.type != "cpu":  # Pillow's fixed-point filter exists for uint8 on the CPU alone
-            images = images.float()
-        return F.interpolate(images, (self.image_size, self.image_size), mode=self.interpolation, antialias=True)
+        return self._resize(images, (self.image_size, self.image_size))
 
     def unified(self, images: torch.Tensor, shapes: np.ndarray, side: int | None = None) -> torch.Tensor:
         """Images of several sizes to (count, 3, side, side), each as `resized` would alone; default: the model's side.
@@ -79,10 +77,12 @@ class Preprocess:
         most = self.image_size * 3 // 2
         if max(height, width) <= most:
             return images
-        if self.device.type != "cpu":
-            images = images.float()
-        size = (min(height, most), min(width, most))
-        return F.interpolate(images, size, mode=self.interpolation, antialias=True)
+        return self._resize(images, (min(height, most), min(width, most)))
+
+    def _resize(self, images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if self.device.type == "cpu":  # the fixed-point filter of Pillow exists for uint8 on the CPU alone
+            return F.interpolate(images, size, mode=self.interpolation, antialias=True)
+        return resize(images.float(), size, self.interpolation)
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
         """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
@@ -90,6 +90,17 @@ class Preprocess:
         rows = torch.addcmul(self._offset, rows.float(), self._factor)
         pixels = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
         return pixels if self.channels_last else pixels.contiguous()
+
+
+def resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> torch.Tensor:
+    """Return float images (count, 3, height, width), values 0 to 255, in `size`, antialiased as Pillow does.
+
+    Pillow resizes the rows, then the columns, and each time rounds and clamps: a bicubic filter overshoots at edges
+    (up to 279 for 255). With both steps done alike, values differ from Pillow's fixed-point filter by at most 1.
+    """
+    for shape in ((images.shape[-2], size[1]), size):
+        images = F.interpolate(images, shape, mode=interpolation, antialias=True).round().clamp(0, 255)
+    return images
 
 
 def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:

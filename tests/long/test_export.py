@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import main
+from commands import export
 from commands.export import FromPixels, export_onnx
 from model import build_model
 from utils import RunError
@@ -137,3 +138,26 @@ def test_mirror_images_are_part_of_what_is_exported(tmp_path, monkeypatch):
     images = np.stack([np.asarray(Image.open(answer["path"]).convert("RGB")) for answer in answers])
     (found,) = session.run(None, {"images": images})
     assert np.abs(found - shares["flip"]).max() < 1e-5 < np.abs(found - shares["none"]).max()
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_changed_graph_is_refused_although_the_model_is_sure_of_itself(tmp_path, monkeypatch, part):
+    """Softmax gives 1.000 for one class on any picture, before and after the change."""
+    from onnx import numpy_helper
+
+    converted = export._converted
+
+    def changed(network):
+        proto = converted(network)
+        one = next(each for each in proto.graph.initializer if each.name.endswith(f"fc.{part}"))
+        one.CopyFrom(numpy_helper.from_array(1.5 * numpy_helper.to_array(one), one.name))
+        return proto
+
+    model = tiny.Classifier(6).eval()
+    with torch.no_grad():
+        model.fc.bias.copy_(torch.tensor([0.0, 40, 0, 0, 0, 0]))
+    export_onnx(model, checkpoint("tiny_classifier", 36, "bicubic"), tmp_path / "model.onnx")
+    monkeypatch.setattr(export, "_converted", changed)
+    with pytest.raises(RunError, match="the logits of ONNX Runtime and PyTorch differ"):
+        export_onnx(model, checkpoint("tiny_classifier", 36, "bicubic"), tmp_path / "wrong.onnx")
+    assert not (tmp_path / "wrong.onnx").exists()

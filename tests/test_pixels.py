@@ -1,0 +1,182 @@
+"""One picture gives the same pixels on every device, in `predict` and in the exported program.
+
+The CUDA device is faked: `Preprocess` takes the way that it takes there, and a CPU computes it.
+
+Run it alone: pytest tests/test_pixels.py
+"""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from commands import export
+from commands.export import FromPixels, differences, drawn_pictures, images_of_test
+from dataset import Batches
+from runs.checkpoint import load_checkpoint
+from transforms import Preprocess
+
+CPU = torch.device("cpu")
+SIDE = 32
+LEVELS = 2  # of 255: what devices may differ by, as docs/faults.md says
+
+
+class OnCuda(Preprocess):
+    """Computes as on a CUDA device, on a CPU."""
+
+    def __post_init__(self):
+        self.device = CPU
+        super().__post_init__()
+        self.device = SimpleNamespace(type="cuda")
+
+
+def edges(height, width, count=2, seed=0):
+    """Black and white blocks, at whose edges a bicubic filter overshoots; uint8 (count, height, width, 3)."""
+    blocks = np.random.default_rng(seed).integers(0, 2, (count, height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
+    return 255 * blocks.repeat(4, 1).repeat(4, 2)[:, :height, :width]
+
+
+def first(images):
+    """As (count, 3, height, width)."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+
+
+def checkpoint(interpolation):
+    reading = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "interpolation": interpolation}
+    return {"image_size": SIDE, **reading}
+
+
+def assert_close(one, other):
+    difference = (one.float() - other.float()).abs()
+    assert difference.max() <= LEVELS and difference.mean() < 0.2
+
+
+SHAPES = [(20, 17), (17, 20), (31, 33), (32, 20), (20, 32), (90, 40), (40, 90), (1, 1), (2, 60), (33, 1)]
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_are_those_of_a_cpu_on_cuda_and_in_the_exported_program(interpolation):
+    ours = Preprocess(CPU, SIDE, interpolation=interpolation)
+    cuda = OnCuda(CPU, SIDE, interpolation=interpolation)
+    program = FromPixels(nn.Flatten(), checkpoint(interpolation))
+    program.with_parts = True
+    for seed, (height, width) in enumerate(SHAPES):
+        images = edges(height, width, seed=seed)
+        wanted = ours.resized(first(images))
+        assert wanted.dtype == torch.uint8
+        assert_close(cuda.resized(first(images)), wanted)
+        assert_close(program(torch.from_numpy(images))[2], wanted)
+        assert_close(cuda.shrunk(first(images)), ours.shrunk(first(images)))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_images_of_several_sizes_are_those_of_a_cpu_on_cuda(interpolation):
+    shapes = np.array(SHAPES)
+    boxed = np.zeros((len(shapes), *shapes.max(0), 3), np.uint8)
+    for place, (height, width) in enumerate(shapes):
+        boxed[place, :height, :width] = edges(height, width, 1, place)[0]
+    made = [
+        kind(CPU, SIDE, interpolation=interpolation).unified(first(boxed), shapes, side)
+        for kind in (Preprocess, OnCuda)
+        for side in (None, 48)
+    ]
+    for wanted, found in ((made[0], made[2]), (made[1], made[3])):
+        assert found.min() >= 0 and found.max() <= 255 and torch.equal(found, found.round())
+        assert_close(found, wanted)
+
+
+def test_bright_stays_bright_where_an_augmentation_of_bytes_follows(monkeypatch):
+    """256 as a byte is 0: bicubic models on a GPU learned from pictures with black holes."""
+    shapes = np.array([(20, 17), (30, 31), (17, 20), (20, 17)])
+    boxed = np.zeros((4, 30, 31, 3), np.uint8)
+    for place, (height, width) in enumerate(shapes):
+        boxed[place, :height, :width] = edges(height, width, 1, place)[0]
+    monkeypatch.setattr("dataset.RANDOM", {"trivial": lambda: lambda image: image})
+    subset = tiny.subset(4)
+    shown = []
+    for kind in (Preprocess, OnCuda):
+        batches = Batches(subset, Preprocess(CPU, SIDE, interpolation="bicubic"), 4, 3, augment="trivial,upright")
+        batches._input = {SIDE: kind(CPU, SIDE, (0, 0, 0), (1 / 255,) * 3, "bicubic")}
+        loaded = iter([(torch.from_numpy(boxed), torch.zeros(4, dtype=torch.long), shapes)])
+        shown.append(batches._timed(loaded, torch.rand(4, 5), 0, np.arange(4), 0, 1, True)[0])
+    assert_close(*shown)
+
+
+# ------------------------------------------------------------------------------------- export
+class Session:
+    """Stands for ONNX Runtime: what a changed copy of the network gives."""
+
+    def __init__(self, network):
+        self.network = network
+        network.with_parts = True
+
+    def run(self, names, inputs):
+        assert names == ["probabilities", "logits", "pixels"]
+        with torch.inference_mode():
+            return [part.numpy() for part in self.network(torch.from_numpy(inputs["images"].copy()))]
+
+
+def sure():
+    """A network whose probabilities are 1.000 for one class, whatever the picture."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        network[4].bias.copy_(torch.tensor([0.0, 40.0, 0.0]))
+    return network
+
+
+def compared(network, other, interpolation="bicubic"):
+    asked = checkpoint(interpolation)
+    session = Session(FromPixels(other, asked))
+    batches = [*drawn_pictures(SIDE), edges(20, 17)]
+    return np.max([differences(session, network, export.as_predict(asked), batch) for batch in batches], 0)
+
+
+def test_the_same_graph_passes_the_check_of_the_export():
+    pixels, logits, probabilities = compared(sure(), sure())
+    assert pixels <= export.PIXELS and logits < 1e-5 and probabilities < 1e-5
+
+
+@pytest.mark.parametrize("layer", [2, 4])
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_a_wrong_graph_fails_although_softmax_hides_it(layer, what):
+    wrong = sure()
+    with torch.no_grad():
+        getattr(wrong[layer], what).mul_(1.5)
+    _, logits, probabilities = compared(sure(), wrong)
+    assert logits > export.LOGITS and probabilities < 1e-6
+
+
+def test_a_graph_that_resizes_in_another_way_fails(monkeypatch):
+    def without_clamp(images, size, interpolation):
+        return nn.functional.interpolate(images, size, mode=interpolation, antialias=True)
+
+    monkeypatch.setattr(export, "resize", without_clamp)
+    assert compared(sure(), sure())[0] > 10
+
+
+def test_a_graph_that_gives_nan_fails():
+    wrong = sure()
+    with torch.no_grad():
+        wrong[4].bias[0] = torch.nan
+    found = compared(sure(), wrong)
+    assert not found[1] <= export.LOGITS and not found[2] <= export.PROBABILITIES
+
+
+def test_the_check_takes_test_images_of_the_run_where_they_are_there(data, tmp_path, monkeypatch):
+    tiny.leave_out_pictures(monkeypatch)
+    tiny.register_classifier()
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--epochs=1", "--image_size=20") == 0
+    run = tmp_path / "run"
+    content = load_checkpoint(run / "best_model.pt")
+    found = images_of_test(content, run, most=3)
+    assert [image.shape for image in found] == [(20, 20, 3)] * 3
+    assert len(images_of_test(content, run, most=100)) == 6
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace(str(data.resolve()), str(tmp_path / "moved")))
+    assert images_of_test(content, run) == []
+    (run / "config.json").unlink()
+    assert images_of_test(content, run) == []
