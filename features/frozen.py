@@ -88,21 +88,23 @@ class FrozenNetwork:
 
     @cached_property
     def outputs(self) -> torch.Tensor:
-        """(images, 1 or 2, features), float32, on the CPU: of each image and, if `mirrored`, of its mirror image.
+        """Return (images, 1 or 2, features), float32, on the CPU: of each image and, if `mirrored`, its mirror image.
 
-        Computed at the first call. Ranks share the work; then each holds all outputs.
+        They are computed at the first call. Ranks share the work; then each holds all outputs, also one whose stride
+        of a few images is empty.
         """
         batches = self.batches
         was_training = self.model.training
         self.model.eval()
-        kept: Any = None
+        size = batches.preprocess.image_size
         with torch.no_grad(), self._bar() as bar:
+            example, _ = _inputs_of(self.model, self.head, torch.zeros(1, 3, size, size, device=batches.device))
+            views_each = 2 if self.mirrored else 1
+            kept = torch.zeros(len(batches.subset), views_each, *example.shape[1:], device=batches.device)
             for images, _, places in batches.evaluation():
                 views = [images, images.flip(3)] if self.mirrored else [images]
                 with self.precision.autocast():
                     found = torch.stack([_inputs_of(self.model, self.head, view)[0].float() for view in views], 1)
-                if kept is None:
-                    kept = torch.zeros(len(batches.subset), *found.shape[1:], device=batches.device)
                 kept[torch.from_numpy(places).to(batches.device)] = found
                 bar.update(len(places) * batches.ranks.size)
         self.model.train(was_training)

@@ -18,7 +18,9 @@ from torch import nn
 import main
 from commands.predict import predict_files
 from dataset import Batches
+from distributed import Ranks
 from evaluate import NotFinite, evaluate
+from features.frozen import FrozenNetwork
 from metrics import UpdateRecord
 from model import WithMirrorImage
 from precision import Precision
@@ -263,3 +265,21 @@ def test_predictions_that_hold_nan_are_refused_by_their_reason(run, tmp_path):
     with pytest.raises(UserError, match="not finite"):
         results.read_predictions(tmp_path / "predictions.csv")
     assert read_json(run / "result.json")["test_loss"] > 0 and tables.summary(read_json(run / "result.json"))
+
+
+# -------------------------------------------------------------------------------------- ranks
+class WithoutOthers(Ranks):
+    """A rank of several whose sums nobody else adds to."""
+
+    def sum(self, *tensors):
+        assert all(torch.is_tensor(tensor) for tensor in tensors)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_rank_without_an_image_takes_part(mirrored):
+    """A preset probe under torchrun with fewer validation images than processes died on those without."""
+    batches = Batches(tiny.subset(2), Preprocess(CPU, 9), 5, 3, ranks=WithoutOthers(2, 2, 3))
+    model = tiny.Classifier(3)
+    outputs = FrozenNetwork(model, "fc", batches, FP32, mirrored).outputs
+    assert outputs.shape == (2, 1 + mirrored, 16) and not outputs.any() and model.training
+    assert not evaluate(model.eval(), batches, FP32).confidence.any()
