@@ -6,13 +6,17 @@ Keeps no global plotting state. Knows nothing of what is drawn.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib.style
+import numpy as np
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from system.files import atomic_write
 
@@ -62,16 +66,28 @@ LOOK = {
     "legend.frameon": False,
     "hatch.linewidth": 0.8,
 }
+DPI = 150  # pixels of an inch
 
 
 @contextmanager
-def picture(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches that is written to `path` as PNG when the block ends."""
+def picture(
+    path: Path, width: float, height: float, photographs: Sequence[tuple[Image.Image, tuple[int, int]]] = ()
+) -> Iterator[Figure]:
+    """Yield a figure of so many inches, and write it to `path` as PNG when the block ends.
+
+    `photographs` are put over it, each with the column and the row of its upper left corner in pixels. The figure is
+    painted once and without transparency; `savefig` paints it twice to lay it out.
+    """
     installed = {font.name for font in font_manager.fontManager.ttflist}
     fonts = [font for font in FONTS if font in installed] or ["sans-serif"]
     with warnings.catch_warnings(), matplotlib.style.context(["default", LOOK | {"font.family": fonts}]):
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
         yield figure
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=150)
+        canvas.draw()
+    painted = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    for photograph, place in photographs:
+        painted.paste(photograph, place)
+    with atomic_write(path) as file:  # runs of equal bytes alone: as small as the default, at a fraction of its time
+        painted.save(file, "PNG", dpi=(DPI, DPI), compress_type=zlib.Z_RLE)

@@ -107,6 +107,7 @@ def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path,
                 va="center",
                 fontsize=small - 1,
                 color="white" if percent > 35 else INK if count else FAINT,
+                in_layout=False,  # it stays inside its cell; to measure them all takes longer than to paint them
             )
         figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
 

@@ -22,6 +22,8 @@ from reports import text as layout
 from system.files import write_text
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 CLASSES = ["buildings", "forest", "sea"]
 HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]
 
@@ -603,6 +605,20 @@ def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
     other = make_run(tmp_path / "other", classes=HOSTILE, truth=[0, 1, 2, 3, 4, 5], predicted=[1, 2, 3, 4, 5, 0])
     pictures.gallery(other / "predictions.csv", tmp_path / "nowhere", tmp_path / "b.png")
     is_picture(tmp_path / "b.png")
+
+
+def test_each_image_of_a_sheet_stands_in_its_place_under_a_whole_heading(tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+    images = [np.full((20, 10 * (1 + number), 3), colour, np.uint8) for number, colour in enumerate(colours)]
+    sheets.labelled_sheet(images, ["one\ntwo"] * 4, tmp_path / "a.png", heading="many words " * 20, across=3)
+    sheet = np.asarray(Image.open(tmp_path / "a.png"))
+    ink = np.flatnonzero((sheet < 200).all(2).any(0))
+    assert sheet.shape[2] == 3 and ink.max() < sheet.shape[1] - 5
+    found = [np.argwhere((sheet == colour).all(2)) for colour in colours]
+    middles = [(places.min(0) + places.max(0)) / 2 for places in found]
+    assert [[round(x), round(y)] == [278 + 556 * (n % 3), middles[n // 3 * 3][0]] for n, (y, x) in enumerate(middles)]
+    for (height, width), image in zip((np.ptp(places, 0) + 1 for places in found), images, strict=True):
+        assert width / height == pytest.approx(image.shape[1] / image.shape[0], rel=0.02) and height == 262
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
