@@ -28,7 +28,12 @@ if TYPE_CHECKING:
 def evaluate_run(
     setup: Setup, *, precisions: list[str] | None, out: str | None, csv: str | None, json: str | None
 ) -> None:
-    """The command: prints the test's summary, or one line per precision and which predictions change."""
+    """Print the test's summary, or with `precisions` one line for each and which predictions change."""
+    if precisions and (csv or out):
+        raise UserError(
+            f"--{'csv' if csv else 'out'} holds the test in one precision: leave it out, or leave out --precisions. "
+            "--json takes the table of all precisions."
+        )
     refuse_missing_folders(csv, json)
     checkpoint = setup.checkpoint
     data = setup.test_data()
@@ -39,7 +44,8 @@ def evaluate_run(
         if setup.ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
             print(tables.parity_table(rows))
-            write_text(file, json_text(rows, indent=1))
+            for place in [file, *([Path(json)] if json else [])]:
+                write_text(place, json_text(rows, indent=1) + "\n")
             log.info(f"details: {file}")
         return
     reset_peak_memory(setup.device)

@@ -2,9 +2,9 @@
 
 Of the test: test_acc and balanced_acc (percent), test_loss (nats), macro (the mean over classes) and per_class
 (precision, recall, f1 as shares, support), confusion (true class by predicted class), classes, calibration_error (a
-share). Of the training: best_epoch, best_val_acc (percent), total_seconds, train_seconds (None: only tested),
-images_per_second, busy_share (of the time, lost to other programs; None: unknown), skipped_updates. Of the machine:
-precision, device, device_name, peak_memory_mb, reserved_memory_mb, memory_kind.
+share). Of the training: best_epoch, best_val_acc (percent; None: not validated), total_seconds, train_seconds (None:
+only tested), images_per_second, busy_share (of the time, lost to other programs; None: unknown), skipped_updates. Of
+the machine: precision, device, device_name, peak_memory_mb, reserved_memory_mb, memory_kind.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ NUMBERS = (
     "images_per_second",
     "peak_memory_mb",
 )
+OF_TRAINING = ("train_seconds", "best_val_acc")  # None after `evaluate`: no time, and last.pt may have no validation
 
 
 def read_result(file: Path) -> dict[str, Any]:
@@ -38,9 +39,9 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def check_result(result: dict[str, Any]) -> None:
-    """Raises ValueError, KeyError or TypeError where tables and pictures would lack something."""
-    tested_alone = result["train_seconds"] is None  # of `evaluate`, which trains nothing
-    numbers = [result[name] for name in NUMBERS if name != "train_seconds" or not tested_alone]
+    """Raise ValueError, KeyError or TypeError if tables and pictures would lack something."""
+    tested_alone = result["train_seconds"] is None
+    numbers = [result[name] for name in NUMBERS if not (tested_alone and name in OF_TRAINING and result[name] is None)]
     numbers.append(result.get("busy_share") or 0.0)
     rows = [result["per_class"][name] for name in result["classes"]]
     numbers += [row[name] for row in rows for name in (*SHARES, "support")]

@@ -26,6 +26,7 @@ from model import WithMirrorImage
 from precision import Precision
 from reports import results, tables
 from runs.checkpoint import load_checkpoint
+from runs.result import check_result
 from system.files import json_text, read_json
 from transforms import Preprocess
 from utils import RunError, UserError
@@ -35,20 +36,11 @@ FP32 = Precision("fp32", CPU, "")
 FP16 = ["--amp", "--amp_dtype=float16"]
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
-    tiny.register_classifier()
-
-
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """A finished run of one epoch."""
     folder = tmp_path_factory.mktemp("runs")
-    tiny.register_classifier()
-    with pytest.MonkeyPatch.context() as patch:
-        tiny.leave_out_pictures(patch)
-        assert tiny.train(data, folder, "--model=tiny_classifier", "--epochs=1") == 0
+    assert tiny.train(data, folder, "--model=tiny_classifier", "--epochs=1") == 0
     return folder / "run"
 
 
@@ -283,3 +275,35 @@ def test_a_rank_without_an_image_takes_part(mirrored):
     outputs = FrozenNetwork(model, "fc", batches, FP32, mirrored).outputs
     assert outputs.shape == (2, 1 + mirrored, 16) and not outputs.any() and model.training
     assert not evaluate(model.eval(), batches, FP32).confidence.any()
+
+
+# ------------------------------------------------------------------------- what evaluate writes
+def test_the_table_of_precisions_is_written_where_it_was_asked_for(run, tmp_path, capsys):
+    file = tmp_path / "rows.json"
+    assert call("evaluate", run, "--precisions=fp32,amp-bf16", f"--json={file}") == 0
+    assert list(strict(file)) == ["fp32", "amp-bf16"] and strict(file) == strict(run / "parity.json")
+    for name in ("csv", "out"):
+        assert call("evaluate", run, "--precisions=fp32,amp-bf16", f"--{name}={tmp_path / name}") == 2
+        said = capsys.readouterr().err
+        assert f"--{name} holds the test in one precision" in said and not (tmp_path / name).exists()
+
+
+def test_a_precision_that_is_not_there_is_refused_before_the_first_test(run, capsys, monkeypatch):
+    monkeypatch.setattr("commands.evaluate.evaluate", lambda *_, **__: pytest.fail("the test had begun"))
+    assert call("evaluate", run, "--precisions=fp32,tf32") == 2
+    assert "Tensor Cores" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_was_never_validated_gives_a_whole_result(run, tmp_path, capsys):
+    content = torch.load(run / "last.pt", weights_only=True)
+    content["progress"] |= {"epoch": 0, "history": []}
+    torch.save(content, tmp_path / "last.pt")
+    out = tmp_path / "out"
+    assert call("evaluate", run, f"--checkpoint={tmp_path / 'last.pt'}", f"--out={out}") == 0
+    assert "not validated" in capsys.readouterr().out
+    result = strict(out / "result.json")
+    assert result["best_val_acc"] is None
+    results.read_run(out)
+    with pytest.raises(TypeError):  # a training has one
+        check_result(result | {"train_seconds": 1.0})
+    check_result(result | {"train_seconds": 1.0, "best_val_acc": 50.0})

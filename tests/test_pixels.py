@@ -166,9 +166,7 @@ def test_a_graph_that_gives_nan_fails():
     assert not found[1] <= export.LOGITS and not found[2] <= export.PROBABILITIES
 
 
-def test_the_check_takes_test_images_of_the_run_where_they_are_there(data, tmp_path, monkeypatch):
-    tiny.leave_out_pictures(monkeypatch)
-    tiny.register_classifier()
+def test_the_check_takes_test_images_of_the_run_where_they_are_there(data, tmp_path):
     assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--epochs=1", "--image_size=20") == 0
     run = tmp_path / "run"
     content = load_checkpoint(run / "best_model.pt")
