@@ -24,7 +24,7 @@ from torch import nn
 from commands.explain import explain_predictions
 from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
-from images.folders import counted, find_images
+from images.walk import counted, find_images
 from precision import Precision
 from reports.text import end_of
 from system.files import json_text, refuse_missing_folders

@@ -23,8 +23,8 @@ from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import IO
 
-from images.folders import is_image_name
 from images.placing import TEST_NAMES, TRAIN_NAMES
+from images.walk import is_image_name
 from utils import UserError, printable
 
 MAX_MEMBERS = 1_000_000

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import combinations
 from pathlib import Path
 
-from PIL import Image
-
-from images.decode import picture_formats
+from images.walk import Seen, counted, find_images, is_image_name, same_name, subfolders, walk
 from utils import UserError, amount, printable, typed
 
 Listing = list[tuple[Path, int]]
@@ -25,8 +21,6 @@ PART_NAMES = {
     "validation": ("val", "valid", "validation", "segval"),
     "test": ("test", "testing", "eval", "evaluation", "segtest"),
 }
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
-_LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 WAYS = (
     "\nThree ways to get data:"
@@ -67,14 +61,6 @@ class ImageSet:
         return [*self.notes, *([counted(self.passed_over)] if self.passed_over else [])]
 
 
-def counted(passed_over: Counter[str], most: int = 12) -> str:
-    """A sentence about the files that are no images, by suffix."""
-    kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
-    shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
-    rest = sum(count for _, count in kinds[most:])
-    return f"passed over as no images: {shown}" + (f" and {rest:,} others" if rest else "")
-
-
 def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) -> ImageSet:
     """Lists the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
 
@@ -88,21 +74,37 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
     if not root.is_dir():
         raise UserError(f"no training images in {printable(root)}: there is no such folder.{WAYS}")
     parts = _find_parts(root)
-    source = parts.get("train") or (None if parts and known else _class_folder(root, parts, known))
+    named = dict(parts)
+    if parts and _are_classes(root, parts, known):
+        parts = {}
+        source: Path | None = root
+    else:
+        source = parts.get("train") or (None if parts and known else _class_folder(root, parts, known))
     if "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
     image_set = ImageSet(root, list(known or (_class_names(source) if source else ())), [])
     if len(image_set.classes) < 2:
         raise UserError(f"{printable(source)} holds {len(image_set.classes)} class folder: at least two are needed.")
+    seen: Seen = set()
     if source is not None:
-        image_set.train = _list_part(source, image_set, None if known else "train", alone=source not in parts.values())
+        alone = source not in parts.values()
+        image_set.train = _list_part(source, image_set, None if known else "train", seen, alone=alone)
     for name in ("test", "validation"):
         if name in parts:
-            setattr(image_set, name, _list_part(parts[name], image_set, None if known else name))
+            setattr(image_set, name, _list_part(parts[name], image_set, None if known else name, seen))
     if not image_set.parts:
         raise UserError(
             f"{printable(root)} holds no image of the classes {some(image_set.classes)}; {'; '.join(image_set.notes)}."
         )
+    if named and not parts and not known:
+        names = some([folder.relative_to(root).parts[0] for folder in named.values()])
+        image_set.notes.append(
+            f"taken for classes, like the folders beside: {names}. If it is a part, name that folder with --data_dir"
+        )
+    left = list(walk(str(root), Counter(), [], seen))
+    if left:
+        images = amount(len(left), "image", "images")
+        image_set.notes.append(f"{images} in no class folder that is used: left out, such as {printable(left[0])}")
     return image_set
 
 
@@ -116,7 +118,7 @@ def part_of(name: str) -> str | None:
 def _find_parts(root: Path) -> dict[str, Path]:
     """The folders of class folders that are called after a part. Raises UserError if two claim the same one."""
     found: dict[str, list[Path]] = {}
-    for folder in _subfolders(root):
+    for folder in subfolders(root):
         part = part_of(folder.name)
         inner = _without_doubling(folder)
         if part and _class_names(inner):
@@ -128,30 +130,69 @@ def _find_parts(root: Path) -> dict[str, Path]:
     return {part: folder for part, (folder,) in found.items()}
 
 
+def _are_classes(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> bool:
+    """Return True if the folders in `root` are classes, some of which have the name of a part, as a class of trains.
+
+    The classes of a trained model decide. Without them parts are parts if they have classes in common, or if nothing
+    lies beside them, and classes if as many images lie beside them. Raises UserError for anything between.
+    """
+    inner = [{same_name(name) for name in _class_names(folder)} for folder in parts.values()]
+    if known:
+        wanted = set(map(same_name, known))
+        own = {same_name(folder.name) for folder in subfolders(root)}
+        return len(own & wanted) > max(len(names & wanted) for names in inner)
+    beside = _beside(root)
+    if not beside or any(one & other for one, other in combinations(inner, 2)):
+        return False
+    if _outweigh(beside, parts.values()) or "train" not in parts:
+        return _outweigh(beside, parts.values())
+    folder = parts["train"]
+    raise UserError(
+        f"{printable(root)}: is {printable(folder.relative_to(root))} a part of the data set, or a class beside "
+        f"{some([path.name for path in beside])}? If it is a part, name that folder alone: --data_dir "
+        f"{printable(folder)}. If it is a class, give it another name."
+    )
+
+
+def _beside(root: Path) -> list[Path]:
+    """Return the folders of images in `root` whose names have no word for a part, nor for images without labels."""
+    words = {"pred", "prediction", "unlabeled", "unlabelled"}.union(*PART_NAMES.values())
+    return [
+        path
+        for path in subfolders(root)
+        if not part_of(path.name) and not words & set(re.findall("[a-z]+", path.name.casefold())) and _has_images(path)
+    ]
+
+
+def _outweigh(folders: Sequence[Path], others: Iterable[Path]) -> bool:
+    """Return True if there are two of these folders or more, with as many images as the others or more."""
+    counts = [sum(1 for folder in side for _ in find_images(folder)) for side in (folders, others)]
+    return len(folders) > 1 and counts[0] >= counts[1]
+
+
 def _without_doubling(folder: Path) -> Path:
     """`train` of `train/train` and `seg_train/seg_train`: the inner folder where it is alone and means the same."""
-    subfolders = _subfolders(folder)
-    if len(subfolders) == 1 and (
-        subfolders[0].name.casefold() == folder.name.casefold()
-        or part_of(subfolders[0].name) == part_of(folder.name) is not None
+    inner = subfolders(folder)
+    if len(inner) == 1 and (
+        inner[0].name.casefold() == folder.name.casefold() or part_of(inner[0].name) == part_of(folder.name) is not None
     ):
-        return _without_doubling(subfolders[0])
+        return _without_doubling(inner[0])
     return folder
 
 
 def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> Path:
     """The folder of class folders, which is `root` itself or its double. Raises UserError if it is none."""
     folder = _without_doubling(root) if root.is_dir() else root
-    names = [path.name for path in _subfolders(folder) if _holds_images(path)] if folder.is_dir() else []
+    names = [path.name for path in subfolders(folder) if _has_images(path)] if folder.is_dir() else []
     if known and names:
-        if set(names) & set(known):
+        if set(map(same_name, names)) & set(map(same_name, known)):
             return folder
         raise UserError(
             f"{printable(folder)} holds none of the classes that the model knows: there are {some(names)}, "
             f"it knows {some(known)}."
         )
-    flat_parts = {part_of(name) for name in names} - {None}  # train/ and test/ full of images are no classes
-    if not parts and len(names) > 1 and len(flat_parts) < 2:
+    flat = [folder / name for name in names if part_of(name)]  # train/ and test/ full of images are no classes
+    if not parts and len(names) > 1 and (len(flat) < 2 or _outweigh(_beside(folder), flat)):
         return folder
     raise UserError(_nothing_fits(root, folder, parts))
 
@@ -162,7 +203,7 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
     if not folder.is_dir():
         return lines[0] + WAYS
     roles = {path: part for part, path in parts.items()}
-    for sub in _subfolders(folder)[:20]:
+    for sub in subfolders(folder)[:20]:
         inner = _without_doubling(sub)
         names = _class_names(inner)
         part = roles.get(inner)
@@ -171,7 +212,7 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
         inner_folders = amount(len(names), "folder", "folders")
         taken = f"the {part} part" if part else "a class" if images and not names else "no part and no class"
         lines.append(f"  {printable(sub.name)}/: {pictures} in {inner_folders}, would be {taken}")
-        if not part and len([name for name in names if _find_parts(inner) or _holds_images(inner / name)]) > 1:
+        if not part and len([name for name in names if _find_parts(inner) or _has_images(inner / name)]) > 1:
             lines.append(f"    perhaps you mean {typed('--data_dir', sub)}")
     tables = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".csv", ".tsv", ".txt"))
     lines += [f"  {printable(path.name)}: a table of labels? Then add {typed('--labels', path)}" for path in tables[:3]]
@@ -182,56 +223,52 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
     return "\n".join(lines) + WAYS
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and _is_folder(entry))
-    return [folder / name for name in names]
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder; a link that leads to itself is none."""
-    try:
-        return entry.is_dir()
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        return False
-
-
 def _class_names(folder: Path) -> list[str]:
-    """Alphabetical names of the class folders; a lone inner folder of the same name is not a class."""
-    names = [path.name for path in _subfolders(folder)]
-    return [] if names == [folder.name] else names
+    """Alphabetical names of the class folders; a lone inner folder of the same name is not a class.
+
+    Of names that are the same in another spelling the first is the class's.
+    """
+    names = {same_name(path.name): path.name for path in reversed(subfolders(folder))}
+    return [] if set(names.values()) == {folder.name} else sorted(names.values())
 
 
-def _is_wanted(name: str) -> bool:
-    """Whether a file or folder is the user's own, not what a desktop leaves behind."""
-    return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
-
-
-def _holds_images(folder: Path) -> bool:
+def _has_images(folder: Path) -> bool:
     return next(find_images(folder), None) is not None
 
 
-def _list_part(folder: Path, image_set: ImageSet, part: str | None, *, alone: bool = False) -> Listing:
+def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, *, alone: bool = False) -> Listing:
     """The images of one part by class. `part` is None if unknown classes are only noted, not refused.
 
-    A class may be absent from all parts but the training images.
+    A class may be absent from all parts but the training images. `seen` gathers the folders that were read.
     """
-    there = _class_names(folder)
+    labels = {same_name(name): label for label, name in enumerate(image_set.classes)}
+    labels |= {name: label for label, name in enumerate(image_set.classes)}
+    folders: dict[int, list[Path]] = {label: [] for label in range(len(image_set.classes))}
+    unknown = []
+    for path in subfolders(folder) if _class_names(folder) else []:
+        label = labels.get(path.name, labels.get(same_name(path.name)))
+        if label is None:
+            unknown.append(path)
+        else:
+            folders[label].append(path)
     listing: Listing = []
     empty = []
-    for label, name in enumerate(image_set.classes):
-        found = _sorted_images(folder / name, image_set.passed_over) if name in there else []
+    for label, paths in folders.items():
+        found = [image for path in paths for image in _sorted_images(path, image_set.passed_over, seen)]
         if not found:
-            empty.append(name)
+            empty.append(image_set.classes[label])
+        if len(paths) > 1:
+            names = " and ".join(repr(path.name) for path in paths)
+            image_set.notes.append(f"taken for one class in {printable(folder)}: {printable(names)}")
         listing += [(path, label) for path in found]
-    unknown = sorted(set(there) - set(image_set.classes))
-    shown = some(unknown)
     if unknown and part:
+        shown = some([path.name for path in unknown])
         raise UserError(f"{printable(folder)} holds the classes {shown}, which the training images lack: rename them.")
-    if unknown:
-        image_set.notes.append(f"left out, as the model does not know them: {shown} in {printable(folder)}")
+    strange = {path.name: len(_sorted_images(path, Counter(), seen)) for path in unknown}
+    if any(strange.values()):
+        images = amount(sum(strange.values()), "image", "images")
+        shown = some([name for name, count in strange.items() if count])
+        image_set.notes.append(f"left out, as the model does not know them: {images} of {shown} in {printable(folder)}")
     if empty and part == "train" and not alone:
         raise UserError(f"class folder {printable(folder / empty[0])} holds no image. Fill it or remove it.")
     if empty and part == "train":  # beside the classes lies something else
@@ -250,86 +287,8 @@ def some(names: Sequence[str], most: int = 10) -> str:
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
-def _sorted_images(folder: Path, passed_over: Counter[str]) -> list[Path]:
-    found = list(_walk(str(folder), passed_over, []))
-    found.sort(key=lambda path: path.split(os.sep))
+def _sorted_images(folder: Path, passed_over: Counter[str], seen: Seen) -> list[Path]:
+    own: Seen = set()  # a folder that is linked from two classes is read for both
+    found = sorted(walk(str(folder), passed_over, [], own), key=lambda path: path.split(os.sep))
+    seen |= own
     return list(map(Path, found))
-
-
-def find_images(
-    folder: Path, passed_over: Counter[str] | None = None, folders: list[str] | None = None
-) -> Iterator[Path]:
-    """Every image below `folder`, in the order of names, files before subfolders; linked folders are followed.
-
-    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix. `folders` gathers
-    the folders that were walked, `folder` first.
-    """
-    found = _walk(str(folder), Counter() if passed_over is None else passed_over, [] if folders is None else folders)
-    return map(Path, found)
-
-
-def relative_name(path: Path | str, root: Path) -> str:
-    """Return the path of a file below `root` as it stands in tables: with slashes, without the root."""
-    start = len(str(root)) + 1 if str(root) != "." else 0
-    return str(path)[start:].replace(os.sep, "/")
-
-
-def composed(name: str) -> str:
-    """Return a name in the one Unicode form: an accent is a letter's own or, as macOS writes it, a sign behind it."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _walk(folder: str, passed_over: Counter[str], folders: list[str]) -> Iterator[str]:
-    seen = set()  # device and number of each folder: a link may lead back, or to a folder already walked
-    waiting = [folder]
-    while waiting:
-        folder = waiting.pop()
-        state = os.stat(folder)
-        if (state.st_dev, state.st_ino) in seen and state.st_ino:
-            continue
-        seen.add((state.st_dev, state.st_ino))
-        folders.append(folder)
-        with os.scandir(folder) as entries:
-            wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
-        waiting += [entry.path for entry in reversed(wanted) if _is_folder(entry)]
-        for entry in wanted:
-            if _is_folder(entry):
-                continue
-            if is_image_name(entry.name) or (os.path.isfile(entry.path) and _is_image(entry.path)):
-                yield entry.path
-            else:
-                suffix = os.path.splitext(entry.name)[1].lower()
-                passed_over[suffix if 0 < len(suffix) < 12 else "without a suffix"] += 1
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file's suffix is that of a kind of picture that Pillow opens."""
-    return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
-
-
-@cache
-def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
-    """The suffixes of pictures, and of each kind the function that knows it by its first bytes."""
-    kinds = {*picture_formats()}
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
-    return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
-
-
-def _is_image(path: str) -> bool:
-    """Whether Pillow opens a file whose suffix says nothing: asked by its first bytes, then by opening it."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        if not any(_accepts(accept, start) for accept in _picture_kinds()[1]):
-            return False
-        with Image.open(path, formats=picture_formats()):
-            return True
-    except Exception:  # Pillow's readers raise many kinds for what is not theirs
-        return False
-
-
-def _accepts(accept: Callable[[bytes], bool | str], start: bytes) -> bool:
-    try:
-        return accept(start) is True
-    except Exception:  # fewer bytes than it looks at
-        return False

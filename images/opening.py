@@ -19,7 +19,8 @@ from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
 from images.stores import ImageStore, checksums, open_store
-from images.subsets import DataSet, Split, Subset, files_checksum, relative
+from images.subsets import DataSet, Split, Subset, files_checksum, split_name
+from images.walk import composed
 from utils import UserError, amount, log, printable
 
 
@@ -108,16 +109,18 @@ def open_test_set(
     image_set = list_images(data_dir, labels=labels, known=known)
     listing = image_set.test or image_set.train
     tested = {name for name, (_, part) in (recorded or {}).items() if part == "test"}
-    there = {name for name in tested if (image_set.root / name).is_file()}
-    is_whole = bool(tested) and there == tested
-    is_same = is_whole and files_checksum([image_set.root / name for name in tested], image_set.root) == checksum
+    everything = [entry for part in image_set.parts.values() for entry in part]
+    names = {split_name(path, image_set.root): path for path, _ in everything} if tested else {}
+    there = {name: names[name] for name in sorted(tested & names.keys())}
+    is_whole = bool(tested) and len(there) == len(tested)
+    is_same = is_whole and files_checksum(there.values(), image_set.root) == checksum
     if there and (same_place or (is_same and not image_set.test)):
-        everything = [entry for part in image_set.parts.values() for entry in part]
-        listing = [(path, label) for path, label in everything if relative(path, image_set.root) in there]
+        chosen = set(there.values())
+        listing = [entry for entry in everything if entry[0] in chosen]
         image_set.notes.append(f"tested: the {len(listing):,} images that the run's split.csv calls its test part")
         if not is_whole:
             image_set.notes.append(
-                f"{len(tested - there):,} of its test images are gone, such as {min(tested - there)}"
+                f"{len(tested - there):,} of its test images are gone, such as {printable(min(tested - there.keys()))}"
             )
         elif checksum and not is_same:
             image_set.notes.append("files of the run's test part were changed after its training")
@@ -155,7 +158,7 @@ def _merge(image_set: ImageSet) -> None:
 
 def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
     """Leaves out what a split leaves out: files without a part, and `strictly` those that it does not name."""
-    names = {path: relative(path, image_set.root) for listing in image_set.parts.values() for path, _ in listing}
+    names = {path: split_name(path, image_set.root) for listing in image_set.parts.values() for path, _ in listing}
     gone = sorted(follow.keys() - set(names.values()))
     if gone and strictly:
         raise UserError(
@@ -174,6 +177,11 @@ def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
 
     _say_relabelled(image_set, follow, [entry for listing in image_set.parts.values() for entry in listing])
 
+    apart = [name for name in names.values() if not strictly and name in follow and not follow[name][1]]
+    if apart:
+        have = amount(len(apart), "image has", "images have")
+        image_set.notes.append(f"{have} no part in --split, such as {printable(min(apart))}: left out")
+
     def wanted(path: Path) -> bool:
         entry = follow.get(names[path])
         return not strictly if entry is None else bool(strictly or entry[1])
@@ -188,9 +196,9 @@ def _say_relabelled(image_set: ImageSet, split: Split, listing: Listing) -> None
     """Note images that have another label now than when a split was written."""
     changed = []
     for path, label in listing:
-        name = relative(path, image_set.root)
+        name = split_name(path, image_set.root)
         now = image_set.classes[label]
-        if split.get(name, (now, ""))[0] != now:
+        if composed(split.get(name, (now, ""))[0]) != composed(now):
             changed.append(f"{printable(name)} ({printable(split[name][0])} there, {printable(now)} now)")
     if changed:
         have = amount(len(changed), "image has", "images have")
@@ -320,5 +328,5 @@ def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
 
 def _parts(pool: Subset, image_set: ImageSet, follow: Split | None) -> np.ndarray:
     """The part of each image of the pool, an index of PARTS, as a split says; -1 where it says nothing."""
-    said = [(follow or {}).get(relative(path, image_set.root), ("", ""))[1] for path in pool.paths]
+    said = [(follow or {}).get(split_name(path, image_set.root), ("", ""))[1] for path in pool.paths]
     return np.array([PARTS.index(part) if part else -1 for part in said], np.int64)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from images.walk import composed
 from system.files import reading
 from utils import UserError
 
@@ -210,7 +211,7 @@ def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
 def read_split(file: Path) -> dict[str, tuple[str, str]]:
     """A split.csv as {path: (class, part)}; a part may be empty: left out. Raises UserError if it is damaged."""
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = {row["path"]: (row["class"], row["part"]) for row in csv.DictReader(lines)}
+        rows = {composed(row["path"]): (row["class"], row["part"]) for row in csv.DictReader(lines)}
         wrong = {part for _, part in rows.values()} - {*PARTS, ""}
         if wrong or not rows:
             raise ValueError(f"no such part: {', '.join(sorted(map(str, wrong)))}" if wrong else "no rows")

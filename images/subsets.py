@@ -14,8 +14,9 @@ import numpy as np
 from images.decode import Rules
 from images.folders import Listing
 from images.stores import ImageStore
+from images.walk import composed
 
-Split = dict[str, tuple[str, str]]  # path: (class, part), as in split.csv
+Split = dict[str, tuple[str, str]]  # path in one Unicode form: (class, part), as in split.csv
 
 
 @dataclass
@@ -84,10 +85,15 @@ def relative(path: Path, root: Path) -> str:
     return Path(os.path.relpath(path, root)).as_posix()
 
 
+def split_name(path: Path, root: Path) -> str:
+    """Return the name by which a split that was read knows a file: in one Unicode form."""
+    return composed(relative(path, root))
+
+
 def files_checksum(paths: Iterable[Path], root: Path) -> str:
     """Return what tells these files from others: their names, sizes, and first and last 4,096 bytes."""
     found = hashlib.sha256()
-    for name, path in sorted((relative(path, root), path) for path in paths):
+    for name, path in sorted((split_name(path, root), path) for path in paths):
         content = []
         with suppress(OSError), open(path, "rb") as file:
             content = [file.seek(0, os.SEEK_END)]

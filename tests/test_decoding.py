@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin
 
 from images.check import check
 from images.decode import Rules, read_header, try_decode, value_range
-from images.folders import find_images
+from images.walk import find_images
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 WINDOWS_METAFILE = b"\xd7\xcd\xc6\x9a" + bytes(6) + b"\x64\x00\x64\x00" + b"\x60\x00" + bytes(6) + b"\x01\x00\x09\x00"

@@ -3,15 +3,25 @@
 Run: pytest tests/test_listing.py
 """
 
+import io
+import re
+import shlex
 import shutil
+import tempfile
 import unicodedata
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from images.labels import find_labelled
+from images.folders import find_image_set
+from images.labels import find_labelled, list_images
 from images.opening import Opening, open_data_set, open_test_set
 from images.subsets import files_checksum
+from utils import UserError
 
 
 def draw(root, *names):
@@ -26,7 +36,7 @@ def draw(root, *names):
 def listed(root, table, **options):
     """Writes a table and returns {image: class} as it was understood, and the notes."""
     (root / "t.csv").write_text(table)
-    found = find_labelled(root, "t.csv", **options)
+    found = list_images(root, labels="t.csv", **options)
     labels = {
         path.relative_to(root).as_posix(): found.classes[label]
         for listing in found.parts.values()
@@ -268,3 +278,269 @@ def test_a_data_folder_that_moved_and_grew_is_known_again(ran, tmp_path, caplog)
     assert (
         evaluated(moved, caplog, **was, same_place=True)[0] == few and "were changed after its training" in caplog.text
     )
+
+
+# ------------------------------------------------------------------------------- folders: parts, classes, the rest
+def tree(root, **counts):
+    """Draws so many images in each folder; __ stands for a slash."""
+    for seed, (folder, count) in enumerate(counts.items()):
+        draw(root, *(f"{folder.replace('__', '/')}/{seed}_{number}.png" for number in range(count)))
+    return root
+
+
+VEHICLES = {"bus": 6, "car": 6}
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val", "validation", "Training", "eval"])
+def test_a_class_called_after_a_part_is_a_class_whatever_it_holds(tmp_path, name):
+    tree(tmp_path, **VEHICLES, **{f"{name}__fast": 4, f"{name}__freight": 5, f"{name}__old__steam": 2})
+    found = find_image_set(tmp_path)
+    assert found.classes == sorted([name, "bus", "car"]) and len(found.train) == 23 and not found.test
+    assert f"taken for classes, like the folders beside: {name}." in found.notes[0]
+    known = find_image_set(tmp_path, known=["bus", "car", name])
+    assert len(known.train) == 23 and known.notes == []
+
+
+def test_two_classes_called_after_parts(tmp_path):
+    tree(tmp_path, **VEHICLES, train__fast=3, train__slow=3, test__lab=2, test__road=2)
+    assert find_image_set(tmp_path).classes == ["bus", "car", "test", "train"]
+    flat = tree(tmp_path / "flat", **VEHICLES, train=6, test=6)
+    assert find_image_set(flat).classes == ["bus", "car", "test", "train"]
+
+
+def test_what_may_be_a_part_or_a_class_is_refused_with_both_ways(tmp_path):
+    tree(tmp_path, train__cat=9, train__dog=9, extra=3)
+    said = tiny.refused(find_image_set, tmp_path)
+    assert "is train a part of the data set, or a class beside extra?" in said
+    assert f"--data_dir {tmp_path / 'train'}" in said and "give it another name" in said
+    assert find_image_set(tmp_path / "train").classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [{"test__cat": 2, "extra": 9, "more": 9}, {"test_stg1": 30, "test_stg2": 30}, {"seg_pred__seg_pred": 30}, {}],
+)
+def test_parts_beside_other_folders_are_parts(tmp_path, rest):
+    tree(tmp_path, train__cat=4, train__dog=4, **rest)
+    found = find_image_set(tmp_path)
+    left = sum(rest.values()) - len(found.test or [])
+    assert found.classes == ["cat", "dog"] and len(found.train) == 8
+    assert sum("left out" in note for note in found.notes) == bool(left)
+    assert not left or f"{left} images in no class folder that is used: left out, such as " in found.notes[-1]
+
+
+def test_a_model_that_knows_a_class_called_train_is_tested_in_parts_too(tmp_path):
+    classes = ["bus", "car", "train"]
+    tree(tmp_path, **{f"{part}__{name}": 2 for part in ("train", "test") for name in classes})
+    assert len(find_image_set(tmp_path, known=classes).test) == 6
+    assert find_image_set(tmp_path).classes == classes
+
+
+@pytest.mark.parametrize("train, test", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_an_accent_in_a_class_is_one_in_both_unicode_forms(tmp_path, train, test):
+    for part, form in (("train", train), ("test", test)):
+        tree(tmp_path, **{f"{part}__{unicodedata.normalize(form, name)}": 3 for name in ("café", "thé")})
+    found = find_image_set(tmp_path)
+    assert found.classes == [unicodedata.normalize(train, name) for name in ("café", "thé")]
+    assert [label for _, label in found.test] == [0, 0, 0, 1, 1, 1]
+    known = find_image_set(tmp_path, known=[unicodedata.normalize(test, name) for name in ("thé", "café")])
+    assert [label for _, label in known.test] == [0, 0, 0, 1, 1, 1] and known.notes == []
+
+
+def test_blanks_at_the_end_of_a_class_do_not_count(tmp_path):
+    tree(tmp_path, **{"train__cat": 2, "train__cat ": 3, "train__dog ": 2, "test__cat": 1, "test__dog": 1})
+    found = find_image_set(tmp_path)
+    assert found.classes == ["cat", "dog "] and [label for _, label in found.train] == [0] * 5 + [1, 1]
+    assert [label for _, label in found.test] == [0, 1]
+    assert f"taken for one class in {tmp_path / 'train'}: 'cat' and 'cat '" in found.notes
+
+
+ODD = {
+    "nan": "class 'nan' looks like a missing label: 2 images",
+    "NA": "class 'NA' looks like a missing label: 2 images",
+    "None": "class 'None' looks like a missing label: 2 images",
+    "null": "class 'null' looks like a missing label: 2 images",
+    "#N/A": "class '#N/A' looks like a missing label: 2 images",
+    "Cat": "classes 'Cat' and 'cat' differ in capitals alone",
+    "cat dog": "class 'cat dog' looks like the labels cat, dog together: 2 images",
+    "dog,cat": "class 'dog,cat' looks like the labels dog, cat together: 2 images",
+    "cat|dog": "class 'cat|dog' looks like the labels cat, dog together: 2 images",
+}
+
+
+@pytest.mark.parametrize("name, note", ODD.items(), ids=ODD)
+def test_a_class_that_looks_like_a_mistake_is_said(tmp_path, name, note):
+    root = draw(tmp_path / "table", *(f"{number}.png" for number in range(6)))
+    labels, notes = listed(root, "".join(f'{number}.png,"{("cat", "dog", name)[number % 3]}"\n' for number in range(6)))
+    assert set(labels.values()) == {"cat", "dog", name} and note in notes
+    if "/" not in name:
+        tree(tmp_path / "folders", cat=2, dog=2, **{name: 2})
+        assert note in " | ".join(list_images(tmp_path / "folders").notes)
+
+
+def test_ordinary_classes_are_not_remarked_upon(tmp_path):
+    tree(tmp_path, **{"red apple": 2, "apple": 2, "Nan bread": 2, "nancy": 2, "a b": 2})
+    assert list_images(tmp_path).notes == []
+
+
+def test_one_label_in_two_unicode_forms_is_one(tmp_path):
+    draw(tmp_path, *"1234")
+    forms = [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")]
+    labels, _ = listed(tmp_path, f"1,{forms[0]}\n2,{forms[1]}\n3,x\n4,x\n")
+    assert list(labels.values()) == [forms[0], forms[0], "x", "x"]
+    assert list(listed(tmp_path, f"1,{forms[0]}\n2,x\n", known=["x", forms[1]])[0].values()) == [forms[1], "x"]
+
+
+def test_a_split_written_on_a_mac_is_kept_elsewhere(tmp_path):
+    names = [f"{label}/é{number}.png" for label in "ab" for number in range(10)]
+    first = opened(draw(tmp_path / "one", *(unicodedata.normalize("NFD", name) for name in names)))
+    here = draw(tmp_path / "two", *(unicodedata.normalize("NFC", name) for name in names))
+    (tmp_path / "split.csv").write_text("\n".join(",".join(row) for row in first.split()))
+    second = opened(here, split=str(tmp_path / "split.csv"))
+    for part in ("train", "validation", "test"):
+        theirs = [unicodedata.normalize("NFC", name) for name in first.names(first.subsets[part])]
+        assert sorted(second.names(second.subsets[part])) == sorted(theirs)
+
+
+# ------------------------------------------------------------------------------------------------ kinds of tables
+FLAGS = {
+    "is_valid,True,False": ("valid", "train"),
+    "is_valid,1,0": ("valid", "train"),
+    "is_test,yes,no": ("test", "train"),
+    "Validation,TRUE,FALSE": ("valid", "train"),
+    "train,1,0": ("train", "valid"),
+    "is_train,1.0,0.0": ("train", "valid"),
+}
+
+
+@pytest.mark.parametrize("words, parts", FLAGS.items(), ids=FLAGS)
+def test_a_column_of_yes_and_no_says_the_part(tmp_path, words, parts):
+    draw(tmp_path, *(f"{number}.png" for number in range(12)))
+    column, yes, no = words.split(",")
+    rows = [f"{number}.png,{'ab'[number % 2]},{yes if number < 5 else no}" for number in range(12)]
+    labels, notes = listed(tmp_path, "\n".join([f"name,label,{column}", *rows]))
+    found = list_images(tmp_path, labels="t.csv")
+    train = {int(path.stem) for path, _ in found.train}
+    assert train == (set(range(5)) if parts[0] == "train" else set(range(5, 12)))
+    assert len(found.test) == 12 - len(train) and found.classes == ["a", "b"]  # no test part: validation is tested
+    assert f"parts from '{column}'" in notes
+
+
+def test_two_columns_of_yes_and_no_say_three_parts(tmp_path):
+    draw(tmp_path, *(f"{number}.png" for number in range(9)))
+    rows = [f"{number}.png,{'ab'[number % 2]},{number < 3},{number > 6}" for number in range(9)]
+    listed(tmp_path, "\n".join(["name,label,is_valid,is_test", *rows]))
+    found = list_images(tmp_path, labels="t.csv")
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [4, 3, 2]
+
+
+def test_columns_that_are_not_used_are_named(tmp_path):
+    draw(tmp_path, *PETS)
+    table = "file,label,fold,width,is_valid\n" + "".join(
+        f"{name},{name[:3]},{n},6,maybe\n" for n, name in enumerate(PETS)
+    )
+    labels, notes = listed(tmp_path, table)
+    assert "images from 'file', classes from 'label'; not used: 'fold', 'width', 'is_valid'" in notes
+
+
+@pytest.mark.parametrize("space", [" ", "  ", "\t", " \t"])
+@pytest.mark.parametrize("header", ["", "path{}label\n"])
+def test_a_list_of_paths_and_labels_between_blanks_is_read(tmp_path, space, header):
+    draw(tmp_path, "my photos/1.png", "my photos/2.png", "3.png")
+    lines = header.format(space) + "\n".join(
+        f"{name}{space}{label}"
+        for name, label in zip(("my photos/1.png", "my photos/2.png", "3.png"), "010", strict=True)
+    )
+    assert listed(tmp_path, lines)[0] == {"3.png": "0", "my photos/1.png": "0", "my photos/2.png": "1"}
+
+
+def test_a_table_of_one_column_shows_its_first_line(tmp_path):
+    draw(tmp_path, *PETS)
+    assert "its first line is 'cat/1.png'" in tiny.refused(listed, tmp_path, "cat/1.png\ncat/2.png\n")
+
+
+COPIES = {
+    "Roboflow's": [f"{name}_jpg.rf.{copy}.jpg" for name in ("p01", "p02", "p 3") for copy in ("aa1", "bb2", "cc3")],
+    "numbered": [f"{name}{mark}.png" for name in ("p01", "p02", "p 3") for mark in ("", "_aug1", "_aug2")],
+    "named": [f"{name}{mark}.jpg" for name in ("p01", "p02", "x") for mark in ("", "-hflip", " rotated 90")],
+    "twice": [f"{name}{mark}.jpg" for name in ("p01", "p02", "x") for mark in ("_aug_0", "_aug_1", "_flip_noise3")],
+}
+
+
+@pytest.mark.parametrize("names", COPIES.values(), ids=COPIES)
+def test_augmented_copies_are_noticed_and_the_offered_group_keeps_them_together(tmp_path, names):
+    draw(tmp_path, *(f"{label}/{name}" for label in "ab" for name in names), "a/other.png", "b/bus_augsburg.png")
+    note = next(note for note in list_images(tmp_path).notes if "--group" in note)
+    assert note.startswith("18 images have names of 6 pictures and augmented copies")
+    offered = shlex.split(note)
+    group = offered[offered.index("--group") + 1]
+    found = list_images(tmp_path, group=group)
+    assert not any("augmented" in note for note in found.notes)
+    sizes = Counter(found.groups.values())
+    assert sorted(sizes.values())[-6:] == [3] * 6 and len([size for size in sizes.values() if size > 1]) == 6
+
+
+def test_names_without_such_copies_are_not_remarked_upon(tmp_path):
+    draw(
+        tmp_path,
+        *(f"{label}/{name}" for label in "ab" for name in ("1_aug1.png", "p_rotterdam.png", "p.png", "q_2.png")),
+    )
+    assert not any("--group" in note for note in list_images(tmp_path).notes)
+
+
+# ----------------------------------------------------------------------------- used and left out are what is there
+PICTURE = io.BytesIO()
+tiny.noise(0, (2, 2)).save(PICTURE, "PNG")
+NAMES = st.sampled_from(["train", "val", "test", "cat", "dog", "extra", "pred", "x"])
+FILES = st.sampled_from(["1.png", "2.PNG", "3", "4.dat", "5.txt", ".6.png"])
+
+
+def plant(root, folders):
+    """Writes files below a folder; returns how many of them are images that a user sees."""
+    count = 0
+    for number, (names, files) in enumerate(folders):
+        place = root.joinpath(*names)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            path = place / (name if name[0] == "." else f"{number}_{name}")
+            is_image = not name.endswith("txt")
+            path.write_bytes(PICTURE.getvalue() if is_image else b"no image")
+            count += is_image and name[0] != "."
+    return count
+
+
+def left_out(notes):
+    """The number that stands before each "left out"."""
+    return sum(int(re.search(r"[\d,]+(?= images?)", note)[0].replace(",", "")) for note in notes if "left out" in note)
+
+
+TREES = st.lists(st.tuples(st.lists(NAMES, max_size=3), st.lists(FILES, unique=True)), min_size=4, max_size=9)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(TREES, st.sampled_from([None, ("cat", "dog"), ("train", "x", "cat")]))
+def test_images_used_and_images_said_to_be_left_out_are_all_that_are_there(folders, known):
+    with tempfile.TemporaryDirectory() as root:
+        there = plant(Path(root), folders)
+        try:
+            found = list_images(root, known=known)
+        except UserError:
+            return
+        used = [path for listing in found.parts.values() for path, _ in listing]
+        assert len(set(used)) == len(used)
+        assert len(used) + left_out(found.notes) == there, found.notes
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["a", "b", "c", ""])), max_size=12), st.booleans())
+def test_a_table_accounts_for_every_image(rows, known):
+    with tempfile.TemporaryDirectory() as root:
+        there = plant(Path(root), [((), ["1.png"])] * 9)
+        lines = "".join(f"{number}_1.png,{label}\n" for number, label in dict(rows).items())
+        Path(root, "t.csv").write_text(f"image,label\n{lines}")
+        try:
+            found = list_images(root, labels="t.csv", known=["a", "b"] if known else None)
+        except UserError:
+            return
+        used = sum(map(len, found.parts.values()))
+        assert used + left_out(found.notes) == there, found.notes

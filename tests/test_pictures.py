@@ -26,10 +26,12 @@ from distributed import Ranks
 from images.cache import caches, limit_caches
 from images.check import check, format_check
 from images.decode import Rules, decode, read_header, try_decode
-from images.folders import find_image_set, find_images, part_of
-from images.labels import find_labelled, list_images, read_table
+from images.folders import find_image_set, part_of
+from images.labels import find_labelled, list_images
 from images.opening import Opening, open_data_set
 from images.split import divide, extend, hold_out, same_pictures, united
+from images.tables import read_table
+from images.walk import find_images
 from transforms import Preprocess
 from utils import UserError
 
@@ -718,7 +720,7 @@ def test_evaluation_on_new_data_writes_what_a_training_writes(pets, tmp_path, ru
     _, runs = pets
     new = classes(tmp_path / "new", names=("cat", "emu", "fox"), count=5, first=90_000)
     out = evaluated(run, new, runs, f"--out={tmp_path / 'out'}")
-    assert "left out, as the model does not know them: fox" in out
+    assert "left out, as the model does not know them: 5 images of fox" in out
     assert "no test image of dog: tested with support 0" in out
     for name in ("predictions.csv", "result.json", "confusion_matrix.png", "mistakes.png", "report.html"):
         assert (tmp_path / "out" / name).stat().st_size > 100, name

@@ -1,0 +1,57 @@
+"""What names look like: classes that are perhaps mistakes, and augmented copies of one picture. Imports no torch."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from images.folders import ImageSet
+from utils import amount, printable, typed
+
+_MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "nil", "-", "?"}
+_BETWEEN = re.compile(r"[\s,;|+&/]+")  # labels that stand together in one cell
+
+
+def odd_names(image_set: ImageSet) -> list[str]:
+    """Return sentences about names of classes that are perhaps not what the user means."""
+    images = Counter(image_set.classes[label] for listing in image_set.parts.values() for _, label in listing)
+    folded: dict[str, str] = {}
+    notes = []
+    for name in image_set.classes:
+        shown = repr(printable(name))
+        count = amount(images[name], "image", "images")
+        twin = folded.setdefault(name.casefold(), name)
+        together = [word for word in _BETWEEN.split(name) if word]
+        if name.casefold() in _MISSING:
+            notes.append(f"class {shown} looks like a missing label: {count}")
+        if twin != name:
+            notes.append(f"classes {printable(twin)!r} and {shown} differ in capitals alone")
+        if len(together) > 1 and all(word in images for word in together):
+            notes.append(f"class {shown} looks like the labels {printable(', '.join(together))} together: {count}")
+    return notes
+
+
+# Each expression finds, in its first bracket, the picture that an augmented copy was made from.
+_EXPORTED = r"(.+)_(?:jpe?g|png|bmp|webp|tiff?)\.rf\."  # as Roboflow names them: p01_jpg.rf.0a1b.jpg
+_MARK = r"(?:[ _-]+(?:aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated)?|mirror(?:ed)?|nois[ey]|blur(?:red)?)[ _-]?\d*)"
+_AUGMENTED = rf"(.+?){_MARK}*\.[^./]+$"
+
+
+def augmented_copies(names: list[str]) -> str | None:
+    """Return a sentence about files whose names say that they are copies of one picture, and how to group them.
+
+    `names` are paths from the data folder on.
+    """
+    for marked, expression in ((_EXPORTED, _EXPORTED), (rf"{_MARK}\.[^./]+$", _AUGMENTED)):
+        copies = [name for name in names if re.search(marked, name, re.IGNORECASE)]
+        pattern = re.compile(f"(?i){expression}")
+        groups = Counter(match[1] for name in names if (match := pattern.search(name))) if copies else Counter()
+        several = {match[1] for name in copies if (match := pattern.search(name)) and groups[match[1]] > 1}
+        if several:
+            images = sum(groups[name] for name in several)
+            pictures = amount(len(several), "picture", "pictures")
+            return (
+                f"{images:,} images have names of {pictures} and augmented copies, such as {printable(copies[0])}: "
+                f"{typed('--group', pattern.pattern)} keeps them on one side of the split"
+            )
+    return None

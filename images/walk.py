@@ -1,0 +1,139 @@
+"""Image files below a folder, and how their names are compared. Imports no torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from images.decode import picture_formats
+from utils import printable
+
+Seen = set[tuple[int, int]]  # device and number of each folder that was walked
+
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
+_LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
+
+
+def find_images(
+    folder: Path, passed_over: Counter[str] | None = None, folders: list[str] | None = None
+) -> Iterator[Path]:
+    """Every image below `folder`, in the order of names, files before subfolders; linked folders are followed.
+
+    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix. `folders` gathers
+    the folders that were walked, `folder` first.
+    """
+    passed_over = Counter() if passed_over is None else passed_over
+    return map(Path, walk(str(folder), passed_over, [] if folders is None else folders, set()))
+
+
+def relative_name(path: Path | str, root: Path) -> str:
+    """Return the path of a file from `root` on as it stands in tables: with slashes on every system."""
+    text = str(path)
+    before = "" if str(root) == "." else f"{root}{os.sep}"
+    inside = text[len(before) :] if text.startswith(before) else os.path.relpath(text, root)  # which is slow
+    return inside.replace(os.sep, "/")
+
+
+def composed(name: str) -> str:
+    """Return a name in the one Unicode form: an accent is a letter's own or, as macOS writes it, a sign behind it."""
+    return unicodedata.normalize("NFC", name)
+
+
+def same_name(name: str) -> str:
+    """Return a class's name as it is compared: in one Unicode form, without blanks at its ends."""
+    return composed(name).strip()
+
+
+def counted(passed_over: Counter[str], most: int = 12) -> str:
+    """A sentence about the files that are no images, by suffix."""
+    kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
+    shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
+    rest = sum(count for _, count in kinds[most:])
+    return f"passed over as no images: {shown}" + (f" and {rest:,} others" if rest else "")
+
+
+def subfolders(folder: Path) -> list[Path]:
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and _is_folder(entry))
+    return [folder / name for name in names]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False
+
+
+def _is_wanted(name: str) -> bool:
+    """Whether a file or folder is the user's own, not what a desktop leaves behind."""
+    return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
+
+
+def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen) -> Iterator[str]:
+    """Yield the images below a folder as `find_images` does, without the folders in `seen`, which gathers all others.
+
+    A link may lead back, or to a folder already walked.
+    """
+    waiting = [folder]
+    while waiting:
+        folder = waiting.pop()
+        state = os.stat(folder)
+        if (state.st_dev, state.st_ino) in seen and state.st_ino:
+            continue
+        seen.add((state.st_dev, state.st_ino))
+        folders.append(folder)
+        with os.scandir(folder) as entries:
+            wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
+        waiting += [entry.path for entry in reversed(wanted) if _is_folder(entry)]
+        for entry in wanted:
+            if _is_folder(entry):
+                continue
+            if is_image_name(entry.name) or (os.path.isfile(entry.path) and _is_image(entry.path)):
+                yield entry.path
+            else:
+                suffix = os.path.splitext(entry.name)[1].lower()
+                passed_over[suffix if 0 < len(suffix) < 12 else "without a suffix"] += 1
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file's suffix is that of a kind of picture that Pillow opens."""
+    return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
+
+
+@cache
+def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
+    """The suffixes of pictures, and of each kind the function that knows it by its first bytes."""
+    kinds = {*picture_formats()}
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
+    return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
+
+
+def _is_image(path: str) -> bool:
+    """Whether Pillow opens a file whose suffix says nothing: asked by its first bytes, then by opening it."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if not any(_accepts(accept, start) for accept in _picture_kinds()[1]):
+            return False
+        with Image.open(path, formats=picture_formats()):
+            return True
+    except Exception:  # Pillow's readers raise many kinds for what is not theirs
+        return False
+
+
+def _accepts(accept: Callable[[bytes], bool | str], start: bytes) -> bool:
+    try:
+        return accept(start) is True
+    except Exception:  # fewer bytes than it looks at
+        return False
