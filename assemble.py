@@ -473,7 +473,7 @@ class Setup:
             options["model"] = self.checkpoint["model_name"]
         return {
             "options": options,
-            "versions": versions(),
+            "versions": versions(options["model"]),
             "model_options": model_options,
             "device": self.device.type,
             "device_name": device_name(self.device),

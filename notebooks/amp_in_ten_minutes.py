@@ -172,7 +172,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(*sorted({f"{warning.category.__name__}: {warning.message}" for warning in caught}), sep="\n")
 for name, losses in {"2020": old, "today, AMP": train_today(20), "today, FP32": train_today(20, amp=False)}.items():
     print(f"{name:<12} loss {losses[0]:.4f} -> {losses[-1]:.4f}")
-    assert losses[-1] < losses[0] and abs(losses[-1] - old[-1]) < 0.05
+    assert losses[-1] < losses[0] and abs(losses[-1] - old[-1]) < 0.05, "a loop does not learn as the loop of 2020 does"
 
 # %% [markdown]
 # | 2020 | today | why |
@@ -206,12 +206,13 @@ print(inspect.getsource(train.update_weights))
 # %%
 recipe = Path("recipes/02_clipping.py").read_text()
 rule = "    if unscale_first:\n        scaler.unscale_(optimizer)\n"
-assert rule in recipe
+assert rule in recipe, "recipe 2 was changed: take its unscale_ out by hand"
 Path("broken_clipping.py").write_text(recipe.replace(rule, ""))
 # !{sys.executable} broken_clipping.py --device {device}
 
 # %% [markdown]
-# PyTorch raised nothing. The recipe stopped because it checks its own claims: the norm is off by exactly the scale.
+# PyTorch raised nothing. The recipe stopped because it checks its own claims, and its last line says which one broke:
+# without `unscale_` the norm is off by the scale.
 #
 # Recipe 10 trains in float16 without a scaler. Run it, then give its loss a weight of 2 instead of 0.002. Guess: do the
 # gradients still vanish?
@@ -221,13 +222,13 @@ Path("broken_clipping.py").write_text(recipe.replace(rule, ""))
 
 # %%
 recipe = Path("recipes/10_without_a_scaler.py").read_text()
-assert "LOSS_WEIGHT = 0.002" in recipe
+assert "LOSS_WEIGHT = 0.002" in recipe, "recipe 10 was changed: give its loss another weight by hand"
 Path("broken_scaler.py").write_text(recipe.replace("LOSS_WEIGHT = 0.002", "LOSS_WEIGHT = 2.0"))
 # !{sys.executable} broken_scaler.py --device {device}
 
 # %% [markdown]
-# With a loss a thousand times larger nothing vanishes, so the recipe's claim is false and it stops. A weight on the
-# loss *is* a loss scale; GradScaler only chooses it for you, and takes it out again.
+# With a loss a thousand times larger nothing vanishes, so the recipe's claim is false, and it stops and says so. A
+# weight on the loss *is* a loss scale; GradScaler only chooses it for you, and takes it out again.
 #
 # ## 7. Inspect a model of your own
 #

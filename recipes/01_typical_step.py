@@ -51,11 +51,15 @@ def train(device, dtype, updates=10):
         scaler.step(optimizer)
         scaler.update()
         skipped = scaler.get_scale() < scale  # step() reports nothing: a fallen scale is the sign
-        assert skipped == torch.equal(weight_before, model[0].weight), "a skipped update leaves the weights alone"
+        assert skipped == torch.equal(weight_before, model[0].weight), (
+            "a skipped update moved the weights, or one that was not skipped left them alone"
+        )
         diary.append((loss.item(), scale, skipped))
     dtypes = [str(tensor.dtype)[6:] for tensor in (model[0].weight, logits, loss, model[0].weight.grad)]
     print(f"  {str(dtype)[6:]:<9} weight {dtypes[0]}, logits {dtypes[1]}, loss {dtypes[2]}, gradient {dtypes[3]}")
-    assert dtypes == ["float32", str(dtype)[6:], "float32", "float32"]
+    assert dtypes == ["float32", str(dtype)[6:], "float32", "float32"], (
+        "a weight, loss or gradient is not float32, or the logits are not in the type that was asked for"
+    )
     return diary
 
 
@@ -74,7 +78,7 @@ def broken_half_weights(device):
         f"  weights unmoved by a step at rate 1e-4: float32 {still[torch.float32]:.0%}, "
         f"float16 {still[torch.float16]:.0%}"
     )
-    assert still[torch.float16] > still[torch.float32] + 0.3
+    assert still[torch.float16] > still[torch.float32] + 0.3, "float16 weights moved nearly as well as float32 ones"
     scaler = torch.amp.GradScaler(device)
     scaler.scale(model(images.half()).float().sum()).backward()
     try:
@@ -98,7 +102,7 @@ def broken_step_inside_autocast(device):
         after = model(images)
     change = [(logits - before).abs().max().item() for logits in (inside, after)]
     print(f"  weight doubled inside: logits moved by {change[0]:.3f}; in the next region: {change[1]:.3f}")
-    assert change[0] == 0 < change[1]
+    assert change[0] == 0 < change[1], "logits changed within the region, or did not change in the next one"
 
 
 def main(device):
@@ -110,7 +114,9 @@ def main(device):
         print(f"  {update:6}  {full[0]:8.4f}  {brain[0]:8.4f}  {half[0]:8.4f}  {half[1]:10.0f}{note}")
     skips = sum(skipped for _, _, skipped in runs[2])
     print(f"  the scale began too high on purpose: {skips} updates skipped, then training went on")
-    assert 0 < skips < 10 and runs[2][-1][0] < runs[2][0][0] and abs(runs[0][-1][0] - runs[1][-1][0]) < 0.05
+    assert 0 < skips < 10 and runs[2][-1][0] < runs[2][0][0] and abs(runs[0][-1][0] - runs[1][-1][0]) < 0.05, (
+        "no update was skipped, or all were, or the loss did not fall as in float32"
+    )
     print("2. Broken: the model in float16")
     broken_half_weights(device)
     print("3. Broken: the optimizer's step inside autocast")

@@ -63,16 +63,20 @@ def compare_orders(device):
         f"  clipped too early: a norm {wrong[0] / right[0]:.0f} times too large (the scale is {SCALE:.0f}),\n"
         "  and hardly any update"
     )
-    assert abs(right[0] / full[0] - 1) < 0.01 and abs(brain[0] / full[0] - 1) < 0.05
-    assert abs(wrong[0] / right[0] / SCALE - 1) < 1e-3, "the norm is off by exactly the scale"
-    assert wrong[1] < 1e-3 * right[1]
+    assert abs(right[0] / full[0] - 1) < 0.01 and abs(brain[0] / full[0] - 1) < 0.05, (
+        "in the order that should be right, clipping saw another norm than in float32: is it unscaled?"
+    )
+    assert abs(wrong[0] / right[0] / SCALE - 1) < 1e-3, (
+        "the norm that was clipped too early is not too large by the scale"
+    )
+    assert wrong[1] < 1e-3 * right[1], "clipping too early did not lose the update"
 
 
 def adam_hides_it(device):
     right = one_update(device, torch.float16, True, torch.optim.Adam)[1]
     wrong = one_update(device, torch.float16, False, torch.optim.Adam)[1]
     print(f"  Adam: moved {right:.3f} when right, {wrong:.3f} when broken: {wrong / right:.0%}")
-    assert wrong / right > 1000 * SCALE**-1, "Adam loses far less than the factor of the scale"
+    assert wrong / right > 1000 * SCALE**-1, "Adam lost as much of the update as the scale is large"
     return wrong / right
 
 

@@ -62,9 +62,15 @@ def show(name, gradient, reference):
 def compare(device):
     whole = accumulate(device, torch.float32, 28)
     show("float32, one batch of 28", whole, whole)
-    assert show("float32, parts of 8 8 8 4", accumulate(device, torch.float32, 8), whole) < 1e-5
-    assert show("bfloat16, parts of 8 8 8 4", accumulate(device, torch.bfloat16, 8), whole) < 0.05
-    assert show("float16, parts of 8 8 8 4", accumulate(device, torch.float16, 8), whole) < 0.01
+    assert show("float32, parts of 8 8 8 4", accumulate(device, torch.float32, 8), whole) < 1e-5, (
+        "micro-batches in float32 do not give the gradient of the whole batch"
+    )
+    assert show("bfloat16, parts of 8 8 8 4", accumulate(device, torch.bfloat16, 8), whole) < 0.05, (
+        "micro-batches in bfloat16 do not give the gradient of the whole batch"
+    )
+    assert show("float16, parts of 8 8 8 4", accumulate(device, torch.float16, 8), whole) < 0.01, (
+        "micro-batches in float16 do not give the gradient of the whole batch"
+    )
     return whole
 
 
@@ -72,13 +78,13 @@ def broken_sums(device, whole):
     error = show(
         "no division by the number of micro-batches", accumulate(device, torch.float16, 8, "micro-batch"), whole
     )
-    assert error > 2, "four micro-batches: about four times the gradient"
+    assert error > 2, "without the division the gradient of four micro-batches is not about four times as large"
     means = show(
         "mean of means: the short one counts double", accumulate(device, torch.float16, 8, "mean of means"), whole
     )
-    assert means > 0.05
+    assert means > 0.05, "a mean of means gave the gradient of the whole batch"
     error = show("the scale changed after the first one", accumulate(device, torch.float16, 8, "batch", True), whole)
-    assert error > 0.05, "the first micro-batch entered at half its weight"
+    assert error > 0.05, "a scale that changed between micro-batches changed nothing"
     return means
 
 

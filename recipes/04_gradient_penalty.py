@@ -76,8 +76,12 @@ def main(device):
     for name, run in rows.items():
         print(f"  {name:<30} penalty {run[0][1]:12.4f}")
     print(f"  left scaled: {wrong[0][1] / right[0][1]:.0f} times the penalty; the scale is {wrong[0][2]:.0f}")
-    assert abs(right[0][1] / full[0][1] - 1) < 0.01 and abs(brain[0][1] / full[0][1] - 1) < 0.05
-    assert abs(wrong[0][1] / right[0][1] / wrong[0][2] - 1) < 0.01
+    assert abs(right[0][1] / full[0][1] - 1) < 0.01 and abs(brain[0][1] / full[0][1] - 1) < 0.05, (
+        "the penalty of unscaled gradients is not float32's"
+    )
+    assert abs(wrong[0][1] / right[0][1] / wrong[0][2] - 1) < 0.01, (
+        "the penalty of scaled gradients is not too large by the scale"
+    )
 
     print("2. Sixteen updates with it, and the loss without the penalty")
     print("          unscaled by hand             left scaled (broken)")
@@ -93,8 +97,12 @@ def main(device):
         f"  skipped updates: {skips[0]} and {skips[1]}; last loss: {right[-1][0]:.4f} and {wrong[-1][0]:.4f}, "
         f"float32 {full[-1][0]:.4f}"
     )
-    assert skips[0] == 0 < skips[1] and wrong[-1][2] < right[-1][2]
-    assert abs(right[-1][0] - full[-1][0]) < 0.01 < abs(wrong[-1][0] - full[-1][0])
+    assert skips[0] == 0 < skips[1] and wrong[-1][2] < right[-1][2], (
+        "the right run skipped updates, or the broken one skipped none and kept its scale"
+    )
+    assert abs(right[-1][0] - full[-1][0]) < 0.01 < abs(wrong[-1][0] - full[-1][0]), (
+        "the right run did not end at float32's loss, or the broken one did"
+    )
     print("RULE: multiply a penalty's gradients by 1 / scale by hand, then scale the sum.")
     return f"{skips[1]} skipped, and the loss ends at {wrong[-1][0]:.1f}"
 

@@ -74,14 +74,14 @@ def train(device, dtype, updates=10):
     first = losses[0]
     last = losses[-1]
     print(f"  {str(dtype)[6:]:<9} losses {first[0]:.4f} {first[1]:.4f} -> {last[0]:.4f} {last[1]:.4f}")
-    assert sum(last) < sum(first)
+    assert sum(last) < sum(first), "the losses did not fall"
     return sum(last)
 
 
 def main(device):
     print(f"1. Ten updates, two losses, two optimizers, one scaler ({device})")
     results = [train(device, dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
-    assert max(results) - min(results) < 0.05 * max(results)
+    assert max(results) - min(results) < 0.05 * max(results), "the three precisions do not end at about the same loss"
 
     print("2. One update; model 0 overflows in the second and third row")
     print("                                      moved 0   moved 1    scale")
@@ -94,11 +94,13 @@ def main(device):
         "overflow, update() in between": wrong,
     }.items():
         print(f"  {name:<32} {moves[0]:10.5f}{moves[1]:10.5f}    {before:.0f} -> {after:.0f}")
-    assert right[0][0] == 0 and abs(right[0][1] - clean[0][1]) < 1e-6, "they skip independently"
-    assert right[2] == right[1] / 2, "one overflow is enough to halve the scale that both share"
+    assert right[0][0] == 0 and abs(right[0][1] - clean[0][1]) < 1e-6, (
+        "the model that overflowed moved, or the other one did not"
+    )
+    assert right[2] == right[1] / 2, "one overflow did not halve the scale that both optimizers share"
     ratio = wrong[0][1] / clean[0][1]
     print(f"  with update() in between, optimizer 1 took a step {ratio:.2f} times too long")
-    assert abs(ratio - 2) < 1e-3
+    assert abs(ratio - 2) < 1e-3, "the step after an update() in between is not twice as long"
     print("RULE: one scaler; scale each loss, step each optimizer, then one update().")
     return f"{ratio:.2f} times: the scale was halved in between"
 

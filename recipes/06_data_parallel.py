@@ -93,7 +93,9 @@ def main(device):
     print(f"  autocast around the model, plain threads           {naked}")
     print(f"  autocast around, only 'on' handed to the threads   {handed}")
     print(f"  autocast inside forward, with its dtype            {inside}")
-    assert naked == ["float32"] and handed == [str(default)[6:]] != [name] and inside == [name]
+    assert naked == ["float32"] and handed == [str(default)[6:]] != [name] and inside == [name], (
+        "autocast reached plain threads, or handing it over brought its dtype, or autocast inside forward did not"
+    )
 
     print("2. The gradient through two threads, against one thread")
     for dtype in (torch.float16, torch.bfloat16):
@@ -101,13 +103,13 @@ def main(device):
         two = gradient(device, dtype, threaded)
         error = ((one - two).norm() / one.norm()).item()
         print(f"  {str(dtype)[6:]:<9} norm {two.norm().item():.4f}, difference {error:.2%}")
-        assert error < 0.02
+        assert error < 0.02, "two threads do not give the gradient of one"
 
     if device == "cuda":
         count = torch.cuda.device_count()
         seen = seen_dtypes(device, other, True, lambda model, part: nn.DataParallel(model)(part))
         print(f"3. nn.DataParallel itself, {count} GPU(s), autocast inside forward: {seen}")
-        assert seen == [name]
+        assert seen == [name], "autocast inside forward did not reach nn.DataParallel's threads"
     print("RULE: with DataParallel, autocast and its dtype belong inside forward.")
     return f"{naked[0]}: autocast belongs to the thread that entered it"
 

@@ -102,14 +102,20 @@ def main(device):
 
     show(f"1. float16; rank 1 overflows in update {BAD_UPDATE} ({WORLD} processes, {device})", runs["right"])
     first, second = runs["right"]
-    assert [row[1:] for row in first] == [row[1:] for row in second], "equal scales, skips and weights"
-    assert [row[2] for row in first] == [update == BAD_UPDATE for update in range(UPDATES)]
+    assert [row[1:] for row in first] == [row[1:] for row in second], "the two ranks differ in scale, skips or weights"
+    assert [row[2] for row in first] == [update == BAD_UPDATE for update in range(UPDATES)], (
+        "the update that overflowed on one rank is not the one that both skipped"
+    )
     show("2. bfloat16 has the range for that input: no scaler, no skip", runs["bfloat16"])
-    assert [row[3] for row in runs["bfloat16"][0]] == [row[3] for row in runs["bfloat16"][1]]
+    assert [row[3] for row in runs["bfloat16"][0]] == [row[3] for row in runs["bfloat16"][1]], (
+        "the weights of the two ranks differ in bfloat16"
+    )
     show("3. Broken: gradients summed by hand after unscale_", runs["broken"])
     first, second = runs["broken"]
-    assert not first[BAD_UPDATE][2] and second[BAD_UPDATE][2], "rank 1 skips alone"
-    assert first[BAD_UPDATE][3] != first[BAD_UPDATE][3], "rank 0 took a step with NaN"
+    assert not first[BAD_UPDATE][2] and second[BAD_UPDATE][2], (
+        "summed after unscale_, both ranks skipped or none did: rank 1 should skip alone"
+    )
+    assert first[BAD_UPDATE][3] != first[BAD_UPDATE][3], "rank 0 should have taken a step with NaN"
     print("RULE: unchanged code; DDP averages inside backward, so all ranks skip together.")
     return (
         f"{sum(rows[BAD_UPDATE][2] for rows in runs['right'])}: the average of their gradients is not finite on either"

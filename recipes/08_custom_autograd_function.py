@@ -80,7 +80,9 @@ def without_a_required_dtype(device, naked, decorated):
         seen, loss = train(device, dtype, decorated.apply)
         reference = train(device, dtype, torch.matmul)[1]
         print(f"  {str(dtype)[6:]:<9} output {str(seen)[6:]:<9} loss {loss:.4f}   torch.matmul: {reference:.4f}")
-        assert seen == dtype and abs(loss - reference) < 1e-3
+        assert seen == dtype and abs(loss - reference) < 1e-3, (
+            "the function's output is not in autocast's dtype, or its loss is not torch.matmul's"
+        )
     try:
         train(device, torch.float16, naked.apply)
     except RuntimeError as error:
@@ -102,10 +104,12 @@ def with_a_required_dtype(device, naked, decorated):
         )
     truth = values.detach().double().pow(2).mean().item()
     print(f"  the true mean of squares is {truth:.1f}")
-    assert torch.isinf(results["naked"]) and abs(results["cast_inputs=float32"].item() / truth - 1) < 1e-5
+    assert torch.isinf(results["naked"]) and abs(results["cast_inputs=float32"].item() / truth - 1) < 1e-5, (
+        "the naked function did not overflow, or cast_inputs=float32 did not give the true mean"
+    )
     outside = decorated.apply(values)
     print(f"  outside autocast cast_inputs does nothing: {outside.item()} {str(outside.dtype)[6:]}")
-    assert torch.isinf(outside)
+    assert torch.isinf(outside), "cast_inputs acted outside autocast"
     return results["naked"].item()
 
 

@@ -93,7 +93,7 @@ def saved_before_update(device):
     scaler.update()
     late = scaler.state_dict()["scale"]
     print(f"  scale saved before update(): {early:.0f}, after: {late:.0f}")
-    assert late == early / 2, "saved too early, the resumed run overflows once more"
+    assert late == early / 2, "the scale saved before update() is not the one that overflowed"
 
 
 def main(device):
@@ -101,13 +101,17 @@ def main(device):
     scales, again, gap, state = resume(device, torch.float16)
     print(f"  straight        {in_powers(scales)}\n  resumed         {in_powers(again)}   difference {gap}")
     print(f"  what is saved:  scale {state['scale']:.0f}, growth tracker {state['_growth_tracker']}, factors, interval")
-    assert scales == again and gap == 0.0, "exactly, not nearly"
-    assert resume(device, torch.bfloat16)[2] == 0.0
+    assert scales == again and gap == 0.0, (
+        "the resumed run is not exactly the straight one: its scales or weights differ"
+    )
+    assert resume(device, torch.bfloat16)[2] == 0.0, "the resumed run in bfloat16 is not exactly the straight one"
     print("  bfloat16 (scaler disabled, its state is {}): difference 0.0")
     print("2. Broken: the scaler's state is lost")
     scales, again, gap, _ = resume(device, torch.float16, with_scaler=False)
     print(f"  straight        {in_powers(scales)}\n  resumed         {in_powers(again)}   difference {gap:.4f}")
-    assert scales != again and gap > 0 and again[SAVE_AT] == again[0]
+    assert scales != again and gap > 0 and again[SAVE_AT] == again[0], (
+        "without the scaler's state the resumed run is the straight one, or does not begin at the first scale"
+    )
     print("3. Broken: saved between step() and update()")
     saved_before_update(device)
     print("4. Broken: the state of a disabled scaler given to an enabled one")

@@ -80,7 +80,9 @@ def sweep(device):
         backward(device, torch.float16, scaler, model, images, labels, seen.append)
         shares.append((seen[0] == 0).float().mean().item())
     print("  exactly zero    " + "".join(f"{share:>8.1%}" for share in shares))
-    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.001
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.001, (
+        "a larger scale left more zeros, or the largest did not remove them"
+    )
 
 
 def main(device):
@@ -99,8 +101,12 @@ def main(device):
         zeros[name], gradient = first_gradient(device, dtype, scaled)
         errors[name] = ((gradient - reference).norm() / reference.norm()).item()
         print(f"  {name:<20} {zeros[name]:12.1%} {gradient.norm().item():20.3e} {errors[name]:8.2%}")
-    assert zeros["float16, no scaler"] > 0.5 and max(zeros[name] for name in list(cases)[:3]) < 0.01
-    assert errors["float16, no scaler"] > 0.3 and errors["float16 + scaler"] < 0.02
+    assert zeros["float16, no scaler"] > 0.5 and max(zeros[name] for name in list(cases)[:3]) < 0.01, (
+        "without a scaler fewer than half of the float16 gradients are zero, or more than 1 % are in another case"
+    )
+    assert errors["float16, no scaler"] > 0.3 and errors["float16 + scaler"] < 0.02, (
+        "without a scaler the float16 gradient is nearly right, or with one it is wrong"
+    )
 
     print("2. float16: how much scale is enough")
     sweep(device)
@@ -111,7 +117,9 @@ def main(device):
         losses = train(device, *case)
         last[name] = losses[-1]
         print(f"  {name:<20}" + "".join(f"{loss:9.4f}" for loss in losses[::5]))
-    assert abs(last["float16 + scaler"] - last["float32"]) < 0.02 < last["float16, no scaler"] - last["float32"]
+    assert abs(last["float16 + scaler"] - last["float32"]) < 0.02 < last["float16, no scaler"] - last["float32"], (
+        "without a scaler float16 reached float32's loss, or with one it did not"
+    )
     print("RULE: float16 needs a GradScaler; without one, gradients become zero unnoticed.")
     return f"{zeros['float16, no scaler']:.1%}, and training goes on"
 

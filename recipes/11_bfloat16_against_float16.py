@@ -27,8 +27,10 @@ def formats():
     row("  smallest at full precision", [f"{limit.tiny:.4g}" for limit in limits])
     row("  smallest above zero", [f"{limit.smallest_normal * limit.eps:.4g}" for limit in limits])
     row("  next number after 1: 1 +", [f"{limit.eps:.4g}" for limit in limits])
-    assert limits[1].max > 1e38 and limits[2].max == 65504
-    assert limits[1].eps == 8 * limits[2].eps
+    assert limits[1].max > 1e38 and limits[2].max == 65504, (
+        "bfloat16 has not the range of float32, or float16 has not 65504 as its largest number"
+    )
+    assert limits[1].eps == 8 * limits[2].eps, "bfloat16's step is not 8 times float16's"
 
 
 def range_and_digits(device):
@@ -38,9 +40,11 @@ def range_and_digits(device):
     for name, value in values.items():
         results[name] = [torch.tensor(value, dtype=dtype, device=device).item() for dtype in DTYPES]
         row(f"  {name} becomes", [f"{result:.6g}" for result in results[name]])
-    assert results["70000"][2] == float("inf") and results["70000"][1] == 70144
-    assert results["0.00000001"][2] == 0 < results["0.00000001"][1]
-    assert results["1.001"][1] == 1.0 < results["1.001"][2]
+    assert results["70000"][2] == float("inf") and results["70000"][1] == 70144, (
+        "70000 did not overflow in float16 alone"
+    )
+    assert results["0.00000001"][2] == 0 < results["0.00000001"][1], "1e-8 did not become zero in float16 alone"
+    assert results["1.001"][1] == 1.0 < results["1.001"][2], "1.001 did not become 1 in bfloat16 alone"
 
 
 def running_sum(device):
@@ -55,7 +59,9 @@ def running_sum(device):
         safe.append(torch.ones(3000, dtype=dtype, device=device).sum(dtype=torch.float32).item())
     row("  1 + 1 + ... 3000 times, one by one", [f"{total:.0f}" for total in sums])
     row("  ones(3000).sum(dtype=float32)", [f"{total:.0f}" for total in safe])
-    assert sums == [3000, 256, 2048] and safe == [3000] * 3
+    assert sums == [3000, 256, 2048] and safe == [3000] * 3, (
+        "sums one by one do not stop at 256 and 2048, or those in float32 are wrong"
+    )
     return sums
 
 
@@ -68,7 +74,9 @@ def small_update(device):
             weight += 0.0003
         ends.append(weight.item())
     row("  weight 1, + 0.0003, 100 times", [f"{end:.5f}" for end in ends])
-    assert abs(ends[0] - 1.03) < 1e-5 and ends[1:] == [1.0, 1.0], "weights belong in float32"
+    assert abs(ends[0] - 1.03) < 1e-5 and ends[1:] == [1.0, 1.0], (
+        "a 16-bit weight of 1 moved: its step was not too small"
+    )
 
 
 def network_error(device):
@@ -95,7 +103,9 @@ def network_error(device):
     row("  error of its first gradient", [f"{error[1]:.3%}" for error in errors])
     ratio = errors[1][0] / errors[2][0]
     print(f"  bfloat16 rounds the logits {ratio:.1f} times as coarsely as float16 (formats: 8)")
-    assert 3 < ratio < 20 and errors[1][1] > errors[2][1]
+    assert 3 < ratio < 20 and errors[1][1] > errors[2][1], (
+        "bfloat16 does not round several times as coarsely as float16"
+    )
 
 
 def overflow_in_a_layer(device):
@@ -107,7 +117,7 @@ def overflow_in_a_layer(device):
         with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
             ends.append(layer(torch.full((1, 512), 50.0, device=device))[0, 0].item())
     row("  512 products of 3 and 50, added", [f"{end:.0f}" for end in ends])
-    assert ends == [76800, 76800, float("inf")]
+    assert ends == [76800, 76800, float("inf")], "the sum of 76800 did not overflow in float16 alone"
 
 
 def main(device):

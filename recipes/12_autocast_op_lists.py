@@ -106,7 +106,9 @@ def broken_out_argument(device):
         torch.mm(left, right, out=out)
     products = [given for name, _, given in watch.calls if name == "mm"]
     print(f"  torch.mm(a, b): {products[0]};  torch.mm(a, b, out=c): {products[1]}, autocast keeps away")
-    assert products == ["bfloat16", "float32"]
+    assert products == ["bfloat16", "float32"], (
+        "autocast changed the type of a product with out=, or left that of one without"
+    )
     return products[1]
 
 
@@ -121,19 +123,27 @@ def broken_probabilities(device):
             answer = str(error).splitlines()[0]
         logits = functional.binary_cross_entropy_with_logits(probabilities.half(), target)
     print(f"  binary_cross_entropy here: {answer}\n  with_logits: {str(logits.dtype)[6:]}")
-    assert logits.dtype == torch.float32 and (device == "cuda") == ("unsafe" in answer)
+    assert logits.dtype == torch.float32 and (device == "cuda") == ("unsafe" in answer), (
+        "the loss on logits is not float32, or the one on probabilities is refused elsewhere than on CUDA"
+    )
 
 
 def main(device):
     print(f"1. A forward pass as it runs under autocast to float16 ({device})")
     calls = one_forward(device, torch.float16)
     given = {name: dtype for name, _, dtype in calls}
-    assert given["convolution"] == given["addmm"] == "float16" and given["_log_softmax"] == "float32"
+    assert given["convolution"] == given["addmm"] == "float16" and given["_log_softmax"] == "float32", (
+        "products are not in float16, or the loss is not in float32"
+    )
     for number, half in enumerate((torch.float16, torch.bfloat16), 2):
         print(f"{number}. The lists, asked for {str(half)[6:]}")
         verdicts = sort_operations(device, half)
-        assert verdicts["linear"] == verdicts["conv2d"] == "runs in 16 bits" and verdicts["relu"] == "follows its input"
-        assert verdicts["cross_entropy"] == "float32 or widest input" == verdicts["mse_loss"]
+        assert (
+            verdicts["linear"] == verdicts["conv2d"] == "runs in 16 bits" and verdicts["relu"] == "follows its input"
+        ), "linear or conv2d does not run in 16 bits, or relu does not follow its input"
+        assert verdicts["cross_entropy"] == "float32 or widest input" == verdicts["mse_loss"], (
+            "cross_entropy or mse_loss does not run in float32"
+        )
     print("4. Where autocast keeps away, and where it may refuse")
     dtype = broken_out_argument(device)
     broken_probabilities(device)

@@ -57,8 +57,10 @@ def three_precisions(model, images, labels):
         changed[dtype] = (some.argmax(1) != full.argmax(1)).sum().item()
         accuracy = (some.argmax(1) == labels).float().mean().item()
         print(f"  {str(dtype)[6:]:<9} {accuracy:12.2%} {(some - full).abs().max().item():21.5f} {changed[dtype]:17}")
-        assert some.dtype == torch.float32 and not some.requires_grad
-    assert 0 < changed[torch.bfloat16] < 0.03 * len(labels) and changed[torch.float16] <= changed[torch.bfloat16]
+        assert some.dtype == torch.float32 and not some.requires_grad, "logits are not float32, or keep a graph"
+    assert 0 < changed[torch.bfloat16] < 0.03 * len(labels) and changed[torch.float16] <= changed[torch.bfloat16], (
+        "no answer changed in bfloat16, or many did, or more in float16"
+    )
     return full, logits[torch.bfloat16]
 
 
@@ -71,7 +73,7 @@ def whose_answers_change(full, brain):
         f"  gap between the two best logits: {margin[changed].max().item():.4f} at most where the answer "
         f"changed,\n  {margin.median().item():.4f} for the median image"
     )
-    assert margin[changed].max() < 0.1 * margin.median()
+    assert margin[changed].max() < 0.1 * margin.median(), "answers changed where the two best logits were far apart"
 
 
 def broken_probabilities(model, images):
@@ -81,7 +83,7 @@ def broken_probabilities(model, images):
         probabilities = predict(model, images, torch.bfloat16).to(dtype).softmax(1).to(dtype)
         gaps.append((probabilities.double().sum(1) - 1).abs().max().item())
         print(f"  softmax in {str(dtype)[6:]:<9} the worst sum of six probabilities is off by {gaps[-1]:.7f}")
-    assert gaps[0] < 1e-6 < gaps[2] < gaps[1]
+    assert gaps[0] < 1e-6 < gaps[2] < gaps[1], "probabilities do not add up to 1 best in float32 and worst in bfloat16"
 
 
 def broken_training_mode(model, images):
@@ -99,7 +101,7 @@ def broken_training_mode(model, images):
         "  the same images twice, answers that differ: "
         + ", ".join(f"{share:.1%} in {name}" for name, share in answers.items())
     )
-    assert answers["eval()"] == 0 < answers["train()"]
+    assert answers["eval()"] == 0 < answers["train()"], "answers differ in eval(), or do not in train()"
 
 
 def half_weights(model, images):
@@ -112,7 +114,9 @@ def half_weights(model, images):
     cast_size = sum(parameter.nbytes for parameter in model.parameters())
     same = (amp.argmax(1) == cast.argmax(1)).float().mean().item()
     print(f"  weights {size} -> {cast_size} bytes; same answers as autocast: {same:.1%}")
-    assert cast_size * 2 == size and same > 0.98
+    assert cast_size * 2 == size and same > 0.98, (
+        "16-bit weights are not half as large, or answer otherwise than autocast"
+    )
 
 
 def main(device):

@@ -119,23 +119,35 @@ def main(device):
     print(f"1. Without hooks: the scale after 20 updates, beginning at 65536 ({device})")
     scales = [scale_after(device, 20, loud) for loud in (False, True)]
     print(f"  healthy network {scales[0]:g}, loud network {scales[1]:g} (below 1: diverged, all 20 skipped)")
-    assert scales[0] > 1024 and scales[1] == 65536 / 2**20
+    assert scales[0] > 1024 and scales[1] == 65536 / 2**20, (
+        "the healthy network lost its scale, or the loud one did not skip all 20 updates"
+    )
 
     print("2. With hooks: what every layer of the loud network gives")
     seen, *summary = one_pass(device, half, 1024.0, loud=True)
     for where, name, size, finite in seen:
         if where == "forward":
             print(f"  {name:<16} largest {size:>10.4g}{'' if finite else '   <- not finite'}")
-    assert report("float16", seen, *summary) == ("forward", "pool") and summary[1] == summary[2]
+    assert report("float16", seen, *summary) == ("forward", "pool") and summary[1] == summary[2], (
+        "the first value that is not finite is not the pool's, or some gradient of a weight is finite"
+    )
 
     print("3. An overflow on the way back: the network is healthy, the scale too high")
-    assert report("scale 2**28", *one_pass(device, half, 2.0**28)) == ("backward", "head")
-    assert report("scale 2**10", *one_pass(device, half, 2.0**10)) is None
+    assert report("scale 2**28", *one_pass(device, half, 2.0**28)) == ("backward", "head"), (
+        "the first value that is not finite is not the head's on the way back"
+    )
+    assert report("scale 2**10", *one_pass(device, half, 2.0**10)) is None, (
+        "a scale of 2**10 overflows in the healthy network"
+    )
 
     print("4. Two cures for the loud network")
-    assert report("bfloat16", *one_pass(device, torch.bfloat16, 1.0, loud=True)) is None
+    assert report("bfloat16", *one_pass(device, torch.bfloat16, 1.0, loud=True)) is None, (
+        "the loud network overflows in bfloat16"
+    )
     cured = one_pass(device, half, 64.0, loud=True, pool_in_float32=True)
-    assert report("float16, pool in float32", *cured) is None
+    assert report("float16, pool in float32", *cured) is None, (
+        "the loud network overflows in float16 with its pool in float32"
+    )
     print("RULE: hooks name the first layer that is not finite; a low scale does not.")
     return f"never: after 20 it stands at {scales[1]:g}, and every update was skipped"
 

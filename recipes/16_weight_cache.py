@@ -65,7 +65,9 @@ def cache_at_work(device):
     }.items():
         counts[name] = count_casts(device, *arguments)
         print(f"  {name:<48}{counts[name]:>6}")
-    assert list(counts.values())[:2] == [1, 3] and list(counts.values())[2] in (1, 2)
+    assert list(counts.values())[:2] == [1, 3] and list(counts.values())[2] in (1, 2), (
+        "the cache did not save the casts of equal weights, or saved them with cache_enabled=False"
+    )
     return counts["2 under no_grad, then 1 with gradients"]
 
 
@@ -113,8 +115,12 @@ def main(device):
     for name, losses, some in (("right", right, model), ("broken", wrong, broken)):
         without = [key for key, parameter in some.named_parameters() if parameter.grad is None]
         print(f"  {name:<7} loss {losses[0]:.3f} -> {losses[-1]:.3f}, without gradient: {', '.join(without) or 'none'}")
-    assert broken[0].weight.grad is None and broken[0].bias.grad is not None
-    assert right[-1] < wrong[-1] < wrong[0], "the loss falls, only less: nothing tells"
+    assert broken[0].weight.grad is None and broken[0].bias.grad is not None, (
+        "the broken run's weight got a gradient, or its bias got none"
+    )
+    assert right[-1] < wrong[-1] < wrong[0], (
+        "the broken run did not learn less than the right one, or did not learn at all"
+    )
     print("RULE: one autocast region for each forward pass; no_grad passes get their own.")
     return f"{casts}, with torch {torch.__version__}"
 

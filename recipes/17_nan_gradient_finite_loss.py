@@ -86,7 +86,9 @@ def sweep(device):
     for dtype in (torch.float16, torch.bfloat16):
         finite = [one_backward(device, dtype, eps=10.0**power)[1] == 4 for power in powers]
         print(f"  {str(dtype)[6:]:<11}" + "".join(f"{'finite' if good else 'NaN':>9}" for good in finite))
-        assert finite == [dtype == torch.bfloat16 or power > -8 for power in powers]
+        assert finite == [dtype == torch.bfloat16 or power > -8 for power in powers], (
+            "the wrong eps survive: in float16 from 1e-8 on they should be zero"
+        )
 
 
 def name_the_operator(device):
@@ -110,25 +112,31 @@ def main(device):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         loss, finite[dtype] = one_backward(device, dtype)
         print(f"  {str(dtype)[6:]:<9} loss {loss:.4f}, {finite[dtype]} of 4 gradients finite")
-        assert 0.1 < loss < 0.4
-    assert finite[torch.float32] == finite[torch.bfloat16] == 4 > finite[torch.float16]
+        assert 0.1 < loss < 0.4, "the loss is not finite, or not where it should begin"
+    assert finite[torch.float32] == finite[torch.bfloat16] == 4 > finite[torch.float16], (
+        "float16's gradients are as finite as the others, or the others' are not"
+    )
     print("2. Which eps is one")
     sweep(device)
     print("3. Broken: twelve updates with a scaler; no scale helps")
     losses, scale = train(device)
     print(f"  loss {losses[0]:.4f} -> {losses[-1]:.4f}, scale 1024 -> {scale:g}: all 12 skipped")
-    assert losses[0] == losses[-1] and scale == 1024 / 2**12
-    assert all(one_backward(device, torch.float16, 2.0**power)[1] < 4 for power in range(-8, 9, 4))
+    assert losses[0] == losses[-1] and scale == 1024 / 2**12, (
+        "an update was not skipped, or a skipped one changed the loss"
+    )
+    assert all(one_backward(device, torch.float16, 2.0**power)[1] < 4 for power in range(-8, 9, 4)), (
+        "some scale made all gradients finite"
+    )
     print("4. Who did it")
     message = name_the_operator(device)
     print(f"  {message}")
     print("  There an infinity, the slope of sqrt one step earlier, met the difference 0.")
-    assert "MulBackward0" in message and "nan" in message
+    assert "MulBackward0" in message and "nan" in message, "anomaly detection does not name the operator"
     print("5. Two cures")
     for name, options in (("eps = 1e-4", {"eps": 1e-4}), ("distance in float32", {"in_float32": True})):
         losses, scale = train(device, **options)
         print(f"  {name:<20} loss {losses[0]:.4f} -> {losses[-1]:.4f}, scale {scale:g}")
-        assert losses[-1] < losses[0] and scale == 1024
+        assert losses[-1] < losses[0] and scale == 1024, "a cure did not make the loss fall, or skipped updates"
     print("RULE: an eps of 3e-8 or less is zero in float16: raise it, or use float32 there.")
     return f"{finite[torch.float16]} of 4 (all 4 in float32 and in bfloat16)"
 

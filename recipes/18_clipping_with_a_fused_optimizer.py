@@ -58,8 +58,12 @@ def compare_optimizers(device):
         print(f"  {name:<28} {results[name][0]:14.4f}   {results[name][1]:.3e}")
     plain, broken, mended = results.values()
     print(f"  fused without unscale_: a norm {broken[0] / plain[0]:.0f} times too large, and hardly an update")
-    assert abs(broken[0] / plain[0] / SCALE - 1) < 0.01 and broken[1] < 1e-3 * plain[1]
-    assert abs(mended[0] / plain[0] - 1) < 0.01 and abs(mended[1] / plain[1] - 1) < 0.01
+    assert abs(broken[0] / plain[0] / SCALE - 1) < 0.01 and broken[1] < 1e-3 * plain[1], (
+        "the fused optimizer's hook did not see a norm too large by the scale, or its update was not lost"
+    )
+    assert abs(mended[0] / plain[0] - 1) < 0.01 and abs(mended[1] / plain[1] - 1) < 0.01, (
+        "unscale_ before the hook did not mend the norm or the update"
+    )
     return broken[0] / plain[0]
 
 
@@ -76,7 +80,9 @@ def skipped_update(device, **options):
         before = weight.detach().clone()
         scaler.step(optimizer)
         scaler.update()
-    assert torch.equal(before, weight) and scaler.get_scale() == SCALE / 2, "the second update was skipped"
+    assert torch.equal(before, weight) and scaler.get_scale() == SCALE / 2, (
+        "the second update was not skipped, or did not halve the scale"
+    )
     return len(calls), int(optimizer.state[weight]["step"])
 
 
@@ -101,7 +107,9 @@ def main(device):
     for name, options in (("foreach", {"foreach": True}), ("fused", {"fused": True})):
         calls, steps = skipped_update(device, **options)
         print(f"  {name:<9} step() called {calls} times, Adam counts {steps}: {calls - steps} too many for a hook")
-        assert (calls, steps) == ((2, 1) if name == "fused" else (1, 1))
+        assert (calls, steps) == ((2, 1) if name == "fused" else (1, 1)), (
+            "the hook was not called twice for the fused optimizer's one step"
+        )
     print("3. Broken: error_if_nonfinite=True together with a scaler")
     print(f"  RuntimeError: {error_if_nonfinite(device)}")
     print("  Without that option the scaler skips this update and halves its scale.")

@@ -57,7 +57,9 @@ def two_plain_numbers(device):
         f"  1.001 times 1               inside float32: {round_factors(digit, one).item():g}     "
         f"autocast: {autocast_product(device, digit, one).item():g}"
     )
-    assert (inside, autocast) == (257, 256) and round_factors(digit, one).item() == 1
+    assert (inside, autocast) == (257, 256) and round_factors(digit, one).item() == 1, (
+        "factors rounded inside float32 do not give 257 and 1, or autocast does not give 256"
+    )
     return inside, autocast
 
 
@@ -81,7 +83,9 @@ def errors(device):
     for name, result in results.items():
         found[name] = ((result.double() - exact).norm() / exact.norm()).item()
         print(f"  {name:<28}{str(result.dtype)[6:]:>10}{found[name]:>12.2e}")
-    assert found['float32, "ieee"'] < 1e-6 < 1e-3 < found["factors rounded by hand"] < found["autocast to bfloat16"]
+    assert found['float32, "ieee"'] < 1e-6 < 1e-3 < found["factors rounded by hand"] < found["autocast to bfloat16"], (
+        "float32's product is not exact, or rounding by hand is not better than autocast"
+    )
     return found
 
 
@@ -142,11 +146,11 @@ def main(device):
     if device == "cpu":
         ignored = found['float32, "tf32"']
         print(f'  "tf32" on a CPU is accepted and changes nothing: error {ignored:.1e}')
-        assert ignored < 1e-6
+        assert ignored < 1e-6, '"tf32" changed a product on a CPU'
     print("3. Broken: waiting for the memory to fall")
     sizes = [bytes_kept(device, "ieee", False), bytes_kept(device, short, False), bytes_kept(device, "ieee", True)]
     print(f'  bytes kept: "ieee" {sizes[0]:,}, "{short}" {sizes[1]:,}, autocast {sizes[2]:,}')
-    assert sizes[0] == sizes[1] > 1.5 * sizes[2]
+    assert sizes[0] == sizes[1] > 1.5 * sizes[2], "the switch changed the memory that is kept, or autocast did not"
     print("4. Speed of 1024 x 1024 x 1024 here (measured, nothing is claimed)")
     speed(device, short)
     print("RULE: fp32_precision rounds factors; only autocast stores 16 bits. Measure both.")

@@ -50,7 +50,9 @@ def one_number(device):
     means = {name: rounding(values).float().mean().item() for name, rounding in list(ROUNDINGS.items())[1:]}
     print("  mean of 100,000 roundings of 1.001:")
     print("  " + ", ".join(f"{name} {mean:.5f}" for name, mean in means.items()))
-    assert means["nearest"] == means["truncated"] == 1 and abs(means["by chance"] - 1.001) < 1e-4
+    assert means["nearest"] == means["truncated"] == 1 and abs(means["by chance"] - 1.001) < 1e-4, (
+        "rounding to nearest or by truncation moved 1.001, or rounding by chance missed its mean"
+    )
 
 
 def small_steps(device):
@@ -61,8 +63,10 @@ def small_steps(device):
             weight = add(weight, 0.0003, rounding)
         ends[name] = weight.float()
         print(f"  {name:<10} mean {ends[name].mean().item():.4f}, spread of 1000 weights {ends[name].std().item():.4f}")
-    assert abs(ends["float32"].mean() - 1.3) < 1e-3 > abs(ends["nearest"].mean() - 1)
-    assert abs(ends["by chance"].mean() - 1.3) < 0.01
+    assert abs(ends["float32"].mean() - 1.3) < 1e-3 > abs(ends["nearest"].mean() - 1), (
+        "float32 did not reach 1.3, or rounding to nearest left 1"
+    )
+    assert abs(ends["by chance"].mean() - 1.3) < 0.01, "rounding by chance did not reach 1.3"
     return ends["nearest"].mean().item(), ends["by chance"].mean().item()
 
 
@@ -75,7 +79,9 @@ def second_moment(device):
             moment = add(moment, -0.001 * moment.float(), rounding)
         ends[name] = moment.float().mean().item()
     print("  " + ", ".join(f"{name} {end:.3f}" for name, end in ends.items()))
-    assert ends["nearest"] == 1 and abs(ends["by chance"] - ends["float32"]) < 0.02
+    assert ends["nearest"] == 1 and abs(ends["by chance"] - ends["float32"]) < 0.02, (
+        "rounding to nearest moved the moment, or rounding by chance missed float32's"
+    )
 
 
 def train(device, rounding):
@@ -110,7 +116,9 @@ def main(device):
         losses[name], moved = train(device, rounding)
         print(f"  {name:<10} loss {losses[name]:.4f}, weights that moved {moved:.1%}")
     gap = losses["nearest"] - losses["float32"]
-    assert gap > 0.05 and abs(losses["by chance"] - losses["float32"]) < 0.2 * gap
+    assert gap > 0.05 and abs(losses["by chance"] - losses["float32"]) < 0.2 * gap, (
+        "rounding to nearest lost nothing, or rounding by chance lost as much"
+    )
     print("RULE: float32 weights; if they must be bfloat16, round them by chance.")
     return f"(1) {plain:.4f}, (2) {chance:.4f} on average (float32: 1.3)"
 

@@ -110,8 +110,12 @@ def errors_by_layer(found):
             cells = [f"{number:>7.1%}" for number in numbers]
             label = f"{name} {what}"
             print(f"  {label:<24}" + "".join(cells[:2]) + " " + "".join(cells[2:4]) + "  " + "".join(cells[4:]))
-            assert numbers[1] < 0.06 and numbers[3] < 0.12 and numbers[5] < 0.2, "scaled, each format has its digits"
-            assert numbers[1] < numbers[3] < numbers[5] < numbers[4] + 0.03
+            assert numbers[1] < 0.06 and numbers[3] < 0.12 and numbers[5] < 0.2, (
+                "a scaled format has fewer digits than it should"
+            )
+            assert numbers[1] < numbers[3] < numbers[5] < numbers[4] + 0.03, (
+                "the formats' errors are not in the order of their digits"
+            )
             if what == "gradient" and name != "fc":
                 held = values[values != 0]
                 zero.append((rounded(held, "E4M3", "none") == 0).float().mean().item())
@@ -179,7 +183,9 @@ def whole_network(model, images, labels):
             f"{angles[forward, backward]:>22.3f}"
         )
     brain, *eight, unscaled, blocks, four = angles.values()
-    assert brain > 0.9 > max(eight) and min(eight) > 0.1 + max(unscaled, blocks, four)
+    assert brain > 0.9 > max(eight) and min(eight) > 0.1 + max(unscaled, blocks, four), (
+        "the directions of the gradients are not in the order of bits and scales"
+    )
 
 
 def no_kernels(device):
@@ -201,7 +207,7 @@ def no_kernels(device):
             print(f"  autocast: {str(error).splitlines()[0][:66]}")
         else:
             print(f"  autocast: {str(caught[0].message).splitlines()[0][:66]}")
-            assert output.dtype == torch.float32
+            assert output.dtype == torch.float32, "autocast to eight bits did not stay in float32"
 
 
 def main(device, weights=None):

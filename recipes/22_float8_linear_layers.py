@@ -49,7 +49,9 @@ def scales_and_outliers(device):
         errors[name] = cells
         print(f"  {name:<24}{cells[0]:>10.1%}{cells[1]:>14.1%}")
     even, outlier = errors.values()
-    assert max(even) < 0.06 and outlier[1] < 0.06 < 0.1 < outlier[0]
+    assert max(even) < 0.06 and outlier[1] < 0.06 < 0.1 < outlier[0], (
+        "an even activation lost digits, or the outlier spoilt rows of their own scale, or spared the one scale"
+    )
     return outlier
 
 
@@ -106,8 +108,8 @@ def with_torchao(device):
     ends = {name: train(device, float8) for name, float8 in (("bfloat16", False), ("float8", True))}
     for name, (first, last, dtype) in ends.items():
         print(f"  {name:<9} loss {first:.4f} -> {last:.4f}, weights {dtype}")
-        assert dtype == "float32" and last < 0.8 * first
-    assert abs(ends["float8"][1] / ends["bfloat16"][1] - 1) < 0.1
+        assert dtype == "float32" and last < 0.8 * first, "weights are not float32, or the loss did not fall"
+    assert abs(ends["float8"][1] / ends["bfloat16"][1] - 1) < 0.1, "float8 does not end at about bfloat16's loss"
     if not gpu_multiplies_eight_bits(device):
         print("  emulated: this device does not multiply 8 bits, so there is no time to measure")
         return

@@ -254,6 +254,9 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
     configs = [run["config"] for run in runs if run["options"]]
     options = [config["options"] | {"images": config["dataset"].get("fingerprint")} for config in configs]
     values = {name: [one.get(name) for one in options] for name in set().union(*options) - {*may_differ, "model"}}
+    known = [config["versions"] for config in configs]
+    for name in set(known[0]).intersection(*known) if known else ():
+        values[f"version of {name}"] = [one[name] for one in known]
     return {
         "rows": rows,
         "remarks": remarks(rows, runs),

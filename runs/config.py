@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ def read_config(file: Path) -> dict[str, Any]:
     return config
 
 
-def versions() -> dict[str, str]:
-    """What a run depends on, each by its version."""
+def versions(model_name: str) -> dict[str, str]:
+    """Return what a run of that model depends on, each by its version: another timm may build another network."""
     import numpy
     import PIL
     import torch
@@ -40,6 +41,8 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,
+        "scikit-learn": version("scikit-learn"),
+        **({"timm": version("timm")} if model_name.lower().startswith("timm:") else {}),
     }
 
 

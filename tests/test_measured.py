@@ -1,5 +1,6 @@
 """What was measured is what is said: ratios, times, reasons and advice. Run it alone: pytest tests/test_measured.py"""
 
+import ast
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from inspection import advice, payoff, probe, roofline
 from inspection.words import payoff_words
 from option import SAME_TRAINING
 from reports import page, pictures, results, tables
+from runs import config
 from system import waiting
 from system.machine import images_that_fit
 from utils import UserError
@@ -445,3 +447,70 @@ def test_a_killed_training_says_that_memory_may_be_the_reason(data, tmp_path, mo
 def test_a_measuring_process_that_was_killed_says_so():
     assert "signal 9, as systems do when memory runs out" in probe._ending(-9)
     assert probe._ending(-11).endswith("signal 11") and probe._ending(3).endswith("exit status 3")
+
+
+# Recipes and exercises
+
+RECIPES = Path(main.__file__).parent / "recipes"
+
+
+def test_a_recipe_that_stops_says_what_broke():
+    bare = [
+        f"{file.name}:{node.lineno}"
+        for file in [*RECIPES.glob("*.py"), *RECIPES.parent.glob("notebooks/*.py")]
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Assert) and node.msg is None
+    ]
+    assert bare == []
+
+
+def pooling(solution: str) -> type[torch.nn.Module]:
+    """The pooling layer of recipe 15 with this body of its forward pass."""
+    text = (RECIPES / "15_find_the_overflow.py").read_text(encoding="utf-8")
+    (old,) = re.findall(r"^        with torch.amp.autocast\(values.*?sqrt\(\)$", text, re.DOTALL | re.MULTILINE)
+    names = {"__name__": "changed"}
+    exec(text.replace(old, solution), names)
+    return names["RootMeanSquare"]
+
+
+def wrong_by(solution: str, values: torch.Tensor) -> float:
+    pooled = pooling(solution)(in_float32=True)(values.half())
+    true = values.half().double().square().mean((2, 3)).sqrt()
+    assert pooled.dtype == torch.float16 and pooled.shape == values.shape[:2]
+    return (pooled.double() / true - 1).abs().max().item()
+
+
+def test_the_third_cure_keeps_the_digits_that_a_fixed_divisor_costs():
+    text = (RECIPES / "EXERCISES.md").read_text(encoding="utf-8")
+    exercise = text.partition("## 7.")[2].partition("## 8.")[0]
+    solution = "\n".join(re.findall(r"^\+(.*)$", exercise, re.MULTILINE))
+    torch.manual_seed(0)
+    noise = torch.randn(2, 64, 8, 8)
+    for size in (0.01, 0.1, 1.0, 300.0):
+        assert wrong_by(solution, size * noise) < 1e-3, "at most 0.1 %"
+    assert pooling(solution)(in_float32=True)(torch.zeros(1, 2, 4, 4).half()).isfinite().all()
+    assert pooling(solution)()(torch.full((1, 1, 2, 2), 300.0).half()).isinf().all(), "the overflow is still shown"
+    fixed = "        return ((values / 64) * (values / 64)).mean((2, 3)){}.sqrt() * 64"
+    assert 0.006 < wrong_by(fixed.format(""), 0.1 * noise) < 0.009
+    assert 0.25 < wrong_by(fixed.format(".add(1e-6)"), 0.1 * noise) < 0.35
+    assert "0.8 %" in exercise and "30 %" in exercise and "costs nothing" not in exercise
+
+
+# Versions
+
+
+def test_a_run_names_the_packages_that_its_network_and_split_come_from(monkeypatch):
+    monkeypatch.setattr(config, "version", lambda name: f"version of {name}")
+    assert config.versions("ResNet18")["scikit-learn"] == "version of scikit-learn"
+    assert "timm" not in config.versions("ResNet18")
+    assert config.versions("timm:resnet18")["timm"] == "version of timm"
+
+
+def test_runs_of_other_versions_are_told_apart(tmp_path):
+    runs = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp", "amp-bf16")]
+    for run, versions in zip(runs, ({"torch": "2.11.0"}, {"torch": "2.14.1", "timm": "1.0"}), strict=True):
+        content = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(content | {"versions": versions}))
+    comparison = compare(*runs)[1]
+    assert list(comparison["differences"]) == ["version of torch"], "what one run did not record is not known to differ"
+    assert "Beware: the runs also differ in version of torch (2.11.0, 2.14.1)." in tables.conditions(comparison)
