@@ -435,8 +435,7 @@ class Setup:
             )
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
-        smallest = max(1, left_over // (ranks * accumulate))
-        check_input_size(model, options.image_size, smallest, options.start_size)
+        check_input_size(model, options.image_size, batches.smallest_piece, options.start_size)
         if options.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
             raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
         if not options.sync_batchnorm or ranks == 1:

@@ -79,11 +79,36 @@ class Batches:
         """Whether an epoch's images are larger than those of the epoch before, and no larger ones follow at once."""
         return epoch > 0 and self.size_in(epoch - 1) < self.size_in(epoch) == self.size_in(epoch + 1)
 
+    def _full(self, rank: int) -> list[int]:
+        """Return how many images each micro-batch of a full batch holds on a rank."""
+        share = np.array_split(np.arange(self.batch_size), self.ranks.size)[rank]
+        return [len(piece) for piece in np.array_split(share, self.accumulate)]
+
     @property
     def full_sizes(self) -> set[int]:
-        """How many images this rank's micro-batches of a full batch hold; those of a ragged last batch hold fewer."""
-        mine = np.array_split(np.arange(self.batch_size), self.ranks.size)[self.ranks.rank]
-        return {len(part) for part in np.array_split(mine, self.accumulate)}
+        """How many images this rank's micro-batches of a full batch hold."""
+        return set(self._full(self.ranks.rank))
+
+    @property
+    def smallest_piece(self) -> int:
+        """How few images a micro-batch holds, in any update and on any rank. A rank without a share computes one."""
+        updates = {0, self.updates_per_epoch - 1}  # all between are full, as the first is
+        pieces = [self._pieces(update, rank) for update in updates for rank in range(self.ranks.size)]
+        return min(max(1, len(piece)) for some in pieces for piece in some)
+
+    def _pieces(self, update: int, rank: int) -> list[np.ndarray]:
+        """Return the places that each micro-batch of a rank takes: one without places if the rank has no share.
+
+        A full batch makes `accumulate` of them. Those of a ragged one keep that size, because BatchNorm's statistics
+        depend on it; a single image that is left over joins the micro-batch before.
+        """
+        mine = np.array_split(np.array(self._places(update)), self.ranks.size)[rank]
+        sizes = self._full(rank)
+        if self.images_in(update) == self.batch_size:
+            return np.split(mine, np.cumsum(sizes)[:-1])
+        size = max(sizes)
+        single = size > 1
+        return np.split(mine, range(size, len(mine) - single, size))
 
     def epoch(self, epoch: int, first_update: int = 0, end: int | None = None) -> Iterator[Iterator[MicroBatch]]:
         """The updates of one epoch from `first_update` on, up to `end`, each an iterator of micro-batches.
@@ -97,9 +122,9 @@ class Batches:
         updates = []
         for update in range(first_update, self.updates_per_epoch if end is None else end):
             whole = np.array(self._places(update))
-            mine = np.array_split(whole, self.ranks.size)[self.ranks.rank]
-            parts = [part for part in np.array_split(mine, self.accumulate) if len(part)] or [whole[:1]]
-            weight = int(len(mine) > 0)
+            parts = self._pieces(update, self.ranks.rank)
+            weight = int(len(parts[0]) > 0)
+            parts = parts if weight else [whole[:1]]
             if self._mixes:  # each image is mixed with the one before it in the update, whoever else holds that
                 parts = [np.append(whole[part[0] - whole[0] - 1], part) for part in parts]
             updates.append([(part, update, weight, part is parts[-1]) for part in parts])

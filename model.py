@@ -147,8 +147,8 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int, sta
         images = "image" if smallest_piece == 1 else "images"
         raise UserError(
             f"--image_size {image_size}: {kind} cannot train on a micro-batch of {smallest_piece} such {images} "
-            f"({reason}).\nUse another --image_size ({timm_models.own_size(model) or 224} suits it) or a --batch_size "
-            "that leaves no single image over."
+            f"({reason}).\nUse another --image_size ({timm_models.own_size(model) or 224} suits it), or a --batch_size "
+            "and --accumulate that make larger micro-batches."
         )
     reason = _objection(twin, start_size, smallest_piece) if start_size else None
     if reason:

@@ -1,6 +1,7 @@
 """The numbers of a training: what a skipped update leaves, which epoch is best, how batches are cut, what is stated."""
 
 import copy
+import itertools
 import math
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches
+from distributed import Ranks
 from evaluate import Evaluation
 from inspection import inspect_step, watch
 from metrics import best_epochs
@@ -352,3 +354,88 @@ def test_a_resumed_run_chooses_the_same_epoch_and_ends_with_the_same(stop, tmp_p
     made.run.close()
     assert (made.progress.epoch, made.progress.best_epoch) == (6, 3)
     assert load_checkpoint(tmp_path / "best_model.pt")["epoch"] == 3
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+def cut(count, batch_size, accumulate=1, ranks=1):
+    """How many images each micro-batch of an epoch holds: by update, then by rank."""
+    feeds = [
+        Batches(
+            tiny.subset(count), Preprocess(CPU, 9), batch_size, 3, accumulate=accumulate, ranks=Ranks(rank, rank, ranks)
+        )
+        for rank in range(ranks)
+    ]
+    updates = range(feeds[0].updates_per_epoch)
+    return [[[len(piece) for piece in fed._pieces(update, fed.ranks.rank)] for fed in feeds] for update in updates]
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "accumulate", "last"),
+    [
+        (41, 32, 8, [4, 5]),  # nine images left over: not 2, 1, 1, 1, 1, 1, 1, 1
+        (42, 32, 8, [4, 4, 2]),
+        (40, 32, 8, [4, 4]),
+        (33, 32, 8, [4] * 7 + [5]),  # a single image joins the update before
+        (35, 32, 8, [3]),
+        (7, 32, 8, [4, 3]),  # fewer images than a batch
+        (64, 32, 8, [4] * 8),
+        (21, 5, 3, [2, 2, 2]),
+        (17, 10, 3, [4, 3]),
+        (5, 3, 3, [1, 1]),  # single images were asked for
+        (9, 8, 1, [9]),
+        (12, 8, 1, [4]),
+    ],
+)
+def test_micro_batches_of_a_ragged_batch_keep_their_size(count, batch_size, accumulate, last):
+    assert cut(count, batch_size, accumulate)[-1] == [last]
+
+
+def test_every_image_is_in_one_micro_batch_and_the_smallest_is_known():
+    for count, batch_size, accumulate, ranks in itertools.product(range(2, 26), range(1, 9), (1, 2, 3), (1, 2, 3)):
+        if batch_size < ranks * accumulate:
+            continue
+        pieces = cut(count, batch_size, accumulate, ranks)
+        assert sum(size for update in pieces for rank in update for size in rank) == count
+        full = -(-batch_size // ranks // accumulate) + 1
+        assert all(size <= full + 1 for update in pieces for rank in update for size in rank)
+        options = {"accumulate": accumulate, "ranks": Ranks(0, 0, ranks)}
+        fed = Batches(tiny.subset(count), Preprocess(CPU, 9), batch_size, 3, **options)
+        assert fed.smallest_piece == max(1, min(size for update in pieces for rank in update for size in rank))
+
+
+def test_an_epoch_yields_these_micro_batches():
+    for mixup in (0.0, 0.4):
+        fed = Batches(tiny.subset(41), Preprocess(CPU, 9), 32, 3, accumulate=8, mixup=mixup)
+        sizes = [[len(images) for images, *_ in update] for update in fed.epoch(0)]
+        assert sizes == [[4] * 8, [4, 5]]
+        lasts = [[last for *_, last in update] for update in fed.epoch(0)]
+        assert lasts == [[False] * 7 + [True], [False, True]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.draw(tmp_path_factory.mktemp("data"))
+
+
+def tiny_deep(*, weights=None, **options):
+    """A classifier whose last BatchNorm sees one pixel of each image of 16 px: a single image has no statistics."""
+    model = tiny.Classifier(**options)
+    model.features[0].stride = model.features[3].stride = (4, 4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["--batch_size=6", "--accumulate=4"], 2),  # 19 images: full batches are cut 2, 2, 1, 1, the last 2, 2, 3
+        (["--batch_size=6", "--accumulate=3"], 0),  # 2, 2, 2
+        (["--batch_size=16", "--accumulate=4"], 0),  # the three left over stay together
+    ],
+)
+def test_a_micro_batch_of_a_single_image_is_refused_in_words(words, status, folder, tmp_path, capsys, monkeypatch):
+    tiny_deep.__module__ = "torchvision.models.tiny"
+    monkeypatch.setitem(tiny.torchvision_registry.BUILTIN_MODELS, "tiny_deep", tiny_deep)
+    words = ["--model=tiny_deep", "--image_size=16", "--epochs=1", *words]
+    assert tiny.train(folder, tmp_path, *words) == status
+    said = capsys.readouterr().err
+    assert ("micro-batch of 1 such image" in said and "--accumulate" in said) == (status == 2)
