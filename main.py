@@ -204,7 +204,7 @@ def _memory_advice(options: Namespace) -> str:
     if options.command not in ("train", "compare"):
         return f"out of memory at --batch_size {batch}: use a smaller one."
     if isinstance(batch, str):
-        return f"out of memory at --batch_size {batch}: memory was taken since. Try --resume auto."
+        return f"out of memory at --batch_size {batch}: name --batch_size and an --accumulate larger than it chose."
     smaller = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
     way = smaller if batch >= 2 * accumulate else "use a smaller --image_size"
     return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}; --amp needs less, too."

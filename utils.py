@@ -74,6 +74,12 @@ def keep_freed_memory() -> None:
         mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def return_freed_memory() -> None:
+    """Hand what was freed and kept by glibc back to the kernel, so that it counts as free; see malloc_trim(3)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def own_command() -> list[str]:
     """The words that start this program in a fresh process, without its options.
 

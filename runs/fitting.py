@@ -1,99 +1,66 @@
-"""How many images a training can compute at once: tried with real updates, before the first epoch."""
+"""How many images a training can compute at once, from what autograd keeps of one image for the backward pass."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from precision import Precision
-from system.machine import available_memory, linux_memory, peak_memory, reset_peak_memory
-from utils import UserError, is_out_of_memory
+from system.machine import GPUS, available_memory
+from utils import UserError, return_freed_memory
 
-TRIED_ON_CPU = 16  # images of the largest trial there; what more would take follows from those before
-USABLE = 0.8  # share of a CPU's free memory: its end is no error that could be caught, but the process's
+SPARE = 1.3  # bytes that an update takes for each that is kept: gradients of activations, and holes in the heap
+USABLE = 0.8  # share of the free memory: on a CPU, running out of it is no error that could be caught
 
 
 def micro_batch_that_fits(
     model: nn.Module, image_size: int, most: int, precision: Precision, device: torch.device, *, processes: int = 1
 ) -> int:
-    """How many images of `image_size` pixels fit into memory at once in training: `most`, or the largest power of two.
+    """Return how many images of `image_size` pixels fit into memory at once in training: `most`, or a power of two.
 
-    On a CPU the memory that the control groups leave is shared by `processes`. `model` stays as it is. Raises UserError
-    where not even two images fit.
+    Updates of two and of three images tell what one more keeps, whatever the process allocated before. `processes`
+    share a CPU's memory. `model` stays as it is. Raises UserError if not even two images fit.
     """
-    twin = copy.deepcopy(model).train()
-
-    def update(count: int) -> None:
-        labels = torch.zeros(count, dtype=torch.long, device=device)
-        images = torch.zeros(count, 3, image_size, image_size, device=device)
-        with precision.autocast():
-            loss = F.cross_entropy(twin(images.contiguous(memory_format=torch.channels_last)), labels)
-        loss.backward()
-
+    two, three = (_kept_bytes(copy.deepcopy(model), count, image_size, precision, device) for count in (2, 3))
+    each = three - two
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    find = _by_trial if device.type == "cuda" else _by_growth
-    fits = find(update, most, 3 * weights, device, processes)  # two moments of Adam, and a moving average
-    if not fits:
+    once = two - 2 * each + 4 * weights  # 16-bit copies of weights; gradients, Adam's two moments, a moving average
+    free = _free_bytes(device, processes)
+    fits = most if free is None else int((USABLE * free - once) / max(1.0, SPARE * each))
+    if fits < min(2, most):
         raise UserError("--batch_size auto: not even 2 images fit into memory. Use a smaller --image_size or --model.")
-    return fits
+    return most if fits >= most else 2 ** (fits.bit_length() - 1)
 
 
-def _counts(most: int) -> Iterator[int]:
-    """2, 4, 8 ... and at last `most`."""
-    count = 2
-    while count < most:
-        yield count
-        count *= 2
-    yield most
+def _kept_bytes(model: nn.Module, count: int, image_size: int, precision: Precision, device: torch.device) -> int:
+    """Compute one update of `count` images and return the bytes that autograd kept for its backward pass."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    labels = torch.zeros(count, dtype=torch.long, device=device)
+    images = torch.zeros(count, 3, image_size, image_size, device=device).to(memory_format=torch.channels_last)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with precision.autocast():
+            loss = F.cross_entropy(model.train()(images), labels)
+        loss.backward()
+    own = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    return sum(size for place, size in kept.items() if place not in own)
 
 
-def _by_trial(update: Callable[[int], None], most: int, beside: int, device: torch.device, _processes: int) -> int:
-    """The largest count of which an update fits into a GPU's memory with `beside` bytes more."""
-    fits = 0
-    reserved = torch.empty(beside, dtype=torch.uint8, device=device)
-    for count in _counts(most):
-        try:
-            update(count)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            break
-        fits = count
-    del reserved
-    torch.cuda.empty_cache()
-    reset_peak_memory(device)
-    return fits
-
-
-def _by_growth(update: Callable[[int], None], most: int, beside: int, device: torch.device, processes: int) -> int:
-    """The largest count that fits into a CPU's memory, if each image takes as much as it did in small updates."""
-    free = available_memory()
-    if free is None:
-        return most
-    taken = linux_memory("/proc/self/status", "VmRSS") or 0
-    allowed = USABLE * free / processes - beside
-    peaks: dict[int, float] = {}
-    for count in [count for count in _counts(most) if count <= TRIED_ON_CPU] or [most]:
-        if peaks and _peak_of(2 * count, peaks) > allowed:
-            break
-        reset_peak_memory(device)
-        try:
-            update(count)
-        except (RuntimeError, MemoryError) as error:
-            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-                raise
-            break
-        peaks[count] = peak_memory(device)["peak_memory_mb"] * 2**20 - taken
-    fitting = [count for count in _counts(most) if peaks and _peak_of(count, peaks) <= allowed]
-    return max(fitting, default=0)
-
-
-def _peak_of(count: int, peaks: dict[int, float]) -> float:
-    """The peak of an update of `count` images in bytes, on the line through the smallest and the largest trial."""
-    first, *_, last = [next(iter(peaks)), *peaks]
-    slope = (peaks[last] - peaks[first]) / (last - first) if last > first else peaks[first] / first
-    return peaks[last] + max(0.0, slope) * (count - last)
+def _free_bytes(device: torch.device, processes: int) -> float | None:
+    """Return this process's share of the free memory, freed memory included; None if the system does not say it."""
+    if device.type in GPUS:
+        gpu = getattr(torch, device.type)
+        gpu.empty_cache()
+        free: int = gpu.mem_get_info(device)[0]
+        return free
+    return_freed_memory()
+    available = available_memory()
+    return None if available is None else available / processes

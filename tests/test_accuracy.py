@@ -24,11 +24,8 @@ from features.activation_maps import activation_maps
 from features.frozen import FrozenNetwork
 from model import WithMirrorImage, head_names
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
-from precision import Precision
-from runs import fitting
 from train import Trainer
 from transforms import Preprocess, growing_sizes
-from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -518,34 +515,6 @@ def test_auto_asks_for_what_would_be_without_it():
     assert "argument --batch_size" in refused("--batch_size=automatic")
 
 
-MEGABYTE = 2**20
-
-
-@pytest.mark.parametrize(
-    ("free", "processes", "expected"),
-    [(10**6, 1, 100), (500, 1, 32), (250, 1, 16), (500, 2, 16), (40, 1, 2), (20, 1, 0)],
-)
-def test_what_fits_follows_from_small_updates(monkeypatch, free, processes, expected):
-    """An update takes 10 MB, and 10 MB an image; of the free memory 80 % may be used."""
-    done = []
-    monkeypatch.setattr(fitting, "available_memory", lambda: free * MEGABYTE)
-    monkeypatch.setattr(fitting, "linux_memory", lambda *_: 0)
-    monkeypatch.setattr(fitting, "peak_memory", lambda _: {"peak_memory_mb": 10 + 10 * done[-1]})
-    assert fitting._by_growth(done.append, 100, 0, CPU, processes) == expected
-    assert max(done) <= 16
-
-
-def test_a_gpu_is_filled_until_it_refuses(monkeypatch):
-    def update(count):
-        if count > 20:
-            raise RuntimeError("CUDA error: out of memory")
-
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(fitting, "reset_peak_memory", lambda _: None)
-    assert fitting._by_trial(update, 100, 0, CPU, 1) == 16
-    assert fitting._by_trial(lambda _: None, 100, 0, CPU, 1) == 100
-
-
 def test_auto_is_recorded_and_a_resume_repeats_it(data, tmp_path, monkeypatch, run):
     words = ("--model=tiny_classifier", "--batch_size=auto:8", "--epochs=3")
     monkeypatch.setattr("assemble.micro_batch_that_fits", lambda *_, **__: 3)
@@ -577,15 +546,3 @@ def test_auto_trains_to_the_end_and_goes_on_after_a_stop(data, tmp_path):
                 assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
         assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
         tiny.assert_equal(tiny.outcome(tmp_path / "typed"), tiny.outcome(tmp_path / name))
-
-
-def test_auto_tries_a_real_network_in_the_memory_that_is_there(monkeypatch):
-    torch.manual_seed(0)
-    model = models.resnet18(num_classes=5)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    fp32 = Precision("fp32", CPU, "a test")
-    assert fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU) == 24
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    monkeypatch.setattr(fitting, "available_memory", lambda: 2 * 45 * MEGABYTE)  # its weights alone take 45
-    with pytest.raises(UserError, match="not even 2 images fit"):
-        fitting.micro_batch_that_fits(model, 64, 24, fp32, CPU)
