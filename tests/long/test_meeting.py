@@ -8,112 +8,152 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
+from forks import Process
 from tiny import ROOT, free_port
 
 from distributed import Ranks
 from system import meeting
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-QUICK = """
+IMPATIENT = """
 import sys
 from datetime import timedelta
 from system import meeting
-meeting.PATIENCE = timedelta(seconds={patience})
+meeting.PATIENCE = timedelta(seconds=float(sys.argv.pop(1)))
 import main
 main.run()
 """
 COMMAND = ["train", "--device=cpu", "--data_dir=nothing", "--checkpoint_dir=nowhere"]
 
 
-def start(*, patience: float = 1, command=COMMAND, **variables: object) -> subprocess.Popen:
-    """One process of a job of two, or what `variables` say."""
-    job = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | variables
-    environment = {name: value for name, value in os.environ.items() if name not in job}
-    environment |= {name: str(value) for name, value in job.items() if value is not None}
-    return subprocess.Popen(
-        [sys.executable, "-c", QUICK.format(patience=patience), *command],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    """Starts Python code, with words for its sys.argv, in a process of its own."""
+    folder = tmp_path_factory.mktemp("programs")
+
+    def start(code: str, *words: object, **options) -> Process:
+        file = folder / f"program{len(list(folder.iterdir()))}.py"
+        file.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}")
+        return Process(words, script=file, **options)
+
+    return start
 
 
-def end(process: subprocess.Popen, seconds: float = 60) -> tuple[int, str]:
-    try:
-        out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
+@pytest.fixture(scope="module")
+def rank(program):
+    """Starts one process of a job of two, or what `variables` say."""
+
+    def start(*, patience: float = 1, **variables: object) -> Process:
+        job = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | variables
+        environment = {name: value for name, value in tiny.environment().items() if name not in job}
+        environment |= {name: str(value) for name, value in job.items() if value is not None}
+        return program(IMPATIENT, patience, *COMMAND, env=environment)
+
+    return start
+
+
+def end(process: Process, seconds: float = 60) -> tuple[int, str]:
+    status, out, err = tiny.finish(process, seconds)
     assert "Traceback" not in err and out == "", (out, err)
-    return process.returncode, err
+    return status, err
 
 
-@pytest.mark.parametrize(
-    "variables",
-    [{}, {"RANK": 1, "LOCAL_RANK": 1}, {"RANK": 1, "MASTER_ADDR": "no-such-host.invalid"}],
-    ids=["the first alone", "the second alone", "unknown host"],
-)
-def test_processes_that_cannot_meet_say_where(variables):
-    port = free_port()
-    status, said = end(start(MASTER_PORT=port, **variables))
-    assert status == 1 and f"could not meet the others at {variables.get('MASTER_ADDR', '127.0.0.1')}:{port}" in said
-    assert "firewall" in said
+ALONE = {  # name: (variables, exit status, what is said)
+    "the first alone": ({}, 1, "could not meet the others at 127.0.0.1:{port}"),
+    "the second alone": ({"RANK": 1, "LOCAL_RANK": 1}, 1, "could not meet the others at 127.0.0.1:{port}"),
+    "unknown host": (
+        {"RANK": 1, "MASTER_ADDR": "no-such-host.invalid"},
+        1,
+        "could not meet the others at no-such-host.invalid:{port}",
+    ),
+    "left over": (
+        {"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None},
+        2,
+        "RANK, MASTER_ADDR, MASTER_PORT are not set",
+    ),
+    "an empty port": ({"MASTER_PORT": ""}, 2, "MASTER_PORT is not set"),
+    "a word for a port": ({"MASTER_PORT": "http"}, 2, "MASTER_PORT=http is no port"),
+    "too large a port": ({"MASTER_PORT": "99999"}, 2, "MASTER_PORT=99999 is no port"),
+}
 
 
-def test_a_port_that_is_taken():
+@pytest.fixture(scope="module")
+def alone(rank):
+    """A process and its port for each of ALONE; they wait for the others at the same time."""
+    ports = {name: variables.get("MASTER_PORT", free_port()) for name, (variables, *_) in ALONE.items()}
+    return {
+        name: (rank(**{"MASTER_PORT": ports[name]} | variables), ports[name]) for name, (variables, *_) in ALONE.items()
+    }
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_process_that_cannot_meet_the_others_says_where_or_what_is_missing(name, alone):
+    _, expected, named = ALONE[name]
+    process, port = alone[name]
+    status, said = end(process)
+    assert (status, named.format(port=port) in said, "firewall" in said) == (expected, True, expected == 1), said
+
+
+def test_a_port_that_is_taken_is_named(rank):
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        status, said = end(start(MASTER_PORT=port))
+        status, said = end(rank(MASTER_PORT=port))
     assert status == 1 and f":{port} is taken" in said and "--master_port" in said
 
 
-def test_a_missing_interface():
+def test_a_missing_interface_is_named(rank):
     port = free_port()
-    pair = [start(RANK=rank, MASTER_PORT=port, GLOO_SOCKET_IFNAME="nope7") for rank in (0, 1)]
+    pair = [rank(RANK=number, MASTER_PORT=port, GLOO_SOCKET_IFNAME="nope7") for number in (0, 1)]
     ended = [end(process) for process in pair]
     assert [status for status, _ in ended] == [1, 1]
     assert any("lacks a network interface" in said and "nope7" in said for _, said in ended)
 
 
-@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
-def test_a_process_that_waits_hears_signals(number, rank):
-    process = start(RANK=rank, LOCAL_RANK=rank, patience=600)
-    time.sleep(5)
-    assert process.poll() is None
+def until_it_waits(process: Process) -> None:
+    """It has a thread that watches signals, and one that looks for the others."""
+    threads = Path(f"/proc/{process.pid}/task")
+    if threads.exists():
+        tiny.wait_for(lambda: len(list(threads.iterdir())) > 2, process)
+    time.sleep(0.5)
+
+
+@pytest.mark.parametrize("number, place", [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
+def test_a_process_that_waits_hears_signals(number, place, rank):
+    process = rank(RANK=place, LOCAL_RANK=place, patience=600)
+    until_it_waits(process)
     process.send_signal(number)
     begun = time.monotonic()
     status, _ = end(process, 20)
     assert status == 128 + number and time.monotonic() - begun < 8
 
 
-def test_waiting_is_said():
-    process = start(patience=600)
-    assert process.stderr.readline().startswith("waiting for other processes at 127.0.0.1:")
-    process.send_signal(signal.SIGTERM)
-    assert end(process)[0] == 143
-
-
 @pytest.mark.parametrize(
-    "variables, named",
-    [
-        ({"RANK": None, "MASTER_ADDR": None, "MASTER_PORT": None}, "RANK, MASTER_ADDR, MASTER_PORT are not set"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT=http is no port"),
-        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no port"),
-    ],
-    ids=["left over", "empty", "a word", "too large"],
+    "local_rank, said", [(0, "waiting for other processes at here:1 ...\n"), (1, "")], ids=["first", "another"]
 )
-def test_half_of_a_jobs_environment_is_a_mistake(variables, named):
-    status, said = end(start(**variables))
-    assert status == 2 and named in said
+def test_long_waiting_is_said_once(local_rank, said, monkeypatch, capsys):
+    """The clock is fabricated: each look for the others takes four seconds, and the fifth finds them."""
+    looks = []
+    met = threading.Event()
+
+    def look(*_, **__) -> None:
+        looks.append(1)
+        if len(looks) == 5:
+            met.set()
+
+    monkeypatch.setattr(meeting, "time", SimpleNamespace(monotonic=lambda: 4 * len(looks)))
+    monkeypatch.setattr(meeting, "wait", look)
+    meeting._hearing_signals(met.wait, Ranks(local_rank, local_rank, 2), "here:1")
+    assert capsys.readouterr().err == said
 
 
 # What each layer says, as it was seen; and the kind that it is.
@@ -143,8 +183,8 @@ def test_errors_of_other_layers_in_their_own_words(text, kind, monkeypatch):
     assert meeting.in_words(RuntimeError("a shape does not fit")) is None
 
 
-def test_a_real_time_out_and_a_real_loss(tmp_path):
-    """Two threads' process groups on one store: one is silent, then gone."""
+def test_a_real_time_out_and_a_real_loss_are_told_apart(program, tmp_path):
+    """Two processes' group on one store: one of them is silent, or gone."""
     code = """
 import sys, os, time
 from datetime import timedelta
@@ -155,22 +195,20 @@ dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, 
                         timeout=timedelta(seconds=2))
 dist.all_reduce(torch.ones(1))
 if rank:
-    time.sleep(0 if what == "lost" else 5)
+    time.sleep(0 if what == "lost" else 60)
     os._exit(0)
 try:
     dist.all_reduce(torch.ones(1))
 except RuntimeError as error:
-    print(meeting.in_words(error))
+    print(meeting.in_words(error), flush=True)
+os._exit(0)
 """
-    for what, kind in (("lost", "has ended"), ("silent", "did not answer in time")):
-        file = str(tmp_path / what)
-        pair = [
-            subprocess.Popen([sys.executable, "-c", code, str(rank), what, file], cwd=ROOT, stdout=-1, text=True)
-            for rank in (0, 1)
-        ]
-        out, _ = pair[0].communicate(timeout=60)
-        pair[1].wait(60)
-        assert kind in out
+    kinds = {"lost": "has ended", "silent": "did not answer in time"}
+    pairs = {what: [program(code, number, what, tmp_path / what) for number in (0, 1)] for what in kinds}
+    for what, (first, second) in pairs.items():
+        out, err = first.communicate(timeout=60)
+        assert kinds[what] in out, err
+        second.kill()
 
 
 # -------------------------------------------------------------------------- cores, deaf waits
@@ -199,7 +237,7 @@ def test_cores_are_shared_out_among_the_processes_of_a_machine(asked, size, besi
 
 
 DEAF = """
-import os, signal, sys, threading, time
+import signal, threading, time
 from system import meeting
 heard = threading.Event()
 signal.signal(signal.SIGTERM, lambda *_: heard.set())
@@ -213,32 +251,29 @@ else:
     while not heard.is_set():
         time.sleep(0.05)
     time.sleep(1)
-    print("done")
+    print("done", flush=True)
 """
 
 
 @pytest.mark.parametrize("grace, signals, seconds", [(1, 1, 4), (60, 2, 4)], ids=["after its grace", "second signal"])
-def test_a_wait_that_hears_no_signal_is_ended(grace, signals, seconds):
-    command = [sys.executable, "-c", DEAF, str(grace), "deaf"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+def test_a_wait_that_hears_no_signal_is_ended(grace, signals, seconds, program):
+    process = program(DEAF, grace, "deaf")
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)  # until it waits
     begun = time.monotonic()
     for _ in range(signals):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
-    out, err = process.communicate(timeout=30)
-    assert process.returncode == 143 and "SIGTERM: ended while waiting for other processes" in err
+    status, _, err = tiny.finish(process, 30)
+    assert status == 143 and "SIGTERM: ended while waiting for other processes" in err
     assert time.monotonic() - begun < seconds
 
 
-def test_a_signal_that_is_heard_is_left_to_its_handler():
-    command = [sys.executable, "-c", DEAF, "0.5", "hearing"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True)
+def test_a_signal_that_is_heard_is_left_to_its_handler(program):
+    process = program(DEAF, 0.5, "hearing")
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out, err) == (0, "done\n", "")
+    assert tiny.finish(process, 30) == (0, "done\n", "")
 
 
 END = """
@@ -252,16 +287,16 @@ class Last:
 kept = Last()
 atexit.register(print, "handlers of exit ran")
 concurrent.futures.ThreadPoolExecutor(1).submit(lambda: (time.sleep(2), print("threads ended")))
-sys.argv = ["main.py", "evaluate", "--checkpoint_name=none"]
+sys.argv = ["main.py", *sys.argv[1:]]
 main.run()
 """
 
 
-@pytest.mark.parametrize("size", ["2", "1"])
-def test_one_of_several_processes_ends_without_pythons_shutdown(size):
+@pytest.mark.parametrize("size, command", [("2", "evaluate"), ("1", "report")])
+def test_one_of_several_processes_ends_without_pythons_shutdown(size, command):
     """In which gloo's threads, which outlive the group, could abort it."""
     done = subprocess.run(
-        [sys.executable, "-c", END],
+        [sys.executable, "-c", END, command, "--checkpoint_name=none"],
         cwd=ROOT,
         env={**os.environ, "WORLD_SIZE": size},  # and none of the other variables: the processes cannot meet
         capture_output=True,
