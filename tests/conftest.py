@@ -1,7 +1,4 @@
-"""What many tests share: a tiny demo data set drawn once, and a way to call main(argv) as a user does.
-
-One thread, tiny images and small networks keep the whole suite at seconds. Run it: pytest
-"""
+"""Fixtures that many tests share: a tiny demo data set, finished runs, and a way to call main(argv) as a user does."""
 
 import contextlib
 import os
@@ -76,7 +73,7 @@ def trained(scenes_folder, tmp_path_factory):
     flags = {
         "fp32": [],
         "amp-bf16": ["--amp"],
-        "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=squeezenet1_1", "--epochs=1"],
+        "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=tiny_classifier", "--epochs=1"],
     }
     runs = {}
     for name, words in flags.items():
@@ -85,3 +82,9 @@ def trained(scenes_folder, tmp_path_factory):
             outcome = run_main([*line, *SMALL, *words])
         runs[name] = (checkpoints / name, *outcome)
     return runs
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say at the end how to run the rest."""
+    if not any("long" in str(word) for word in config.args):
+        terminalreporter.write_line("These were the smoke tests. Everything: python tests/check.py")

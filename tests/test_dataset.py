@@ -238,9 +238,8 @@ def assert_within_two_levels(ours, theirs, std):
 
 
 @pytest.mark.parametrize("side", [33, 256], ids=["smaller", "larger"])
-@pytest.mark.parametrize("source", ["scenes_folder", "real_folder"])
-def test_pixels_are_torchvisions(request, source, side):
-    data = opened(request.getfixturevalue(source), side)
+def test_pixels_are_torchvisions(scenes_folder, side):
+    data = opened(scenes_folder, side)
     images = torch.cat([images for images, *_ in fed(data, data.test, size=side).evaluation()])
     assert_within_two_levels(images, torchvisions(data.test.paths, side), IMAGENET_STD)
     assert images.dtype == torch.float32 and images.shape == (len(data.test), 3, side, side)

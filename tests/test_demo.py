@@ -19,7 +19,7 @@ from commands import compare
 from images import demo, scenes
 from images.demo import draw_demo, fit_demo, nominal_rate
 from system.machine import images_that_fit
-from utils import RunError, UserError
+from utils import UserError
 
 GB = 2**30
 CARDS = {  # memory, multiprocessors, clock, capability, trainings of a comparison, cores of such a machine
@@ -168,20 +168,6 @@ def test_processes_draw_the_same_scenes(tmp_path, monkeypatch):
     draw_demo(tmp_path / "two", train_images=60, test_images=12, size=64, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert len(contents(tmp_path / "one")) == 73
-
-
-def test_a_process_that_dies_is_said_in_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "IN_PROCESSES", 0)
-    monkeypatch.setattr(demo, "_draw", _die)
-    with pytest.raises(RunError, match="died"):
-        draw_demo(tmp_path / "demo", train_images=12, test_images=12, workers=2)
-    assert not (tmp_path / "demo" / "seg_train").exists()
-
-
-def _die(_scenes):
-    import os
-
-    os._exit(1)
 
 
 @pytest.mark.parametrize("name", scenes.CLASSES)

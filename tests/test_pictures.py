@@ -232,22 +232,6 @@ def test_one_limit_for_every_command(tmp_path):
     assert decode(root / "cat" / "photo.png", 16).shape == (16, 16, 3)
 
 
-def test_heic_is_read_by_its_plugin_or_names_it(tmp_path, monkeypatch):
-    plugin = pytest.importorskip("pillow_heif")
-    path = tmp_path / "cat" / "photo.heic"
-    path.parent.mkdir()
-    picture = Image.fromarray(np.linspace(0, 255, 64 * 64 * 3).astype(np.uint8).reshape(64, 64, 3))
-    plugin.from_pillow(picture).save(path)
-    assert [found.name for found in find_images(tmp_path)] == ["photo.heic"]
-    with monkeypatch.context() as patch:
-        patch.setitem(__import__("sys").modules, "pillow_heif", None)
-        for kind in ("HEIF", "AVIF_BY_HEIF"):
-            patch.delitem(Image.OPEN, kind, raising=False)
-        patch.setattr(Image, "ID", [kind for kind in Image.ID if kind != "HEIF"])
-        assert "pip install pillow-heif" in try_decode(path, None)
-    assert np.abs(decode(path).astype(int) - np.asarray(picture)).mean() < 6
-
-
 def test_a_shape_that_is_only_opacity_is_seen(tmp_path):
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[2:6, 2:6, 3] = 255
@@ -317,22 +301,6 @@ def test_several_pictures_in_a_file_are_said_once(tmp_path, caplog):
         "2 files hold several pictures: the first of each is used"
     ]
     assert check(root)["several"] == ["cat/moving.gif", "cat/pages.tif"]
-
-
-def test_the_pictures_of_other_packages(tmp_path):
-    skimage = pytest.importorskip("skimage")
-    folder = Path(skimage.__file__).parent / "data"
-    (tmp_path / "science").symlink_to(folder)
-    sklearn = pytest.importorskip("sklearn.datasets")
-    (tmp_path / "photos").symlink_to(Path(sklearn.__file__).parent / "images")
-    found = find_image_set(tmp_path)
-    assert Counter(label for _, label in found.train)[0] == 2
-    assert {".py", ".txt"} <= found.passed_over.keys()
-    report = check(tmp_path)
-    assert report["sizes"]["640x427"] >= 2
-    for name, reason in report["unreadable"].items():  # of a kind that Pillow does not read: the same everywhere
-        assert try_decode(tmp_path / name, None) == reason
-    assert len(report["unreadable"]) <= 1
 
 
 # ------------------------------------------------------------- the same pixels, whatever stands beside
@@ -716,6 +684,7 @@ def test_a_new_run_may_follow_a_split_and_divide_what_is_new(pets, tmp_path):
     assert len(now) == 120 and set(Counter(now.values())) == {"train", "validation", "test"}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_evaluation_on_new_data_writes_what_a_training_writes(pets, tmp_path, run):
     _, runs = pets
     new = classes(tmp_path / "new", names=("cat", "emu", "fox"), count=5, first=90_000)
@@ -797,7 +766,9 @@ def test_check_and_clean_by_the_command_line(tmp_path, run):
     assert status == 0 and "1 cache removed" in out and caches(root / ".cache") == []
 
 
+@pytest.mark.usefixtures("drawn")
 def test_audit_finds_labels_that_were_swapped(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("commands.compare.subprocess", tiny.Subprocess)
     root = tiny.draw(tmp_path / "data", train=90, test=6)
     train = root / "seg_train" / "seg_train"
     swapped = sorted((train / "coast").iterdir())[:3]
@@ -833,17 +804,3 @@ def test_confident_learning_by_hand():
     assert found.order.tolist() == [2] and found.suggested.tolist() == [0, 0, 1, 1, 1, 1]
     assert found.margin[2] == pytest.approx(-0.6)
     assert found.joint.tolist() == [[2, 1], [0, 3]]
-
-
-def test_confident_learning_is_cleanlabs():
-    filtering = pytest.importorskip("cleanlab.filter")
-    from reports.doubt import find_doubtful
-
-    random = np.random.default_rng(5)
-    labels = random.integers(0, 4, 400)
-    logits = random.normal(size=(400, 4)) + 2 * np.eye(4)[np.where(random.random(400) < 0.1, (labels + 1) % 4, labels)]
-    probabilities = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    theirs = filtering.find_label_issues(labels, probabilities, filter_by="confident_learning", n_jobs=1)
-    ours = np.zeros(400, bool)
-    ours[find_doubtful(probabilities, labels).order] = True
-    assert np.array_equal(ours, theirs) and ours.sum() > 20

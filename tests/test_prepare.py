@@ -458,12 +458,6 @@ def test_download_without_kagglehub(tmp_path, monkeypatch):
     assert "prepare --archive" in str(caught.value)
 
 
-def test_offline_with_the_real_kagglehub_error():
-    requests = pytest.importorskip("requests")
-    error = prepare._download_error(requests.exceptions.ConnectionError("name resolution"), Path("data"))
-    assert isinstance(error, RunError) and "offline" in str(error)
-
-
 # -------------------------------------------------------------------------------------- check
 def test_check_counts_and_finds_what_is_wrong(tmp_path):
     pytest.importorskip("torch")

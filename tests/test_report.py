@@ -23,7 +23,6 @@ from system.files import write_text
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("drawn")
-
 CLASSES = ["buildings", "forest", "sea"]
 HOSTILE = ["a|b", "<script>alert(1)</script>", "$\\frac{$", 'new\nline, "quoted"', "\x1b[31mred\u202e", "海" * 40]
 

@@ -9,7 +9,6 @@ import pathlib
 import pickle
 import re
 import shlex
-import sys
 from collections import OrderedDict
 
 import numpy as np
@@ -179,23 +178,6 @@ def test_a_torchscript_archive_runs_nothing(tmp_path):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.bin"])
-def test_safetensors_are_known_by_their_content(tmp_path, name):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-
-    state = network().state_dict()
-    save_file(state, tmp_path / name)
-    assert_loaded(tmp_path / name, state)
-
-
-def test_without_safetensors_the_package_is_named(tmp_path, monkeypatch):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-
-    save_file(network().state_dict(), tmp_path / "weights.safetensors")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert "pip install safetensors" in refused(load_file, tmp_path / "weights.safetensors")
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_precisions_become_float32(tmp_path, dtype):
     state = network().state_dict()
@@ -232,55 +214,6 @@ def test_checkpoints_of_torchvisions_reference_code(tmp_path):
     assert_loaded(tmp_path / "model_3.pth", model.state_dict())
     torch.save({**content, "model_ema": average.state_dict()}, tmp_path / "checkpoint.pth")
     assert_loaded(tmp_path / "checkpoint.pth", average.module.state_dict())
-
-
-def test_checkpoints_that_timm_writes(tmp_path):
-    pytest.importorskip("timm")
-    from timm.utils import CheckpointSaver, ModelEmaV3
-
-    model = network("resnet18")
-    average = ModelEmaV3(model)
-    average.module.load_state_dict(network("resnet18", seed=3).state_dict())
-    saver = CheckpointSaver(
-        model,
-        torch.optim.SGD(model.parameters(), 0.1),
-        args=argparse.Namespace(model="resnet18", mean=(0.5,), output=None),
-        model_ema=average,
-        checkpoint_dir=str(tmp_path),
-        recovery_dir=str(tmp_path),
-    )
-    saver.save_checkpoint(0, 0.5)
-    (file,) = tmp_path.glob("checkpoint-*")
-    assert_loaded(file, average.module.state_dict(), name="resnet18")
-    message = refused(build_model, "resnet50", 6, pretrained_path=file)
-    assert "resnet18" in message
-
-
-def test_checkpoints_that_lightning_writes(tmp_path):
-    lightning = pytest.importorskip("lightning")
-
-    class Module(lightning.LightningModule):
-        def __init__(self, rate: float, options: dict):
-            super().__init__()
-            self.save_hyperparameters()
-            self.backbone = network()
-            self.criterion = nn.CrossEntropyLoss(weight=torch.ones(6))
-
-        def training_step(self, batch, number):
-            return self.criterion(self.backbone(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), self.hparams.rate)
-
-    data = torch.utils.data.TensorDataset(torch.randn(4, 3, 32, 32), torch.arange(4))
-    trainer = lightning.Trainer(
-        max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-        accelerator="cpu", enable_checkpointing=True,
-    )  # fmt: skip
-    module = Module(0.1, {"augment": ["flip"], "options": argparse.Namespace(depth=3)})
-    trainer.fit(module, torch.utils.data.DataLoader(data, 2))
-    trainer.save_checkpoint(tmp_path / "epoch=0.ckpt")
-    assert_loaded(tmp_path / "epoch=0.ckpt", module.backbone.state_dict())
 
 
 def test_numbers_of_numpy_and_versions_beside_the_weights_are_read(tmp_path):

@@ -214,6 +214,16 @@ def start(command: list[str], **options) -> forks.Process:
     return forks.Process(command, env=environment(), **options)
 
 
+class Subprocess:
+    """Stands for the module subprocess where a command starts trainings: they are forks then."""
+
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    @staticmethod
+    def Popen(command: list[str], *, env: dict[str, str], **_: object) -> forks.Process:
+        return forks.Process(command[2:], env=env, stdout=1, stderr=2)
+
+
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
     """Waits for a process; returns its exit status, output and errors. One that hangs fails the test."""
     try:

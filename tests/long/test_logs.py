@@ -11,6 +11,7 @@ import time
 import pytest
 import tiny
 from PIL import Image
+from tiny import SMALL, metrics
 
 from runs import logs
 from utils import UserError
@@ -220,3 +221,49 @@ def test_a_missing_package_is_said_before_the_work(monkeypatch):
     for name, package in (("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
         with pytest.raises(UserError, match=f"--log {name} needs a package: pip install {package}$"):
             logs.refuse_missing_packages([name])
+
+
+METRICS = {
+    "epoch",
+    "updates",
+    "train_loss",
+    "train_acc",
+    "val_loss",
+    "val_acc",
+    "val_balanced_acc",
+    "val_macro_f1",
+    "learning_rate",
+    "loss_scale",
+    "skipped_updates",
+    "images_per_second",
+    "data_wait_share",
+    "busy_share",
+    "seconds",
+    "peak_memory_mb",
+    "grad_norm",
+    "elapsed",
+    "skips",
+    "image_size",
+}
+
+
+def words(folder, checkpoints, name="run", *more):
+    return [f"--data_dir={folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}", *SMALL, *more]
+
+
+def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    given = words(
+        scenes_folder, tmp_path, "run", "--model=tiny_classifier", "--tensorboard", "--amp", "--amp_dtype=float16"
+    )
+    assert run(given)[0] == run([*given, "--overwrite"])[0] == 0  # whose events take the place of the first run's
+    found = events.EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    found.Reload()
+    lines = metrics(tmp_path / "run")
+    tags = found.Tags()
+    assert set(tags["images"]) == {"learning_curve", "confusion_matrix", "mistakes"}
+    of_the_test = {"test_acc", "balanced_acc", "test_loss", "best_epoch", "best_val_acc", "calibration_error"}
+    assert set(tags["scalars"]) == METRICS - {"epoch", "skips"} | of_the_test | {"total_seconds", "train_seconds"}
+    for name in ("learning_rate", "loss_scale", "val_acc"):
+        values = [(event.step, event.value) for event in found.Scalars(name)]
+        assert values == [(line["epoch"], pytest.approx(line[name])) for line in lines]

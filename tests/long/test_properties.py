@@ -1,6 +1,6 @@
 """Any combination of options either trains to the end or is refused in words; hostile words never raise.
 
-PROPERTY_EXAMPLES=500 pytest tests/test_properties.py tries 500 combinations instead of 30.
+PROPERTY_EXAMPLES=500 pytest tests/long/test_properties.py tries 500 combinations instead of 30.
 """
 
 import contextlib
