@@ -87,30 +87,36 @@ def main(device):
     model, average, losses, skipped = train(device, half)
     print(f"  skipped updates {skipped}, training loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     print(f"  weights finite: {finite(model.parameters())}, running_var[0]: {model[1].running_var[0].item()}")
-    assert skipped == 1 and losses[-1] < losses[0] and finite(model.parameters())
+    assert skipped == 1 and losses[-1] < losses[0] and finite(model.parameters()), (
+        "not one update was skipped, or the loss of training did not fall, or a weight is not finite"
+    )
     print("2. No precision mends it, nor does an average")
     for name, tested, dtype in (("float16", model, half), ("float32", model, torch.float32)):
         print(f"  evaluation in {name}: {evaluate(tested, device, dtype)}")
-        assert not finite([evaluate(tested, device, dtype)])
+        assert not finite([evaluate(tested, device, dtype)]), "an evaluation with spoilt running statistics is finite"
     print(f"  of the moving average: {evaluate(average, device)}")
-    assert not finite([evaluate(average, device)])
+    assert not finite([evaluate(average, device)]), "the average of spoilt running statistics is finite"
     print(f"3. Still so after {UPDATES - LOUD - 1} clean updates")
     clean = finite(model[1].buffers())
     print(f"  running statistics finite: {clean}")
-    assert not clean
+    assert not clean, "clean updates made the running statistics finite again"
     print("4. Cured: the buffers are put back")
     cured, average, losses, skipped = train(device, half, cured=True)
     loss = evaluate(cured, device)
     print(f"  skipped updates {skipped}, evaluation {loss:.3f}, of the average {evaluate(average, device):.3f}")
     counted = cured[1].num_batches_tracked.item()
     print(f"  batches that BatchNorm counts: {counted} of {UPDATES}")
-    assert skipped == 1 and loss < 0.5 and finite([evaluate(average, device)]) and counted == UPDATES - 1
+    assert skipped == 1 and loss < 0.5 and finite([evaluate(average, device)]) and counted == UPDATES - 1, (
+        "with buffers put back an evaluation is bad, or not one update was skipped, or it was counted"
+    )
     print("5. bfloat16 has the range: nothing is skipped, and the loud batch fades slowly")
     model, _, _, skipped = train(device, torch.bfloat16)
     loss = evaluate(model, device)
     largest = model[1].running_var.max().item()
     print(f"  evaluation {loss:.3f} (a guess has ln 3 = 1.099), running_var up to {largest:.1e}")
-    assert skipped == 0 and 1 < loss < 1.2
+    assert skipped == 0 and 1 < loss < 1.2, (
+        "bfloat16 skipped an update, or its evaluation is no longer as good as a guess"
+    )
     print("RULE: a skipped update must leave no trace, in BatchNorm's buffers neither.")
     return f"after none: it is NaN after all {UPDATES - LOUD - 1} that followed"
 
