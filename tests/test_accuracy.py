@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
 from test_option import parse, refused
 from tiny import subset
 from torch import nn
@@ -242,28 +241,6 @@ def test_patience_begins_when_images_are_of_full_size_and_layers_thawed(data, tm
     assert len(tiny.metrics(tmp_path / "run")) == epochs
 
 
-def test_each_size_is_compiled_once(data, tmp_path, monkeypatch):
-    """Three sizes of images, two counts in a micro-batch; the first size, and evaluation, with frozen layers, too."""
-    compiled = []
-
-    def backend(graph, inputs):
-        (images,) = [tensor for tensor in inputs if tensor.dim() == 4 and tensor.shape[2] > 3]
-        compiled.append((len(images), images.shape[-1]))
-        return graph.forward
-
-    torch_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: torch_compile(model, dynamic=False, backend=backend))
-    torch._dynamo.reset()
-    words = ["--model=tiny_classifier", "--start_size=20", "--image_size=84", "--epochs=6", "--freeze_epochs=1"]
-    words += ["--batch_size=5", "--accumulate=2"]
-    assert tiny.train(data, tmp_path, *words, name="eager") == 0
-    assert tiny.train(data, tmp_path, *words, "--compile", name="compiled") == 0
-    torch._dynamo.reset()
-    assert sorted(compiled) == sorted([(2, 20), (3, 20), (5, 84)] * 2 + [(2, 32), (3, 32), (2, 84), (3, 84)])
-    found = [json.loads((tmp_path / name / "result.json").read_text())["test_loss"] for name in ("eager", "compiled")]
-    assert found[0] == pytest.approx(found[1], rel=1e-4)
-
-
 # ------------------------------------------------------------------------------ augmentations
 KINDS = ["randaugment", "augmix", "jitter", "erasing", "crop,augmix,jitter,erasing", "upright,crop", "trivial,erasing"]
 
@@ -331,24 +308,6 @@ def test_a_frozen_networks_outputs_are_computed_before_the_first_epoch(data, tmp
     assert seen == [True, True]
     monkeypatch.setattr(FrozenNetwork, "_bar", None)
     assert tiny.train(data, tmp_path, *words, "--resume") == 0  # only tested again: they are not needed
-
-
-@pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])
-def test_kept_outputs_train_the_head_as_the_whole_network_does(data, tmp_path, start, monkeypatch, more):
-    words = ("--model=shufflenet_v2_x0_5", f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=3", *more)
-    assert tiny.train(data, tmp_path, *words, name="kept") == 0
-    monkeypatch.setattr("assemble.keep_outputs", lambda *_: None)
-    assert tiny.train(data, tmp_path, *words, name="whole") == 0
-    kept, whole = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("kept", "whole"))
-    for name, value in whole["model"].items():
-        torch.testing.assert_close(kept["model"][name], value, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(kept["model"]["fc.weight"], torch.load(start)["fc.weight"])
-    assert [name for name, value in torch.load(start).items() if not torch.equal(value, kept["model"][name])] == [
-        "fc.weight",
-        "fc.bias",
-    ]
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("kept", "whole")]
-    assert results[0]["confusion"] == results[1]["confusion"]
 
 
 def test_the_frozen_network_sees_each_image_twice_and_no_more(data, tmp_path, monkeypatch):
@@ -424,31 +383,6 @@ def test_a_batch_is_drawn_as_the_network_sees_it():
     assert (again - seen).abs().max() < 0.02  # half a step of 255, over ImageNet's deviation
     pixels, labels = fed("flip", mixup=0.5, accumulate=2).first_images(50)
     assert labels.shape == (8, 3) and torch.allclose(labels.sum(1), torch.ones(8))
-
-
-@pytest.mark.filterwarnings("error:The given NumPy array")
-@pytest.mark.usefixtures("drawn")
-def test_a_run_has_the_picture_of_a_batch_and_maps_of_its_mistakes(scenes_folder, tmp_path, run):
-    words = tiny.words(scenes_folder, tmp_path, "--model=resnet18", "--tta=flip", "--cutmix=1", "--epochs=1")
-    assert run(words)[0] == 0
-    folder = tmp_path / "run"
-    with Image.open(folder / "batch.png") as image:
-        assert image.width > 300
-    maps = json.loads((folder / "explanations.json").read_text())
-    rows = [line.split(",") for line in (folder / "predictions.csv").read_text().splitlines()[1:]]
-    wrong = [row for row in rows if row[1] != row[2]]
-    assert set(maps) == {row[0] for row in wrong}
-    for values in maps.values():
-        array = np.array(values)
-        assert array.shape == (32, 32) and array.min() >= 0 and 200 <= array.max() <= 255
-    page = (folder / "report.html").read_text()
-    assert "as the network sees them" in page and "where the network saw it" in page
-    place = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run", f"--explain={tmp_path / 'why.png'}"]
-    some = sorted(scenes_folder.glob("seg_test/seg_test/*/*"))[:3]
-    status, out, errors = run(["predict", *some, *place])
-    assert status == 0, errors
-    with Image.open(tmp_path / "why.png") as image:
-        assert image.width > 300
 
 
 class Bright(nn.Module):

@@ -34,7 +34,6 @@ SETTINGS = {
         "--no-channels_last",
     ],
     "dropout, streamed": [
-        "--model=mnasnet0_5",
         "--augment=trivial",
         "--optimizer=ADAMW",
         "--cache=none",
