@@ -76,8 +76,8 @@ class Batches:
         return self.sizes[min(epoch, len(self.sizes) - 1)]
 
     def grows_in(self, epoch: int) -> bool:
-        """Whether an epoch's images are larger than those of the epoch before, and no larger ones follow at once."""
-        return epoch > 0 and self.size_in(epoch - 1) < self.size_in(epoch) == self.size_in(epoch + 1)
+        """Whether an epoch's images are larger than those of the epoch before."""
+        return epoch > 0 and self.size_in(epoch - 1) < self.size_in(epoch)
 
     def _full(self, rank: int) -> list[int]:
         """Return how many images each micro-batch of a full batch holds on a rank."""

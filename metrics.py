@@ -195,12 +195,13 @@ class Meter:
                 f"has diverged. What was saved before is intact in {self.folder}."
             )
 
-    def line(self, at: Progress, found: Evaluation, device: torch.device) -> dict[str, Any]:
-        """One line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds, memory MB."""
+    def line(self, at: Progress, found: Evaluation, device: torch.device, *, size: int, trained: int) -> dict[str, Any]:
+        """Return a line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds, memory MB.
+
+        The epoch had images of `size` pixels, and trained so many tensors.
+        """
         memory = peak_memory(device)
-        if not (self.warming and at.steady):  # such an epoch counts only if there is no other
-            at.peak_memory_mb = max(at.peak_memory_mb if at.steady else 0.0, memory["peak_memory_mb"])
-            at.steady = not self.warming
+        at.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming)
         sums = at.sums
         macro = found.macro()
         busy = self.waiting.share()
@@ -224,6 +225,7 @@ class Meter:
             "elapsed": round(at.elapsed, 3),
             "peak_memory_mb": memory["peak_memory_mb"],
             "skips": at.skips,
+            "image_size": size,
         }
 
     def next_epoch(self, device: torch.device) -> None:

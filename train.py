@@ -204,7 +204,8 @@ class Trainer:
             raise
         at.elapsed = self.seconds
         size = self.batches.size_in(at.epoch)
-        line = self.meter.line(at, found, self.batches.device) | {"image_size": size}
+        trained = len(self.network.trained_names())
+        line = self.meter.line(at, found, self.batches.device, size=size, trained=trained)
         if self.frozen_seconds is not None:
             line["frozen_seconds"] = round(self.frozen_seconds, 3)
             self.frozen_seconds = 0.0

@@ -42,12 +42,35 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     learning_rate: float = 0.0  # of the last update
     elapsed: float = 0.0
-    peak_memory_mb: float = 0.0
-    steady: bool = False  # whether that is of an epoch after warm-up
+    # Peak memory in MB of the epochs of each image size and number of trained tensors, those that warmed up apart.
+    peaks: dict[tuple[int, int, bool], float] = field(default_factory=dict)
+
+    @property
+    def peak_memory_mb(self) -> float:
+        """Return the largest peak of an epoch.
+
+        What warms up takes memory once, such as cuDNN's searches. Such an epoch counts only if no steady one had images
+        as large and trained as many layers: with growing images there may be a single epoch of full size.
+        """
+        steady = [kind for kind in self.peaks if not kind[2]]
+
+        def counts(size: int, trained: int, warming: bool) -> bool:
+            return not warming or not any(size <= other[0] and trained <= other[1] for other in steady)
+
+        return max((peak for kind, peak in self.peaks.items() if counts(*kind)), default=0.0)
+
+    def note_peak(self, size: int, trained: int, megabytes: float, *, warming: bool) -> None:
+        """Add the peak memory of an epoch of images of `size` pixels that trained so many tensors."""
+        kind = (size, trained, warming)
+        self.peaks[kind] = max(megabytes, self.peaks.get(kind, 0.0))
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
         """What a checkpoint says. Raises TypeError and ValueError if fields are unknown or missing."""
+        if "steady" in stored:  # of an earlier version: one peak for all epochs
+            peaks = {(0, 0, not stored["steady"]): stored["peak_memory_mb"]}
+            stored = {name: value for name, value in stored.items() if name not in ("steady", "peak_memory_mb")}
+            stored["peaks"] = peaks
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")

@@ -20,10 +20,10 @@ from metrics import best_epochs
 from model import Network
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision
-from runs.checkpoint import load_checkpoint
+from runs.checkpoint import Progress, load_checkpoint
 from runs.folder import RunDirectory
 from train import Trainer, update_weights
-from transforms import Preprocess
+from transforms import Preprocess, growing_sizes
 from utils import RunError, Stopped
 
 CPU = torch.device("cpu")
@@ -439,3 +439,58 @@ def test_a_micro_batch_of_a_single_image_is_refused_in_words(words, status, fold
     assert tiny.train(folder, tmp_path, *words) == status
     said = capsys.readouterr().err
     assert ("micro-batch of 1 such image" in said and "--accumulate" in said) == (status == 2)
+
+
+# -------------------------------------------------------------------------------------- peak memory
+def stated_peak(sizes, trained, *, search=0.0):
+    """The peak that a run states if an epoch takes size² x trained layers, and `search` more where it warms up."""
+    at = Progress()
+    for epoch, kind in enumerate(zip(sizes, trained, strict=True)):
+        warming = epoch == 0 or kind != (sizes[epoch - 1], trained[epoch - 1])
+        at.note_peak(*kind, kind[0] ** 2 * kind[1] + search * warming, warming=warming)
+    return at.peak_memory_mb
+
+
+@pytest.mark.parametrize("search", [0.0, 1e6])
+@pytest.mark.parametrize("epochs", [2, 4, 8, 10, 14, 15, 28])
+def test_the_only_epoch_of_full_size_counts_in_peak_memory(epochs, search):
+    sizes = growing_sizes(48, 128, epochs)
+    stated = stated_peak(sizes, [1] * epochs, search=search)
+    assert stated == 128**2 if sizes.count(128) > 1 else 128**2 <= stated <= 128**2 + search
+
+
+@pytest.mark.parametrize("frozen", range(8))
+def test_the_only_epoch_of_all_layers_counts_in_peak_memory(frozen):
+    assert stated_peak([32] * 8, [1] * frozen + [9] * (8 - frozen)) == 32**2 * 9
+
+
+def test_what_warming_up_took_counts_only_where_no_epoch_was_steady():
+    assert stated_peak([32] * 3, [1] * 3, search=500.0) == 32**2
+    assert stated_peak([16, 32, 32], [1, 1, 1], search=5000.0) == 32**2  # the small images', too
+    assert stated_peak([32, 32, 32], [1, 1, 9], search=500.0) == 32**2 * 9 + 500
+    assert stated_peak([32], [1], search=500.0) == 32**2 + 500
+
+
+@pytest.mark.parametrize(("epochs", "stated"), [(4, 12**2), (20, 12**2)])
+def test_a_run_of_growing_images_states_the_peak_of_the_largest(epochs, stated, tmp_path, monkeypatch):
+    made = trainer(tmp_path, tiny.Classifier(3), epochs=epochs)
+    made.batches.sizes = growing_sizes(8, 12, epochs)
+    made.batches._input = {size: Preprocess(CPU, size) for size in (8, 12)}
+    taken = [size**2 for size in made.batches.sizes]
+    monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": taken[made.progress.epoch]})
+    made.train()
+    made.run.close()
+    assert made.progress.peak_memory_mb == stated
+    again = trainer(tmp_path / "again", tiny.Classifier(3), epochs=epochs)
+    again.load_state(load_checkpoint(tmp_path / "last.pt"))
+    again.run.close()
+    assert again.progress.peak_memory_mb == stated
+
+
+@pytest.mark.parametrize("steady", [False, True])
+def test_the_peak_of_an_earlier_versions_run_is_kept(steady):
+    stored = {name: value for name, value in vars(Progress()).items() if name != "peaks"}
+    at = Progress.restored({**stored, "peak_memory_mb": 900.0, "steady": steady})
+    assert at.peak_memory_mb == 900
+    at.note_peak(32, 9, 700.0, warming=False)
+    assert at.peak_memory_mb == (900 if steady else 700)

@@ -45,6 +45,7 @@ MEASURED = {
     "train_seconds",
     "frozen_seconds",
     "steady",
+    "peaks",
 }
 
 
