@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from distributed import Ranks
 from evaluate import Evaluation, NotFinite, way_out
@@ -18,7 +19,7 @@ from precision import Precision
 from runs.checkpoint import Progress
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
-from utils import RunError, log, typed
+from utils import RunError, amount, log, typed
 
 # The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
 FIGURES = {
@@ -63,8 +64,10 @@ class UpdateRecord:
 
     def gradient_norm(self, model: Forward, scaler: torch.amp.GradScaler) -> torch.Tensor:
         """The L2 norm of all gradients; notes which parameter's is bad, and the loss scale before it changes."""
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norms = torch.stack(torch._foreach_norm(gradients))
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found = iter(torch._foreach_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
+        none = torch.zeros_like(self.loss_sum)  # of a parameter that the forward pass does not use
+        norms = torch.stack([none if parameter.grad is None else next(found) for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
         last_bad = len(norms) - 1 - norms.isfinite().logical_not().flip(0).float().argmax()
         loss_scale = scaler.scale(torch.ones_like(self.loss_sum))  # on the device: get_scale() would wait for it
@@ -72,14 +75,36 @@ class UpdateRecord:
         return norm
 
     def row(self) -> torch.Tensor:
-        """(5,): loss sum, correct predictions, gradient norm, index of the last parameter whose gradient is not
-        finite (the first that the backward pass reached), loss scale."""
+        """(5,): loss sum, correct predictions, gradient norm, index of the last trained parameter whose gradient is
+        not finite (the first that the backward pass reached), loss scale."""
         return torch.stack([self.loss_sum.float(), self.correct.float(), *self.gradients])
 
 
 def class_indices(labels: torch.Tensor) -> torch.Tensor:
     """Class indices of labels that may be probabilities (count, classes) after MixUp or CutMix."""
     return labels.argmax(1) if labels.ndim > 1 else labels
+
+
+def warn_of_no_gradient(optimizer: torch.optim.Optimizer, model: nn.Module, named: set[str]) -> None:
+    """Warn, in the next step of `optimizer`, of the trained parameters that have no gradient then.
+
+    The forward pass does not use them, so that they stay as they are. Nothing waits for the device. `named` are those
+    that were named already; the others join them.
+    """
+
+    def look(*_: object) -> None:
+        hook.remove()
+        missing = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        missing = [name for name in missing if model.get_parameter(name).grad is None and name not in named]
+        named.update(missing)
+        if missing:
+            shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            log.warning(
+                f"{amount(len(missing), 'trained parameter gets', 'trained parameters get')} no gradient, because the "
+                f"forward pass does not use {'it' if len(missing) == 1 else 'them'}: {shown}"
+            )
+
+    hook = optimizer.register_step_pre_hook(look)
 
 
 class Meter:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
-from metrics import Meter, UpdateRecord, best_epochs
+from metrics import Meter, UpdateRecord, best_epochs, warn_of_no_gradient
 from model import BuffersBefore, Forward, Network
 from optimizer import SmoothedCrossEntropy
 from precision import Precision
@@ -96,6 +96,7 @@ class Trainer:
     progress: Progress = field(init=False, default_factory=Progress)
     meter: Meter = field(init=False)
     stop: StopSignal = field(init=False)
+    without_gradient: set[str] = field(init=False, default_factory=set)  # trained parameters, as a warning named them
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
     prepared: float = field(init=False, default=0.0)  # seconds before the first epoch
     frozen_seconds: float | None = field(init=False, default=None)  # of a frozen network computed once, until recorded
@@ -150,7 +151,10 @@ class Trainer:
         """The updates that are left of this epoch."""
         at = self.progress
         batches = self.batches
-        if self.network.begin_epoch(at.epoch) or batches.grows_in(at.epoch):
+        other_layers = self.network.begin_epoch(at.epoch)
+        if other_layers:
+            warn_of_no_gradient(self.optimizer, self.network.model, self.without_gradient)
+        if other_layers or batches.grows_in(at.epoch):
             self.meter.warming = True
         begun = self.epoch_begun = time.perf_counter() - at.epoch_seconds
         batches.seconds_waited = at.epoch_waited

@@ -16,7 +16,7 @@ from dataset import Batches
 from distributed import Ranks
 from evaluate import Evaluation
 from inspection import inspect_step, watch
-from metrics import best_epochs
+from metrics import best_epochs, warn_of_no_gradient
 from model import Network
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision
@@ -494,3 +494,61 @@ def test_the_peak_of_an_earlier_versions_run_is_kept(steady):
     assert at.peak_memory_mb == 900
     at.note_peak(32, 9, 700.0, warming=False)
     assert at.peak_memory_mb == (900 if steady else 700)
+
+
+# -------------------------------------------------------------------- parameters without a gradient
+class Unused(tiny.Classifier):
+    """Holds layers that its forward pass does not use, before, between and after those that it uses."""
+
+    def __init__(self, unused=("a_norm", "features_extra", "z_head")):
+        super().__init__(3)
+        used = dict(self.named_children())
+        for name in used:
+            delattr(self, name)
+        for name in sorted([*used, *unused]):
+            self.add_module(name, used.get(name) or nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["features.0.weight", "features.4.bias", "fc.weight", "fc.bias"])
+def test_the_alarm_names_the_layer_where_others_get_no_gradient(name, tmp_path):
+    torch.manual_seed(0)
+    model = Unused()
+    passes = itertools.count(1)
+    model.get_parameter(name).register_hook(lambda gradient: gradient * (math.inf if next(passes) == 2 else 1))
+    made = trained(tmp_path, model, precision=FP16, epochs=1)
+    (skip,) = made.progress.history[0]["skips"]
+    assert (skip["update"], skip["parameter"]) == (2, name)
+
+
+def test_parameters_without_a_gradient_are_named_once(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        trained(tmp_path, Unused(), epochs=3)
+    (said,) = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
+    assert said.startswith("6 trained parameters get no gradient") and "a_norm.weight" in said and "1 more" in said
+
+
+def test_frozen_parameters_are_named_when_they_are_to_be_trained(tmp_path, caplog):
+    made = trainer(tmp_path, Unused(["a_norm"]), epochs=3)
+    made.network.heads = ("fc",)
+    made.network.freeze_epochs = 1
+    with caplog.at_level("WARNING"):
+        made.train()
+    made.run.close()
+    said = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
+    assert len(said) == 1 and "2 trained parameters" in said[0]
+
+
+def test_a_network_that_uses_all_its_parameters_is_not_warned_of(tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        trained(tmp_path, tiny.Classifier(3), epochs=1, precision=FP16)
+    assert "no gradient" not in caplog.text
+
+
+@pytest.mark.parametrize("precision", [FP32, FP16], ids=lambda precision: precision.name)
+def test_looking_for_gradients_waits_for_nothing(precision):
+    model = Unused()
+    optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
+    warn_of_no_gradient(optimizer, model, set())
+    with Operators() as seen:
+        update(model, optimizer, [images()], precision=precision)
+    assert seen.waits == []
