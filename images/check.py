@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from images.decode import Rules, ahead, read_header, try_decode
 from images.folders import ImageSet
 from images.labels import list_images
 from images.split import digest, in_groups
+from images.walk import relative_name
 from system.machine import cores
 from utils import printable, progress
 
@@ -45,11 +47,12 @@ def check(
 ) -> dict[str, Any]:
     """Reads every image of a data set and reports what a training would meet.
 
-    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest}, `sizes` and
-    `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep grey pictures,
-    `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several pictures), and
-    lists of groups of equal pictures: `duplicates`, and of these `across_splits` and `across_labels`. Files are named
-    relative to `data_dir`. Raises UserError if that holds no data set.
+    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
+    empty}, `sizes` and `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep
+    grey pictures, `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several
+    pictures), and lists of groups of equal pictures: `duplicates`, and of these `across_splits` (`shared` has them for
+    each two splits) and `across_labels`. Files are named relative to `data_dir`. Raises UserError if that holds no data
+    set.
     """
     images = list_images(data_dir, labels=labels)
     rules = rules or Rules()
@@ -66,10 +69,16 @@ def check(
 def _report(
     data_dir: str, images: ImageSet, rules: Rules, files: list[tuple[str, int, Path]], seen: list[Look]
 ) -> dict[str, Any]:
-    names = [path.relative_to(images.root).as_posix() for *_, path in files]
+    names = [relative_name(path, images.root) for *_, path in files]
     groups = in_groups(found.digest for found in seen)
-    counts = {
-        part: dict(Counter(images.classes[label] for _, label in listing)) for part, listing in images.parts.items()
+    counts = {}
+    for part, listing in images.parts.items():
+        found = Counter(label for _, label in listing)
+        counts[part] = {name: found[label] for label, name in enumerate(images.classes)}
+    parts_of = [{files[place][0] for place in places} for places in groups]
+    shared = {
+        f"{one} and {other}": [places for places, parts in zip(groups, parts_of, strict=True) if {one, other} <= parts]
+        for one, other in combinations(images.parts, 2)
     }
 
     def shown(wanted: list[list[int]]) -> list[list[str]]:
@@ -79,7 +88,7 @@ def _report(
         "data_dir": data_dir,
         "classes": images.classes,
         "counts": counts,
-        "balance": {part: round(max(found.values()) / min(found.values()), 3) for part, found in counts.items()},
+        "balance": {part: _balance(list(found.values())) for part, found in counts.items()},
         "sizes": dict(Counter(found.size for found in seen if found.size).most_common()),
         "modes": dict(Counter(found.mode for found in seen if found.mode).most_common()),
         "passed_over": dict(images.passed_over.most_common()),
@@ -89,9 +98,14 @@ def _report(
         "flat": [name for name, found in zip(names, seen, strict=True) if found.flat],
         "several": [name for name, found in zip(names, seen, strict=True) if found.several],
         "duplicates": shown(groups),
-        "across_splits": shown([places for places in groups if len({files[place][0] for place in places}) > 1]),
+        "across_splits": shown([places for places, parts in zip(groups, parts_of, strict=True) if len(parts) > 1]),
+        "shared": {parts: shown(both) for parts, both in shared.items()},
         "across_labels": shown([places for places in groups if len({files[place][1] for place in places}) > 1]),
     }
+
+
+def _balance(counts: list[int]) -> float | None:
+    return round(max(counts) / min(counts), 3) if min(counts) else None
 
 
 def format_check(report: dict[str, Any], *, most: int = 10) -> str:
@@ -101,7 +115,8 @@ def format_check(report: dict[str, Any], *, most: int = 10) -> str:
     rows = [("images", *counts)]
     rows += [(printable(name), *(f"{part.get(name, 0):,}" for part in counts.values())) for name in report["classes"]]
     rows.append(("total", *(f"{sum(part.values()):,}" for part in counts.values())))
-    rows.append(("largest / smallest", *(f"{value:.2f}" for value in report["balance"].values())))
+    balance = ["inf" if value is None else f"{value:.2f}" for value in report["balance"].values()]
+    rows.append(("largest / smallest", *balance))
     lines = [printable(report["data_dir"]), *map(printable, report["notes"]), ""]
     lines += [f"{first:{width}}" + "".join(f"{value:>11}" for value in rest) for first, *rest in rows] + [""]
     for title in ("sizes", "modes", "passed_over"):
@@ -125,7 +140,7 @@ def _lists(report: dict[str, Any], most: int) -> list[str]:
         ("pictures that come out in one colour", [[name] for name in report["flat"]]),
         ("files of several pictures, of which the first is used", [[name] for name in report["several"]]),
         ("equal pictures that are stored more than once", report["duplicates"]),
-        ("of these, in both train and test", report["across_splits"]),
+        *((f"of these, in both {parts}", groups) for parts, groups in report["shared"].items()),
         ("of these, under two labels", report["across_labels"]),
     ):
         lines += [f"{title}: {len(groups):,}", *("  " + " = ".join(map(printable, group)) for group in groups[:most])]

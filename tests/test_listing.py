@@ -4,6 +4,7 @@ Run: pytest tests/test_listing.py
 """
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from images.check import check, format_check
 from images.folders import find_image_set
 from images.labels import find_labelled, list_images
 from images.opening import Opening, open_data_set, open_test_set
@@ -240,6 +242,28 @@ def test_copies_in_a_given_part_are_seen_at_every_size(tmp_path, caplog, size, l
         assert "1 validation image is also a training image, such as " in caplog.text
 
 
+def test_the_check_names_the_two_parts_of_each_copy(tmp_path):
+    tree(tmp_path, train__a=4, train__b=4, test__a=2, test__b=1, val__a=3)
+    for one, other in (
+        ("train/a/0_0", "val/a/again"),
+        ("train/b/1_1", "test/b/again"),
+        ("train/a/0_2", "train/b/again"),
+    ):
+        shutil.copy(tmp_path / f"{one}.png", tmp_path / f"{other}.png")
+    report = check(tmp_path)
+    assert {parts: len(groups) for parts, groups in report["shared"].items()} == {
+        "train and test": 1,
+        "train and validation": 1,
+        "test and validation": 0,
+    }
+    text = format_check(report)
+    assert "of these, in both train and test: 1" in text and "in both train and validation: 1" in text
+    assert len(report["across_splits"]) == 2 and len(report["across_labels"]) == 1
+    assert report["counts"]["validation"] == {"a": 4, "b": 0}
+    assert report["balance"] == {"train": 1.25, "test": 1.0, "validation": None}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
 # ---------------------------------------------------------------------------------- what a run is tested on later
 PHOTOS = [f"{name}/{number}.bmp" for name in "ab" for number in range(15)]
 
@@ -283,9 +307,9 @@ def test_a_data_folder_that_moved_and_grew_is_known_again(ran, tmp_path, caplog)
 # ------------------------------------------------------------------------------- folders: parts, classes, the rest
 def tree(root, **counts):
     """Draws so many images in each folder; __ stands for a slash."""
-    for seed, (folder, count) in enumerate(counts.items()):
-        draw(root, *(f"{folder.replace('__', '/')}/{seed}_{number}.png" for number in range(count)))
-    return root
+    places = [folder.replace("__", "/") for folder in counts]
+    numbered = [(place, seed, count) for seed, (place, count) in enumerate(zip(places, counts.values(), strict=True))]
+    return draw(root, *(f"{place}/{seed}_{number}.png" for place, seed, count in numbered for number in range(count)))
 
 
 VEHICLES = {"bus": 6, "car": 6}
