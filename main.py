@@ -6,6 +6,7 @@ it, so that `--help` and wrong options answer at once.
 
 from __future__ import annotations
 
+import errno
 import inspect
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import utils
 from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
-from system.machine import allow_more_files
+from system.machine import NO_THREAD, allow_more_files
 from system.parent import end_with_parent
 from system.terminal import open_streams
 from utils import RunError, Stopped, UserError, printable
@@ -178,11 +179,23 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
         return 130, "interrupted; what was saved before can go on with --resume"
     if isinstance(error, (UserError, RunError)):
         return 2 if isinstance(error, UserError) else 1, text
+    if "DataLoader timed out" in text:
+        return 1, (
+            "no batch came from the loading workers in a quarter of an hour: does the disk that holds the images still "
+            "answer? Go on with --resume; --num_workers 0 does without the workers."
+        )
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
         reason = text.splitlines()[0] if text else "it left no word"
         return 1, (
             f"a data loading worker died: {reason}\nUsually the machine ran out of memory: "
             "use fewer --num_workers, then go on with --resume."
+        )
+    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
+        return 1, "too many open files: raise the limit (ulimit -n 1024), or use fewer --num_workers."
+    if NO_THREAD in text or getattr(error, "errno", None) == errno.EAGAIN:
+        return 1, (
+            "no more threads or processes can be started: raise the limit (ulimit -u, or a container's limit of pids), "
+            "or use fewer --num_workers."
         )
     if isinstance(error, OSError):
         return 1, f"{printable(error.filename)}: {error.strerror}" if error.filename else error.strerror or text

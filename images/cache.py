@@ -137,7 +137,8 @@ def map_array(file: Path, kept: Kept, workers: int) -> np.ndarray | None:
         if array.shape != shape or array.dtype != np.uint8:
             raise ValueError("another shape")
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            sums = pool.map(lambda position: zlib.crc32(kept.own(array, position).data), range(len(array)))
+            whole = range(len(array))
+            sums = ahead(pool, lambda position: zlib.crc32(kept.own(array, position).data), whole, 64 * workers)
             found = np.fromiter(sums, np.uint32, len(array))
         found[list(kept.unreadable)] = 0
         if not np.array_equal(found, kept.crc32):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 import PIL
 from PIL import Image, ImageCms, UnidentifiedImageError
+
+from system.machine import submitted
 
 # What Pillow remarks on odd files goes unsaid: what matters is an error, or a limit that `Rules` states.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -24,6 +27,7 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", "WMF"}
 BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
 ORIENTATION = 0x0112
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -89,9 +93,8 @@ class Header:
 
 def read_header(path: Path, rules: Rules) -> Header | None:
     """The header of an image file; None if there is none to read."""
-    with suppress(Exception):  # Pillow's readers raise many kinds for a damaged file
-        return _read_header(path, rules) if path.is_file() else None  # a named pipe would be waited for
-    return None
+    header = _or_reason(_read_header, path, rules)
+    return None if isinstance(header, str) else header
 
 
 def _read_header(path: Path, rules: Rules) -> Header:
@@ -229,14 +232,16 @@ def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
     except FileNotFoundError:
         return "a link to a file that does not exist" if path.is_symlink() else "the file does not exist"
     except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # the process's fault, not the file's
+            raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable, count: int) -> Iterator[Any]:
     """`map` by a pool, in order, at most `count` results ahead of their reader."""
-    pending: deque = deque()
+    pending: deque[Future] = deque()
     for item in items:
-        pending.append(pool.submit(function, item))
+        pending.append(submitted(pool, function, item))
         if len(pending) > count:
             yield pending.popleft().result()
     while pending:

@@ -6,13 +6,15 @@ checksums. Knows nothing of classes, labels, splits or the device.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import os
+import mmap
+import multiprocessing
 import signal
 import sys
-import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,12 +37,18 @@ from images.cache import (
     survey,
 )
 from images.decode import Rules, ahead, try_decode
-from system.machine import available_memory, cores, free_files, shared_memory
+from system.machine import available_memory, cores, startable
 from utils import STOP_SIGNALS, RunError, log, printable
 
 # uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says
 # how high and wide each is. None: all fill it.
 Batch = tuple[torch.Tensor, np.ndarray | None]
+
+warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as the user asked for
+PREFETCH = 2  # batches that each worker is asked for ahead
+PINNING = 2  # batches that are copied to page-locked memory ahead
+LONGEST_WAIT = 900  # seconds for one batch: a file system may be slow, but a worker that never answers is an error
+EACH_TAKES = 6, 3  # files, and threads or processes, that one worker takes
 
 
 @dataclass
@@ -69,47 +77,95 @@ class DecodedImages:
 
 
 class StreamedImages:
-    """Images decoded when they are asked for, by DataLoader workers; memory is a few batches."""
+    """Images decoded when they are asked for, by DataLoader workers; memory is a few batches.
+
+    The workers are forked, and write into memory that they share with this process (an anonymous mapping), slot by
+    slot. So a batch needs neither an open file nor room in /dev/shm, of which containers give little. On systems
+    without fork batches come through pipes.
+    """
 
     def __init__(self, paths: list[Path], kept: Kept, limit: int, *, workers: int, pin: bool):
         self.crc32 = kept.crc32
         self.unreadable = kept.unreadable
         self.rules = kept.rules
         self.shapes = kept.shapes
-        self._order: list[list[int]] = []  # of the epoch that comes: workers stay from one to the next
-        self._loader = torch.utils.data.DataLoader(
-            _Files(paths, kept.box, limit, kept.rules),
+        self._files = _Files(paths, kept.box, limit, kept.rules)
+        self._order: list[tuple[int, list[int]]] = []  # of the epoch that comes: workers stay from one to the next
+        self._loader: torch.utils.data.DataLoader | None = None
+        self._largest = 0  # batch for which the slots have room
+        self._workers = workers
+        self._pin = pin
+
+    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
+        """As `DecodedImages.batches`. Raises RunError if a file can no longer be read, or no batch comes."""
+        largest = max(map(len, batches), default=0)
+        if self._loader is None or largest > self._largest:
+            self._loader = self._started(largest)
+        self._order[:] = [(number, batch.tolist()) for number, batch in enumerate(batches)]
+        loaded = enumerate(zip(batches, self._loader, strict=True))
+        if not self._pin:
+            yield from map(self._taken, loaded)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            yield from ahead(pool, self._taken, loaded, PINNING)
+
+    def _taken(self, item: tuple[int, tuple[np.ndarray, Any]]) -> Batch:
+        """Copy a batch out of its slot, which the workers fill again later."""
+        number, (positions, answer) = item
+        if isinstance(answer, str):
+            raise RunError(f"{answer}, then go on with --resume.")
+        slots = self._files.slots
+        images = torch.from_numpy(answer if slots is None else slots[number % len(slots)][: len(positions)])
+        copy = torch.empty(images.shape, dtype=torch.uint8, pin_memory=self._pin).copy_(images)
+        return copy, None if self.shapes is None else self.shapes[positions]
+
+    def _started(self, largest: int) -> torch.utils.data.DataLoader:
+        """Start the workers: few, or none, if files, threads, processes or memory are short."""
+        self._loader = None  # ends the workers of smaller slots
+        self._order.clear()
+        self._largest = largest
+        workers = startable(self._workers, *EACH_TAKES)
+        while (loader := self._tried(workers)) is None:
+            workers //= 2
+        if workers < self._workers:
+            log.info(
+                f"note: images are loaded by {workers or 'no'} workers instead of {self._workers}: this process may "
+                "not open enough files (ulimit -n), start enough processes (ulimit -u, a container's limit of pids) "
+                "or share memory"
+            )
+            self._workers = workers
+        return loader
+
+    def _tried(self, workers: int) -> torch.utils.data.DataLoader | None:
+        """Return a loader whose workers run; None if they cannot be started."""
+        forked = sys.platform.startswith("linux")
+        self._files.slots = None
+        if workers and forked:
+            self._files.slots = _shared((workers * PREFETCH + PINNING + 2, self._largest, *self._files.box, 3))
+        loader = torch.utils.data.DataLoader(
+            self._files,
             sampler=self._order,
             batch_size=None,
             num_workers=workers,
-            pin_memory=pin,
             persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
+            timeout=LONGEST_WAIT if workers else 0,
+            multiprocessing_context="fork" if workers and forked else None,
             worker_init_fn=_quiet_worker,
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # the default one belongs to dropout: each new iterator draws a seed
         )
-        self._pin = pin
-        self._said = False
-
-    def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """As `DecodedImages.batches`. Raises RunError if a file can no longer be read."""
-        self._order[:] = [batch.tolist() for batch in batches]
-        for positions, batch in zip(batches, self._loader, strict=True):
-            if isinstance(batch, str):
-                raise RunError(f"{batch}\nRestore the file, then go on with --resume.")
-            if isinstance(batch, np.ndarray):
-                self._say_pipes()
-                batch = torch.from_numpy(batch)
-                batch = batch.pin_memory() if self._pin else batch
-            yield batch, None if self.shapes is None else self.shapes[positions]
-
-    def _say_pipes(self) -> None:
-        if not self._said:
-            self._said = True
-            log.info(
-                "note: there is too little shared memory (/dev/shm) for the loading workers' batches, so they come "
-                "through pipes, which is slower: give a container more, docker run --shm-size=1g or --ipc=host"
-            )
+        before = multiprocessing.active_children()
+        with _without_half_made():
+            try:
+                iter(loader)
+            except (OSError, RuntimeError, MemoryError):
+                if workers == 0:
+                    raise
+                for worker in set(multiprocessing.active_children()) - set(before):
+                    worker.kill()
+                return None
+        return loader
 
 
 ImageStore = DecodedImages | StreamedImages
@@ -117,52 +173,63 @@ ImageStore = DecodedImages | StreamedImages
 
 @dataclass
 class _Files(torch.utils.data.Dataset):
+    """The files of a listing. `slots` is memory for batches that is shared with workers (slots, count, *box, 3)."""
+
     paths: list[Path]
     box: tuple[int, int]
     limit: int
     rules: Rules
+    slots: np.ndarray | None = None
 
-    def __getitem__(self, batch: list[int]) -> torch.Tensor | np.ndarray | str:
-        """A batch, or why it cannot be made: an exception would bring its worker's traceback along.
+    def __getitem__(self, item: tuple[int, list[int]]) -> np.ndarray | str | None:
+        """Decode a batch, which is (its number in the epoch, positions in the listing).
 
-        It is a tensor, which a worker passes on in shared memory, if that has room; PyTorch would wait for ever for
-        one that has not. An array goes through a pipe.
+        Returns the batch, or None if it is in its slot, or why it cannot be made and what to do: an exception would
+        bring its worker's traceback along.
         """
-        images = torch.zeros((len(batch), *self.box, 3), dtype=torch.uint8)
-        for place, position in enumerate(batch):
+        try:
+            return self._batch(*item)
+        except (OSError, MemoryError) as error:
+            return f"no batch of images: {printable(error) or 'out of memory'}.\nUse fewer --num_workers"
+
+    def _batch(self, number: int, positions: list[int]) -> np.ndarray | str | None:
+        if self.slots is None:
+            images = np.zeros((len(positions), *self.box, 3), np.uint8)
+        else:
+            images = self.slots[number % len(self.slots)][: len(positions)]
+            images[:] = 0
+        for place, position in enumerate(positions):
             image = try_decode(self.paths[position], self.limit, self.rules)
             if isinstance(image, str):
-                return f"{printable(self.paths[position])} can no longer be read: {printable(image)}"
+                return f"{printable(self.paths[position])} can no longer be read: {printable(image)}\nRestore the file"
             height, width = image.shape[:2]
             if height > self.box[0] or width > self.box[1]:
-                return f"{printable(self.paths[position])} is another picture than it was"
-            images.numpy()[place, :height, :width] = image
-        return images if _fits_shared_memory(images.nbytes) else images.numpy()
+                return f"{printable(self.paths[position])} is another picture than it was\nRestore the file"
+            images[place, :height, :width] = image
+        return images if self.slots is None else None
 
 
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _fits_shared_memory(size: int) -> bool:
-    """Whether a worker can pass on `size` bytes through shared memory, and the others may do so at the same time."""
-    worker = torch.utils.data.get_worker_info()
-    if worker is None or not sys.platform.startswith("linux"):
-        return True
-    files = free_files()
-    if (files is not None and files < 16) or not os.access("/dev/shm", os.W_OK):
-        return False
-    return (shared_memory() or 0) > (worker.num_workers + 1) * (size + 2**16)
-
-
-def _can_share() -> bool:
-    """Whether this machine lets processes share locks and send one another files: worker processes need both."""
+def _shared(shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return uint8 memory that forked processes share; None if there is not so much."""
     try:
-        torch.multiprocessing.Lock()
-        tempfile.gettempdir()
-    except OSError:
-        return False
-    return True
+        return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+    except (OSError, ValueError, OverflowError):
+        return None
+
+
+@contextlib.contextmanager
+def _without_half_made() -> Iterator[None]:
+    """Keep quiet about an iterator of PyTorch that is deleted although its constructor did not come to an end."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
 
 
 def _quiet_worker(_worker: int) -> None:
@@ -200,9 +267,6 @@ def open_store(
     if kept.array is not None:
         return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
     shape = kept.shape(len(paths))
-    if workers and not _can_share():
-        workers = 0
-        log.info("note: no worker processes can be had here (no shared memory, or no folder for temporary files)")
     log.info(f"images: {described(shape)}, streamed through {workers} workers")
     return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
 
@@ -242,5 +306,6 @@ def _kept(
 
 def _is_streamed(cache: str, size: int, cache_limit: float) -> bool:
     """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or for the caches."""
-    memory = available_memory() or 4 * 2**30
+    memory = available_memory()
+    memory = 4 * 2**30 if memory is None else memory
     return cache == "none" or (cache == "auto" and size > min(0.6 * memory, cache_limit * 2**30))

@@ -21,6 +21,7 @@ import numpy as np
 from runs.checkpoint import snapshot, write_checkpoints
 from runs.writing import csv_text, prediction_rows, replace_file
 from system.files import FULL, json_text, lock, remove
+from system.machine import submitted
 from utils import RunError, UserError, printable
 
 
@@ -110,7 +111,7 @@ class RunDirectory:
         if self.writes:
             self.flush()
             copies = {self.file(name): snapshot(content) for name, content in files.items()}
-            self._writing = self._writer.submit(write_checkpoints, copies)
+            self._writing = submitted(self._writer, write_checkpoints, copies)
 
     def flush(self) -> None:
         """Waits until every checkpoint handed over is on disk; raises RunError if that failed."""

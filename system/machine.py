@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import multiprocessing
 import os
 import platform
-import shutil
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 
 ROOT = Path("/")
 GPUS = ("cuda", "xpu")  # whose modules in torch name the device and count its memory, in the same words
+RESERVE = 16  # open files, and threads or processes, that a training needs beside its workers
+NO_THREAD = "can't start new thread"  # Python's RuntimeError
 NO_LIMIT = 2**60  # version 1 says "none" with the largest multiple of the page size
 
 
@@ -124,15 +128,7 @@ def linux_memory(file: str, name: str) -> int | None:
     return None
 
 
-def shared_memory(folder: Path = Path("/dev/shm")) -> int | None:
-    """Free bytes of the shared memory through which processes pass tensors; None if the system has no such folder."""
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None
-
-
-# -------------------------------------------------------------------------------- open files
+# ----------------------------------------------------------- open files, threads, processes
 def allow_more_files() -> None:
     """Raises this process's limit of open files to the highest that it may set itself."""
     try:
@@ -146,15 +142,42 @@ def allow_more_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (highest, hard))
 
 
-def free_files() -> int | None:
-    """How many more files this process may open; None if the system does not say."""
-    try:
-        import resource
+def startable(wanted: int, files: int, threads: int) -> int:
+    """Return how many worker processes, up to `wanted`, this process may start and still have a reserve.
 
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return None if limit == resource.RLIM_INFINITY else limit - len(os.listdir("/dev/fd"))
-    except (ImportError, OSError):
-        return None
+    Each takes `files` open files, and `threads` threads or processes, which the limits do not tell apart. They are
+    taken and given back: so every limit counts, of the process, the user and the container.
+    """
+    count = 0
+    end = threading.Event()
+    waiting = []
+    with contextlib.ExitStack() as opened:
+        opened.callback(end.set)
+        with contextlib.suppress(OSError, RuntimeError):
+            multiprocessing.Lock()  # workers need such locks, which live in shared memory
+            for number in range(wanted + 1):  # the first round takes the reserve
+                for _ in range(files if number else RESERVE):
+                    opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+                for _ in range(threads if number else RESERVE):
+                    thread = threading.Thread(target=end.wait, daemon=True)
+                    thread.start()
+                    waiting.append(thread)
+                count = number
+    for thread in waiting:
+        thread.join()
+    return count
+
+
+def submitted(pool: ThreadPoolExecutor, function: Callable, *arguments: Any) -> Future:
+    """Submit a call to a pool; make it here if this process may not start the pool's thread."""
+    try:
+        return pool.submit(function, *arguments)
+    except RuntimeError as error:
+        if NO_THREAD not in str(error):
+            raise
+    done: Future = Future()
+    done.set_result(function(*arguments))
+    return done
 
 
 # ------------------------------------------------------------------------ the device, the peak

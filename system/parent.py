@@ -5,6 +5,7 @@ Imports nothing but the standard library. Knows nothing of the work.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -26,7 +27,8 @@ def end_with_parent() -> None:
     """
     parent = os.environ.pop(PARENT, "")
     if parent.isdecimal() and os.name != "nt":
-        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
+        with contextlib.suppress(RuntimeError):  # of a process that may start no thread
+            threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

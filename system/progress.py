@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import threading
 import time
@@ -33,7 +34,8 @@ class Lines(tqdm):
         super().__init__(iterable, **options)
         by_steady_clock(self)
         if not self.disable:
-            threading.Thread(target=self._speak, args=(say,), daemon=True).start()
+            with contextlib.suppress(RuntimeError):  # a process that may start no thread says nothing in between
+                threading.Thread(target=self._speak, args=(say,), daemon=True).start()
 
     def _speak(self, say: Callable[[str], None]) -> None:
         while not self._closed.wait(EVERY):

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
 
 import assemble
 import main
@@ -188,45 +187,6 @@ def test_slurms_script_comes_to_the_same_end(data, tmp_path):
         tiny.finish(job)
     assert starts > 1 and (tmp_path / "requeued").read_text() == "requeue 7\n" * (starts - 1)
     tiny.assert_equal(tiny.outcome(tmp_path / "undisturbed"), tiny.outcome(tmp_path / "run"))
-
-
-# ------------------------------------------------------------------------ what the machine gives
-@pytest.fixture(scope="module")
-def large_images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("large")
-    numbers = np.random.default_rng(0)
-    for part, count in (("train", 36), ("test", 6)):
-        for position in range(count):
-            place = folder / part / "abc"[position % 3]
-            place.mkdir(parents=True, exist_ok=True)
-            pixels = numbers.integers(0, 256, (128, 128, 3), np.uint8)
-            Image.fromarray(pixels).save(place / f"{position}.jpg")
-    return folder
-
-
-def can_mount() -> bool:
-    words = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"]
-    return shutil.which("unshare") is not None and subprocess.run(words, capture_output=True).returncode == 0
-
-
-@linux
-@pytest.mark.parametrize(
-    "limits, said",
-    [
-        ({"shared_memory": "size=1m"}, "come through pipes"),
-        ({"shared_memory": "ro,size=1m"}, "no worker processes"),
-        ({"limits": {"NOFILE": 40}}, ""),
-    ],
-    ids=["little shared memory", "no shared memory", "few open files"],
-)
-def test_little_shared_memory_and_few_files_slow_streaming_alone(limits, said, large_images, tmp_path):
-    if "shared_memory" in limits and not can_mount():
-        pytest.skip("this process may not mount")
-    words = loud(large_images, tmp_path, "--cache=none", "--num_workers=2", "--epochs=1", "--image_size=128")
-    status, out, err = ended(tiny.start(words, **limits))
-    assert status == 0 and has_result(tmp_path), err
-    notes = [note for note in ("come through pipes", "no worker processes") if note in " ".join(out.split())]
-    assert notes == ([said] if said else []), out
 
 
 # ------------------------------------------------------------------------- odd environments
