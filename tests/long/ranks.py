@@ -1,4 +1,4 @@
-"""A program for torchrun in the tests: main(argv) on networks whose mathematics does not depend on ranks.
+"""A program for the ranks of a job in the tests: main(argv) on networks whose mathematics does not depend on ranks.
 
 Dropout is off and BatchNorm keeps its statistics, so that any number of processes computes the same losses.
 It can also kill, stop or spoil one rank at a given update. Knows nothing of what the tests look for.
@@ -15,7 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import tiny
 import torch
@@ -116,6 +117,7 @@ def run(scenarios, folder):
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
     assemble.empty_model = steady(assemble.empty_model)
+    tiny.register_classifier()
     tiny.leave_out_pictures()
     ranks = Ranks.from_environment()
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
