@@ -2,7 +2,11 @@
 
 import copy
 import itertools
+import json
 import math
+import os
+import signal
+import time
 from functools import partial
 
 import numpy as np
@@ -12,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import commands.train
 from dataset import Batches
 from distributed import Ranks
 from evaluate import Evaluation
@@ -552,3 +557,25 @@ def test_looking_for_gradients_waits_for_nothing(precision):
     with Operators() as seen:
         update(model, optimizer, [images()], precision=precision)
     assert seen.waits == []
+
+
+# ---------------------------------------------------------------------------------------- times
+def test_the_total_time_ends_with_the_last_epoch(folder, tmp_path, monkeypatch):
+    """Neither loading the best weights nor the test counts, nor a test that was stopped and is done again."""
+    tiny.register_classifier()
+    evaluate = commands.train.evaluate
+    stopping = [True]
+
+    def slow(*arguments, **options):
+        time.sleep(0.5)
+        if stopping:
+            stopping.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(commands.train, "evaluate", slow)
+    assert tiny.train(folder, tmp_path, "--model=tiny_classifier") == 143
+    assert tiny.train(folder, tmp_path, "--model=tiny_classifier", "--resume") == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["total_seconds"] == tiny.metrics(tmp_path / "run")[-1]["elapsed"]
+    assert result["total_seconds"] >= result["train_seconds"]
