@@ -258,8 +258,8 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, 
         if not found:
             empty.append(image_set.classes[label])
         if len(paths) > 1:
-            names = " and ".join(repr(path.name) for path in paths)
-            image_set.notes.append(f"taken for one class in {printable(folder)}: {printable(names)}")
+            spelled = " and ".join(repr(path.name) for path in paths)
+            image_set.notes.append(f"taken for one class in {printable(folder)}: {printable(spelled)}")
         listing += [(path, label) for path in found]
     if unknown and part:
         shown = some([path.name for path in unknown])
@@ -267,8 +267,8 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, 
     strange = {path.name: len(_sorted_images(path, Counter(), seen)) for path in unknown}
     if any(strange.values()):
         images = amount(sum(strange.values()), "image", "images")
-        shown = some([name for name, count in strange.items() if count])
-        image_set.notes.append(f"left out, as the model does not know them: {images} of {shown} in {printable(folder)}")
+        shown = f"{some([name for name, count in strange.items() if count])} in {printable(folder)}"
+        image_set.notes.append(f"left out, as the model does not know them: {images} of {shown}")
     if empty and part == "train" and not alone:
         raise UserError(f"class folder {printable(folder / empty[0])} holds no image. Fill it or remove it.")
     if empty and part == "train":  # beside the classes lies something else

@@ -118,10 +118,9 @@ def open_test_set(
         chosen = set(there.values())
         listing = [entry for entry in everything if entry[0] in chosen]
         image_set.notes.append(f"tested: the {len(listing):,} images that the run's split.csv calls its test part")
-        if not is_whole:
-            image_set.notes.append(
-                f"{len(tested - there):,} of its test images are gone, such as {printable(min(tested - there.keys()))}"
-            )
+        gone = tested - there.keys()
+        if gone:
+            image_set.notes.append(f"{len(gone):,} of its test images are gone, such as {printable(min(gone))}")
         elif checksum and not is_same:
             image_set.notes.append("files of the run's test part were changed after its training")
         _say_relabelled(image_set, recorded or {}, listing)

@@ -94,11 +94,12 @@ def files_checksum(paths: Iterable[Path], root: Path) -> str:
     """Return what tells these files from others: their names, sizes, and first and last 4,096 bytes."""
     found = hashlib.sha256()
     for name, path in sorted((split_name(path, root), path) for path in paths):
-        content = []
+        size = 0
+        ends = []
         with suppress(OSError), open(path, "rb") as file:
-            content = [file.seek(0, os.SEEK_END)]
-            for start in (0, max(content[0] - 4096, 0)):
+            size = file.seek(0, os.SEEK_END)
+            for start in (0, max(size - 4096, 0)):
                 file.seek(start)
-                content.append(file.read(4096))
-        found.update(repr((name, content)).encode("utf-8", "surrogateescape"))
+                ends.append(file.read(4096))
+        found.update(repr((name, size, ends)).encode("utf-8", "surrogateescape"))
     return found.hexdigest()[:16]
