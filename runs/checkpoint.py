@@ -21,7 +21,7 @@ from pretrained import torchvision_models
 from pretrained.files import METADATA, load_file
 from runs.writing import replace_file
 from system.files import json_text, read_json
-from utils import UserError, log, printable
+from utils import UserError, log, printable, typed
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
 NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
@@ -216,10 +216,12 @@ def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
     if not bad:
         return
     if all("running_" in name for name in bad):
+        best = file.with_name("best_model.pt")
+        other = str(best) if best.exists() and best.name != file.name else "FILE"
         raise UserError(
             f"{printable(file)} holds running statistics that are not finite, such as {bad[0]}: a forward pass "
-            "overflowed into them, and no precision mends them.\nUse best_model.pt of its run, or an earlier "
-            "checkpoint; to train on from one, begin another run with --pretrained_path FILE."
+            "overflowed into them, and no precision mends them.\nUse another checkpoint. To train on from its weights, "
+            f"begin another run: {typed('--pretrained_path', other)} --checkpoint_name NAME"
         )
     raise UserError(
         f"{printable(file)} holds weights that are not finite, such as {bad[0]}: its run diverged, or it is damaged."
