@@ -22,7 +22,7 @@ from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
 from reports.audit import report_audit
-from system.files import write_text
+from system.files import as_cell, write_text
 from system.machine import cores
 from utils import UserError, log, printable, progress
 
@@ -136,8 +136,8 @@ def _table(names: list[str], classes: list[str], parts: list[str], others: list[
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["path", "class", "part"])
-    writer.writerows(zip(names, classes, parts, strict=True))
-    writer.writerows([name, "", ""] for name in others)
+    writer.writerows(zip(map(as_cell, names), map(as_cell, classes), parts, strict=True))
+    writer.writerows([as_cell(name), "", ""] for name in others)
     return table.getvalue()
 
 

@@ -27,7 +27,8 @@ from images.decode import Rules, ahead, try_decode
 from images.walk import counted, find_images
 from precision import Precision
 from reports.text import end_of
-from system.files import json_text, refuse_missing_folders
+from runs.writing import class_columns
+from system.files import as_cell, json_text, refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
 from utils import RunError, Stopped, UserError, amount, log, printable, progress
@@ -231,7 +232,8 @@ class Table:
         """Begins the files; `opened` closes them, and ends the JSON, however the prediction ends."""
         if csv_file:
             self._csv = opened.enter_context(_begun(csv_file))
-            csv.writer(self._csv).writerow(["path", "folder", "predicted", "probability", *self.classes])
+            header = ["path", "folder", "predicted", "confidence", *class_columns(self.classes)]
+            csv.writer(self._csv).writerow(header)
         if json_file:
             self._json = opened.enter_context(_begun(json_file))
             self._json.write("[")
@@ -244,8 +246,8 @@ class Table:
             best = row["top"][0]
             name = best["class"]
             if self._csv:
-                values = [row["path"], row["folder"], *best.values(), *row["probabilities"].values()]
-                csv.writer(self._csv).writerow(values)
+                names = map(as_cell, (row["path"], row["folder"], name))
+                csv.writer(self._csv).writerow([*names, best["probability"], *row["probabilities"].values()])
             if self._json:
                 self._json.write((",\n" if self.count else "\n") + json_text(row))
             if len(self.lines) < SHOWN:

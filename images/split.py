@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from images.walk import composed
-from system.files import reading
+from system.files import from_cell, reading
 from utils import UserError
 
 PARTS = ("train", "validation", "test")
@@ -211,7 +211,9 @@ def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
 def read_split(file: Path) -> dict[str, tuple[str, str]]:
     """A split.csv as {path: (class, part)}; a part may be empty: left out. Raises UserError if it is damaged."""
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        rows = {composed(row["path"]): (row["class"], row["part"]) for row in csv.DictReader(lines)}
+        rows = {
+            composed(from_cell(row["path"])): (from_cell(row["class"]), row["part"]) for row in csv.DictReader(lines)
+        }
         wrong = {part for _, part in rows.values()} - {*PARTS, ""}
         if wrong or not rows:
             raise ValueError(f"no such part: {', '.join(sorted(map(str, wrong)))}" if wrong else "no rows")

@@ -15,6 +15,7 @@ from images.decode import Rules
 from images.folders import Listing
 from images.stores import ImageStore
 from images.walk import composed
+from system.files import as_cell
 
 Split = dict[str, tuple[str, str]]  # path in one Unicode form: (class, part), as in split.csv
 
@@ -78,7 +79,7 @@ class DataSet:
         yield ["path", "class", "part"]
         parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
         for path, label in self.listed:
-            yield [relative(path, self.root), self.classes[label], parts.get(path, "")]
+            yield [as_cell(relative(path, self.root)), as_cell(self.classes[label]), parts.get(path, "")]
 
 
 def relative(path: Path, root: Path) -> str:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from images.folders import part_of, some
 from images.lookup import Index
-from system.files import read_text, reading
+from system.files import from_cell, read_text, reading
 from utils import UserError, printable
 
 # Names of columns, the likeliest first; case, blanks and punctuation do not count.
@@ -52,7 +52,7 @@ def read_rows(file: Path, index: Index, group: str | None) -> tuple[list[Row], s
 
 
 def _cell(row: list[str], place: int | None) -> str:
-    return row[place].strip() if place is not None and place < len(row) else ""
+    return from_cell(row[place].strip()) if place is not None and place < len(row) else ""
 
 
 def read_table(file: Path) -> list[list[str]]:

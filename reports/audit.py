@@ -15,7 +15,7 @@ from reports.results import read_predictions, read_run, student
 from reports.sheets import labelled_sheet
 from reports.text import align, fit
 from runs.writing import csv_text
-from system.files import json_text, write_text
+from system.files import as_cell, json_text, write_text
 from utils import RunError, amount, log, printable
 
 SHEET = 48  # doubtful images on the contact sheet
@@ -46,7 +46,8 @@ def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[li
         "pairs": pairs(labels, classes, doubt),
         "copies_under_two_labels": copies,
     }
-    write_text(folder / "doubtful.csv", csv_text([HEADER, *rows]))
+    cells = ([*map(as_cell, row[:3]), *row[3:]] for row in rows)
+    write_text(folder / "doubtful.csv", csv_text([HEADER, *cells]))
     write_text(folder / "audit.json", json_text(report, indent=1))
     rules = Rules(windows=found[0]["config"]["dataset"].get("windows") or {})
     captions = [f"{fit(row[2], 20)} {100 * float(row[4]):.0f} %\nlabel: {row[1]}" for row in rows[:SHEET]]

@@ -20,7 +20,8 @@ from precision_table import PRECISIONS, label_of
 from reports.ratios import set_ratio
 from reports.remarks import remarks
 from runs.result import read_result
-from system.files import read_json, reading
+from runs.writing import classes_of
+from system.files import from_cell, read_json, reading
 from system.waiting import BUSY
 from utils import UserError, printable
 
@@ -89,10 +90,10 @@ def read_predictions(file: Path) -> dict[str, Any]:
         if not np.isfinite(numbers).all():
             raise ValueError("it holds probabilities that are not finite: the logits of that test were not")
         return {
-            "classes": header[4:],
-            "paths": [row[0] for row in rows],
-            "labels": [row[1] for row in rows],
-            "predicted": [row[2] for row in rows],
+            "classes": classes_of(header[4:]),
+            "paths": [from_cell(row[0]) for row in rows],
+            "labels": [from_cell(row[1]) for row in rows],
+            "predicted": [from_cell(row[2]) for row in rows],
             "confidence": numbers[:, 0],
             "probabilities": numbers[:, 1:],
         }

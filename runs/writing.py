@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from system.files import FULL, atomic_write
+from system.files import FULL, as_cell, atomic_write, from_cell
 from utils import RunError, printable
 
 
@@ -44,9 +44,25 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return table.getvalue()
 
 
+FIXED = ("path", "folder", "label", "predicted", "confidence")  # columns of predictions.csv and of `predict --csv`
+_CLASS = "class:"
+
+
+def class_columns(classes: list[str]) -> list[str]:
+    """Return the column of each class: its name, or class:NAME if it is called like a fixed column."""
+    clash = [name.casefold() in FIXED or name.startswith(_CLASS) for name in classes]
+    return [as_cell(_CLASS * bad + name) for name, bad in zip(classes, clash, strict=True)]
+
+
+def classes_of(columns: list[str]) -> list[str]:
+    """Return the classes that `class_columns` made these columns of."""
+    return [from_cell(column).removeprefix(_CLASS) for column in columns]
+
+
 def prediction_rows(paths: list[str], labels: Any, probabilities: Any, classes: list[str]) -> Iterator[list[Any]]:
-    """The rows of predictions.csv, its header first: one for each image, probabilities with six digits."""
-    yield ["path", "label", "predicted", "confidence", *classes]
+    """Yield the rows of predictions.csv, its header first: one for each image, probabilities with six digits."""
+    yield ["path", "label", "predicted", "confidence", *class_columns(classes)]
+    cells = [as_cell(name) for name in classes]
     for path, label, row in zip(paths, labels, probabilities, strict=True):
         best = int(row.argmax())
-        yield [path, classes[label], classes[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)]
+        yield [as_cell(path), cells[label], cells[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)]

@@ -9,6 +9,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +67,23 @@ def _without_nan(content: Any) -> Any:
     if isinstance(content, (list, tuple)):
         return [_without_nan(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+_FORMULA = re.compile("'*[=+\\-@\t\r\n]")
+
+
+def as_cell(name: str) -> str:
+    """Return a name as a cell of a CSV file that no spreadsheet computes; `from_cell` gives the name back.
+
+    A spreadsheet takes a cell that begins with = + - @, a tab or a return for a formula, unless an apostrophe stands
+    before it. Numbers need none.
+    """
+    return f"'{name}" if _FORMULA.match(name) else name
+
+
+def from_cell(cell: str) -> str:
+    """Return the name that `as_cell` made a cell of."""
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 
 def refuse_missing_folders(*files: str | None) -> None:

@@ -4,6 +4,7 @@ Run it alone: pytest tests/test_finite.py
 """
 
 import ast
+import csv
 import json
 import math
 import shutil
@@ -21,13 +22,15 @@ from dataset import Batches
 from distributed import Ranks
 from evaluate import NotFinite, evaluate
 from features.frozen import FrozenNetwork
+from images.split import read_split
 from metrics import UpdateRecord
 from model import WithMirrorImage
 from precision import Precision
-from reports import results, tables
+from reports import audit, results, tables
 from runs.checkpoint import load_checkpoint
 from runs.result import check_result
-from system.files import json_text, read_json
+from runs.writing import class_columns, classes_of
+from system.files import as_cell, from_cell, json_text, read_json
 from transforms import Preprocess
 from utils import RunError, UserError
 
@@ -307,3 +310,90 @@ def test_a_checkpoint_that_was_never_validated_gives_a_whole_result(run, tmp_pat
     with pytest.raises(TypeError):  # a training has one
         check_result(result | {"train_seconds": 1.0})
     check_result(result | {"train_seconds": 1.0, "best_val_acc": 50.0})
+
+
+# ---------------------------------------------------------------------------------------- CSV
+FORMULAS = ["=1+1", "+2", "-3", "@SUM(1)", "\tx", "\rx", "'=x", "''-"]
+PLAIN = ["sea", "a=b", "'quoted'", "", "1-2", "x+y"]
+FIXED = ["path", "folder", "label", "predicted", "confidence", "probability", "Label", "class:label", "class:"]
+
+
+@pytest.mark.parametrize("name", [*FORMULAS, *PLAIN, *FIXED])
+def test_a_name_is_read_as_it_was_written(name):
+    assert from_cell(as_cell(name)) == name
+    assert as_cell(name) == name or name in FORMULAS
+    assert classes_of(class_columns([name, "other"])) == [name, "other"]
+
+
+def rows_of(file):
+    with open(file, encoding="utf-8", newline="") as lines:
+        return list(csv.reader(lines))
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A run on classes and files with the names of formulas and of columns, and its data."""
+    folder = tmp_path_factory.mktemp("odd")
+    numbers = np.random.default_rng(0)
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("=1+1", "-3", "@SUM(1)", "path", "label", "confidence"):
+            place = folder / "data" / part / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = numbers.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{'=HYPERLINK(0)' * (number == 0)}{number}.png")
+    words = ["--model=tiny_classifier", "--epochs=1", "--image_size=16"]
+    assert tiny.train(folder / "data", folder, *words) == 0
+    return folder
+
+
+def assert_harmless(rows, numbers_from):
+    for row in rows:
+        names = row[:numbers_from] if row is not rows[0] else row
+        assert not [cell for cell in names if cell[:1] in tuple("=+-@\t\r")]
+        assert row is rows[0] or all(0 <= float(cell) <= 1 for cell in row[numbers_from:])
+    assert len(set(rows[0])) == len(rows[0])
+
+
+def test_no_csv_for_people_holds_a_formula_or_two_columns_of_one_name(odd, capsys):
+    run = odd / "run"
+    test = odd / "data" / "test"
+    assert_harmless(rows_of(run / "predictions.csv"), 3)
+    found = results.read_predictions(run / "predictions.csv")
+    assert found["classes"] == strict(run / "result.json")["classes"] == sorted(path.name for path in test.iterdir())
+    assert "test/=1+1/=HYPERLINK(0)0.png" in found["paths"] and set(found["labels"]) == set(found["classes"])
+    wrong = sum(one != other for one, other in zip(found["labels"], found["predicted"], strict=True))
+    assert strict(run / "result.json")["test_acc"] == pytest.approx(100 * (1 - wrong / 12))
+    assert call("predict", run, test, f"--csv={odd / 'p.csv'}") == 0
+    table = rows_of(odd / "p.csv")
+    assert_harmless(table, 3)
+    assert table[0] == ["path", "folder", "predicted", "confidence", *rows_of(run / "predictions.csv")[0][4:]]
+    assert {row[1] for row in table[1:]} == {"'=1+1", "'-3", "'@SUM(1)", "path", "label", "confidence"}
+    assert_harmless(rows_of(run / "split.csv"), 3)
+    split = read_split(run / "split.csv")
+    assert split["test/=1+1/=HYPERLINK(0)0.png"] == ("=1+1", "test") and len(split) == 36
+
+
+def test_predictions_serve_as_a_table_of_labels(odd, tmp_path, capsys):
+    """The cells of names were written with an apostrophe; the columns of classes are no column of paths or labels."""
+    words = [f"--data_dir={odd / 'data'}", f"--labels={odd / 'run' / 'predictions.csv'}"]
+    assert call("evaluate", odd / "run", *words) == 0
+    first = strict(odd / "run" / "result.json")
+    assert f"{first['test_acc']:.2f} %" in capsys.readouterr().out
+
+
+def test_doubtful_labels_are_no_formulas_and_their_negative_margins_are_numbers(tmp_path, monkeypatch):
+    row = ["=x.png", "-3", "@SUM(1)", "0.100000", "0.900000", "-0.800000"]
+    monkeypatch.setattr(audit, "doubtful_rows", lambda *_: [row])
+    monkeypatch.setattr(audit, "write_page", lambda *_: None)
+    monkeypatch.setattr(audit, "labelled_sheet", lambda *_, **__: None)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for place, folder in enumerate(folders):
+        folder.mkdir()
+        lines = ["path,label,predicted,confidence,'-3,'@SUM(1)", f"{place}.png,'-3,'-3,0.9,0.9,0.1"]
+        (folder / "predictions.csv").write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(
+        audit, "read_run", lambda run: {"directory": run, "result": {"test_acc": 50.0}, "config": {"dataset": {}}}
+    )
+    audit.report_audit(folders, tmp_path, tmp_path, [])
+    assert rows_of(tmp_path / "doubtful.csv")[1] == ["'=x.png", "'-3", "'@SUM(1)", *row[3:]]
