@@ -74,7 +74,6 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
     if not root.is_dir():
         raise UserError(f"no training images in {printable(root)}: there is no such folder.{WAYS}")
     parts = _find_parts(root)
-    named = dict(parts)
     if parts and _are_classes(root, parts, known):
         parts = {}
         source: Path | None = root
@@ -96,11 +95,9 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
         raise UserError(
             f"{printable(root)} holds no image of the classes {some(image_set.classes)}; {'; '.join(image_set.notes)}."
         )
-    if named and not parts and not known:
-        names = some([folder.relative_to(root).parts[0] for folder in named.values()])
-        image_set.notes.append(
-            f"taken for classes, like the folders beside: {names}. If it is a part, name that folder with --data_dir"
-        )
+    odd = [name for name in image_set.classes if part_of(name)] if not parts and not known else []
+    if odd:
+        image_set.notes.append(f"taken for classes, like the folders beside: {some(odd)} (move elsewhere what is none)")
     left = list(walk(str(root), Counter(), [], seen))
     if left:
         images = amount(len(left), "image", "images")
