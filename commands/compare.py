@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 from command_line.kinds import images_asked, seconds_of
 from command_line.parsing import parse, precision_words
-from commands.ladder import climb_and_report
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
@@ -83,6 +82,8 @@ def compare(
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
     if ladder:
+        from commands.ladder import climb_and_report  # with matplotlib, which no training should wait for
+
         climb_and_report(device, folder, model_name=model, image_size=image_size, batch_size=images_asked(batch_size))
         return
     if runs:

@@ -8,7 +8,6 @@ import subprocess
 from typing import Any
 
 import torch
-import torchvision
 
 from precision import card_of, cpu_instructions
 from precision_table import PRECISIONS
@@ -32,6 +31,8 @@ INSTRUCTIONS = (
 
 def machine(device: torch.device) -> dict[str, Any]:
     """What the device is and which types it computes in, by name, as the doctor shows it."""
+    import torchvision  # a second, which no other command should wait for
+
     card = card_of(device)
     found = {"numbers_of": card.family, **_numbers(card)}
     if device.type == "cuda":

@@ -7,12 +7,12 @@ import pickle
 import re
 import urllib.error
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torchvision import models
 
 from pretrained.fitting import State, Weights, load_weights, narrow_head, note_options, set_versions
 from transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -23,9 +23,17 @@ from utils import UserError, printable, shows_bars
 AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
 
 
+@cache
+def models() -> Any:
+    """Return torchvision.models, whose import takes longer than a process that only starts others should wait."""
+    from torchvision import models
+
+    return models
+
+
 def names() -> list[str]:
     """Names of torchvision's image classification models."""
-    return models.list_models(module=models)
+    return models().list_models(module=models())
 
 
 def known_name(name: str) -> str:
@@ -45,7 +53,7 @@ def create(key: str, class_count: int, options: dict[str, Any]) -> nn.Module:
     told = {**options}
     if "input_size" in told:
         told["input_size"] = tuple(told["input_size"])  # a list in JSON
-    model = models.get_model(key, num_classes=class_count, **told)
+    model = models().get_model(key, num_classes=class_count, **told)
     note_options(model, options)
     return model
 
@@ -93,7 +101,7 @@ def preprocessing() -> dict[str, Any]:
 
 def with_todays_names(state: State, model: nn.Module) -> State:
     """`state` of an old file with today's names of layers, as torchvision's constructor gives them."""
-    if not isinstance(model, models.DenseNet):
+    if not isinstance(model, models().DenseNet):
         return state
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
     renamed = OrderedDict((old.sub(r"\1\2.", name), tensor) for name, tensor in state.items())
@@ -104,26 +112,26 @@ def with_todays_names(state: State, model: nn.Module) -> State:
 def resized(state: State, model: nn.Module) -> State:
     """`state` with the position embedding of a vision transformer at the size that `model` was built for."""
     name = "encoder.pos_embedding"
-    if not isinstance(model, models.VisionTransformer) or state.get(name, torch.empty(0)).dim() != 3:
+    if not isinstance(model, models().VisionTransformer) or state.get(name, torch.empty(0)).dim() != 3:
         return state
     if state[name].shape[2] != model.hidden_dim or state[name].shape == model.encoder.pos_embedding.shape:
         return state
     floats = OrderedDict(state)
     floats[name] = state[name].float()
-    larger = models.vision_transformer.interpolate_embeddings(model.image_size, model.patch_size, floats)
+    larger = models().vision_transformer.interpolate_embeddings(model.image_size, model.patch_size, floats)
     larger._metadata = getattr(state, "_metadata", None)
     return larger
 
 
 def who_fits(state: State, key: str) -> str | None:
     """Another model of the same kind as `key` whose layers are those of `state`, apart from the head."""
-    kind = models.get_model_builder(key).__module__
+    kind = models().get_model_builder(key).__module__
     for name in names():
-        if models.get_model_builder(name).__module__ != kind or name == key:
+        if models().get_model_builder(name).__module__ != kind or name == key:
             continue
         try:
             with torch.device("meta"):
-                other = models.get_model(name)
+                other = models().get_model(name)
         except NotImplementedError:  # RegNets compute their widths with tensors
             continue
         head = head_name(other)
@@ -147,7 +155,7 @@ def _transforms_input(key: str, file: Weights | None) -> bool:
     """
     if file is None:
         return False
-    published = {weights.url.rpartition("/")[2] for weights in models.get_model_weights(key)}
+    published = {weights.url.rpartition("/")[2] for weights in models().get_model_weights(key)}
     return bool(file.options.get("transform_input", Path(file.source).name in published))
 
 
@@ -173,7 +181,7 @@ def _size_options(key: str, image_size: int | None, published: Any) -> dict[str,
 
 def _named_weights(key: str, name: str | None) -> Any:
     """One of torchvision's sets of weights for a model. Raises UserError where it has none of that name."""
-    known = models.get_model_weights(key)
+    known = models().get_model_weights(key)
     asked = (name or "DEFAULT").rpartition(".")[2].upper()
     if asked not in known.__members__:
         choices = ", ".join(known.__members__) or "none: use --pretrained 0"
@@ -189,7 +197,7 @@ def _imagenet_model(key: str, weights: Any) -> nn.Module:
     """
     try:
         weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)
-        return models.get_model(key, weights=weights, progress=False)
+        return models().get_model(key, weights=weights, progress=False)
     except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         file = Path(torch.hub.get_dir()) / "checkpoints" / weights.url.rsplit("/", 1)[-1]
         raise UserError(

@@ -118,9 +118,9 @@ def test_a_first_picture_that_fails_stops_no_training(data, tmp_path, monkeypatc
 def test_no_start_waits_for_pictures_or_statistics():
     code = """
 import importlib, sys
-for name in ("commands.train", "commands.evaluate", "commands.predict"):
+for name in ("assemble", "commands.compare", "commands.train", "commands.evaluate", "commands.predict"):
     importlib.import_module(name)
-    assert not {"matplotlib", "scipy", "sklearn"} & sys.modules.keys(), name
+    assert not {"torchvision", "matplotlib", "scipy", "sklearn"} & sys.modules.keys(), name
 """
     subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(), check=True)
 
