@@ -84,9 +84,10 @@ class Process:
         out, self.stdout = _stream(streams.get("stdout"))
         err, self.stderr = _stream(streams.get("stderr"))
         content = json.dumps(request).encode()
-        control = _server()
-        control.sendall(struct.pack("I", len(content)))
-        socket.send_fds(control, [content], [source, out, err, theirs])
+        with _one_at_a_time:
+            control = _server()
+            control.sendall(struct.pack("I", len(content)))
+            socket.send_fds(control, [content], [source, out, err, theirs])
         for descriptor in (source, out, err, theirs):
             os.close(descriptor)
         self._status = os.fdopen(status, "rb", buffering=0)
@@ -161,6 +162,7 @@ def _readable(stream, timeout) -> bool:
 
 
 _control: socket.socket | None = None
+_one_at_a_time = threading.Lock()
 
 
 def _server() -> socket.socket:
