@@ -4,33 +4,24 @@ A data set grows in a hidden folder and is moved into place when it is whole, so
 trained on. Must not know torch, models or how images are fed to them.
 """
 
+import os
 import shutil
-import zipfile
-from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 
-from images.archive import (
-    MAX_DEPTH,
-    Member,
-    checked,
-    data_set,
-    folder_members,
-    nothing_found,
-    unpack_inner,
-    zip_members,
-)
+from images.archive import checked, opened_zip, unpack
 from images.cache import clean_caches
 from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
-from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
+from images.folders import find_image_set
+from images.placing import explained, finish_interrupted, put_in_place, refuse_existing
+from images.walk import find_images, is_wanted
 from system.files import FULL, json_text, refuse_missing_folders, write_text
 from system.machine import cores
-from utils import RunError, UserError, amount, printable, progress
+from utils import RunError, UserError, amount, log, printable
 
 KAGGLE_DATASET = "puneet6060/intel-image-classification"
-SPARE = 64 * 2**20  # bytes to leave free on the disk
 
 BY_HAND = (
     f"Or download the zip in a browser from https://www.kaggle.com/datasets/{KAGGLE_DATASET}\n"
@@ -89,88 +80,33 @@ def _clean(folder: Path) -> None:
 
 
 def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:
-    """Unpacks a .zip that holds train and test folders, at any depth, into `data_dir`.
+    """Unpacks a .zip into `data_dir`, and says which data set is found there.
 
     `encoding` is the code page of names that the archive does not mark as Unicode. Nothing is written before every
-    name and size was found harmless; an interrupted extraction starts anew. Raises UserError for a missing, damaged,
-    hostile or unsuitable archive and if `data_dir` holds data already, RunError if the disk is full.
+    name and size was found harmless; an interrupted extraction starts anew. Raises UserError for a missing, damaged
+    or hostile archive and if `data_dir` holds data already, RunError if the disk is full.
     """
     archive = Path(archive)
     data_dir = Path(data_dir)
     if not archive.is_file():
         raise UserError(f"--archive {printable(archive)}: no such file.")
-    with explained(data_dir, archive), ExitStack() as opened:
-        file = opened.enter_context(archive.open("rb"))
-        if not zipfile.is_zipfile(file):
-            raise UserError(
-                f"{printable(archive)} is no .zip archive, or it is damaged: a refused download leaves a web page, and "
-                "an interrupted one leaves a part. Download it again, or unpack other archives by hand."
-            )
-        members = zip_members(opened.enter_context(zipfile.ZipFile(file)), archive, encoding)
-        _unpack(members, archive, data_dir, archive.stat().st_size, opened, encoding)
+    with explained(data_dir, archive), opened_zip(archive, encoding) as packed:
+        infos = checked(packed, archive)
+        put_in_place(data_dir, archive, lambda stage: unpack(packed, infos, stage))
+    _say_what_is_there(data_dir)
 
 
-def _unpack(
-    members: list[Member],
-    source: Path,
-    data_dir: Path,
-    packed: int | None,
-    opened: ExitStack,
-    encoding: str | None = None,
-) -> None:
-    """Checks all files, copies them to a hidden folder and moves the whole into place.
-
-    `packed` is the size of the archive in bytes, for the ratio; None for a folder. Archives in the archive are looked
-    into if there is no data set outside them.
-    """
-    inside = _members_of_the_data(members, source, data_dir, packed, opened, encoding)
-    key = str(source.absolute())
-    with one_writer(data_dir):
-        if finish_interrupted(data_dir) == key:
-            return
-        refuse_existing(data_dir, {path.parts[0] for path in inside})
-        with building(data_dir, key) as stage:
-            _copy(inside, data_dir, stage)
-
-
-def _members_of_the_data(
-    members: list[Member], source: Path, data_dir: Path, packed: int | None, opened: ExitStack, encoding: str | None
-) -> dict[Path, Member]:
-    """The files of the data set, found harmless, by their place in it; those of an inner archive if it lies in one."""
-    found = checked(members, source, packed)
-    inside = data_set(found)
-    for _ in range(MAX_DEPTH):
-        if inside is not None:
-            break
-        near = next(folder for folder in (data_dir, *data_dir.absolute().parents) if folder.is_dir())
-        inner = unpack_inner(found.values(), source, near, opened, encoding)
-        if inner is None:
-            break
-        found = checked(inner, source, packed)
-        inside = data_set(found)
-    if inside is None:
-        raise nothing_found(found, source)
-    return inside
-
-
-def _copy(inside: dict[Path, Member], data_dir: Path, stage: Path) -> None:
-    """Copies all files into `stage`, the hidden folder of `data_dir`, if the disk holds them."""
-    total = sum(member.size for member in inside.values())
-    missing = total + SPARE - shutil.disk_usage(stage).free
-    if missing > 0:
-        raise RunError(
-            f"the disk that holds {printable(data_dir)} has too little room: free "
-            f"{missing / 2**20:,.1f} MB more there, or choose another --data_dir, and try again."
-        )
-    with progress(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
-        for path, member in inside.items():
-            target = stage / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with member.open() as stream, target.open("wb") as written:
-                shutil.copyfileobj(stream, written)
-            if target.stat().st_size != member.size:
-                raise ValueError(f"{member.name} has not the size it declares")
-            bar.update(member.size)
+def _say_what_is_there(data_dir: Path) -> None:
+    """Say how many images were put in place, and what a training would make of them."""
+    log.info(f"{amount(sum(1 for _ in find_images(data_dir)), 'image is', 'images are')} in {printable(data_dir)}")
+    try:
+        found = find_image_set(data_dir)
+    except UserError as error:
+        log.warning(str(error))
+        return
+    parts = ", ".join(f"{len(listing):,} {name}" for name, listing in found.parts.items())
+    for sentence in (f"{parts}, in {amount(len(found.classes), 'class', 'classes')}", *found.remarks()):
+        log.info(sentence)
 
 
 def download_from_kaggle(data_dir: Path) -> None:
@@ -191,8 +127,16 @@ def download_from_kaggle(data_dir: Path) -> None:
         fetched = Path(kagglehub.dataset_download(KAGGLE_DATASET))
     except Exception as error:  # kagglehub lets through whatever requests, its own API and the disk raise
         raise _download_error(error, data_dir) from None
-    with explained(data_dir, fetched), ExitStack() as opened:
-        _unpack(folder_members(fetched), fetched, data_dir, None, opened)
+    with explained(data_dir, fetched):
+        put_in_place(
+            data_dir, fetched, lambda stage: shutil.copytree(fetched, stage, ignore=_unwanted, dirs_exist_ok=True)
+        )
+    _say_what_is_there(data_dir)
+
+
+def _unwanted(folder: str, names: list[str]) -> list[str]:
+    """Return the names that are not copied: links, and what a desktop left behind."""
+    return [name for name in names if not is_wanted(name) or os.path.islink(os.path.join(folder, name))]
 
 
 def _download_error(error: Exception, data_dir: Path) -> Exception:

@@ -189,7 +189,8 @@ def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | Non
             f"it knows {some(known)}."
         )
     flat = [folder / name for name in names if part_of(name)]  # train/ and test/ full of images are no classes
-    if not parts and len(names) > 1 and (len(flat) < 2 or _outweigh(_beside(folder), flat)):
+    whole = [name for name in names if _find_parts(folder / name)]  # a data set by itself is no class
+    if not parts and not whole and len(names) > 1 and (len(flat) < 2 or _outweigh(_beside(folder), flat)):
         return folder
     raise UserError(_nothing_fits(root, folder, parts))
 

@@ -5,9 +5,11 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from images.folders import part_of
+from images.walk import subfolders
 from system.files import FULL, lock
 from utils import RunError, UserError, printable
 
@@ -61,7 +63,7 @@ def finish_interrupted(data_dir: Path) -> str | None:
     source = os.fsdecode((stage / ".complete").read_bytes())
     if not source:  # it was stopped between opening that file and writing it: `building` begins anew
         return None
-    for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (name in TRAIN_NAMES, name)):
+    for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (part_of(name) == "train", name)):
         os.replace(stage / name, data_dir / name)
     shutil.rmtree(stage)
     return source
@@ -96,14 +98,39 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
 
 
 def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
-    held = sorted(name for name in {*TRAIN_NAMES, *TEST_NAMES, *names} if (data_dir / name).exists())
+    """Raise UserError if a folder holds a part of a data set, or anything of these names."""
+    held = {name for name in names if (data_dir / name).exists()}
+    if data_dir.is_dir():
+        held |= {path.name for path in subfolders(data_dir) if part_of(path.name)}
     if held:
         raise UserError(
-            f"{printable(data_dir)} already holds {printable(', '.join(held))}; nothing was changed. "
+            f"{printable(data_dir)} already holds {printable(', '.join(sorted(held)))}; nothing was changed. "
             "Use it as it is, remove it, or choose another --data_dir."
         )
 
 
-TRAIN_NAMES = {"seg_train", "train"}
+def put_in_place(data_dir: Path, source: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a data set into a hidden folder, and move it into `data_dir` when it is whole.
 
-TEST_NAMES = {"seg_test", "test", "val", "valid", "validation"}
+    Folders that hold all the rest are left out, unless they are called after a part.
+    """
+    key = str(source.absolute())
+    with one_writer(data_dir):
+        if finish_interrupted(data_dir) == key:
+            return
+        refuse_existing(data_dir, ())
+        with building(data_dir, key) as stage:
+            fill(stage)
+            _lift(stage)
+            refuse_existing(data_dir, os.listdir(stage))
+
+
+def _lift(stage: Path) -> None:
+    while True:
+        entries = list(stage.iterdir())
+        if len(entries) != 1 or not subfolders(stage) or part_of(entries[0].name) or not subfolders(entries[0]):
+            return
+        lone = entries[0].rename(stage / ".lone")
+        for inner in lone.iterdir():
+            inner.rename(stage / inner.name)
+        lone.rmdir()

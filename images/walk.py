@@ -61,7 +61,7 @@ def counted(passed_over: Counter[str], most: int = 12) -> str:
 
 def subfolders(folder: Path) -> list[Path]:
     with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries if _is_wanted(entry.name) and _is_folder(entry))
+        names = sorted(entry.name for entry in entries if is_wanted(entry.name) and _is_folder(entry))
     return [folder / name for name in names]
 
 
@@ -75,7 +75,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _is_wanted(name: str) -> bool:
+def is_wanted(name: str) -> bool:
     """Whether a file or folder is the user's own, not what a desktop leaves behind."""
     return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
@@ -94,7 +94,7 @@ def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen)
         seen.add((state.st_dev, state.st_ino))
         folders.append(folder)
         with os.scandir(folder) as entries:
-            wanted = sorted((entry for entry in entries if _is_wanted(entry.name)), key=lambda entry: entry.name)
+            wanted = sorted((entry for entry in entries if is_wanted(entry.name)), key=lambda entry: entry.name)
         waiting += [entry.path for entry in reversed(wanted) if _is_folder(entry)]
         for entry in wanted:
             if _is_folder(entry):

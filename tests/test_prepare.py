@@ -3,7 +3,6 @@
 Everything is made here in temporary folders; no network. Run it alone: pytest tests/test_prepare.py
 """
 
-import contextlib
 import errno
 import hashlib
 import io
@@ -27,7 +26,7 @@ from PIL import Image
 from tiny import ROOT
 
 from commands import prepare
-from images import archive, placing, scenes
+from images import scenes
 from images.demo import draw_demo
 from images.folders import find_image_set
 from utils import RunError, UserError
@@ -258,7 +257,7 @@ def test_decompression_bomb_is_refused(tmp_path):
 
 def test_too_many_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("images.archive.MAX_MEMBERS", 11)
-    with pytest.raises(UserError, match="more than 11 files"):
+    with pytest.raises(UserError, match="12 files .*bomb"):
         prepare.extract_archive(make_zip(tmp_path / "many.zip", files()), tmp_path / "data")
 
 
@@ -287,8 +286,6 @@ def test_damaged_and_wrong_archives(tmp_path):
         "page.zip": (b"<!DOCTYPE html><title>Sign in</title>", "web page"),
         "empty.zip": (b"", "no .zip archive"),
         "image.zip": (picture(0), "no .zip archive"),
-        "flat.zip": (make_zip(tmp_path / "f", {"sea/1.jpg": b"x", "forest/1.jpg": b"x"}).read_bytes(), "no data set"),
-        "no_test.zip": (make_zip(tmp_path / "g", {"train/sea/1.jpg": b"x"}).read_bytes(), "no data set"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -362,14 +359,6 @@ def test_train_is_moved_into_place_last(tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "data")) == [".partial", "val"]
     prepare.extract_archive(archive, tmp_path / "data")
     assert contents(tmp_path / "data") == named
-
-
-def test_a_file_that_shrinks_while_it_is_copied(tmp_path):
-    members = [archive.Member(name, 10, lambda: io.BytesIO(b"short")) for name in LAYOUT]
-    opened = contextlib.ExitStack()
-    with pytest.raises(UserError, match="has not the size"), placing.explained(tmp_path, tmp_path), opened:
-        prepare._unpack(members, tmp_path / "folder", tmp_path / "data", None, opened)
-    assert os.listdir(tmp_path / "data") == []
 
 
 def test_full_disk_names_what_to_free(tmp_path, monkeypatch):
