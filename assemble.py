@@ -297,7 +297,7 @@ class Setup:
         own = ("seed", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
         if train:
             more["accumulate"] = micro_batches
-        elif size != self.options.batch_size:  # auto: what does not fit at once in training is not tried here
+        else:  # what does not fit at once in training is not tried here
             size = -(-size // micro_batches)
         return Batches(
             subset,
@@ -442,10 +442,12 @@ class Setup:
             return model
         if self.device.type != "cuda":
             raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
-        if accumulate > 1 or left_over < ranks:
+        if accumulate > 1:
+            raise UserError("--sync_batchnorm needs the same number of micro-batches: leave out --accumulate.")
+        if left_over < ranks:
             raise UserError(
-                "--sync_batchnorm needs the same number of micro-batches on each process: leave out --accumulate, "
-                f"and choose a --batch_size whose last batch holds more than {left_over} images."
+                f"--sync_batchnorm needs an image on each of {ranks} processes, and the last batch holds {left_over}: "
+                "choose another --batch_size."
             )
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 

@@ -152,7 +152,8 @@ class Batches:
 
     def _evaluation_places(self) -> list[np.ndarray]:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
-        return [mine[start : start + self.batch_size] for start in range(0, len(mine), self.batch_size)]
+        size = -(-self.batch_size // self.accumulate)  # what fits at once in training
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
         """Up to `most` images of the first update as the network sees them, and their labels.

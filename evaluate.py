@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from dataset import Batches
-from precision import Precision
+from precision import Precision, wider_range
 from utils import Interrupted, RunError, amount, progress
 
 NO_PREDICTION = -1  # for an image whose logits are not finite
@@ -123,7 +123,7 @@ class Evaluation:
 def way_out(precision: Precision, way: str = "use") -> str:
     """Return what to do if logits are not finite in this precision; `way` stands before the option that helps."""
     if precision.name == "amp-fp16":
-        return f"Values beyond 65,504, float16's largest, are the usual cause: {way} --amp_dtype bfloat16."
+        return f"Values beyond 65,504, float16's largest, are the usual cause: {way} {wider_range(precision)}."
     return "Weights that grew too large are the usual cause: train with a lower --learning_rate, or --clip_grad_norm."
 
 

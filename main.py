@@ -174,22 +174,22 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
     """Exit status and reason of a failure; no reason where only a defect of this program can be one."""
     text = str(error)
     if isinstance(error, Stopped):
-        return error.exit_status, text
+        return error.exit_status, text or f"stopped by {signal.Signals(error.exit_status - 128).name}{_kept(options)}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted; what was saved before can go on with --resume"
+        return 130, f"interrupted{_kept(options)}"
     if isinstance(error, (UserError, RunError)):
         return 2 if isinstance(error, UserError) else 1, text
     if "DataLoader timed out" in text:
         return 1, (
             "no batch came from the loading workers in a quarter of an hour: does the disk that holds the images still "
-            "answer? Go on with --resume; --num_workers 0 does without the workers."
+            f"answer? --num_workers 0 does without the workers{_kept(options)}."
         )
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
         reason = text.splitlines()[0] if text else "it left no word"
-        return 1, (
-            f"a data loading worker died: {reason}\nUsually the machine ran out of memory: "
-            "use fewer --num_workers, then go on with --resume."
-        )
+        workers = getattr(options, "num_workers", None)
+        fewer = "--num_workers 0, which loads without workers" if workers == 1 else "fewer --num_workers"
+        ran_out = f"Usually the machine ran out of memory: use {fewer}{_kept(options)}."
+        return 1, f"a data loading worker died: {reason}\n{ran_out}"
     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
         return 1, "too many open files: raise the limit (ulimit -n 1024), or use fewer --num_workers."
     if NO_THREAD in text or getattr(error, "errno", None) == errno.EAGAIN:
@@ -202,7 +202,7 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
     if isinstance(error, MemoryError) or utils.is_out_of_memory(error):
         return 1, _memory_advice(options)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave it out."
+        return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave out {_compiling(options)}."
     return 1, _of_other_processes(error)
 
 
@@ -211,24 +211,45 @@ def _of_other_processes(error: BaseException) -> str:
     return (meeting.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
 
 
+def _kept(options: Namespace) -> str:
+    """What an end before its time leaves to go on from, in words that follow a clause."""
+    if options.command == "train":
+        return "; what was saved before can go on with --resume"
+    if options.command in ("compare", "audit"):
+        return "; the same command, without --overwrite, goes on from what was saved"
+    return ""
+
+
+def _compiling(options: Namespace) -> str:
+    """The options of this command that compile."""
+    return " and ".join(f"--{name}" for name in ("compile", "cuda_graphs") if getattr(options, name, False))
+
+
 def _memory_advice(options: Namespace) -> str:
-    batch = getattr(options, "batch_size", 1)
-    accumulate = getattr(options, "accumulate", 1)
-    if options.command not in ("train", "compare"):
-        return f"out of memory at --batch_size {batch}: use a smaller one."
+    """Where memory ran out, and an option that can help there."""
+    get = vars(options).get
+    batch = get("batch_size")
+    accumulate = get("accumulate") or 1
+    if options.command != "train":
+        at = f" at --batch_size {batch}" if batch else ""
+        way = "use another --device, or close other programs" if batch == 1 else "use a smaller --batch_size"
+        return f"out of memory{at}: {way}."
     if isinstance(batch, str):
         return f"out of memory at --batch_size {batch}: name --batch_size and an --accumulate larger than it chose."
-    smaller = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
-    way = smaller if batch >= 2 * accumulate else "use a smaller --image_size"
-    return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}; --amp needs less, too."
+    whole = get("cuda_graphs") or get("sync_batchnorm")  # which take no micro-batches
+    if batch >= 2 * accumulate and not whole:
+        way = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
+    else:
+        way = "use a smaller --batch_size" if whole and batch > 1 else "use a smaller --image_size"
+    less = "" if get("amp") else f"; --amp needs less, too{', in place of --tf32' if get('tf32') else ''}"
+    return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}{less}."
 
 
 def _terminate(number: int, _frame: object) -> None:
     utils.heard.set()
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    name = signal.Signals(number).name
-    raise Stopped(number, f"stopped by {name}; what was saved before can go on with --resume")
+    raise Stopped(number, "")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import nn
 from distributed import Ranks
 from evaluate import Evaluation, NotFinite, way_out
 from model import Forward
-from precision import Precision
+from precision import Precision, wider_range
 from runs.checkpoint import Progress
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
@@ -105,6 +105,21 @@ def warn_of_no_gradient(optimizer: torch.optim.Optimizer, model: nn.Module, name
             )
 
     hook = optimizer.register_step_pre_hook(look)
+
+
+def what_caused(best: Path | None, *, first: bool) -> str:
+    """Return the usual cause of a loss that is not finite, and what helps; `best` are weights to go on from.
+
+    Before the `first` update no learning rate can be the cause. A resume keeps its options, so another run is needed.
+    """
+    if first:
+        return (
+            "No update was made before it, so the weights that the run began from are the usual cause: begin from "
+            "others (--pretrained_path, --weights, --pretrained 0), or with their own --normalize."
+        )
+    begin = "Begin another run with a lower --learning_rate, more --warmup_epochs or --clip_grad_norm"
+    weights = f", from the best epoch: {typed('--pretrained_path', best)}" if best else ""
+    return f"A learning rate that is too high is the usual cause. {begin}{weights}."
 
 
 class Meter:
@@ -197,10 +212,11 @@ class Meter:
     def not_finite(self, what: str, at: Progress, update: int) -> RunError:
         """The end of a run whose `what` is not finite, in words."""
         kept = f"best_model.pt of epoch {at.best_epoch}" if at.epoch else "none is of a finished epoch"
+        best = self.folder / "best_model.pt" if at.epoch else None
+        way = what_caused(best, first=at.epoch == 0 and update == 1)
         return RunError(
             f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self.updates_per_epoch} "
-            f"({self.precision.label}). Last good checkpoint: {kept} ({self.folder}).\nUsual causes: a learning rate "
-            "too high (--learning_rate, --warmup_epochs, --clip_grad_norm), or NaN in pretrained weights."
+            f"({self.precision.label}). Last good checkpoint: {kept} ({self.folder}).\n{way}"
         )
 
     def _watch_scale(self, at: Progress) -> None:
@@ -212,12 +228,14 @@ class Meter:
             where = f" The backward pass met it first at {at.skips[0]['parameter']}." if at.skips else ""
             log.warning(
                 f"the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
-                f"the run has probably diverged.{where} Lower the learning rate, or use --amp_dtype bfloat16."
+                f"the run has probably diverged.{where} Begin another with a lower --learning_rate, or with "
+                f"{wider_range(self.precision)}."
             )
         if scale < 2.0**-20:
             raise RunError(
                 f"every update overflows in float16 (loss scale {scale:g}, epoch {at.epoch + 1}): the run "
-                f"has diverged. What was saved before is intact in {self.folder}."
+                f"has diverged. What was saved before is intact in {self.folder}. Begin another run with a lower "
+                f"--learning_rate, or with {wider_range(self.precision)}."
             )
 
     def line(self, at: Progress, found: Evaluation, device: torch.device, *, size: int, trained: int) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def _advice(file: Weights, fit: Fit, key: str) -> str:
         return f"They fit --model {found}."
     if file.saved_from and file.saved_from.lower() != key:
         return f"The file says that its model is {printable(file.saved_from)}: name the --model that this is."
-    return "Name the --model they were saved from, or use --pretrained 0."
+    return "Name the --model they were saved from, or leave out --pretrained_path."
 
 
 @torch.no_grad()
@@ -145,10 +145,14 @@ def check_input_size(model: nn.Module, image_size: int, smallest_piece: int, sta
     reason = _objection(twin, image_size, smallest_piece)
     if reason:
         images = "image" if smallest_piece == 1 else "images"
+        suits = timm_models.own_size(model) or 224
+        ways = [f"another --image_size ({suits} suits it)"] if not _objection(twin, suits, smallest_piece) else []
+        if not _objection(twin, image_size, 2 * smallest_piece):
+            ways.append("a --batch_size and --accumulate that make larger micro-batches")
+        advice = f"\nUse {', or '.join(ways)}." if ways else ""
         raise UserError(
             f"--image_size {image_size}: {kind} cannot train on a micro-batch of {smallest_piece} such {images} "
-            f"({reason}).\nUse another --image_size ({timm_models.own_size(model) or 224} suits it), or a --batch_size "
-            "and --accumulate that make larger micro-batches."
+            f"({reason}).{advice}"
         )
     reason = _objection(twin, start_size, smallest_piece) if start_size else None
     if reason:

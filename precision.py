@@ -100,6 +100,13 @@ def _refuse_impossible(device: torch.device, card: Card, *, amp: bool, amp_dtype
         raise UserError(f"{name} has no bfloat16 arithmetic. {way}")
 
 
+def wider_range(precision: Precision) -> str:
+    """Return the option by which a run in float16 gets the range of float32 on its device."""
+    device = precision.device
+    refused = device.type == "cuda" and card_of(device).bfloat16 != NATIVE
+    return "--no-amp, as this GPU has no bfloat16" if refused else "--amp_dtype bfloat16"
+
+
 def card_of(device: torch.device) -> Card:
     """What the device computes with, from the table in system/cards.py."""
     if device.type == "cuda" and torch.version.hip:

@@ -98,6 +98,7 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
     """
     import torch
 
+    asked = name
     if name == "auto":
         found = {
             "cuda": torch.cuda.is_available(),
@@ -115,11 +116,23 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
         else:
             torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = f"{str(error).splitlines()[0]}\nUse --device auto or --device cpu."
-        raise UserError(f"--device {name} is not available here: {reason}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name} is not available here: {reason}\n{_other_device(asked, local_rank)}"
+        ) from None
     if use and device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def _other_device(asked: str, local_rank: int) -> str:
+    """What to do if the device that was asked for cannot be used by the process of this number on its machine."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if asked in ("auto", "cuda") and 0 < count <= local_rank:
+        return f"Start no more processes on a machine than it has GPUs: torchrun --nproc_per_node {count}."
+    return "Use --device cpu." if asked == "auto" else "Use --device auto or --device cpu."
 
 
 def seed_everything(*numbers: int) -> None:

@@ -200,7 +200,10 @@ def _check_together(options: argparse.Namespace) -> None:
             get("class_weights", "none") != "none" and get("sampler") == "balanced",
             "--class_weights balanced and --sampler balanced correct the same thing twice: choose one.",
         ),
-        (get("resume") and get("overwrite"), "--resume and --overwrite exclude each other."),
+        (
+            get("resume") and get("overwrite"),
+            "--resume and --overwrite exclude each other: the first goes on, the second begins anew.",
+        ),
         (
             name.is_absolute() or ".." in name.parts or not str(name).isprintable(),
             f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir.",

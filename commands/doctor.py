@@ -15,6 +15,7 @@ import torch
 
 from dataset import Batches
 from images.opening import Opening, open_data_set
+from images.stores import StreamedImages
 from inspection.advice import advise, ceilings
 from inspection.hardware import machine
 from inspection.probe import (
@@ -26,6 +27,7 @@ from inspection.probe import (
     joules_per_image,
     update_seconds,
     updates_of_a_round,
+    what_may_help,
 )
 from inspection.timing import wait
 from model import known_model
@@ -77,22 +79,27 @@ def examine(
         found = findings["machine"]["float16"]
         findings["machine"]["float16"] = f"{found}; a convolution took {slowdown:.1f} times as long as in FP32"
     if data_dir is not None:
-        rate = loader_rate(data_dir, device, setting["image_size"], setting["batch_size"])
-        findings |= {"data_dir": str(data_dir), "loader_images_per_second": rate}
+        rate, streamed = loader_rate(data_dir, device, setting["image_size"], setting["batch_size"])
+        findings |= {"data_dir": str(data_dir), "loader_images_per_second": rate, "loader_streams": streamed}
     findings["ceiling"] = ceilings(findings["measured"])
     return {**findings, **advise(findings), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def loader_rate(
     data_dir: str | Path, device: torch.device, image_size: int, batch_size: int, seconds: float = 3.0
-) -> float:
-    """Images per second that the package's loader feeds from `data_dir` when nothing else is done.
+) -> tuple[float, bool]:
+    """Return images/s that the package's loader feeds from `data_dir` when nothing else is done, and if it decodes
+    them anew in each epoch, as they do not fit into memory.
 
     The images are decoded first (once; later runs find them decoded), which is not counted.
     Raises UserError for anything wrong with the data.
     """
     data = open_data_set(
-        data_dir, image_size=image_size, seed=0, opening=Opening(pin=device.type == "cuda", own_window=True)
+        data_dir,
+        image_size=image_size,
+        seed=0,
+        skip_unreadable=True,
+        opening=Opening(pin=device.type == "cuda", own_window=True),
     )
     batches = Batches(data.train, Preprocess(device, image_size), min(batch_size, len(data.train)), len(data.classes))
     updates = endless(batches)
@@ -102,7 +109,7 @@ def loader_rate(
     while time.perf_counter() < started + seconds:
         count += sum(len(images) for images, *_ in next(updates))
         wait(device)
-    return count / (time.perf_counter() - started)
+    return count / (time.perf_counter() - started), isinstance(data.train.store, StreamedImages)
 
 
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +121,7 @@ def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
     for group in [[name] for name in usable] if device.type == "cuda" else [usable]:
         answers |= _take_turns(group, {"device": str(device), **setting}, failed)
     if "fp32" in failed:
-        raise RunError(
-            f"the training update failed in FP32: {failed['fp32']}\nTry a smaller --batch_size or --image_size."
-        )
+        raise RunError(f"the training update failed in FP32: {failed['fp32']}{what_may_help(failed['fp32'])}")
     measured = {name: _summary(found, answers["fp32"], setting["batch_size"]) for name, found in answers.items()}
     return {"measured": measured, "failed": failed}
 

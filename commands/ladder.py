@@ -12,7 +12,16 @@ from typing import Any
 
 import torch
 
-from inspection.probe import PATIENCE, PRODUCT_SIZE, ROUNDS, Probe, joules_per_image, update_seconds, updates_of_a_round
+from inspection.probe import (
+    PATIENCE,
+    PRODUCT_SIZE,
+    ROUNDS,
+    Probe,
+    joules_per_image,
+    update_seconds,
+    updates_of_a_round,
+    what_may_help,
+)
 from inspection.roofline import Operator, beyond, roofline, why_it_ends
 from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
@@ -119,7 +128,7 @@ class _Ladder:
         except RunError as error:
             probe.close()
             if rung is FIRST:
-                raise RunError(f"{error}\nTry a smaller --batch_size or --image_size.") from None
+                raise RunError(f"{error}{what_may_help(str(error))}") from None
             self._skip(rung.name, str(error))
             return
         kept = measured["speedup_before"] is None or measured["speedup_before"] >= LOSS

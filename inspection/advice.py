@@ -110,15 +110,13 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
     loader = findings.get("loader_images_per_second")
     rate = row["images_per_second"]
     if loader is not None:
-        reasons.append(
-            f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: "
-            + (
-                "training waits for data, and no precision helps with that. Keep the images decoded (--cache memory) "
-                "or use more --num_workers."
-                if loader < 1.1 * rate
-                else "data is not the limit."
-            )
-        )
+        what = "data is not the limit."
+        if loader < 1.1 * rate:
+            way = "Their decoding is the limit: more --num_workers (up to the number of cores) or smaller files."
+            kept = "They are kept decoded already: a smaller --image_size leaves less to copy."
+            what = "training waits for data, and no precision helps with that. "
+            what += way if findings.get("loader_streams") else kept
+        reasons.append(f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: {what}")
     return reasons
 
 

@@ -172,5 +172,5 @@ def cures(origin: Origin, *, overflow: bool) -> list[str]:
     elif overflow:
         found.append("a lower loss scale (GradScaler finds it), or bfloat16, which needs none")
     if origin.phase == "backward" and not overflow:
-        found.append("clip gradients, or add an eps in the forward operator")
+        found.append("add an eps in the forward operator: its slope there is not finite in float32 either")
     return found or ["check the data and the learning rate: float32 has this fault, too"]

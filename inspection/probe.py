@@ -279,6 +279,13 @@ class Probe:
         self._process.join()
 
 
+def what_may_help(reason: str) -> str:
+    """Return a line of advice for an update that failed for this reason; empty if no size is to blame."""
+    if any(sign in reason for sign in ("memory", "ALLOC_FAILED", "no answer")):
+        return "\nTry a smaller --batch_size or --image_size."
+    return "\nTry another --image_size: 224 suits most models." if "size" in reason else ""
+
+
 def _ending(status: int | None) -> str:
     """In words, how a measuring process ended; a negative status is a signal's."""
     if status is None or status >= 0:

@@ -30,7 +30,7 @@ def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[li
     found = [read_run(run) for run in runs]
     failed = [run["directory"].name for run in found if not run["result"]]
     if failed:
-        raise RunError(f"{', '.join(failed)} did not finish: the same command goes on from there.")
+        raise RunError(f"{', '.join(failed)} did not finish: the same command, without --overwrite, goes on.")
     tables = [read_predictions(run / "predictions.csv") for run in runs]
     classes = tables[0]["classes"]
     paths = [path for table in tables for path in table["paths"]]

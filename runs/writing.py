@@ -34,7 +34,7 @@ def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> Non
         )
         raise RunError(
             f"{printable(path)} could not be written ({cause.strerror}). What was saved before is intact: "
-            f"{advice}, then go on with --resume."
+            f"{advice}, then repeat the command, a training with --resume."
         ) from None
 
 

@@ -1,6 +1,5 @@
 """What was measured is what is said: ratios, times, reasons and advice. Run it alone: pytest tests/test_measured.py"""
 
-import ast
 import json
 import os
 import re
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -18,17 +16,13 @@ from tqdm import tqdm
 from tqdm.utils import disp_len
 
 import main
-from commands import compare as compare_command
-from commands import doctor
 from features.frozen import FrozenNetwork
-from inspection import advice, payoff, probe, roofline
-from inspection.words import payoff_words
-from option import SAME_TRAINING
 from reports import page, pictures, results, tables
 from runs import config
 from system import waiting
-from system.machine import images_that_fit
 from utils import UserError
+
+CPU = torch.device("cpu")
 
 
 def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
@@ -335,165 +329,6 @@ def test_a_report_from_another_folder_does_not_lose_the_mistakes(tmp_path, monke
     (run / "mistakes.png").unlink()
     assert main.main(redraw) == 0 and (run / "mistakes.png").read_text() == "0"
     assert "shows empty places" in capsys.readouterr().out
-
-
-# Estimates, bounds and their words
-
-
-def examined(speedup: float, saving: float, products: float = 0.5) -> dict:
-    """What the doctor found on a CPU whose large products run twice as fast in bfloat16."""
-
-    def row(speed: float, memory: float, tflops: float) -> dict:
-        return {
-            "speedup": speed,
-            "images_per_second": 50 * speed,
-            "training_mb": memory,
-            "tflops": tflops,
-            "spread": 0.0,
-            "busy": None,
-            "shares": {"products": products},
-            "phase_shares": {"data": 0.0},
-        }
-
-    measured = {"fp32": row(1.0, 1000.0, 1.0), "amp-bf16": row(speedup, 1000.0 * saving, 2.0)}
-    setting = {"model_name": "ResNet18", "image_size": 64, "batch_size": 8}
-    machine = {"device": "cpu", "bfloat16": "native", "name": "x"}
-    found = {"measured": measured, "failed": {}, "machine": machine, "setting": setting}
-    return found | {"ceiling": advice.ceilings(measured)}
-
-
-@pytest.mark.parametrize("speedup", [0.94, 0.9449, 0.945, 0.95, 1.0, 1.0449, 1.0451, 1.05, 1.2])
-def test_a_verdict_agrees_with_the_number_that_it_prints(speedup):
-    found = advice.advise(examined(speedup, 0.9))
-    printed = float(re.search(r"trains (\S+) times", found["verdict"])[1])
-    pays, slower = "AMP pays" in found["verdict"], "is slower" in found["verdict"]
-    assert pays == (printed >= 1.05) == (found["recommended"] == "amp-bf16") and slower == (printed < 0.95)
-    speed = {"fp32": {"shortest": speedup, "longest": speedup}, "amp-bf16": {"shortest": 1.0, "longest": 1.0}}
-    choice = payoff.recommend(speed, [], {})
-    assert (choice["precision"] == "amp-bf16") == (printed >= 1.05)
-    assert ("does not pay" in choice["words"][0]) == (f"{printed:.2f}" < "1.05")
-
-
-def test_more_than_an_estimate_is_explained_and_nothing_is_called_a_ceiling():
-    found = examined(2.65, 0.9)
-    assert found["ceiling"]["amp-bf16"]["ceiling"] == pytest.approx(4 / 3)
-    reasons = " ".join(advice.advise(found)["reasons"])
-    assert "by itself would give 1.33" in reasons and "2.65 was measured, more than such products give" in reasons
-    assert "was measured, more" not in " ".join(advice.advise(examined(1.2, 0.9))["reasons"])
-    amdahl = {"product_share": 0.5, "ceiling": 2.0, "product_gain": 3.0, "expected": 1.5}
-    for gain, said in ((1.7, True), (1.4, False)):
-        pay = {"amdahl": amdahl, "recommendation": {"speedup": {"amp-bf16": gain}, "words": []}}
-        text = " ".join(" ".join(payoff_words(pay)).split())
-        assert (f"{gain:.2f} was measured: what is no product became faster, too" in text) == said
-    assert "does not fall" in " ".join(advice.advise(examined(1.2, 1.1))["reasons"])
-
-
-@pytest.mark.parametrize("true_rate", [2e9, 0.4e9])
-def test_a_step_faster_than_the_roofline_is_measured_again_and_explained(monkeypatch, true_rate):
-    """A step of 1 GFLOP in a second; the first measurement of the rates met a busy machine."""
-    operators = [roofline.Operator("aten.mm", "matrix products", 10**9, 8, "float32")]
-    rates = iter([0.5e9, true_rate, true_rate])
-    monkeypatch.setattr(roofline, "count_step", lambda step, device: operators)
-    monkeypatch.setattr(roofline, "matrix_rate", lambda *_, **__: next(rates))
-    monkeypatch.setattr(roofline, "copy_bandwidth", lambda *_, **__: 1e12)
-    monkeypatch.setattr(payoff, "Execution", lambda *_, **__: SimpleNamespace(run=print, put_back=lambda: None))
-    fp32 = SimpleNamespace(name="fp32", dtype=torch.float32)
-    subject = SimpleNamespace(device=torch.device("cpu"))
-    found = payoff.bounds(subject, [fp32], {"fp32": {"shortest": 1.0}}, ambient=True)
-    if true_rate > 1e9:
-        assert found["precisions"]["fp32"]["share"] == 0.5 and "estimate" not in found["words"]
-    else:  # the best rate of three is still too low
-        assert found["precisions"]["fp32"]["share"] == 2.0
-        assert "200% in fp32" in found["words"] and "a share of it above 100 % means" in found["words"]
-
-
-def test_shares_of_a_bound_are_explained_above_all_of_it():
-    assert roofline.beyond([0.5, None, 1.004]) == []
-    assert "above 100 %" in roofline.beyond([0.5, 1.19])[0]
-
-
-@pytest.mark.parametrize(("size", "images"), [(256, 97), (128, 390), (512, 24), (4096, 1)])
-def test_images_that_fit_follow_their_area(size, images):
-    assert images_that_fit(4 * 2**30, size) == images
-
-
-def test_a_gpu_is_examined_with_as_many_images_as_fit_at_their_size(monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 2**30, 8 * 2**30))
-    monkeypatch.setattr(doctor, "machine", lambda device: {})
-    monkeypatch.setattr(doctor, "_measure", lambda device, setting: asked.append(setting) or 1 / 0)
-    for size in (None, 64, 512):
-        with pytest.raises(ZeroDivisionError):
-            doctor.examine(torch.device("cuda"), image_size=size)
-    assert [setting["batch_size"] for setting in asked] == [32, 256, 8]
-
-
-# What ended a child
-
-
-@pytest.mark.parametrize(("status", "memory"), [(137, True), (139, False)])
-def test_a_killed_training_says_that_memory_may_be_the_reason(data, tmp_path, monkeypatch, status, memory):
-    monkeypatch.setattr(compare_command, "_process", lambda words: [0, status])
-    line = tiny.words(data, tmp_path)[1:]
-    planned = compare_command.plan(tmp_path / "fp32", "fp32", line, overwrite=False)
-    compare_command.train_all([planned])  # as compare and audit do
-    reason = json.loads((tmp_path / "fp32" / "failure.json").read_text())["reason"]
-    assert f"ended by signal {status - 128}" in reason and ("memory runs out" in reason) == memory
-    advised = re.findall(r"--(cache|num_workers)", reason)
-    assert set(advised) <= SAME_TRAINING, "so that the run goes on and finished ones are kept"
-    assert len(reason) <= 200, "a cell of the table holds no more"
-
-
-def test_a_measuring_process_that_was_killed_says_so():
-    assert "signal 9, as systems do when memory runs out" in probe._ending(-9)
-    assert probe._ending(-11).endswith("signal 11") and probe._ending(3).endswith("exit status 3")
-
-
-# Recipes and exercises
-
-RECIPES = Path(main.__file__).parent / "recipes"
-
-
-def test_a_recipe_that_stops_says_what_broke():
-    bare = [
-        f"{file.name}:{node.lineno}"
-        for file in [*RECIPES.glob("*.py"), *RECIPES.parent.glob("notebooks/*.py")]
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Assert) and node.msg is None
-    ]
-    assert bare == []
-
-
-def pooling(solution: str) -> type[torch.nn.Module]:
-    """The pooling layer of recipe 15 with this body of its forward pass."""
-    text = (RECIPES / "15_find_the_overflow.py").read_text(encoding="utf-8")
-    (old,) = re.findall(r"^        with torch.amp.autocast\(values.*?sqrt\(\)$", text, re.DOTALL | re.MULTILINE)
-    names = {"__name__": "changed"}
-    exec(text.replace(old, solution), names)
-    return names["RootMeanSquare"]
-
-
-def wrong_by(solution: str, values: torch.Tensor) -> float:
-    pooled = pooling(solution)(in_float32=True)(values.half())
-    true = values.half().double().square().mean((2, 3)).sqrt()
-    assert pooled.dtype == torch.float16 and pooled.shape == values.shape[:2]
-    return (pooled.double() / true - 1).abs().max().item()
-
-
-def test_the_third_cure_keeps_the_digits_that_a_fixed_divisor_costs():
-    text = (RECIPES / "EXERCISES.md").read_text(encoding="utf-8")
-    exercise = text.partition("## 7.")[2].partition("## 8.")[0]
-    solution = "\n".join(re.findall(r"^\+(.*)$", exercise, re.MULTILINE))
-    torch.manual_seed(0)
-    noise = torch.randn(2, 64, 8, 8)
-    for size in (0.01, 0.1, 1.0, 300.0):
-        assert wrong_by(solution, size * noise) < 1e-3, "at most 0.1 %"
-    assert pooling(solution)(in_float32=True)(torch.zeros(1, 2, 4, 4).half()).isfinite().all()
-    assert pooling(solution)()(torch.full((1, 1, 2, 2), 300.0).half()).isinf().all(), "the overflow is still shown"
-    fixed = "        return ((values / 64) * (values / 64)).mean((2, 3)){}.sqrt() * 64"
-    assert 0.006 < wrong_by(fixed.format(""), 0.1 * noise) < 0.009
-    assert 0.25 < wrong_by(fixed.format(".add(1e-6)"), 0.1 * noise) < 0.35
-    assert "0.8 %" in exercise and "30 %" in exercise and "costs nothing" not in exercise
 
 
 # Versions
