@@ -113,7 +113,7 @@ class StreamedImages:
         """Copy a batch out of its slot, which the workers fill again later."""
         number, (positions, answer) = item
         if isinstance(answer, str):
-            raise RunError(f"{answer}, then go on with --resume.")
+            raise RunError(f"{answer}, then repeat the command, a training with --resume.")
         slots = self._files.slots
         images = torch.from_numpy(answer if slots is None else slots[number % len(slots)][: len(positions)])
         copy = torch.empty(images.shape, dtype=torch.uint8, pin_memory=self._pin).copy_(images)
