@@ -347,7 +347,7 @@ def test_the_later_of_equal_epochs_is_kept_and_patience_counts_from_the_first(tm
     assert load_checkpoint(tmp_path / "best_model.pt")["epoch"] == 3
 
 
-@pytest.mark.parametrize("stop", range(1, 6))
+@pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_resumed_run_chooses_the_same_epoch_and_ends_with_the_same(stop, tmp_path):
     made = scripted(trainer(tmp_path, tiny.Classifier(3), epochs=7, patience=4), PLATEAU)
     made.on_epoch = lambda line: line["epoch"] == stop and setattr(made.stop, "number", 15)
@@ -397,7 +397,9 @@ def test_micro_batches_of_a_ragged_batch_keep_their_size(count, batch_size, accu
 
 
 def test_every_image_is_in_one_micro_batch_and_the_smallest_is_known():
-    for count, batch_size, accumulate, ranks in itertools.product(range(2, 26), range(1, 9), (1, 2, 3), (1, 2, 3)):
+    for count, batch_size, accumulate, ranks in itertools.product(
+        (5, 9, 13, 16, 17), (4, 6, 7, 8), (1, 2, 3), (1, 2, 3)
+    ):
         if batch_size < ranks * accumulate:
             continue
         pieces = cut(count, batch_size, accumulate, ranks)
@@ -434,7 +436,6 @@ def tiny_deep(*, weights=None, **options):
     ("words", "status"),
     [
         (["--batch_size=6", "--accumulate=4"], 2),  # 19 images: full batches are cut 2, 2, 1, 1, the last 2, 2, 3
-        (["--batch_size=6", "--accumulate=3"], 0),  # 2, 2, 2
         (["--batch_size=16", "--accumulate=4"], 0),  # the three left over stay together
     ],
 )
@@ -477,20 +478,19 @@ def test_what_warming_up_took_counts_only_where_no_epoch_was_steady():
     assert stated_peak([32], [1], search=500.0) == 32**2 + 500
 
 
-@pytest.mark.parametrize(("epochs", "stated"), [(4, 12**2), (20, 12**2)])
-def test_a_run_of_growing_images_states_the_peak_of_the_largest(epochs, stated, tmp_path, monkeypatch):
-    made = trainer(tmp_path, tiny.Classifier(3), epochs=epochs)
-    made.batches.sizes = growing_sizes(8, 12, epochs)
+def test_a_run_of_growing_images_states_the_peak_of_the_largest(tmp_path, monkeypatch):
+    made = trainer(tmp_path, tiny.Classifier(3), epochs=3)
+    made.batches.sizes = [8, 8, 12]
     made.batches._input = {size: Preprocess(CPU, size) for size in (8, 12)}
     taken = [size**2 for size in made.batches.sizes]
     monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": taken[made.progress.epoch]})
     made.train()
     made.run.close()
-    assert made.progress.peak_memory_mb == stated
-    again = trainer(tmp_path / "again", tiny.Classifier(3), epochs=epochs)
+    assert made.progress.peak_memory_mb == 12**2
+    again = trainer(tmp_path / "again", tiny.Classifier(3), epochs=3)
     again.load_state(load_checkpoint(tmp_path / "last.pt"))
     again.run.close()
-    assert again.progress.peak_memory_mb == stated
+    assert again.progress.peak_memory_mb == 12**2
 
 
 @pytest.mark.parametrize("steady", [False, True])
@@ -568,7 +568,7 @@ def test_the_total_time_ends_with_the_last_epoch(folder, tmp_path, monkeypatch):
     stopping = [True]
 
     def slow(*arguments, **options):
-        time.sleep(0.5)
+        time.sleep(0.2)
         if stopping:
             stopping.clear()
             os.kill(os.getpid(), signal.SIGTERM)

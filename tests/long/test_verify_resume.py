@@ -9,7 +9,7 @@ SCRIPT = tiny.ROOT / "benchmarks" / "verify_resume.py"
 
 
 def verify(data, *more):
-    words = tiny.words(data, "unused", "--cache=none", *more)[1:]
+    words = tiny.words(data, "unused", "--model=shufflenet_v2_x0_5", "--cache=none", *more)[1:]
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=400, env=tiny.environment()
     )
