@@ -190,7 +190,10 @@ def test_an_image_that_a_worker_cannot_open_for_want_of_files_is_a_sentence(fold
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr(stores, "try_decode", refused)
-    with pytest.raises(RunError, match="Too many open files.*\nUse fewer --num_workers, then go on with --resume"):
+    with pytest.raises(
+        RunError,
+        match="Too many open files.*\nUse fewer --num_workers, then repeat the command, a training with --resume",
+    ):
         read(store)
 
 
