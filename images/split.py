@@ -118,19 +118,38 @@ def _shared_out(labels: np.ndarray, units: np.ndarray, shares: Sequence[float], 
 
 
 def _stratified(labels: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return scikit-learn's part of each image, 0 or 1; None if a class of it is not within one image of its share."""
-    from sklearn.model_selection import train_test_split
+    """Return scikit-learn's part of each image, 0 or 1; None if a class of it is not within one image of its share.
 
-    exact = np.bincount(labels)[:, None] * weights
-    exact = exact[exact[:, 0] > 0]
+    Computed here as `train_test_split` with `stratify` does, whose import takes a second.
+    """
+    counts = np.bincount(labels)
+    counts = counts[counts > 0]
+    exact = counts[:, None] * weights
     whole = weights.sum()
     if (exact < whole).any():  # a class would be left out of a part
         return None
     held = (2 * exact[:, 1].sum() + whole) // (2 * whole)
-    positions = np.arange(len(labels))
-    _, chosen = train_test_split(positions, test_size=int(held), stratify=labels, random_state=seed % 2**32)
-    drawn = np.bincount(labels[chosen], minlength=labels.max() + 1)[np.unique(labels)]
-    return np.isin(positions, chosen).astype(np.int64) if (abs(drawn * whole - exact[:, 1]) <= whole).all() else None
+    random = np.random.RandomState(seed % 2**32)
+    kept = _most_likely(counts, len(labels) - held, random)
+    drawn = _most_likely(counts - kept, held, random)
+    parts = np.zeros(len(labels), np.int64)
+    for own, first, count in zip(np.unique(labels), kept, drawn, strict=True):
+        places = np.flatnonzero(labels == own)
+        parts[places[random.permutation(len(places))[first : first + count]]] = 1
+    return parts if (abs(drawn * whole - exact[:, 1]) <= whole).all() else None
+
+
+def _most_likely(counts: np.ndarray, draws: int, random: np.random.RandomState) -> np.ndarray:
+    """Return how many of each class so many draws most likely take; `random` decides between equal remainders."""
+    exact = counts / counts.sum() * draws
+    taken = np.floor(exact)
+    remainders = exact - taken
+    for remainder in np.unique(remainders)[::-1]:
+        missing = int(draws - taken.sum())
+        if missing:
+            equal = np.flatnonzero(remainders == remainder)
+            taken[random.choice(equal, min(len(equal), missing), replace=False)] += 1
+    return taken.astype(int)
 
 
 def _drawn(labels: np.ndarray, sizes: np.ndarray, weights: np.ndarray, seeds: Sequence[int]) -> np.ndarray:

@@ -258,14 +258,20 @@ def test_memory_that_is_not_known_gives_no_ratio(tmp_path):
     assert [row["memory_ratio"] for row in comparison["rows"]] == [None, None] and comparison["rows"][1]["speed_up"]
 
 
-def test_wilson_interval_against_its_closed_form():
-    share = 0.9
-    total = 50
-    z = 1.959963984540054
-    centre = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
-    assert results.wilson(45, 50) == pytest.approx((100 * (centre - half), 100 * (centre + half)))
-    assert results.wilson(50, 50)[1] == pytest.approx(100)
+@pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (45, 50), (50, 50), (2817, 3000)])
+def test_wilson_interval_is_that_of_scipy(right, total):
+    from scipy import stats
+
+    interval = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
+    assert results.wilson(right, total) == pytest.approx((100 * interval.low, 100 * interval.high))
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 1), (3, 3), (8, 1), (33, 46), (2, 60), (7000, 7200)])
+def test_exact_mcnemar_test_is_the_binomial_test_of_scipy(lost, gained):
+    from scipy import stats
+
+    expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1
+    assert results.sign_test(lost, gained) == results.sign_test(gained, lost) == pytest.approx(expected, rel=1e-9)
 
 
 def test_calibration_by_hand():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import train_test_split
 
 from images.split import SHARES, divide, hold_out, united
 
@@ -37,6 +38,16 @@ def test_parts_and_classes_within_them_are_within_one_image_of_their_share(more,
     assert found.sum() == len(labels)
     assert np.abs(found.sum(0) - exact.sum(0)).max() < 1 + 1e-6
     assert np.abs(found - exact).max() < 1 + 1e-6
+
+
+@SETTINGS
+@given(st.lists(st.integers(5, 60), min_size=1, max_size=12), st.integers(0, 2**40))
+def test_a_fifth_of_each_class_is_the_fifth_that_scikit_learn_draws(counts, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
+    held = (2 * len(labels) + 5) // 10
+    _, drawn = train_test_split(np.arange(len(labels)), test_size=held, stratify=labels, random_state=seed % 2**32)
+    if np.abs(np.bincount(labels[drawn]) - 0.2 * np.array(counts)).max() <= 1:
+        assert np.flatnonzero(divide(labels, seed=seed)).tolist() == sorted(drawn)
 
 
 @pytest.mark.parametrize(
