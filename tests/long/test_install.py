@@ -143,34 +143,30 @@ def test_nothing_else_is_importable(environment, tmp_path):
         assert f"ModuleNotFoundError: No module named '{name}'" in done.stderr
 
 
-def test_compare_starts_its_trainings_beside_files_of_the_same_names(environment, foreign, tmp_path_factory):
-    data = tiny.draw(tmp_path_factory.mktemp("data"))
-    options = tiny.words(data, foreign / "runs", "--epochs=1", "--precisions=amp-bf16", name="both")[1:]
-    done = call(environment / "amp-train", "compare", *options, cwd=foreign, env=with_path())
-    assert "AMP bfloat16" in done.stdout and "failed" not in done.stdout
-    assert {path.parent.name for path in (foreign / "runs" / "both").glob("*/result.json")} == {"amp-bf16"}
-
-
-def test_a_training_does_not_see_the_current_folder(environment, tmp_path):
-    """Which the command itself does not see either: there a file may have the name of one of Python's."""
-    (tmp_path / "inspect.py").write_text(IMPORTED)
-    code = "import subprocess; from amp_train.utils import own_command as own; "
-    done = call(environment / "python", "-P", "-c", code + "subprocess.run([*own(), '--version'])", cwd=tmp_path)
-    assert done.stdout == f"amp-train {option.VERSION}\n"
+def test_a_training_that_it_starts_is_its_own(environment, foreign, tmp_path_factory):
+    """Beside files of the same names; nor in a folder that the command does not see: with a file of Python's name."""
+    code = "import subprocess; from amp_train.utils import own_command as own; subprocess.run([*own(), '--version'])"
+    other = tmp_path_factory.mktemp("other")
+    (other / "inspect.py").write_text(IMPORTED)
+    for folder, variables in ((foreign, with_path()), (other, tiny.environment())):
+        done = call(environment / "python", "-P", "-c", code, cwd=folder, env=variables)
+        assert done.stdout == f"amp-train {option.VERSION}\n"
 
 
 def test_torchrun_starts_it_as_a_module(environment, foreign, tmp_path_factory):
     data = tiny.draw(tmp_path_factory.mktemp("data"))
     launch = (environment / "python", "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
-    call(*launch, "-m", "amp_train", *tiny.words(data, foreign / "runs", "--epochs=1"), cwd=foreign, env=with_path())
+    words = tiny.words(data, foreign / "runs", "--model=squeezenet1_1", "--epochs=1")
+    call(*launch, "-m", "amp_train", *words, cwd=foreign, env=with_path())
     assert tiny.config(foreign / "runs" / "run")["ranks"] == 2
 
 
-def test_what_the_user_is_told_to_type_is_what_is_installed(environment, tmp_path):
-    done = call(environment / "amp-train", "--help", cwd=tmp_path)
+def test_what_the_user_is_told_to_type_is_what_is_installed(environment, foreign):
+    done = call(environment / "amp-train", "--help", cwd=foreign, env=with_path())
     assert "usage: amp-train " in done.stdout and "main.py" not in done.stdout
-    done = call(environment / "amp-train", "--data_dir=none", cwd=tmp_path, check=False)
-    assert done.returncode == 2 and "amp-train prepare" in done.stderr and "main.py" not in done.stderr
+    words = ("prepare", "--check", "--data_dir=none")
+    done = call(environment / "amp-train", *words, cwd=foreign, env=with_path(), check=False)
+    assert done.returncode == 2 and "amp-train prepare --download" in done.stderr and "main.py" not in done.stderr
 
 
 def test_an_editable_install_is_refused_in_one_sentence(source):
