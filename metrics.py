@@ -85,26 +85,31 @@ def class_indices(labels: torch.Tensor) -> torch.Tensor:
     return labels.argmax(1) if labels.ndim > 1 else labels
 
 
-def warn_of_no_gradient(optimizer: torch.optim.Optimizer, model: nn.Module, named: set[str]) -> None:
-    """Warn, in the next step of `optimizer`, of the trained parameters that have no gradient then.
+class UnusedParameters:
+    """Names the trained parameters that have no gradient when `optimizer` makes the next step that is `due`.
 
-    The forward pass does not use them, so that they stay as they are. Nothing waits for the device. `named` are those
-    that were named already; the others join them.
+    The forward pass does not use them, so that they stay as they are. Nothing waits for the device.
     """
 
-    def look(*_: object) -> None:
-        hook.remove()
-        missing = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        missing = [name for name in missing if model.get_parameter(name).grad is None and name not in named]
-        named.update(missing)
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
+        self.model = model
+        self.due = False
+        self._named: set[str] = set()
+        optimizer.register_step_pre_hook(self._look)
+
+    def _look(self, *_: object) -> None:
+        if not self.due:
+            return
+        self.due = False
+        trained = {name: part for name, part in self.model.named_parameters() if part.requires_grad}
+        missing = [name for name, part in trained.items() if part.grad is None and name not in self._named]
+        self._named.update(missing)
         if missing:
             shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
             log.warning(
                 f"{amount(len(missing), 'trained parameter gets', 'trained parameters get')} no gradient, because the "
                 f"forward pass does not use {'it' if len(missing) == 1 else 'them'}: {shown}"
             )
-
-    hook = optimizer.register_step_pre_hook(look)
 
 
 def what_caused(best: Path | None, *, first: bool) -> str:

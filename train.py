@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
-from metrics import Meter, UpdateRecord, best_epochs, warn_of_no_gradient
+from metrics import Meter, UnusedParameters, UpdateRecord, best_epochs
 from model import BuffersBefore, Forward, Network
 from optimizer import SmoothedCrossEntropy
 from precision import Precision
@@ -96,7 +96,7 @@ class Trainer:
     progress: Progress = field(init=False, default_factory=Progress)
     meter: Meter = field(init=False)
     stop: StopSignal = field(init=False)
-    without_gradient: set[str] = field(init=False, default_factory=set)  # trained parameters, as a warning named them
+    unused: UnusedParameters = field(init=False)
     begun: float = field(init=False, default_factory=time.perf_counter)  # less what was trained before a resume
     prepared: float = field(init=False, default=0.0)  # seconds before the first epoch
     frozen_seconds: float | None = field(init=False, default=None)  # of a frozen network computed once, until recorded
@@ -110,6 +110,7 @@ class Trainer:
         self.criterion = SmoothedCrossEntropy(label_smoothing, class_weights)
         self.scaler = self.precision.grad_scaler()
         self.scheduler = self.make_scheduler(done=0)
+        self.unused = UnusedParameters(self.optimizer, self.network.model)
         self.meter = Meter(
             self.run.path, self.precision, self.scaler, self.batches.ranks, self.batches.updates_per_epoch
         )
@@ -153,7 +154,7 @@ class Trainer:
         batches = self.batches
         other_layers = self.network.begin_epoch(at.epoch)
         if other_layers:
-            warn_of_no_gradient(self.optimizer, self.network.model, self.without_gradient)
+            self.unused.due = True
         if other_layers or batches.grows_in(at.epoch):
             self.meter.warming = True
         begun = self.epoch_begun = time.perf_counter() - at.epoch_seconds

@@ -21,7 +21,7 @@ from dataset import Batches
 from distributed import Ranks
 from evaluate import Evaluation
 from inspection import inspect_step, watch
-from metrics import best_epochs, warn_of_no_gradient
+from metrics import UnusedParameters, best_epochs
 from model import Network
 from optimizer import make_optimizer, make_scheduler
 from precision import Precision
@@ -554,7 +554,7 @@ def test_a_network_that_uses_all_its_parameters_is_not_warned_of(tmp_path, caplo
 def test_looking_for_gradients_waits_for_nothing(precision):
     model = Unused()
     optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
-    warn_of_no_gradient(optimizer, model, set())
+    UnusedParameters(optimizer, model).due = True
     with Operators() as seen:
         update(model, optimizer, [images()], precision=precision)
     assert seen.waits == []
