@@ -308,8 +308,8 @@ class Setup:
             **{name: getattr(self.options, name) for name in own} | more,
         )
 
-    def model(self, class_count: int) -> nn.Module:
-        """The model to train, on the device, with the weights it starts from."""
+    def model(self, class_count: int, classes: list[str] | None = None) -> nn.Module:
+        """Return the model to train, on the device, with the weights it starts from."""
         options = self.options
         seed_everything(options.seed)  # of the new head, or of all weights
         return self.placed(
@@ -320,6 +320,7 @@ class Setup:
                 pretrained_path=options.pretrained_path,
                 weights=options.weights,
                 image_size=self._as_trained("image_size"),
+                classes=classes,
             )
         )
 
@@ -427,7 +428,7 @@ class Setup:
                 "micro-batches each: every micro-batch needs an image."
             )
         if resumed is None:
-            model = self.model(len(data.classes))
+            model = self.model(len(data.classes), data.classes)
         else:
             told = resumed.get("model_options")
             model = self.placed(

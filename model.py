@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 
 from distributed import Ranks
 from pretrained import timm_models, torchvision_models
-from pretrained.fitting import Fit, Weights, belongs, fitted, load_weights, read_weights
+from pretrained.fitting import Fit, Weights, belongs, fitted, for_classes, load_weights, read_weights
 from utils import UserError, log, printable
 
 GRAPHS = 32  # of one model: growing images, two counts in a micro-batch and frozen layers take more than PyTorch's 8
@@ -44,11 +45,13 @@ def build_model(
     pretrained_path: str | Path | None = None,
     weights: str | None = None,
     image_size: int | None = None,
+    classes: list[str] | None = None,
 ) -> nn.Module:
-    """A classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
+    """Return a classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
 
     `pretrained_path`, a file in any form that pretrained/ reads, wins over `pretrained`: the published weights, of
-    which `weights` names others than the default ones. A head for another number of classes is left as initialised.
+    which `weights` names others than the default ones. A head for another number of classes is left as initialised,
+    and so is one for others than `classes`, if those are given and known of the weights.
     Models of a fixed size are built for `image_size` pixels, their position embeddings interpolated. What the
     constructor was told beside the weights is the result's attribute `constructor_options`.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
@@ -58,7 +61,11 @@ def build_model(
     file = None if pretrained_path is None else read_weights(pretrained_path)
     model, ignored = package.build(key, class_count, image_size, file, pretrained=pretrained, weights=weights)
     if file is not None:
-        _fill(model, file, key, ignored)
+        _fill(model, file, key, ignored, classes)
+    elif pretrained and classes and len(classes) == _published_count(model) and not _are_of_imagenet(classes):
+        for name in head_names(model):
+            model.get_submodule(name).reset_parameters()
+        log.info(f"weights: the published head is for {len(classes):,} other classes: the model starts with a new one")
     return model
 
 
@@ -94,23 +101,51 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return timm_models.head_names(model) or (torchvision_models.head_name(model),)
 
 
-def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...]) -> None:
-    """Puts the weights of a user's file into `model` and says how they were found."""
+def _published_count(model: nn.Module) -> int:
+    """Return the number of classes of the weights that are published of a model."""
+    count: int = timm_models.published_count(model) or 1000
+    return count
+
+
+def _are_of_imagenet(classes: list[str]) -> bool:
+    """Return whether classes are WordNet's numbers, in whose order published heads are, or ImageNet's words."""
+    known = torchvision_models.imagenet_classes()
+    return classes == known or all(re.fullmatch(r"n\d{8}", name) for name in classes)
+
+
+def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...], classes: list[str] | None) -> None:
+    """Put the weights of a user's file into `model` and say how they were found."""
     timm = timm_models.is_timm(key)
     package = timm_models if timm else torchvision_models
     head = head_names(model)
     file.places = {place: package.with_todays_names(state, model) for place, state in file.places.items()}
     fit = fitted(file, model, head)
+    unknown = next((name for name in fit.state if "parametrizations." in name), None)
+    if unknown:
+        raise UserError(
+            f"the weights in {printable(file.source)} are parametrized in a way that is not known here "
+            f"({printable(unknown)}).\nCall torch.nn.utils.parametrize.remove_parametrizations(module, name) for each "
+            "and save them again."
+        )
     state = fit.state if timm else torchvision_models.resized(fit.state, model)
+    state, moved, new_head = for_classes(state, file.classes, classes, head)
     notes = load_weights(
-        model, state, source=file.source, ignored=ignored, head=head, advice=lambda: _advice(file, fit, key)
+        model,
+        state,
+        source=file.source,
+        ignored=ignored,
+        head=head,
+        new_head=new_head,
+        advice=lambda: _advice(file, fit, key),
     )
-    described = "; ".join(filter(None, [fit.described(), *notes]))
+    unnamed = classes is not None and file.classes is None and not notes
+    kept = "its head is kept, whose classes it does not name" if unnamed else ""
+    described = "; ".join(filter(None, [fit.described(), file.notes.get(fit.place, ""), moved, kept, *notes]))
     log.info(f"weights: {printable(file.source)}{f' ({described})' if described else ''}")
 
 
 def _advice(file: Weights, fit: Fit, key: str) -> str:
-    """The model that a file's weights would fit, as torchvision's of the same kind show or as the file says."""
+    """Say which model a file's weights would fit, as torchvision's of the same kind show or as the file says."""
     found = None if timm_models.is_timm(key) else torchvision_models.who_fits(fit.state, key)
     if found:
         return f"They fit --model {found}."

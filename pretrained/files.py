@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from pretrained.parts import folder_advice, names_parts, parts_of, refuse_part
 from utils import UserError, printable, typed
 
 METADATA = "safetensors metadata"  # where `load_file` puts what such a file of this program says in text
@@ -38,16 +39,24 @@ _DAMAGE = (
 
 # -------------------------------------------------------------------------------------------- files
 def load_file(path: str | Path) -> Any:
-    """What a file of PyTorch or safetensors holds, tensors and plain types only, on the CPU.
+    """Return what a file of PyTorch or safetensors holds, tensors and plain types only, on the CPU.
 
-    TorchScript archives give their attributes as one dictionary. Raises UserError, with what would work instead,
-    for a missing or damaged file, another format, and a pickle that would run code.
+    An index of shards gives the tensors of all, TorchScript archives their attributes as one dictionary. Raises
+    UserError, with what would work instead, for a missing or damaged file, a part of a network, another format, and a
+    pickle that would run code.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(folder_advice(path))
+    refuse_part(path)
+    return _read(path)
+
+
+def _read(path: Path) -> Any:
     try:
-        if path.is_dir():
-            raise UserError(_folder_advice(path))
         kind = _kind(path)
+        if kind == "index":
+            return {name: tensor for part in parts_of(path) for name, tensor in _read(part).items()}
         if kind == "safetensors":
             return _read_safetensors(path)
         if kind == "torchscript":
@@ -95,16 +104,11 @@ def _kind(path: Path) -> str:
             return "a program of torch.export"
         if any(name.endswith(".npy") for name in names):
             return "a NumPy archive"
+    if head.lstrip()[:1] == b"{" and names_parts(path):
+        return "index"
     if head.lstrip()[:1] in (b"<", b"{") or head.startswith(b"version https://git-lfs"):
         return "text"
     return "pickle"
-
-
-def _folder_advice(path: Path) -> str:
-    suffixes = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
-    files = sorted(file.name for file in path.iterdir() if file.suffix in suffixes)
-    inside = f"Name a file in it: {', '.join(map(printable, files[:5]))}." if files else "No file of weights is in it."
-    return f"{printable(path)} is a folder. {inside}"
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ why it does not fit. Knows nothing of how models are built.
 from __future__ import annotations
 
 import collections
+import contextlib
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrained.files import load_file
+from pretrained.computed import with_computed
+from pretrained.files import METADATA, load_file
 from utils import UserError, printable
 
 State = dict[str, torch.Tensor]
@@ -37,16 +40,22 @@ class Weights:
     places: dict[str, State]
     saved_from: str | None = None  # the model's name, where the file says it
     options: dict[str, Any] = field(default_factory=dict)  # what its model was built with beside its weights
+    notes: dict[str, str] = field(default_factory=dict)  # by place: which weights were computed from others
+    classes: list[str] | None = None  # in the order of the head's rows, where the file says them
 
 
 def read_weights(path: str | Path) -> Weights:
-    """A file of weights. Raises UserError where it cannot be read or holds no state dict."""
+    """Return a file of weights. Raises UserError where it cannot be read or holds no state dict."""
     content = load_file(path)
-    places = dict(_state_dicts(content))
+    places = {}
+    notes = {}
+    for place, state in _state_dicts(content):
+        places[place], notes[place] = with_computed(state)
     if not places:
         raise UserError(f"{printable(path)} holds no state dict (names to tensors).{_contents(content)}")
     options = content.get("model_options") if isinstance(content, dict) else None
-    return Weights(str(path), places, _saved_from(content), dict(options) if isinstance(options, dict) else {})
+    told = dict(options) if isinstance(options, dict) else {}
+    return Weights(str(path), places, _saved_from(content), told, notes, _classes_of(content))
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, State]]:
@@ -80,6 +89,20 @@ def _saved_from(content: Any) -> str | None:
     for table, key in ((content, "model_name"), (content, "arch"), (args, "model"), (args, "arch")):
         if isinstance(table, dict) and isinstance(table.get(key), str):
             return table[key]
+    return None
+
+
+def _classes_of(content: Any) -> list[str] | None:
+    """Return the names of the classes in a checkpoint of this program or of another; None if it does not say them."""
+    if not isinstance(content, dict):
+        return None
+    for key in ("classes", "class_names", "class_to_idx", "classes_to_idx"):
+        told = content.get(METADATA, content).get(key)
+        with contextlib.suppress(ValueError, TypeError):  # text that is no JSON; numbers that are none
+            told = json.loads(told) if isinstance(told, str) else told
+            names = sorted(told, key=told.get) if isinstance(told, dict) else told
+            if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+                return list(names)
     return None
 
 
@@ -193,10 +216,12 @@ def load_weights(
     source: str,
     ignored: tuple[str, ...] = (),
     head: tuple[str, ...] = (),
+    new_head: str = "",
     advice: Callable[[], str] = lambda: "",
 ) -> list[str]:
-    """Loads `state` into `model`; what of the `head` it lacks, or has for other classes, is left as initialised.
+    """Load `state` into `model`; what of the `head` it lacks, or has for other classes, is left as initialised.
 
+    `new_head` says why all of the head is left, although it would fit.
     Returns notes on what was left. Raises UserError with the offending names where anything else is missing,
     unknown or of another shape, and where a value is not finite.
     """
@@ -208,7 +233,7 @@ def load_weights(
         for name, tensor in state.items()
         if not belongs(name, ignored) and name not in drawn and not _is_beside(name, own)
     }
-    state, notes = _with_head(state, own, head)
+    state, notes = _with_head(state, own, head, new_head)
     problems = _problems(state, own, head)
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -243,13 +268,35 @@ def narrow_head(model: nn.Module, heads: tuple[str, ...]) -> None:
             head.reset_parameters()
 
 
-def _with_head(state: State, own: State, head: tuple[str, ...]) -> tuple[State, list[str]]:
-    """`state` with entries of the head only where they fit, and what was done with the others.
+def for_classes(
+    state: State, theirs: list[str] | None, ours: list[str] | None, head: tuple[str, ...]
+) -> tuple[State, str, str]:
+    """Return `state` with the rows of its head in the order of `ours`, what was moved, and why the head is of no use.
+
+    `theirs` are the classes of the rows; nothing is done where they or `ours` are not known, or are of another number.
+    """
+    if theirs is None or ours is None or theirs == ours or len(theirs) != len(ours):
+        return state, "", ""
+    if sorted(theirs) != sorted(ours):
+        shown = ", ".join([*map(printable, theirs[:3]), *(["..."] if len(theirs) > 3 else [])])
+        return state, "", f"its head is for other classes ({shown})"
+    order = torch.tensor([theirs.index(name) for name in ours])
+    moved = {
+        name: tensor[order] if belongs(name, head) and tensor.dim() and len(tensor) == len(order) else tensor
+        for name, tensor in state.items()
+    }
+    return _with_versions(moved, state, ""), "its head's rows are moved: the classes have another order", ""
+
+
+def _with_head(state: State, own: State, head: tuple[str, ...], new_head: str) -> tuple[State, list[str]]:
+    """Return `state` with entries of the head only where they fit, and what was done with the others.
 
     A head inside a Sequential (fc.1.weight) is taken for the model's own where its shape is the same.
     """
     theirs = {name: tensor for name, tensor in state.items() if belongs(name, head)}
     others = {name: tensor for name, tensor in state.items() if name not in theirs}
+    if new_head:
+        return others, [f"{new_head}: the model starts with a new head"]
     fitting = {name: tensor for name, tensor in theirs.items() if name in own and own[name].shape == tensor.shape}
     if len(head) == 1 and theirs and not fitting:
         for name in ("weight", "bias"):

@@ -85,6 +85,7 @@ def build(
         raise UserError(
             f"{key} cannot be built ({printable(reason)}). Its own size is --image_size {own_size}."
         ) from None
+    _refuse_without_head(model, key, class_count)
     if pretrained and file is None:
         model = _pretrained(key, class_count, options, config)
         if class_count != config.num_classes:  # else the head has published weights, too
@@ -92,6 +93,15 @@ def build(
     elif file is not None:
         narrow_head(model, head_names(model))
     return model, ()
+
+
+def _refuse_without_head(model: nn.Module, key: str, class_count: int) -> None:
+    """Raise UserError for a network that gives features: timm's encoders, and others that are no classifiers."""
+    layers = dict(model.named_modules())
+    heads = [getattr(layers.get(name), "weight", None) for name in head_names(model)]
+    if not heads or any(weight is None or len(weight) != class_count for weight in heads):
+        kind = type(model).__name__
+        raise UserError(f"--model {key} is no classifier: {kind} has no head for {class_count} classes.")
 
 
 def _pretrained(key: str, class_count: int, options: dict[str, Any], config: Any) -> nn.Module:
@@ -122,6 +132,11 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def head_names(model: nn.Module) -> tuple[str, ...]:
     names = _config(model).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def published_count(model: nn.Module) -> int | None:
+    """Return the number of classes of a timm model's published weights; None for another's model."""
+    return _config(model).get("num_classes")
 
 
 def own_size(model: nn.Module) -> int | None:

@@ -94,6 +94,11 @@ def head_name(model: nn.Module) -> str:
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
 
 
+def imagenet_classes() -> list[str]:
+    """Return the words for ImageNet's 1,000 classes, in the order of the published heads."""
+    return list(models.ResNet18_Weights.DEFAULT.meta["categories"])
+
+
 def preprocessing() -> dict[str, Any]:
     """How published weights saw images; all were trained on these, whatever the interpolation of their last test."""
     return {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "interpolation": "bilinear"}

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from test_heads import fastest_names, in_heads, trained_names
 
-from model import head_names
+from model import build_model, head_names
 from optimizer import attention_blocks, block_depths
 from utils import UserError
 
@@ -85,8 +85,6 @@ def test_timms_heads_alone_are_trained_while_frozen(family):
 )
 def test_every_head_of_timms_distilled_models_counts_for_the_logits(name, size):
     """A head that the logits do not depend on would make the other tests prove nothing."""
-    from model import build_model
-
     model = build_model(f"timm:{name}", 5, pretrained=False, image_size=size).train()
     trained = trained_names(model)
     model(torch.rand(2, 3, size, size)).square().sum().backward()
@@ -162,3 +160,10 @@ def test_layer_decay_is_refused_for_networks_without_blocks_of_attention(name):
         model = timm.create_model(name, num_classes=7)
     with pytest.raises(UserError, match="has no attention blocks"):
         block_depths(model)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "mobilenetv5_300m_enc"])
+def test_encoders_of_timm_are_refused(name):
+    pytest.importorskip("timm")
+    with torch.device("meta"), pytest.raises(UserError, match="is no classifier"):
+        build_model(f"timm:{name}", 7, pretrained=False)
