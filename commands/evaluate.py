@@ -83,7 +83,7 @@ def _write(
     if json:
         write_text(Path(json), json_text(result, indent=1) + "\n")
     if csv:
-        rows = prediction_rows(names, data.test.labels, shares, data.classes)
+        rows = prediction_rows(names, data.test.labels, found.predicted, shares, data.classes)
         write_text(Path(csv), csv_text(rows))
     if out:
         run = RunDirectory(out)
@@ -92,7 +92,7 @@ def _write(
         run.open()
         try:
             run.write_json("config.json", setup.config(data, setup.checkpoint["model_options"]))
-            run.write_predictions(names, data.test.labels, shares, data.classes)
+            run.write_predictions(names, data.test.labels, found.predicted, shares, data.classes)
             run.write_json("result.json", result)
         finally:
             run.close()

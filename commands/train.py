@@ -158,12 +158,13 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
-    run.write_predictions(data.names(data.test), data.test.labels, probabilities(found.logits), data.classes)
+    shares = probabilities(found.logits)
+    run.write_predictions(data.names(data.test), data.test.labels, found.predicted, shares, data.classes)
     run.write_json("result.json", result)
     run.file("failure.json").unlink(missing_ok=True)
     if safetensors:
         write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
-    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, probabilities(found.logits)))
+    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, shares))
     print(tables.summary(result))
     log.info(f"results: {run.path}")
 

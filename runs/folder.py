@@ -97,10 +97,10 @@ class RunDirectory:
         self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
 
     def write_predictions(
-        self, paths: list[str], labels: np.ndarray, probabilities: np.ndarray, classes: list[str]
+        self, paths: list[str], labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, classes: list[str]
     ) -> None:
         """predictions.csv: path, label, predicted, confidence and one probability per class, a row an image."""
-        self.write_csv("predictions.csv", prediction_rows(paths, labels, probabilities, classes))
+        self.write_csv("predictions.csv", prediction_rows(paths, labels, predicted, probabilities, classes))
 
     # ---------------------------------------------------------------------------- checkpoints
     def save(self, files: dict[str, dict[str, Any]]) -> None:

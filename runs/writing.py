@@ -59,10 +59,14 @@ def classes_of(columns: list[str]) -> list[str]:
     return [from_cell(column).removeprefix(_CLASS) for column in columns]
 
 
-def prediction_rows(paths: list[str], labels: Any, probabilities: Any, classes: list[str]) -> Iterator[list[Any]]:
-    """Yield the rows of predictions.csv, its header first: one for each image, probabilities with six digits."""
+def prediction_rows(
+    paths: list[str], labels: Any, predicted: Any, probabilities: Any, classes: list[str]
+) -> Iterator[list[Any]]:
+    """Yield the rows of predictions.csv, its header first: one for each image, probabilities with six digits.
+
+    `predicted` are the classes that the accuracy counts: of logits that nearly agree, probabilities would say another.
+    """
     yield ["path", "label", "predicted", "confidence", *class_columns(classes)]
     cells = [as_cell(name) for name in classes]
-    for path, label, row in zip(paths, labels, probabilities, strict=True):
-        best = int(row.argmax())
+    for path, label, best, row in zip(paths, labels, predicted, probabilities, strict=True):
         yield [as_cell(path), cells[label], cells[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)]
