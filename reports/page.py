@@ -45,6 +45,7 @@ img{display:block;box-sizing:border-box;max-width:100%;margin:1rem 0;background:
  img{max-height:13cm;width:auto!important}
  table{font-size:8.5pt}.wide td,.wide th{font-size:6pt;padding:.1rem .2rem}}
 """
+LARGEST_CHART = 200_000  # bytes of a PNG without photographs
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
     "learning_curve.png": ("Learning curve", 960),
     "confusion_matrix.png": ("Confusion matrix of the test images", 620),
@@ -75,14 +76,22 @@ def table(header: list[str], rows: Sequence[Sequence[object]], kind: str = "") -
 
 
 def picture(file: Path, name: str, width: int) -> str:
-    """A picture inside the page; nothing where the file is missing."""
+    """Return a picture inside the page, or nothing if the file is missing.
+
+    A chart stands in it as it is. Photographs, whose PNG is large, become WebP of a tenth of it.
+    """
     if not file.exists():
         return ""
-    with Image.open(file, formats=["PNG"]) as image:
+    kind = "png"
+    content = file.read_bytes()
+    if len(content) > LARGEST_CHART:
+        kind = "webp"
         buffer = io.BytesIO()
-        image.convert("RGB").save(buffer, "WEBP", quality=90, method=0)  # of photographs a tenth of the PNG
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img src="data:image/webp;base64,{data}" alt="{text(name)}" style="width:{width}px">\n'
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+            image.convert("RGB").save(buffer, "WEBP", quality=90, method=0)
+        content = buffer.getvalue()
+    data = base64.b64encode(content).decode()
+    return f'<img src="data:image/{kind};base64,{data}" alt="{text(name)}" style="width:{width}px">\n'
 
 
 def run_parts(run: dict[str, Any], level: int) -> str:

@@ -3,7 +3,9 @@
 The numbers are checked by hand or against a closed form. Run it alone: pytest tests/test_report.py
 """
 
+import base64
 import csv
+import io
 import json
 import math
 import re
@@ -687,6 +689,19 @@ def test_html_report_is_self_contained_and_escapes(tmp_path):
     assert "94.44 %" in text and "image_size" in text and "AMP float16" in text
     with pytest.raises(UserError, match="nowhere"):
         page.html_report(tmp_path / "nowhere", tmp_path / "b.html")
+
+
+@pytest.mark.parametrize(("side", "kind"), [(40, "png"), (400, "webp")])
+def test_a_page_holds_the_whole_picture_in_few_bytes(tmp_path, side, kind):
+    pixels = np.random.default_rng(0).integers(100, 140, (side, side, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    kept = re.fullmatch(
+        f'<img src="data:image/{kind};base64,(.*)" alt="&lt;b&gt;" .*\n', page.picture(tmp_path / "a.png", "<b>", 9)
+    )
+    content = base64.b64decode(kept[1])
+    assert len(content) <= min(150_000, (tmp_path / "a.png").stat().st_size)
+    with Image.open(io.BytesIO(content)) as image:
+        assert np.abs(np.asarray(image, float) - pixels).mean() < 15
 
 
 def test_html_comparison(tmp_path):
