@@ -96,7 +96,7 @@ def head_name(model: nn.Module) -> str:
 
 def imagenet_classes() -> list[str]:
     """Return the words for ImageNet's 1,000 classes, in the order of the published heads."""
-    return list(models.ResNet18_Weights.DEFAULT.meta["categories"])
+    return list(models().ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def preprocessing() -> dict[str, Any]:
