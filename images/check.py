@@ -10,25 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from images.cache import survey
-from images.decode import Rules, ahead, read_header, try_decode
+from images.decode import Rules, ahead, is_transparent, read_header, try_decode
 from images.folders import ImageSet
 from images.labels import list_images
 from images.split import digest, in_groups
-from images.walk import relative_name
+from images.walk import raw_advice, relative_name
 from system.machine import cores
 from utils import printable, progress
 
 
 @dataclass(frozen=True)
 class Look:
-    """What one file came to: a digest of its pixels, size and mode, or its problem; whether it is of one colour."""
+    """What one file came to: a digest of its pixels, size and mode, or its problem, and what is odd about it."""
 
     digest: bytes | None
     size: str
     mode: str
     problem: str
-    flat: bool = False
-    several: bool = False
+    flat: bool = False  # it comes out in one colour
+    several: bool = False  # the file holds more pictures
+    transparent: bool = False  # some pixels are, and come out white
 
 
 def look(path: Path, rules: Rules) -> Look:
@@ -36,10 +37,13 @@ def look(path: Path, rules: Rules) -> Look:
     pixels = try_decode(path, None, rules)
     if isinstance(pixels, str):
         return Look(None, "", "", pixels)
-    header = read_header(path, rules)
     flat = bool((pixels == pixels[0, 0]).all())
     size = f"{pixels.shape[1]}x{pixels.shape[0]}"
-    return Look(digest(pixels), size, header.mode if header else "", "", flat, bool(header and header.several))
+    header = read_header(path, rules)
+    if header is None:
+        return Look(digest(pixels), size, "", "", flat)
+    transparent = header.transparent and is_transparent(path, rules)
+    return Look(digest(pixels), size, header.mode, "", flat, header.several, transparent)
 
 
 def check(
@@ -50,9 +54,9 @@ def check(
     Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
     empty}, `sizes` and `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep
     grey pictures, `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several
-    pictures), and lists of groups of equal pictures: `duplicates`, and of these `across_splits` (`shared` has them for
-    each two splits) and `across_labels`. Files are named relative to `data_dir`. Raises UserError if that holds no data
-    set.
+    pictures), `transparent` (files with transparent pixels), and lists of groups of equal pictures: `duplicates`, and
+    of these `across_splits` (`shared` has them for each two splits) and `across_labels`. Files are named relative to
+    `data_dir`. Raises UserError if that holds no data set.
     """
     images = list_images(data_dir, labels=labels)
     rules = rules or Rules()
@@ -97,6 +101,7 @@ def _report(
         "unreadable": {name: found.problem for name, found in zip(names, seen, strict=True) if found.problem},
         "flat": [name for name, found in zip(names, seen, strict=True) if found.flat],
         "several": [name for name, found in zip(names, seen, strict=True) if found.several],
+        "transparent": [name for name, found in zip(names, seen, strict=True) if found.transparent],
         "duplicates": shown(groups),
         "across_splits": shown([places for places, parts in zip(groups, parts_of, strict=True) if len(parts) > 1]),
         "shared": {parts: shown(both) for parts, both in shared.items()},
@@ -125,6 +130,7 @@ def format_check(report: dict[str, Any], *, most: int = 10) -> str:
         if shown:
             more = f", and {rest} more" if rest > 0 else ""
             lines.append(f"{title.replace('_', ' ')}: {', '.join(shown)}{more}")
+    lines += raw_advice(Counter(report["passed_over"]))
     for mode, (low, high) in report["windows"].items():
         lines.append(f"deep grey pictures of mode {mode}: {low:g} becomes black, {high:g} white")
     if len(counts) == 1:
@@ -139,6 +145,10 @@ def _lists(report: dict[str, Any], most: int) -> list[str]:
         ("\nunreadable files", unreadable),
         ("pictures that come out in one colour", [[name] for name in report["flat"]]),
         ("files of several pictures, of which the first is used", [[name] for name in report["several"]]),
+        (
+            "pictures with transparency (or a fourth band, which counts as such), laid on white",
+            [[name] for name in report["transparent"]],
+        ),
         ("equal pictures that are stored more than once", report["duplicates"]),
         *((f"of these, in both {parts}", groups) for parts, groups in report["shared"].items()),
         ("of these, under two labels", report["across_labels"]),

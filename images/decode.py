@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import PIL
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
 from system.machine import submitted
 
@@ -28,7 +28,13 @@ NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF
 BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
+# Suffixes of cameras' own formats. Many are TIFF files whose first picture is a thumbnail, which Pillow would show.
+CAMERA_RAW = {
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw"),
+    *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+}
 ORIENTATION = 0x0112
+PHOTOMETRIC = 262  # tag of TIFF: 0 says that the smallest value is white
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -72,7 +78,7 @@ def windows_of(text: str) -> dict[str, tuple[float, float]]:
     return dict.fromkeys(TYPE_WINDOWS, (low, high))
 
 
-DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v2"
+DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v3"
 
 
 def deep_mode(mode: str) -> str | None:
@@ -89,6 +95,7 @@ class Header:
     size: tuple[int, int]
     mode: str
     several: bool  # frames or pages, of which the first is used
+    transparent: bool = False  # it may be: there is a band or a colour for it
 
 
 def read_header(path: Path, rules: Rules) -> Header | None:
@@ -103,8 +110,27 @@ def _read_header(path: Path, rules: Rules) -> Header:
         width, height = reversed(image.size) if turned else image.size
         several = False
         with suppress(Exception):  # of frames that are damaged
-            several = bool(getattr(image, "is_animated", False))
-        return Header((height, width), image.mode, several)
+            several = _holds_several(image)
+        return Header((height, width), image.mode, several, image.has_transparency_data)
+
+
+def _holds_several(image: Image.Image) -> bool:
+    """Return True if a file holds pictures beside the first that are not made from it.
+
+    Phones add gain maps and views (MPO), programs add layers (PSD), and TIFF files hold smaller copies of the first.
+    """
+    if image.format in ("MPO", "PSD") or not getattr(image, "is_animated", False):
+        return False
+    if image.format == "TIFF":
+        image.seek(1)
+        return not _is_reduced(image)
+    return True
+
+
+def _is_reduced(image: Image.Image) -> bool:
+    """Return True if a TIFF calls the present picture a reduced version of another one in the file."""
+    subfile_type = 254
+    return bool(getattr(image, "tag_v2", {}).get(subfile_type, 0) & 1)
 
 
 def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> np.ndarray:
@@ -117,7 +143,7 @@ def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> 
     rules = rules or Rules()
     with _open(path, rules) as image:
         image.load()
-        rgb = to_rgb(upright(image), rules.window)
+        rgb = to_rgb(shown(image), rules.window)
         if limit is not None and max(rgb.size) > limit:
             rgb = rgb.resize((limit, limit), Image.Resampling[rules.interpolation.upper()])
         return np.asarray(rgb)
@@ -133,6 +159,8 @@ def picture_formats() -> list[str]:
 
 
 def _open(path: Path, rules: Rules) -> Image.Image:
+    if path.suffix.lower() in CAMERA_RAW:
+        raise ValueError("camera raw, which is not read: convert it to TIFF or JPEG")
     pixels = rules.max_megapixels * 1e6
     Image.MAX_IMAGE_PIXELS = int(pixels / 2)  # Pillow refuses twice as many, also in pictures within pictures
     try:
@@ -145,7 +173,38 @@ def _open(path: Path, rules: Rules) -> Image.Image:
     if image.width * image.height > pixels:
         image.close()
         raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+    problem = _unfit(image)
+    if problem:
+        image.close()
+        raise ValueError(problem)
     return image
+
+
+def _unfit(image: Image.Image) -> str:
+    """Return why a TIFF that Pillow opens would be read as another picture than it shows; empty if it would not."""
+    tags = getattr(image, "tag_v2", {})
+    bands = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+    if bands > 4 and image.mode != "CMYK":
+        return f"{bands} bands: save three of them as RGB"
+    lower_pictures = 330  # the tag under which camera raw has its full picture
+    if _is_reduced(image) and (lower_pictures in tags or getattr(image, "n_frames", 1) > 1):
+        return "its first picture is a preview, as in camera raw: save the full picture alone"
+    return ""
+
+
+def _kind_of_tiff(path: Path) -> str:
+    """Return what a file that Pillow does not know is, if it is a TIFF; else that nothing is known of it."""
+    with suppress(Exception), path.open("rb") as file:
+        start = file.read(8)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(start + (file.read(8) if start[2] == 43 else b""))  # 43: BigTIFF
+        file.seek(tags.next)
+        tags.load(file)
+        bands = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
+        bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
+        return (
+            f"a TIFF of {bands} {'band' if bands == 1 else 'bands'} of {bits} bits, which is not read: save it as RGB"
+        )
+    return "no image, or of a kind that is not read"
 
 
 def _is_heif(path: Path) -> bool:
@@ -176,6 +235,15 @@ def upright(image: Image.Image) -> Image.Image:
     with suppress(Exception):
         orientation = int(image.getexif().get(ORIENTATION, 1))
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """The picture upright, and with black as its smallest value: Pillow inverts only TIFF files of up to 8 bits."""
+    turned = upright(image)
+    if deep_mode(image.mode) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+        values = np.asarray(turned)
+        return Image.fromarray(1 - values if values.dtype.kind == "f" else ~values)
+    return turned
 
 
 def to_rgb(image: Image.Image, window: Callable[[str], tuple[float, float]]) -> Image.Image:
@@ -214,9 +282,21 @@ def _value_range(path: Path, rules: Rules) -> tuple[str, float, float] | None:
         mode = deep_mode(image.mode)
         if mode is None:
             return None
-        values = np.asarray(image)
+        values = np.asarray(shown(image))
         values = values[np.isfinite(values)]
         return (mode, float(values.min()), float(values.max())) if values.size else None
+
+
+def is_transparent(path: Path, rules: Rules) -> bool:
+    """Return True if any pixel of a picture is transparent; False if it cannot be read."""
+    return _or_reason(_is_transparent, path, rules) is True
+
+
+def _is_transparent(path: Path, rules: Rules) -> bool:
+    with _open(path, rules) as image:
+        image.load()
+        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
+        return lowest < 255
 
 
 def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
@@ -226,7 +306,7 @@ def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
             return "not a regular file"
         return function(path, *arguments)
     except UnidentifiedImageError:
-        return "an empty file" if path.stat().st_size == 0 else "no image, or of a kind that is not read"
+        return "an empty file" if path.stat().st_size == 0 else _kind_of_tiff(path)
     except Image.DecompressionBombError as error:
         return f"larger than --max_megapixels allows ({str(error).splitlines()[0][:80]})"
     except FileNotFoundError:

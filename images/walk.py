@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from images.decode import picture_formats
-from utils import printable
+from images.decode import CAMERA_RAW, picture_formats
+from utils import amount, printable
 
 Seen = set[tuple[int, int]]  # device and number of each folder that was walked
 
@@ -56,7 +56,14 @@ def counted(passed_over: Counter[str], most: int = 12) -> str:
     kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
     shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
     rest = sum(count for _, count in kinds[most:])
-    return f"passed over as no images: {shown}" + (f" and {rest:,} others" if rest else "")
+    parts = [f"passed over as no images: {shown}" + (f" and {rest:,} others" if rest else "")]
+    return "; ".join(parts + raw_advice(passed_over))
+
+
+def raw_advice(passed_over: Counter[str]) -> list[str]:
+    """Return a sentence about camera raw files among those that were passed over, if there are any."""
+    raw = sum(count for kind, count in passed_over.items() if kind in CAMERA_RAW)
+    return [f"{amount(raw, 'file', 'files')} of camera raw: convert to TIFF or JPEG to use them"] if raw else []
 
 
 def subfolders(folder: Path) -> list[Path]:
@@ -121,6 +128,8 @@ def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str
 
 def _is_image(path: str) -> bool:
     """Whether Pillow opens a file whose suffix says nothing: asked by its first bytes, then by opening it."""
+    if os.path.splitext(path)[1].lower() in CAMERA_RAW:
+        return False
     try:
         with open(path, "rb") as file:
             start = file.read(16)

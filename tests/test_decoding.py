@@ -5,14 +5,17 @@ Hostile and unusual files are written here byte by byte or by Pillow, and read b
 
 import ast
 import os
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
-from PIL import EpsImagePlugin
+from PIL import EpsImagePlugin, Image, TiffImagePlugin
 
-from images.check import check
-from images.decode import Rules, read_header, try_decode, value_range
+from images.check import check, format_check
+from images.decode import Rules, decode, read_header, try_decode, value_range
+from images.folders import find_image_set
 from images.walk import find_images
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
@@ -83,9 +86,147 @@ def test_every_image_is_opened_with_a_list_of_formats():
     for path in tiny.ROOT.rglob("*.py"):
         if path.relative_to(tiny.ROOT).parts[0] in ("tests", "build"):
             continue
-        calls = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-        for call in calls:
+        text = path.read_text(encoding="utf-8")
+        tree = ast.parse(text if "Image.open" in text else "")
+        for call in [node for node in ast.walk(tree) if isinstance(node, ast.Call)]:
             opens = ast.unparse(call.func) in ("Image.open", "PIL.Image.open")
             if opens and "formats" not in [word.arg for word in call.keywords]:
                 without.append(f"{path.name}:{call.lineno}")
     assert without == []
+
+
+# ------------------------------------------------------------------------------------- values
+STEPS = np.repeat(np.array([[0, 1000, 30000, 65535]], np.uint16), 3, 0)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_sixteen_bits_with_white_as_zero_are_no_negative(tmp_path, orientation):
+    """PhotometricInterpretation 0, as scanners and X-ray exports write it."""
+    tags = {274: orientation}
+    Image.fromarray(65535 - STEPS).save(tmp_path / "white.tif", tiffinfo=tags | {262: 0})
+    Image.fromarray(STEPS).save(tmp_path / "black.tif", tiffinfo=tags)
+    assert np.array_equal(decode(tmp_path / "white.tif"), decode(tmp_path / "black.tif"))
+    assert value_range(tmp_path / "white.tif", Rules()) == ("I;16", 0, 65535)
+    narrow = Rules(windows={"I;16": (500, 30000)})
+    assert np.array_equal(*(decode(tmp_path / name, None, narrow) for name in ("white.tif", "black.tif")))
+    assert decode(tmp_path / "white.tif", None, narrow).max() == 255
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "F"])
+def test_white_as_zero_of_other_depths_is_no_negative(tmp_path, mode):
+    grey = Image.linear_gradient("L").resize((12, 10))
+    grey = Image.fromarray(np.asarray(grey, np.float32) / 255) if mode == "F" else grey.convert(mode)
+    grey.save(tmp_path / "black.tif")
+    turned = Image.fromarray(1 - np.asarray(grey)) if mode == "F" else grey  # of the others Pillow writes the reverse
+    turned.save(tmp_path / "white.tif", tiffinfo={262: 0})
+    difference = decode(tmp_path / "white.tif").astype(int) - decode(tmp_path / "black.tif")
+    assert np.abs(difference).max() <= 1
+
+
+def test_a_tiff_that_pillow_cannot_read_is_named(tmp_path):
+    """Such as 16 bits with white as zero in the other order of bytes."""
+    Image.fromarray(STEPS.astype(">u2")).save(tmp_path / "x.tif", tiffinfo={262: 0})
+    assert "a TIFF of 1 band of 16 bits" in try_decode(tmp_path / "x.tif", None)
+
+
+def test_a_folder_of_both_kinds_has_one_window(tmp_path):
+    for number in range(8):
+        values = STEPS // 4 + 100 * number
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        tags, values = ({262: 0}, 65535 - values) if number % 4 < 2 else ({}, values)
+        Image.fromarray(values).save(tmp_path / "ab"[number % 2] / f"{number}.tif", tiffinfo=tags)
+    report = check(tmp_path)
+    assert report["windows"] == {"I;16": [0, 65535 // 4 + 700]}
+
+
+# -------------------------------------------------------------------------------------- bands
+def tiff(bands: int, bits: int = 8, photometric: int = 1, extra: tuple = ()) -> bytes:
+    """An uncompressed little-endian TIFF of 4 x 2 pixels, written by hand."""
+    kind = "<u2" if bits == 16 else "u1"
+    pixels = np.arange(8 * bands).astype(kind).tobytes()
+    tags = [(256, 4), (257, 2), (259, 1), (262, photometric), (273, 8), (277, bands), (278, 2), (279, len(pixels))]
+    if bands <= 2:
+        tags.append((258, bits))
+    else:
+        tags.append((258, None))
+    body = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
+    count = len(tags) + bool(extra)
+    after = len(body) + 2 + 12 * count + 4
+    entries = {}
+    for tag, value in tags:
+        entries[tag] = struct.pack("<HHIHH", tag, 3, 1, value, 0) if value is not None else b""
+    entries[258] = entries[258] or struct.pack("<HHII", 258, 3, bands, after)
+    if extra:
+        short = b"".join(struct.pack("<H", value) for value in extra).ljust(4, b"\0")
+        entries[338] = struct.pack("<HHI", 338, 3, len(extra)) + short
+    table = b"".join(entries[tag] for tag in sorted(entries))
+    return body + struct.pack("<H", count) + table + bytes(4) + struct.pack("<H", bits) * bands
+
+
+def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
+    numbers = np.random.default_rng(0)
+    for number in range(6):
+        (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
+        pixels = numbers.integers(0, 256, (8, 8, 4), np.uint8)
+        pixels[..., 3] = 255 if number == 5 else pixels[..., 3]  # an opaque one is none
+        Image.fromarray(pixels).save(tmp_path / "ab"[number % 2] / f"{number}.tif")
+    draw(tmp_path / "a" / "opaque.png")
+    report = check(tmp_path)
+    assert report["transparent"] == ["a/0.tif", "a/2.tif", "a/4.tif", "b/1.tif", "b/3.tif"]
+    assert "laid on white: 5" in format_check(report)
+
+
+@pytest.mark.parametrize("bands, photometric, extra", [(5, 1, ()), (5, 2, (0, 0)), (6, 2, (0, 0, 0)), (7, 1, (0,) * 6)])
+def test_more_bands_than_a_picture_has_are_refused(tmp_path, bands, photometric, extra):
+    (tmp_path / "x.tif").write_bytes(tiff(bands, 8, photometric, extra[:2]))
+    reason = try_decode(tmp_path / "x.tif", None)
+    assert isinstance(reason, str) and f"{bands} bands" in reason and "RGB" in reason
+
+
+def test_three_bands_and_cmyk_are_read(tmp_path):
+    (tmp_path / "x.tif").write_bytes(tiff(3, 8, 2))
+    assert decode(tmp_path / "x.tif")[0, 1].tolist() == [3, 4, 5]
+    tiny.noise().convert("CMYK").save(tmp_path / "c.tif")
+    assert decode(tmp_path / "c.tif").shape == (10, 12, 3)
+
+
+# ---------------------------------------------------------------------- which picture of a file
+RED = Image.new("RGB", (16, 12), "red")
+BLUE = Image.new("RGB", (300, 200), "blue")
+
+
+@pytest.mark.parametrize("name", ["x.nef", "x.DNG", "x.cr2", "x.arw", "x.orf", "x.rw2", "x.pef"])
+def test_camera_raw_is_passed_over_with_a_word(tmp_path, name):
+    for number in range(4):
+        draw(tmp_path / "ab"[number % 2] / f"{number}.png", number)
+    RED.save(tmp_path / "a" / name, format="TIFF", save_all=True, append_images=[BLUE], tiffinfo={254: 1})
+    found = find_image_set(tmp_path)
+    assert len(found.train) == 4
+    (remark,) = found.remarks()
+    assert f"1 {Path(name).suffix.lower()}" in remark and "1 file of camera raw: convert" in remark
+    assert "camera raw: convert" in format_check(check(tmp_path))
+    assert "camera raw" in try_decode(tmp_path / "a" / name, None)
+
+
+def test_a_preview_is_not_taken_for_the_picture(tmp_path):
+    RED.save(tmp_path / "x.tif", save_all=True, append_images=[BLUE], tiffinfo={254: 1})
+    assert "preview" in try_decode(tmp_path / "x.tif", None)
+    RED.save(tmp_path / "below.tif", tiffinfo={254: 1, 330: 8})  # the full picture is below the first, as in DNG
+    assert "preview" in try_decode(tmp_path / "below.tif", None)
+    RED.save(tmp_path / "alone.tif", tiffinfo={254: 1})
+    assert decode(tmp_path / "alone.tif")[0, 0].tolist() == [255, 0, 0]
+
+
+def test_what_is_made_from_the_first_picture_is_no_other_one(tmp_path):
+    """Gain maps and views of phone photos, smaller copies in a TIFF."""
+    small = BLUE.resize((30, 20))
+    BLUE.save(tmp_path / "phone.jpg", format="MPO", save_all=True, append_images=[small])
+    with Image.open(tmp_path / "phone.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    with TiffImagePlugin.AppendingTiffWriter(str(tmp_path / "overviews.tif"), True) as writer:
+        for picture, tags in ((BLUE, {}), (small, {254: 1})):
+            picture.save(writer, "TIFF", tiffinfo=tags)
+            writer.newFrame()
+    RED.save(tmp_path / "pages.tif", save_all=True, append_images=[BLUE])
+    several = {name: read_header(tmp_path / name, Rules()).several for name in os.listdir(tmp_path)}
+    assert several == {"phone.jpg": False, "overviews.tif": False, "pages.tif": True}
