@@ -1,7 +1,9 @@
 """A run is the same run, bit for bit, wherever it is stopped and however its images come."""
 
 import itertools
+import os
 from functools import partial
+from random import Random
 
 import numpy as np
 import pytest
@@ -44,14 +46,15 @@ def subset(store, places):
     return Subset(store, listing, np.array(places))
 
 
-def trainer(folder, store, *, precision=FP32, **options):
+def trainer(folder, store, *, precision=FP32, optimizer="ADAM", decay="cosine_warmup", freeze=0, **options):
     """Two epochs of three updates, each in two micro-batches, the last of each ragged; dropout, BatchNorm, an EMA."""
     torch.manual_seed(0)
     model = tiny.Classifier(3)
-    fed = Batches(subset(store, range(11)), Preprocess(CPU, 12), 4, 3, seed=5, accumulate=2, epochs=2, **options)
-    rule = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=1e-4, fused=True)
-    schedule = partial(make_scheduler, rule, "cosine_warmup", epochs=2, updates_per_epoch=fed.updates_per_epoch)
-    network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, ema=0.9)
+    kept = {"heads": ("fc",), "ema": 0.9, "freeze_epochs": freeze}
+    fed = Batches(subset(store, range(11)), Preprocess(CPU, 12), 4, 3, seed=5, epochs=2, **{"accumulate": 2} | options)
+    rule = make_optimizer(model.parameters(), optimizer, learning_rate=1e-2, weight_decay=1e-4, fused=True)
+    schedule = partial(make_scheduler, rule, decay, epochs=2, updates_per_epoch=fed.updates_per_epoch)
+    network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, **kept)
     validation = Batches(subset(store, [11, 12, 13]), Preprocess(CPU, 12), 3, 3)
     record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 12, "normalize": "imagenet"}
     made = Trainer(network, rule, schedule, precision, fed, validation, RunDirectory(folder), 2, 5, record=record)
@@ -60,7 +63,8 @@ def trainer(folder, store, *, precision=FP32, **options):
 
 
 def outcome(made):
-    return dict(tiny.leaves(snapshot(made.state()))) | dict(tiny.leaves(torch.load(made.run.file("best_model.pt"))))
+    best = torch.load(made.run.file("best_model.pt"), weights_only=True)
+    return dict(tiny.leaves({"last.pt": snapshot(made.state()), "best_model.pt": best}))
 
 
 def straight(folder, store, **options):
@@ -106,6 +110,33 @@ def test_a_run_stopped_after_any_update_is_the_same_run(source, augment, stores,
 @pytest.mark.parametrize("source", list(SOURCES)[1:])
 def test_streamed_images_make_the_run_of_cached_ones(source, augment, stores, undisturbed, tmp_path):
     tiny.assert_equal(undisturbed[augment], straight(tmp_path / "run", stores[source], augment=augment))
+
+
+def drawn(random):
+    """Options of a training, each drawn by itself."""
+    steps = ["crop", "trivial", "randaugment", "augmix", "jitter", "erasing", "upright"]
+    return {
+        "precision": random.choice([FP32, BF16, FP16]),
+        "optimizer": random.choice(["ADAM", "ADAMW", "SGD"]),
+        "decay": random.choice(["cosine_warmup", "step", "step_warmup", "linear"]),
+        "freeze": random.choice([0, 1, 2]),
+        "accumulate": random.choice([1, 2]),
+        "augment": ",".join(random.sample(steps, random.randint(0, 4))) or "none",
+        "sampler": random.choice(["shuffle", "balanced"]),
+        "mixup": random.choice([0.0, 0.4]),
+        "cutmix": random.choice([0.0, 1.0]),
+        "start_size": random.choice([0, 11]),
+    }
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("SAME_RUNS", "4"))))
+def test_a_run_of_any_options_is_the_same_stopped_anywhere_and_streamed(seed, stores, tmp_path):
+    """SAME_RUNS=100 pytest tests/test_same_run.py tries 100 draws instead of 4."""
+    random = Random(seed)
+    options = drawn(random)
+    source = random.choice(list(SOURCES))
+    one = straight(tmp_path / "a", stores["cached"], **options)
+    tiny.assert_equal(one, stopped_everywhere(tmp_path / "b", stores[source], **options))
 
 
 class Listening(tiny.Classifier):
