@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,39 +154,42 @@ def drawn(count: int, seed: int) -> list[Mutant]:
     return [every[place] for place in sorted(chosen)]
 
 
-def tests_for(folder: Path, name: str, everything: bool) -> list[str]:
-    """Return the files of tests, those that most probably see the fault first."""
+def tests_for(folder: Path, name: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the files of smoke tests that most probably see the fault, the other smoke tests, and the long tests."""
     files = sorted((folder / "tests").glob("test_*.py"))
-    if everything:
-        files = [*files, *sorted((folder / "tests" / "long").glob("test_*.py"))]
     first = [file for wanted in FIRST[name] for file in files if file.stem == wanted]
-    return [str(file) for file in [*first, *(file for file in files if file not in first)]]
+    others = [file for file in files if file not in first]
+    long = sorted((folder / "tests" / "long").glob("test_*.py"))
+    return [str(file) for file in first], [str(file) for file in others], [str(file) for file in long]
 
 
-def tried(folder: Path, mutant: Mutant | None, everything: bool, seconds: float) -> tuple[str, float]:
-    """Run the tests in `folder` with one fault; return which test failed, "time" or "", and the seconds."""
-    begun = time.monotonic()
+def tried(folder: Path, mutant: Mutant, files: list[str], seconds: float) -> str:
+    """Run some tests in `folder` with one fault; return which one failed, "time" if they did not end, or ""."""
+    target = folder / f"{mutant.file}.py"
+    before = target.read_text(encoding="utf-8")
+    target.write_text(mutant.text, encoding="utf-8")
+    failed = outcome(folder, files, seconds)
+    target.write_text(before, encoding="utf-8")
+    return failed
+
+
+def outcome(folder: Path, files: list[str], seconds: float) -> str:
+    """Run some tests in a fork of this process; return which one failed, "time" if they did not end, or ""."""
     report = folder / "report.txt"
     report.unlink(missing_ok=True)
-    target = None if mutant is None else folder / f"{mutant.file}.py"
-    before = None if target is None else target.read_text(encoding="utf-8")
-    if target is not None:
-        target.write_text(mutant.text, encoding="utf-8")
-    name = "train" if mutant is None else mutant.file
     pid = os.fork()
     if pid == 0:
-        _run(folder, tests_for(folder, name, everything), report)
+        _run(folder, files, report)
+    until = time.monotonic() + seconds
     ended = 0
-    while not ended and time.monotonic() - begun < seconds:
+    while not ended and time.monotonic() < until:
         ended, _ = os.waitpid(pid, os.WNOHANG)
         time.sleep(0.05)
     if not ended:
         os.killpg(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    if target is not None:
-        target.write_text(before, encoding="utf-8")
-    said = report.read_text(encoding="utf-8") if report.exists() else "it did not start"
-    return ("time" if not ended else said), time.monotonic() - begun
+        return "time"
+    return report.read_text(encoding="utf-8") if report.exists() else "it did not end by itself"
 
 
 def _run(folder: Path, files: list[str], report: Path) -> None:
@@ -223,6 +227,7 @@ def main() -> int:
     parser.add_argument("--everything", action="store_true", help="try survivors on the long tests, too")
     parser.add_argument("--seconds", type=float, default=900.0, help="after which a try counts as failed")
     parser.add_argument("--part", default="0/1", help="every n-th fault from the k-th on, as k/n: for two processes")
+    parser.add_argument("--only", help="numbers of the faults to try, separated by commas")
     parser.add_argument("--show", type=int, help="print the fault with this number")
     options = parser.parse_args()
     chosen = drawn(options.count, options.seed)
@@ -235,6 +240,7 @@ def main() -> int:
                 break
         return 0
     first, step = (int(number) for number in options.part.split("/"))
+    numbers = [int(number) for number in options.only.split(",")] if options.only else range(first, len(chosen), step)
     import torch  # noqa: F401  (once, for all forks)
     import torchvision  # noqa: F401
 
@@ -246,25 +252,25 @@ def main() -> int:
         for file in filter(None, names.decode().split("\0")):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
-        failed, seconds = tried(folder, None, False, options.seconds)
+        first, others, long = tests_for(folder, "train")
+        failed = outcome(folder, [*first, *others], options.seconds)
         if failed:
             print(f"without a fault the tests fail: {failed}", file=sys.stderr)
             return 1
-        print(f"the smoke tests pass in {seconds:.0f} s", flush=True)
-        caught = {"smoke": 0, "long": 0}
-        for number in range(first, len(chosen), step):
+        caught = Counter()
+        for number in numbers:
             mutant = chosen[number]
-            failed, seconds = tried(folder, mutant, False, options.seconds)
+            begun = time.monotonic()
+            first, others, long = tests_for(folder, mutant.file)
+            failed = tried(folder, mutant, first, options.seconds) or tried(folder, mutant, others, options.seconds)
             by = "smoke" if failed else "nothing"
             if not failed and options.everything:
-                failed, more = tried(folder, mutant, True, 4 * options.seconds)
-                seconds += more
+                failed = tried(folder, mutant, long, 4 * options.seconds)
                 by = "long" if failed else "nothing"
-            caught[by] = caught.get(by, 0) + 1
+            caught[by] += 1
             row = {"number": number, "file": mutant.file, "line": mutant.line, "what": mutant.what, "caught by": by}
-            print(json.dumps(row | {"test": failed, "seconds": round(seconds, 1)}), flush=True)
-        print(f"caught by the smoke tests {caught['smoke']}, by the long ones {caught['long']}, "
-              f"by none {caught.get('nothing', 0)}")  # fmt: skip
+            print(json.dumps(row | {"test": failed, "seconds": round(time.monotonic() - begun)}), flush=True)
+        print(f"caught by {dict(caught)} of {len(numbers)}")
     return 0
 
 
