@@ -179,7 +179,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
 
     On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
-    convolutions only (benchmarks/depthwise.py). Other convolutions are faster in 16 bits.
+    convolutions only. Other convolutions are faster in 16 bits.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Convolutions of small maps: oneDNN computes the gradient of a convolution's weights image by image, and each image goes
 through all weights once; with millions of weights a 3x3 convolution takes nearly as long for 2x2 pixels as for 4x4, and
-matrix products are faster (benchmarks/small_maps.py). In 16 bits: activations that write new tensors, and depthwise
+matrix products are faster (CHANGELOG.md, Decisions). In 16 bits: activations that write new tensors, and depthwise
 convolutions in float32 (`precision.DepthwiseConv2d`). Knows nothing of options.
 """
 

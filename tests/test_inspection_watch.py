@@ -1,6 +1,6 @@
 """`watch` names the layer, keeps a diary that `inspect` draws, and changes nothing.
 
-Its cost is measured by benchmarks/watch.py. Run: pytest tests/test_inspection_watch.py
+Run: pytest tests/test_inspection_watch.py
 """
 
 import logging
