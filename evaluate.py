@@ -70,6 +70,11 @@ class Evaluation:
             raise NotFinite(f"{self.fault} in {precision.label}: there is no accuracy.\n{way_out(precision, way)}")
 
     @property
+    def probabilities(self) -> np.ndarray | None:
+        """Return the probabilities (images, classes), float64; None if the logits were not kept."""
+        return probabilities(self.logits) if len(self.logits) else None
+
+    @property
     def accuracy(self) -> float:
         """Return the share of correct predictions, in percent."""
         return 100 * float(np.mean(self.right))
@@ -111,13 +116,6 @@ class Evaluation:
         """Return the cells of the confusion matrix that are not 0, in order: (cells, 3) of true, predicted, count."""
         numbers, counts = np.unique(self.labels * self.class_count + self.predicted, return_counts=True)
         return np.stack([numbers // self.class_count, numbers % self.class_count, counts], 1)
-
-    def confusion(self) -> np.ndarray:
-        """Return the confusion matrix (true class, predicted class)."""
-        matrix = np.zeros((self.class_count, self.class_count), np.int64)
-        true, predicted, counts = self.cells().T
-        matrix[true, predicted] = counts
-        return matrix
 
 
 def way_out(precision: Precision, way: str = "use") -> str:

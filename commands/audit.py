@@ -22,6 +22,7 @@ from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
 from reports.audit import report_audit
+from runs.writing import PROBABILITIES
 from system.files import as_cell, write_text
 from system.machine import cores
 from utils import UserError, log, printable, progress
@@ -51,6 +52,11 @@ def audit(
     if demo:
         setup.draw_demo()
     image_set = list_images(data_dir, labels=labels, group=group)
+    if len(image_set.classes) > PROBABILITIES:
+        raise UserError(
+            f"audit needs the probability of each class, which a run writes of at most {PROBABILITIES:,}; there are "
+            f"{len(image_set.classes):,}. Audit some of the classes in a folder of their own."
+        )
     listing = image_set.train
     names = [path.relative_to(image_set.root).as_posix() for path, _ in listing]
     same = _same_pictures(listing, Rules(max_megapixels, windows_of(window)))

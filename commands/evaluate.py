@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import numpy as np
 from torch import nn
 
 from dataset import Batches
-from evaluate import NO_PREDICTION, Evaluation, evaluate, probabilities
+from evaluate import NO_PREDICTION, Evaluation, evaluate
 from precision import named_precision
 from reports import tables
 from reports.results import calibration
 from runs.folder import RunDirectory
-from runs.writing import csv_text, prediction_rows
+from runs.result import confusion_entry
+from runs.writing import PROBABILITIES, csv_text, prediction_rows
 from system.files import json_text, refuse_missing_folders, write_text
 from system.machine import device_name, peak_memory, reset_peak_memory
 from utils import UserError, log, printable
@@ -50,7 +52,8 @@ def evaluate_run(
         return
     reset_peak_memory(setup.device)
     started = time.perf_counter()
-    found = evaluate(model, batches, setup.precision, keep_logits=True, description="testing")
+    keep_logits = len(data.classes) <= PROBABILITIES
+    found = evaluate(model, batches, setup.precision, keep_logits=keep_logits, description="testing")
     seconds = time.perf_counter() - started
     found.require_finite(setup.precision)
     if setup.ranks.is_first:
@@ -78,13 +81,10 @@ def _write(
     json: str | None,
 ) -> None:
     """What a training writes of its test: into the folder `out`, or the predictions and the result alone."""
-    names = data.names(data.test)
-    shares = probabilities(found.logits)
     if json:
         write_text(Path(json), json_text(result, indent=1) + "\n")
     if csv:
-        rows = prediction_rows(names, data.test.labels, found.predicted, shares, data.classes)
-        write_text(Path(csv), csv_text(rows))
+        write_text(Path(csv), csv_text(predictions(data, found)))
     if out:
         run = RunDirectory(out)
         if run.file("best_model.pt").exists():
@@ -92,7 +92,7 @@ def _write(
         run.open()
         try:
             run.write_json("config.json", setup.config(data, setup.checkpoint["model_options"]))
-            run.write_predictions(names, data.test.labels, found.predicted, shares, data.classes)
+            run.write_csv("predictions.csv", predictions(data, found))
             run.write_json("result.json", result)
         finally:
             run.close()
@@ -100,6 +100,12 @@ def _write(
 
         draw_run(run.path)
         log.info(f"results: {run.path}")
+
+
+def predictions(data: DataSet, found: Evaluation) -> Iterator[list[Any]]:
+    """Return the rows of predictions.csv."""
+    names = data.names(data.test)
+    return prediction_rows(names, found.labels, found.predicted, found.confidence, data.classes, found.probabilities)
 
 
 def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any]:
@@ -117,8 +123,8 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "balanced_acc": 100 * macro["recall"],
         "macro": macro,
         "per_class": found.per_class(data.classes),
-        "confusion": found.confusion().tolist(),
-        "calibration_error": calibration(probabilities(found.logits), data.test.labels)["ece"],
+        **confusion_entry(found.cells(), len(data.classes)),
+        "calibration_error": calibration(found.confidence, found.right)["ece"],
     }
 
 

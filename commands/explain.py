@@ -19,24 +19,23 @@ from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from dataset import Batches
+    from evaluate import Evaluation
     from images.subsets import DataSet
 
 
-def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, probabilities: np.ndarray) -> dict[str, Any]:
-    """Maps by file name, for the class that was predicted, of those test images that mistakes.png shows.
+def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, found: Evaluation) -> dict[str, Any]:
+    """Return maps by file name, for the class that was predicted, of those test images that mistakes.png shows.
 
-    `probabilities` (images, classes) are those of the test, `batches` feed its images. Empty if this network or this
-    machine's memory gives none.
+    `found` is the test, `batches` feed its images. Empty if this network or this machine's memory gives none.
     """
-    predicted = probabilities.argmax(1)
-    wrong = most_confidently_wrong(probabilities.max(1), predicted != data.test.labels)
+    wrong = most_confidently_wrong(found.confidence, ~found.right)
     if not len(wrong):
         return {}
     chosen = copy.copy(data.test)
     chosen.positions = data.test.positions[wrong]
     chosen.labels = data.test.labels[wrong]
     try:
-        maps = explained(model, _one_by_one(batches, chosen), predicted[wrong].tolist())
+        maps = explained(model, _one_by_one(batches, chosen), found.predicted[wrong].tolist())
     except (RuntimeError, MemoryError) as error:  # a picture is not worth a finished run
         log.info(f"no class activation maps: {str(error).splitlines()[0]}")
         return {}

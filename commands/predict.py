@@ -27,7 +27,7 @@ from images.decode import Rules, ahead, try_decode
 from images.walk import counted, find_images
 from precision import Precision
 from reports.text import end_of
-from runs.writing import class_columns
+from runs.writing import PROBABILITIES, class_columns
 from system.files import as_cell, json_text, refuse_missing_folders
 from system.machine import cores
 from transforms import Preprocess
@@ -232,8 +232,8 @@ class Table:
         """Begins the files; `opened` closes them, and ends the JSON, however the prediction ends."""
         if csv_file:
             self._csv = opened.enter_context(_begun(csv_file))
-            header = ["path", "folder", "predicted", "confidence", *class_columns(self.classes)]
-            csv.writer(self._csv).writerow(header)
+            header = ["path", "folder", "predicted", "confidence"]
+            csv.writer(self._csv).writerow([*header, *(class_columns(self.classes) if self._with_all else [])])
         if json_file:
             self._json = opened.enter_context(_begun(json_file))
             self._json.write("[")
@@ -247,7 +247,8 @@ class Table:
             name = best["class"]
             if self._csv:
                 names = map(as_cell, (row["path"], row["folder"], name))
-                csv.writer(self._csv).writerow([*names, best["probability"], *row["probabilities"].values()])
+                others = row["probabilities"].values() if self._with_all else []
+                csv.writer(self._csv).writerow([*names, best["probability"], *others])
             if self._json:
                 self._json.write((",\n" if self.count else "\n") + json_text(row))
             if len(self.lines) < SHOWN:
@@ -298,15 +299,23 @@ class Table:
             for folder in sorted(self.folders)[:FOLDERS]:
                 print(f"{printable(folder) or '.'}/: {_counted(self.folders[folder])}")
         print(_counted(self.counts))
+        if not self._with_all and (self._csv or self._json):
+            log.info(f"of {len(self.classes):,} classes --json holds the --top_k likeliest, --csv the likeliest")
+
+    @property
+    def _with_all(self) -> bool:
+        """Return True if rows hold the probability of every class; of very many they hold the likeliest."""
+        return len(self.classes) <= PROBABILITIES
 
     def _row(self, item: Item, share: np.ndarray) -> dict[str, Any]:
         best = np.argsort(-share, kind="stable")[: self.top_k]
-        return {
+        rounded = np.round(share, 6).tolist()
+        row = {
             "path": str(item.path),
             "folder": item.folder,
-            "top": [{"class": self.classes[i], "probability": round(float(share[i]), 6)} for i in best],
-            "probabilities": {name: round(float(value), 6) for name, value in zip(self.classes, share, strict=True)},
+            "top": [{"class": self.classes[place], "probability": rounded[place]} for place in best],
         }
+        return row | ({"probabilities": dict(zip(self.classes, rounded, strict=True))} if self._with_all else {})
 
     def _keep_for_sheet(self, path: Path, caption: str) -> None:
         """Keeps one image of `stride`; when twice as many as needed are kept, every other one goes."""
@@ -324,5 +333,8 @@ def _begun(file: str) -> IO[str]:
 
 
 def _counted(counts: Counter[str]) -> str:
-    summary = ", ".join(f"{printable(name)} {count:,}" for name, count in sorted(counts.items()))
+    shown = sorted(counts.items()) if len(counts) <= SHOWN else counts.most_common(SHOWN)
+    summary = ", ".join(f"{printable(name)} {count:,}" for name, count in shown)
+    if len(counts) > SHOWN:
+        summary += f" and {len(counts) - SHOWN:,} rarer classes"
     return f"{amount(counts.total(), 'image', 'images')}: {summary}"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from commands.evaluate import test_result
+from commands.evaluate import predictions, test_result
 from commands.explain import explain_mistakes
 from commands.export import require_safetensors, write_safetensors
-from evaluate import evaluate, probabilities
+from evaluate import evaluate
 from images.subsets import DataSet
 from model import constructor_options
 from reports import tables
@@ -23,6 +23,7 @@ from runs import resume
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
 from runs.logs import Logs, refuse_missing_packages
+from runs.writing import PROBABILITIES
 from system.files import read_json
 from system.terminal import duration
 from train import Trainer
@@ -143,7 +144,8 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     model = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
     torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
     batches = setup.batches(data, data.test)
-    found = evaluate(model, batches, setup.precision, keep_logits=True, description="testing")
+    keep_logits = len(data.classes) <= PROBABILITIES
+    found = evaluate(model, batches, setup.precision, keep_logits=keep_logits, description="testing")
     found.require_finite(setup.precision, "go on with --resume")
     if not run.writes:
         return
@@ -158,13 +160,12 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
-    shares = probabilities(found.logits)
-    run.write_predictions(data.names(data.test), data.test.labels, found.predicted, shares, data.classes)
+    run.write_csv("predictions.csv", predictions(data, found))
     run.write_json("result.json", result)
     run.file("failure.json").unlink(missing_ok=True)
     if safetensors:
         write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
-    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, shares))
+    run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, found))
     print(tables.summary(result))
     log.info(f"results: {run.path}")
 

@@ -9,6 +9,7 @@ from images.decode import Rules
 from precision_table import label_of
 from reports import page, pictures
 from reports.results import EXPLANATIONS, read_run
+from runs.result import confusion_cells
 from system.files import read_json
 from utils import log, printable
 
@@ -25,7 +26,8 @@ def draw_run(directory: Path) -> None:
         pictures.learning_curve(
             run["metrics"], directory / "learning_curve.png", title=title, best_epoch=result["best_epoch"]
         )
-    pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title=title)
+    cells = confusion_cells(result)
+    pictures.confusion_matrix(cells, result["classes"], directory / "confusion_matrix.png", title=title)
     dataset = run["config"]["dataset"]
     images = Path(dataset.get("folder") or run["options"].get("data_dir", ""))  # the second may be relative
     rules = Rules(windows=dataset.get("windows") or {})

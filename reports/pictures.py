@@ -19,6 +19,7 @@ from reports.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from reports.results import WRONGEST, column, most_confidently_wrong, read_predictions, run_calibration
 from reports.sheets import explained_sheet, labelled_sheet
 from reports.text import fit, time_unit
+from runs.result import matrix_of
 
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
@@ -72,13 +73,16 @@ def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) ->
     axes.patch.set_visible(False)
 
 
-def confusion_matrix(confusion: list[list[int]], classes: list[str], path: Path, *, title: str) -> None:
-    """Counts and row percentages of the test images; of many classes an overview, and the most frequent confusions."""
+def confusion_matrix(cells: np.ndarray, classes: list[str], path: Path, *, title: str) -> None:
+    """Draw counts and row percentages; of many classes an overview, and the most frequent confusions.
+
+    `cells` (cells, 3) are those of the confusion matrix that are not 0: true class, predicted class, images.
+    """
     if len(classes) > 30:
-        confused_classes(np.array(confusion), classes, path, title=title)
+        confused_classes(cells, classes, path, title=title)
         return
-    counts = np.array(confusion)
     number = len(classes)
+    counts = matrix_of(cells, number)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = number * (0.85 if number <= 8 else 0.62)
     small = 10 if number <= 8 else 8
@@ -120,17 +124,20 @@ def _shares(axes: Axes, share: np.ndarray) -> Any:
     return image
 
 
-def confused_classes(counts: np.ndarray, classes: list[str], path: Path, *, title: str, most: int = 25) -> None:
-    """An overview of a matrix of many classes, each cell the largest of those that it stands for, beside bars of the
-    `most` frequent confusions."""
+def confused_classes(cells: np.ndarray, classes: list[str], path: Path, *, title: str, most: int = 25) -> None:
+    """Draw an overview of a matrix of many classes, beside bars of the `most` frequent confusions.
+
+    Each pixel of the overview is the largest of the cells that it stands for. `cells` are as in `confusion_matrix`.
+    """
     number = len(classes)
-    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    true, predicted, images = cells.T
+    share = 100 * images / np.bincount(true, images, number)[true]
     step = math.ceil(number / 200)
-    edges = range(0, number, step)
-    coarse = np.maximum.reduceat(np.maximum.reduceat(share, edges, 0), edges, 1)
-    wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    pairs = [np.unravel_index(place, wrong.shape) for place in order if wrong.flat[place]]
+    side = math.ceil(number / step)
+    coarse = np.zeros((side, side))
+    np.maximum.at(coarse, (true // step, predicted // step), share)
+    wrong = np.flatnonzero(true != predicted)
+    shown = wrong[np.argsort(-images[wrong], kind="stable")[:most]]
     with picture(path, 15, 7.6) as figure:
         figure.suptitle(fit(f"{title}, {number:,} classes", 110), x=0.01, ha="left", fontsize=12)
         overview, bars = figure.subplots(1, 2, width_ratios=[1.15, 1])
@@ -140,13 +147,13 @@ def confused_classes(counts: np.ndarray, classes: list[str], path: Path, *, titl
         overview.set_xticks(ticks, names, fontsize=8, rotation=60, ha="right", rotation_mode="anchor")
         overview.set_yticks(ticks, names, fontsize=8)
         figure.colorbar(image, ax=overview, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
-        values = [int(wrong[pair]) for pair in pairs]
-        bars.barh(range(len(pairs)), values, color=BLUE)
-        labels = [f"{fit(classes[true], 22)} as {fit(classes[other], 22)}" for true, other in pairs]
-        bars.set_yticks(range(len(pairs)), labels, fontsize=8)
-        for place, (pair, value) in enumerate(zip(pairs, values, strict=True)):
-            bars.text(value, place, f" {value:,} ({share[pair]:.0f} %)", va="center", fontsize=8)
-        bars.set(title="Most frequent confusions" if pairs else "No confusion", xlabel="images (% of the true class)")
+        bars.barh(range(len(shown)), images[shown], color=BLUE)
+        labels = [f"{fit(classes[true[cell]], 22)} as {fit(classes[predicted[cell]], 22)}" for cell in shown]
+        bars.set_yticks(range(len(shown)), labels, fontsize=8)
+        for place, cell in enumerate(shown):
+            bars.text(images[cell], place, f" {images[cell]:,} ({share[cell]:.0f} %)", va="center", fontsize=8)
+        heading = "Most frequent confusions" if len(shown) else "No confusion"
+        bars.set(title=heading, xlabel="images (% of the true class)")
         bars.margins(x=0.2)
         bars.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         bars.invert_yaxis()

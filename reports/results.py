@@ -21,7 +21,7 @@ from precision_table import PRECISIONS, label_of
 from reports.ratios import set_ratio
 from reports.remarks import remarks
 from runs.result import read_result
-from runs.writing import classes_of
+from runs.writing import PREDICTION, classes_of
 from system.files import from_cell, read_json, reading
 from system.waiting import BUSY
 from utils import UserError, printable
@@ -81,12 +81,15 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 
 def read_predictions(file: Path) -> dict[str, Any]:
-    """predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N],
-    probabilities [N, classes]}. Raises UserError where it is missing or damaged."""
+    """Return predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N],
+    probabilities [N, classes]}.
+
+    Of very many classes there are neither classes nor probabilities. Raise UserError if it is missing or damaged.
+    """
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header, *rows = csv.reader(lines)
         numbers = np.array([row[3:] for row in rows], dtype=float).reshape(len(rows), len(header) - 3)
-        if len(header) < 5:
+        if header[:4] != PREDICTION or len(header) == 5:
             raise ValueError("a column is missing")
         if not np.isfinite(numbers).all():
             raise ValueError("it holds probabilities that are not finite: the logits of that test were not")
@@ -167,17 +170,17 @@ def student(values: list[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict[str, Any]:
-    """Expected calibration error (a share, 0 to 1) after Guo et al. 2017: equal bins ((m-1)/M, m/M] of the highest
-    probability. probabilities [N, classes], labels [N] class indices. `count` and the mean `confidence` and
-    `accuracy` are arrays [bins], the means NaN in an empty bin."""
-    confidence = probabilities.max(1)
-    right = probabilities.argmax(1) == labels
+def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> dict[str, Any]:
+    """Return the expected calibration error `ece` (a share, 0 to 1) after Guo et al. 2017.
+
+    `confidence` [N] are the highest probabilities, in equal bins ((m-1)/M, m/M]; `right` [N] says if the prediction
+    is correct. `count` and the mean `confidence` and `accuracy` are arrays [bins], the means NaN in an empty bin.
+    """
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     count, confident, correct = (np.bincount(place, weights, bins) for weights in (None, confidence, right))
     filled = np.where(count, count, math.nan)
     return {
-        "ece": float(np.abs(confident - correct).sum() / len(labels)),
+        "ece": float(np.abs(confident - correct).sum() / len(right)),
         "count": count,
         "confidence": confident / filled,
         "accuracy": correct / filled,
@@ -191,7 +194,7 @@ def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
         return None
     table = read_predictions(file)
     with reading(file):
-        return calibration(table["probabilities"], np.array([table["classes"].index(name) for name in table["labels"]]))
+        return calibration(table["confidence"], np.array(table["labels"]) == np.array(table["predicted"]))
 
 
 def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:

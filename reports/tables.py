@@ -5,20 +5,20 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-import numpy as np
 from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 
 from reports.results import wilson
 from reports.text import WIDTH, align, duration, fit, markdown, markdown_table, time_unit
-from runs.result import SHARES
+from runs.result import SHARES, confusion_cells
 from system.waiting import BUSY
 from utils import amount, printable
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     """The headline numbers of a result: (name, value, remark)."""
-    right = int(np.trace(result["confusion"]))
-    total = int(np.sum(result["confusion"]))
+    true, predicted, images = confusion_cells(result).T
+    right = int(images[true == predicted].sum())
+    total = int(images.sum())
     low, high = wilson(right, total)
     training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
     flip = ("Test-time flip", "on", "mean logits of each image and its mirror image")

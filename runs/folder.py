@@ -16,10 +16,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from runs.checkpoint import snapshot, write_checkpoints
-from runs.writing import csv_text, prediction_rows, replace_file
+from runs.writing import csv_text, replace_file
 from system.files import FULL, json_text, lock, remove
 from system.machine import submitted
 from utils import RunError, UserError, printable
@@ -95,12 +93,6 @@ class RunDirectory:
         self.write_text("metrics.jsonl", "".join(json_text(line) + "\n" for line in history))
         header = list(history[-1]) if history else ["epoch"]  # an earlier version's lines may lack some
         self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
-
-    def write_predictions(
-        self, paths: list[str], labels: np.ndarray, predicted: np.ndarray, probabilities: np.ndarray, classes: list[str]
-    ) -> None:
-        """predictions.csv: path, label, predicted, confidence and one probability per class, a row an image."""
-        self.write_csv("predictions.csv", prediction_rows(paths, labels, predicted, probabilities, classes))
 
     # ---------------------------------------------------------------------------- checkpoints
     def save(self, files: dict[str, dict[str, Any]]) -> None:

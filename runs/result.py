@@ -1,10 +1,10 @@
 """What result.json holds: its fields, its writer, its reader and its check. Imports no torch.
 
-Of the test: test_acc and balanced_acc (percent), test_loss (nats), macro (the mean over classes) and per_class
-(precision, recall, f1 as shares, support), confusion (true class by predicted class), classes, calibration_error (a
-share). Of the training: best_epoch, best_val_acc (percent; None: not validated), total_seconds, train_seconds (None:
-only tested), images_per_second, busy_share (of the time, lost to other programs; None: unknown), skipped_updates. Of
-the machine: precision, device, device_name, peak_memory_mb, reserved_memory_mb, memory_kind.
+Of the test: test_acc, balanced_acc (percent), test_loss (nats), macro and per_class (shares: precision, recall, f1;
+support), classes, confusion (true by predicted class; or `confusion_cells`), calibration_error. Of the training:
+best_epoch, best_val_acc (percent; None: not validated), total_seconds, train_seconds (None: only tested),
+images_per_second, busy_share (of the time, lost to other programs; None: unknown), skipped_updates. Of the machine:
+precision, device, device_name, peak_memory_mb, reserved_memory_mb, memory_kind.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ NUMBERS = (
     "images_per_second",
     "peak_memory_mb",
 )
+MATRIX = 100  # classes; a matrix of 3,000 would be 9 million numbers, of which at most one an image is not 0
 OF_TRAINING = ("train_seconds", "best_val_acc")  # None after `evaluate`: no time, and last.pt may have no validation
 
 
@@ -45,6 +46,44 @@ def check_result(result: dict[str, Any]) -> None:
     numbers.append(result.get("busy_share") or 0.0)
     rows = [result["per_class"][name] for name in result["classes"]]
     numbers += [row[name] for row in rows for name in (*SHARES, "support")]
-    confusion = np.array(result["confusion"], dtype=int)
-    if not all(map(math.isfinite, numbers)) or confusion.shape != (len(rows),) * 2 or confusion.sum() < 1:
+    cells = confusion_cells(result)
+    is_matrix = cells.min(initial=0) >= 0 and cells[:, :2].max(initial=0) < len(rows) and cells[:, 2].sum() > 0
+    if not all(map(math.isfinite, numbers)) or not is_matrix:
         raise ValueError("its numbers or its confusion matrix make no sense")
+
+
+def confusion_entry(cells: np.ndarray, class_count: int) -> dict[str, Any]:
+    """Return what result.json says of a confusion matrix with these `cells` (true class, predicted class, images).
+
+    It is the whole matrix as `confusion` or, above MATRIX classes, `confusion_cells`: [true, predicted, images] of each
+    cell that is not 0, with classes by their place in `classes`.
+    """
+    if class_count > MATRIX:
+        return {"confusion_cells": cells.tolist()}
+    return {"confusion": matrix_of(cells, class_count).tolist()}
+
+
+def confusion_cells(result: dict[str, Any]) -> np.ndarray:
+    """Return the cells of a result's confusion matrix that are not 0: (cells, 3) of true, predicted, images.
+
+    Raise ValueError, TypeError or KeyError if there is no such matrix.
+    """
+    if "confusion" in result:
+        return cells_of(np.array(result["confusion"], dtype=int), len(result["classes"]))
+    return np.array(result["confusion_cells"], dtype=int).reshape(-1, 3)
+
+
+def matrix_of(cells: np.ndarray, class_count: int) -> np.ndarray:
+    """Return the whole confusion matrix (true class, predicted class) that `cells` are of."""
+    true, predicted, images = cells.T
+    matrix = np.zeros((class_count, class_count), dtype=int)
+    matrix[true, predicted] = images
+    return matrix
+
+
+def cells_of(matrix: np.ndarray, class_count: int) -> np.ndarray:
+    """Return the cells of a whole confusion matrix as `confusion_cells` does. Raise ValueError if it is not square."""
+    if matrix.shape != (class_count, class_count):
+        raise ValueError("its confusion matrix does not fit its classes")
+    true, predicted = np.nonzero(matrix)
+    return np.stack([true, predicted, matrix[true, predicted]], 1)

@@ -44,7 +44,9 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     return table.getvalue()
 
 
-FIXED = ("path", "folder", "label", "predicted", "confidence")  # columns of predictions.csv and of `predict --csv`
+PREDICTION = ["path", "label", "predicted", "confidence"]  # the first columns of predictions.csv
+FIXED = ("folder", *PREDICTION)  # `predict --csv` has these, but for the label
+PROBABILITIES = 1000  # the most classes of which each has its column: files grow with images times classes
 _CLASS = "class:"
 
 
@@ -60,13 +62,15 @@ def classes_of(columns: list[str]) -> list[str]:
 
 
 def prediction_rows(
-    paths: list[str], labels: Any, predicted: Any, probabilities: Any, classes: list[str]
+    paths: list[str], labels: Any, predicted: Any, confidence: Any, classes: list[str], probabilities: Any
 ) -> Iterator[list[Any]]:
     """Yield the rows of predictions.csv, its header first: one for each image, probabilities with six digits.
 
-    `predicted` are the classes that the accuracy counts: of logits that nearly agree, probabilities would say another.
+    `labels` and `predicted` are class indices (images,), `probabilities` (images, classes) or None. `predicted` are the
+    classes that the accuracy counts: of logits that nearly agree, probabilities would say another.
     """
-    yield ["path", "label", "predicted", "confidence", *class_columns(classes)]
+    yield [*PREDICTION, *([] if probabilities is None else class_columns(classes))]
     cells = [as_cell(name) for name in classes]
-    for path, label, best, row in zip(paths, labels, predicted, probabilities, strict=True):
-        yield [as_cell(path), cells[label], cells[best], f"{row[best]:.6f}", *(f"{p:.6f}" for p in row)]
+    for place, (path, label, best) in enumerate(zip(paths, labels, predicted, strict=True)):
+        row = [as_cell(path), cells[label], cells[best], f"{confidence[place]:.6f}"]
+        yield row if probabilities is None else [*row, *(f"{p:.6f}" for p in probabilities[place])]

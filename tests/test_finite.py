@@ -20,15 +20,15 @@ import main
 from commands.predict import predict_files
 from dataset import Batches
 from distributed import Ranks
-from evaluate import NotFinite, evaluate
+from evaluate import Evaluation, NotFinite, evaluate
 from features.frozen import FrozenNetwork
 from images.split import read_split
 from metrics import UpdateRecord
 from model import WithMirrorImage
 from precision import Precision
-from reports import audit, results, tables
+from reports import audit, pictures, results, tables
 from runs.checkpoint import load_checkpoint
-from runs.result import check_result
+from runs.result import cells_of, check_result, confusion_cells, confusion_entry, read_result
 from runs.writing import class_columns, classes_of
 from system.files import as_cell, from_cell, json_text, read_json
 from transforms import Preprocess
@@ -397,3 +397,117 @@ def test_doubtful_labels_are_no_formulas_and_their_negative_margins_are_numbers(
     )
     audit.report_audit(folders, tmp_path, tmp_path, [])
     assert rows_of(tmp_path / "doubtful.csv")[1] == ["'=x.png", "'-3", "'@SUM(1)", *row[3:]]
+
+
+# ------------------------------------------------------------------------------- many classes
+def random_evaluation(count=200, classes=40, seed=0):
+    """Some classes have no image, some are never predicted."""
+    numbers = np.random.default_rng(seed)
+    labels = numbers.integers(0, classes - 5, count)
+    predicted = np.where(numbers.random(count) < 0.5, labels, numbers.integers(3, classes, count))
+    return Evaluation(labels, predicted, classes, 1.0, numbers.random(count))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_figures_of_classes_are_those_of_scikit_learn(seed):
+    from sklearn import metrics
+
+    found = random_evaluation(seed=seed)
+    names = [str(number) for number in range(40)]
+    table = metrics.precision_recall_fscore_support(found.labels, found.predicted, labels=range(40), zero_division=0)
+    rows = np.array([list(row.values()) for row in found.per_class(names).values()])
+    np.testing.assert_allclose(rows.T, np.array(table), atol=5e-7)
+    tested = table[3] > 0
+    assert list(found.macro().values()) == pytest.approx([column[tested].mean() for column in table[:3]])
+    matrix = metrics.confusion_matrix(found.labels, found.predicted, labels=range(40))
+    assert confusion_entry(found.cells(), 40) == {"confusion": matrix.tolist()}
+    np.testing.assert_array_equal(cells_of(matrix, 40), found.cells())
+
+
+def test_a_confusion_matrix_of_many_classes_is_its_cells_that_are_not_zero():
+    found = random_evaluation(classes=3000)
+    entry = confusion_entry(found.cells(), 3000)
+    assert list(entry) == ["confusion_cells"] and len(entry["confusion_cells"]) <= 200
+    np.testing.assert_array_equal(confusion_cells(entry), found.cells())
+
+
+@pytest.mark.parametrize("cells", [[], [[0, 3, 1]], [[-1, 0, 1]], [[0, 1]], [["a", 0, 1]], None, 5, [[0, 0, 0]]])
+def test_damaged_cells_are_refused_by_the_name_of_their_file(cells, run, tmp_path):
+    content = strict(run / "result.json")
+    del content["confusion"]
+    (tmp_path / "result.json").write_text(json.dumps(content | {"confusion_cells": cells}))
+    with pytest.raises(UserError, match="result.json is damaged"):
+        read_result(tmp_path / "result.json")
+
+
+def test_an_evaluation_holds_nothing_that_grows_with_the_square_of_the_classes(monkeypatch):
+    largest = []
+    zeros = torch.zeros
+
+    def watched(*size, **options):
+        made = zeros(*size, **options)
+        largest.append(made.numel())
+        return made
+
+    class First(nn.Module):
+        def forward(self, images):
+            return torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 5000).float()
+
+    monkeypatch.setattr("evaluate.torch.zeros", watched)
+    found = evaluate(First(), Batches(tiny.subset(12, classes=2), Preprocess(CPU, 9), 5, 5000), FP32)
+    assert max(largest) <= 12 and found.accuracy == 50 and found.macro()["recall"] == 0.5
+
+
+def test_the_picture_of_many_classes_shows_the_most_frequent_confusions(tmp_path, drawn, monkeypatch):
+    from matplotlib.axes import Axes
+
+    names = []
+    monkeypatch.setattr(Axes, "set_yticks", lambda self, ticks, labels, **_: names.append(labels))
+    labels = np.repeat(np.arange(3000), 2)
+    predicted = labels.copy()
+    predicted[:400:2] += 1  # 200 confusions of one image
+    cells = Evaluation(labels, predicted, 3000, 0.0).cells()
+    cells = np.append(cells, [[2998, 5, 7], [2999, 4, 9]], 0)
+    pictures.confusion_matrix(cells, [f"c{number}" for number in range(3000)], tmp_path / "a.png", title="t")
+    assert names[1][:4] == ["c2999 as c4", "c2998 as c5", "c0 as c1", "c1 as c2"] and len(names[1]) == 25
+    assert (tmp_path / "a.png").exists()
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Three classes are very many."""
+    monkeypatch.setattr("runs.result.MATRIX", 2)
+    for module in ("train", "evaluate", "predict", "audit"):
+        monkeypatch.setattr(f"commands.{module}.PROBABILITIES", 2)
+
+
+def test_a_run_on_very_many_classes_is_tested_compared_and_used(few, data, tmp_path):
+    words = ["--model=tiny_classifier", "--epochs=1"]
+    assert tiny.train(data, tmp_path, *words) == 0
+    run = tmp_path / "run"
+    result = strict(run / "result.json")
+    table = results.read_predictions(run / "predictions.csv")
+    assert "confusion" not in result and sum(images for *_, images in result["confusion_cells"]) == 6
+    assert rows_of(run / "predictions.csv")[0] == ["path", "label", "predicted", "confidence"]
+    assert table["classes"] == [] and len(table["paths"]) == 6 and table["probabilities"].shape == (6, 0)
+    right = sum(one == other for one, other in zip(table["labels"], table["predicted"], strict=True))
+    assert result["test_acc"] == pytest.approx(100 * right / 6)
+    run_again = [f"--csv={tmp_path / 'p.csv'}", f"--out={tmp_path / 'out'}"]
+    assert call("evaluate", run, *run_again) == 0
+    assert (tmp_path / "p.csv").read_text() == (run / "predictions.csv").read_text()
+    assert main.main(["compare", "--runs", str(run), str(tmp_path / "out"), f"--checkpoint_dir={tmp_path / 'c'}"]) == 0
+    files = {"csv": tmp_path / "q.csv", "json": tmp_path / "q.json"}
+    wanted = [f"--{name}={file}" for name, file in files.items()]
+    assert call("predict", run, data / "seg_test", "--top_k=2", *wanted) == 0
+    assert rows_of(files["csv"])[0] == ["path", "folder", "predicted", "confidence"]
+    rows = strict(files["json"])
+    assert [len(row["top"]) for row in rows] == [2] * 6 and "probabilities" not in rows[0]
+    confidence = {row[0].rpartition("/")[2]: float(row[3]) for row in rows_of(files["csv"])[1:]}
+    for path, value in zip(table["paths"], table["confidence"], strict=True):
+        assert confidence[path.rpartition("/")[2]] == pytest.approx(value, abs=1e-5)
+    assert main.main(["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]) == 0
+
+
+def test_an_audit_of_very_many_classes_is_refused_before_it_trains(few, data, tmp_path, capsys):
+    assert main.main(["audit", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--device=cpu"]) == 2
+    assert "at most 2; there are 3" in capsys.readouterr().err and not list(tmp_path.iterdir())

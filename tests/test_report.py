@@ -21,6 +21,7 @@ from tqdm.utils import disp_len
 from option import MAY_DIFFER_IN_COMPARISON
 from reports import page, pictures, results, sheets, tables
 from reports import text as layout
+from runs.result import cells_of, confusion_cells
 from system.files import write_text
 from utils import UserError
 
@@ -278,7 +279,8 @@ def test_exact_mcnemar_test_is_the_binomial_test_of_scipy(lost, gained):
 
 def test_calibration_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.4, 0.6], [0.5, 0.5]])
-    found = results.calibration(probabilities, np.array([0, 1, 1, 0]), bins=2)
+    right = probabilities.argmax(1) == [0, 1, 1, 0]
+    found = results.calibration(probabilities.max(1), right, bins=2)
     # (0, 0.5] holds the last image (right, 0.5); (0.5, 1] holds 0.9 right, 0.8 wrong, 0.6 right.
     assert found["count"].tolist() == [1, 3]
     np.testing.assert_allclose([found["accuracy"], found["confidence"]], [[1, 2 / 3], [0.5, 2.3 / 3]])
@@ -286,9 +288,8 @@ def test_calibration_by_hand():
 
 
 def test_a_model_as_sure_as_it_is_right_is_calibrated():
-    probabilities = np.tile([0.75, 0.25], (400, 1))
-    assert results.calibration(probabilities, np.arange(400) % 4 == 0)["ece"] == pytest.approx(0)
-    found = results.calibration(np.eye(2)[[0, 1]], np.array([0, 1]))
+    assert results.calibration(np.full(400, 0.75), np.arange(400) % 4 != 0)["ece"] == pytest.approx(0)
+    found = results.calibration(np.ones(2), np.array([True, True]))
     assert found["count"][-1] == 2 and np.isnan(found["accuracy"][0])
 
 
@@ -558,7 +559,7 @@ def test_learning_curve_of_a_diverged_run(tmp_path):
 @pytest.mark.parametrize("number", [2, 6, 40, 100, 1000])
 def test_confusion_matrix(tmp_path, number):
     classes = (HOSTILE + [f"class {place}" for place in range(number)])[:number]
-    pictures.confusion_matrix(np.eye(number, dtype=int).tolist(), classes, tmp_path / "a.png", title="t" * 300)
+    pictures.confusion_matrix(cells_of(np.eye(number, dtype=int), number), classes, tmp_path / "a.png", title="t" * 300)
     assert max(is_picture(tmp_path / "a.png")) < 3500
 
 
@@ -572,7 +573,7 @@ def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatc
         "text",
         lambda self, x, y, text, **options: (texts.append((x, y, text)), original(self, x, y, text, **options))[1],
     )
-    pictures.confusion_matrix([[3, 1], [0, 500]], ["a", "b"], tmp_path / "a.png", title="t")
+    pictures.confusion_matrix(np.array([[0, 0, 3], [0, 1, 1], [1, 1, 500]]), ["a", "b"], tmp_path / "a.png", title="t")
     assert set(texts) == {(0, 0, "3\n75 %"), (1, 0, "1\n25 %"), (0, 1, "0"), (1, 1, "500\n100 %")}
 
 
@@ -667,7 +668,7 @@ def draw(directory: Path) -> None:
     result = run["result"]
     best = result["best_epoch"]
     pictures.learning_curve(run["metrics"], directory / "learning_curve.png", title="t", best_epoch=best)
-    pictures.confusion_matrix(result["confusion"], result["classes"], directory / "confusion_matrix.png", title="t")
+    pictures.confusion_matrix(confusion_cells(result), result["classes"], directory / "confusion_matrix.png", title="t")
     pictures.gallery(directory / "predictions.csv", directory, directory / "mistakes.png")
 
 
