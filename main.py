@@ -227,7 +227,7 @@ def _compiling(options: Namespace) -> str:
 
 def _memory_advice(options: Namespace) -> str:
     """Where memory ran out, and an option that can help there."""
-    get = vars(options).get
+    get: Callable[..., Any] = vars(options).get
     batch = get("batch_size")
     accumulate = get("accumulate") or 1
     if options.command != "train":

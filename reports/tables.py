@@ -208,7 +208,7 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     parts = [form.format(settings[name]) for name, form in names.items() if isinstance(settings.get(name), int)]
     parts += [
         *mirrored,
-        *comparison["devices"],
+        *filter(None, comparison["devices"]),
         *(f"{name} {version}" for name, version in config.get("versions", {}).items()),
     ]
     lines = [f"{', '.join(parts)}."] if parts else []

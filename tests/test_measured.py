@@ -349,3 +349,10 @@ def test_runs_of_other_versions_are_told_apart(tmp_path):
     comparison = compare(*runs)[1]
     assert list(comparison["differences"]) == ["version of torch"], "what one run did not record is not known to differ"
     assert "Beware: the runs also differ in version of torch (2.11.0, 2.14.1)." in tables.conditions(comparison)
+
+
+def test_a_comparison_that_recorded_nothing_says_no_empty_sentence(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "failure.json").write_text(json.dumps({"precision": "fp32", "reason": "exit status 2"}))
+    comparison = compare(tmp_path / "a")[1]
+    assert all(len(line) > 1 for line in tables.conditions(comparison))
