@@ -41,9 +41,8 @@ _DAMAGE = (
 def load_file(path: str | Path) -> Any:
     """Return what a file of PyTorch or safetensors holds, tensors and plain types only, on the CPU.
 
-    An index of shards gives the tensors of all, TorchScript archives their attributes as one dictionary. Raises
-    UserError, with what would work instead, for a missing or damaged file, a part of a network, another format, and a
-    pickle that would run code.
+    An index of shards gives the tensors of all. Raises UserError, with what would work instead, for a missing or
+    damaged file, a part of a network, another format, and a file that would run code: a pickle, a TorchScript archive.
     """
     path = Path(path)
     if path.is_dir():
@@ -60,9 +59,7 @@ def _read(path: Path) -> Any:
         if kind == "safetensors":
             return _read_safetensors(path)
         if kind == "torchscript":
-            from pretrained.torchscript import read_torchscript
-
-            return read_torchscript(path)
+            raise UserError(_torchscript_advice(path))
         if kind in _OTHER_FORMATS:
             raise UserError(f"{printable(path)} is {kind}, {_OTHER_FORMATS[kind]}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_types()):
@@ -180,6 +177,17 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         )
     reason = (text.splitlines() or [type(error).__name__])[0][:120]
     return f"{name} is damaged or not a PyTorch file ({printable(reason)})."
+
+
+def _torchscript_advice(path: Path) -> str:
+    """Say how to get the weights of a TorchScript archive, whose methods torch.jit.load would run."""
+    code = (
+        f"import torch; m = torch.jit.load({str(path)!r}, map_location='cpu'); torch.save(m.state_dict(), 'weights.pt')"
+    )
+    return (
+        f"{printable(path)} is a TorchScript archive, and loading it runs its code.\nIf you trust its source, save its "
+        f"weights alone:\n  {typed('python', '-c', code)}"
+    )
 
 
 def _resaving_line(path: Path) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,55 @@ def test_advice_of_a_run_in_a_hostile_folder_runs_nothing_of_its_name(shell, dat
     assert words == ["main.py", "report", "--checkpoint_dir", str(folder), "--checkpoint_name", "run"]
 
 
+# ------------------------------------------------------------------------------------- TorchScript
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_a_torchscript_archive_runs_nothing(tmp_path):
+    """torch.jit.load would run __setstate__, which may write any file."""
+
+    class Hostile(nn.Module):
+        def __init__(self, target: str):
+            super().__init__()
+            self.target = target
+            self.weight = torch.zeros(2)
+
+        @torch.jit.export
+        def __getstate__(self):
+            return (self.weight, self.target, self.training)
+
+        @torch.jit.export
+        def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
+            self.weight = state[0]
+            self.target = state[1]
+            self.training = state[2]
+            torch.save(state[0], state[1])
+
+    target = tmp_path / "written"
+    torch.jit.script(Hostile(str(target))).save(tmp_path / "hostile.pt")
+    torch.jit.load(tmp_path / "hostile.pt")
+    assert target.exists()
+    target.unlink()
+    assert "is a TorchScript archive" in tiny.refused(load_file, tmp_path / "hostile.pt")
+    assert not target.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.parametrize("form", ["scripted", "traced"])
+@pytest.mark.parametrize("name", ["a b.pt", "$(touch pwned).pt"])
+def test_a_torchscript_archive_is_refused_with_the_line_that_saves_its_weights(
+    shell, tmp_path, monkeypatch, form, name
+):
+    model = classifier()
+    archive = (
+        torch.jit.script(model) if form == "scripted" else torch.jit.trace(model.eval(), torch.zeros(1, 3, 36, 36))
+    )
+    archive.save(tmp_path / name)
+    (option, code), made = shell(tiny.refused(load_file, tmp_path / name).splitlines()[-1])
+    assert option == "-c" and made == []
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert_same(built(tmp_path / "weights.pt"), model.state_dict())
+
+
 # ---------------------------------------------------------------------------- weights in several files
 def saved_in_shards(folder: Path, state: dict, save, suffix: str) -> Path:
     """Writes a state dict as two shards with the index that Transformers writes; returns the index."""
@@ -158,7 +208,9 @@ def test_an_index_without_its_shards_or_with_files_elsewhere_is_refused(tmp_path
 def test_a_distributed_checkpoint_is_answered_with_the_line_that_joins_it(shell, tmp_path):
     state = classifier().state_dict()
     folder = tmp_path / "a $(touch pwned) b"
-    torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is a single process, as is meant
+        torch.distributed.checkpoint.save(state, checkpoint_id=folder, no_dist=True)
     for named in (folder, *folder.iterdir()):
         message = tiny.refused(load_file, named)
         assert "distributed checkpoint" in message

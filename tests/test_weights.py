@@ -4,7 +4,6 @@ The files are written by the programs that users have them from: PyTorch, timm, 
 """
 
 import argparse
-import contextlib
 import pathlib
 import pickle
 import re
@@ -22,7 +21,6 @@ import utils
 from model import build_model
 from pretrained.files import load_file
 from pretrained.fitting import read_weights
-from utils import UserError
 
 NAME = "squeezenet1_1"
 HEAD = ("classifier.1.weight", "classifier.1.bias")
@@ -142,40 +140,8 @@ def test_files_of_every_format_are_read(tmp_path):
     state = network().state_dict()
     torch.save(state, tmp_path / "new.pth")
     torch.save({"state_dict": state}, tmp_path / "before_1.6.pth", _use_new_zipfile_serialization=False)
-    torch.jit.script(network()).save(tmp_path / "scripted.pt")
-    torch.jit.trace(network().eval(), torch.zeros(1, 3, 64, 64)).save(tmp_path / "traced.pt")
     for file in tmp_path.iterdir():
         assert_loaded(file, state)
-
-
-def test_a_torchscript_archive_runs_nothing(tmp_path):
-    """torch.jit.load would run __setstate__, which may write any file."""
-
-    class Hostile(nn.Module):
-        def __init__(self, target: str):
-            super().__init__()
-            self.target = target
-            self.weight = torch.zeros(2)
-
-        @torch.jit.export
-        def __getstate__(self):
-            return (self.weight, self.target, self.training)
-
-        @torch.jit.export
-        def __setstate__(self, state: tuple[torch.Tensor, str, bool]) -> None:
-            self.weight = state[0]
-            self.target = state[1]
-            self.training = state[2]
-            torch.save(state[0], state[1])
-
-    target = tmp_path / "written"
-    torch.jit.script(Hostile(str(target))).save(tmp_path / "hostile.pt")
-    torch.jit.load(tmp_path / "hostile.pt")
-    assert target.exists()
-    target.unlink()
-    with contextlib.suppress(UserError):
-        read_weights(tmp_path / "hostile.pt")
-    assert not target.exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
