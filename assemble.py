@@ -24,6 +24,7 @@ from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
 from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
 from images.opening import Opening, open_data_set, open_test_set
+from images.soundness import say_uneven
 from images.split import read_split
 from images.subsets import DataSet, Split, Subset
 from model import (
@@ -198,6 +199,8 @@ class Setup:
             skip_unreadable=options.skip_unreadable,
             opening=self._opening(self._rules(windows_of(options.window)), options.window == "data"),
         )
+        balanced = options.sampler == "balanced" or getattr(options, "class_weights", "none") == "balanced"
+        say_uneven(data.train, data.classes, balanced=balanced, best_by=getattr(options, "best_by", None))
         batch_size = images_asked(options.batch_size)
         if len(data.train) < batch_size:
             log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")

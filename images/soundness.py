@@ -32,22 +32,33 @@ def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
 
 
 def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Raises UserError for an empty part or a class without training images; says which classes are rare or absent."""
+    """Raises UserError for an empty part or a class without training images; says which classes are absent."""
     for name, subset in subsets.items():
         if not len(subset):
             raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
     empty = sorted(set(range(len(image_set.classes))) - set(subsets["train"].labels.tolist()))
     if empty:
         raise UserError(f"no readable train image is left in {printable(image_set.classes[empty[0]])}.")
-    counts = Counter(subsets["train"].labels.tolist())
-    (most, large), (least, small) = counts.most_common()[0], counts.most_common()[-1]
-    if large > 10 * small:
-        log.info(
-            f"{printable(image_set.classes[most])} has {large / small:.0f} times as many training images as "
-            f"{printable(image_set.classes[least])}. Rare classes may be learnt better with --sampler balanced or "
-            "--class_weights balanced, and chosen by with --best_by balanced_accuracy."
-        )
     say_absent({name: subset for name, subset in subsets.items() if name != "train"}, image_set)
+
+
+def say_uneven(train: Subset, classes: list[str], *, balanced: bool, best_by: str | None) -> None:
+    """Say if one class has more than ten times the training images of another, and what helps that is not done yet.
+
+    `balanced` is True if rare classes are sampled or weighted more already.
+    """
+    counts = Counter(train.labels.tolist()).most_common()
+    (most, large), (least, small) = counts[0], counts[-1]
+    if large <= 10 * small:
+        return
+    ways = [] if balanced else ["learnt better with --sampler balanced or --class_weights balanced"]
+    if best_by == "accuracy":
+        ways.append("counted like the others by --best_by balanced_accuracy")
+    advice = f" Rare classes may be {', and '.join(ways)}." if ways else ""
+    log.info(
+        f"{printable(classes[most])} has {large / small:.0f} times as many training images as "
+        f"{printable(classes[least])}.{advice}"
+    )
 
 
 def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:

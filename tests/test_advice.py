@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -17,6 +18,7 @@ from commands import compare as compare_command
 from commands import doctor
 from dataset import Batches
 from evaluate import way_out
+from images.soundness import say_uneven
 from inspection import advice, finite, payoff, probe, roofline
 from inspection.words import payoff_words
 from metrics import Meter
@@ -340,3 +342,23 @@ def test_the_third_cure_keeps_the_digits_that_a_fixed_divisor_costs():
     assert 0.006 < wrong_by(fixed.format(""), 0.1 * noise) < 0.009
     assert 0.25 < wrong_by(fixed.format(".add(1e-6)"), 0.1 * noise) < 0.35
     assert "0.8 %" in exercise and "30 %" in exercise and "costs nothing" not in exercise
+
+
+@pytest.mark.parametrize(
+    ("balanced", "best_by", "ways"),
+    [
+        (False, "accuracy", ["--sampler balanced", "--best_by"]),
+        (True, "accuracy", ["--best_by"]),
+        (False, "macro_f1", ["--sampler balanced"]),
+        (True, "loss", []),
+    ],
+)
+def test_rare_classes_are_helped_by_what_is_not_done_yet(caplog, balanced, best_by, ways):
+    caplog.set_level("INFO")
+    uneven = SimpleNamespace(labels=np.array([0] * 30 + [1]))
+    say_uneven(uneven, ["a", "b"], balanced=balanced, best_by=best_by)
+    assert "a has 30 times as many training images as b." in caplog.text
+    assert [way for way in ("--sampler balanced", "--best_by") if way in caplog.text] == ways
+    caplog.clear()
+    say_uneven(SimpleNamespace(labels=np.array([0] * 10 + [1])), ["a", "b"], balanced=False, best_by="accuracy")
+    assert caplog.text == ""
