@@ -17,12 +17,12 @@ from reports.look import DPI, picture
 from reports.text import fit
 
 # In pixels.
-WIDTH = 1668  # of a sheet with all its columns
-SIDE = 262  # largest height of an image
+SIDE = 224  # largest height of an image; photographs are read in this size and shown pixel by pixel
 GAP = 8  # beside an image
-LINE = 22  # of a caption
-HEADLINE = 30  # line of the heading
-LETTER = 18  # of the heading, with something to spare
+WIDTH = 6 * (SIDE + 2 * GAP)  # of a sheet with all its columns
+LINE = 19  # of a caption
+HEADLINE = 28  # line of the heading
+LETTER = 16  # of the heading, with something to spare
 
 
 def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarray | None:
@@ -73,17 +73,17 @@ def labelled_sheet(
         def write(text: str, x: float, y: float, **style: Any) -> None:
             figure.text(x / width, 1 - y / height, text, **style)
 
-        write("\n".join(title), GAP, GAP, va="top", fontsize=12, fontweight="bold")
+        write("\n".join(title), GAP, GAP, va="top", fontsize=11, fontweight="bold")
         for number, (place, caption) in enumerate(zip(chosen, shown, strict=True)):
             middle = cell * (number % columns) + cell // 2
             upper = top + row * (number // columns) + above
-            write(caption, middle, upper - GAP // 2, ha="center", va="bottom", fontsize=8.5)
+            write(caption, middle, upper - GAP // 2, ha="center", va="bottom", fontsize=7.5)
             image = images[place]
-            pixels = load_picture(image, 224, rules) if isinstance(image, Path) else image
+            pixels = load_picture(image, SIDE, rules) if isinstance(image, Path) else image
             if pixels is None:
                 note = f"cannot be read:\n{fit(image.name, 18)}"
                 grey = {"facecolor": "#e8e8e8", "edgecolor": "none", "pad": 20}
-                write(note, middle, upper + SIDE // 2, ha="center", va="center", fontsize=7, bbox=grey)
+                write(note, middle, upper + SIDE // 2, ha="center", va="center", fontsize=6.5, bbox=grey)
             else:
                 photograph = enlarged(pixels, cell - 2 * GAP, SIDE)
                 photographs.append((photograph, (middle - photograph.width // 2, upper)))
@@ -111,6 +111,6 @@ def explained_sheet(
     """A contact sheet with each image's class activation map beside it; an image without a map stands alone."""
     images: list[Path | np.ndarray] = []
     for file, values in zip(paths, maps, strict=True):
-        pixels = load_picture(file, 224, rules)
+        pixels = load_picture(file, SIDE, rules)
         images.append(file if pixels is None or values is None else with_map(pixels, values))
     labelled_sheet(images, captions, path, heading=heading, across=3, rules=rules)

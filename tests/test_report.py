@@ -624,9 +624,9 @@ def test_each_image_of_a_sheet_stands_in_its_place_under_a_whole_heading(tmp_pat
     assert sheet.shape[2] == 3 and ink.max() < sheet.shape[1] - 5
     found = [np.argwhere((sheet == colour).all(2)) for colour in colours]
     middles = [(places.min(0) + places.max(0)) / 2 for places in found]
-    assert [[round(x), round(y)] == [278 + 556 * (n % 3), middles[n // 3 * 3][0]] for n, (y, x) in enumerate(middles)]
+    assert [[round(x), round(y)] == [240 + 480 * (n % 3), middles[n // 3 * 3][0]] for n, (y, x) in enumerate(middles)]
     for (height, width), image in zip((np.ptp(places, 0) + 1 for places in found), images, strict=True):
-        assert width / height == pytest.approx(image.shape[1] / image.shape[0], rel=0.02) and height == 262
+        assert width / height == pytest.approx(image.shape[1] / image.shape[0], rel=0.02) and height == 224
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
