@@ -6,10 +6,12 @@ they come, so memory does not grow with the number of files, and a stopped predi
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -167,6 +169,8 @@ def _boxed(images: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor
 
 def _refuse_missing(inputs: list[str]) -> None:
     """Raises UserError for what is not there, before the work."""
+    if "-" in inputs and (sys.stdin is None or sys.stdin.closed):
+        raise UserError("- reads paths from standard input, which is closed: pipe paths into it, or name files.")
     for name in inputs:
         path = Path(name)
         if name == "-" or (name.startswith("@") and Path(name[1:]).is_file()):
@@ -182,17 +186,26 @@ def _listed(inputs: list[str]) -> Iterator[Item]:
     passed_over: Counter[str] = Counter()
     for name in inputs:
         if name == "-":
-            yield from _of_lines(sys.stdin, Path("."), passed_over)
+            lines = _lines_of(sys.stdin.buffer) if hasattr(sys.stdin, "buffer") else sys.stdin
+            yield from _of_lines(lines, Path("."), passed_over)
         elif name.startswith("@") and not Path(name).exists():
-            with open(name[1:], encoding="utf-8-sig", errors="surrogateescape") as lines:
-                yield from _of_lines(lines, Path(name[1:]).parent, passed_over)
+            with open(name[1:], "rb") as file:
+                yield from _of_lines(_lines_of(file), Path(name[1:]).parent, passed_over)
         else:
             yield from _of_path(Path(name), passed_over)
     if passed_over:
         log.info(counted(passed_over))
 
 
-def _of_lines(lines: IO[str], beside: Path, passed_over: Counter[str]) -> Iterator[Item]:
+def _lines_of(file: Any) -> Iterator[str]:
+    """Yield the lines of a buffered binary file as they come, in UTF-8 or, with its mark, UTF-16."""
+    wide = file.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    text = io.TextIOWrapper(file, "utf-16" if wide else "utf-8-sig", errors="surrogateescape")
+    yield from text
+    text.detach()  # else the file would be closed with it
+
+
+def _of_lines(lines: Iterable[str], beside: Path, passed_over: Counter[str]) -> Iterator[Item]:
     for line in lines:
         name = line.strip("\r\n")
         if name.strip():
@@ -282,6 +295,8 @@ class Table:
             log.warning(f"and {self.unreadable - 10:,} more cannot be read")
         if self.overflowed > 10:
             log.warning(f"and {self.overflowed - 10:,} more have no prediction")
+        if not self.count + self.overflowed + self.unreadable:
+            raise UserError("no image was named: the list, or standard input, is empty.")
         if not self.count + self.overflowed:
             raise UserError("none of the images can be read.")
         if not self.count:

@@ -5,9 +5,12 @@ Run it alone: pytest tests/test_finite.py
 
 import ast
 import csv
+import io
 import json
 import math
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -511,3 +514,49 @@ def test_a_run_on_very_many_classes_is_tested_compared_and_used(few, data, tmp_p
 def test_an_audit_of_very_many_classes_is_refused_before_it_trains(few, data, tmp_path, capsys):
     assert main.main(["audit", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--device=cpu"]) == 2
     assert "at most 2; there are 3" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- lists of files
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_predict_from_a_closed_standard_input_is_one_sentence(stream, run, monkeypatch, capsys):
+    given = io.TextIOWrapper(io.BytesIO())
+    given.close()
+    monkeypatch.setattr("sys.stdin", None if stream == "none" else given)
+    assert call("predict", run, "-") == 2
+    assert "standard input, which is closed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_files_may_be_in_any_encoding(encoding, run, data, tmp_path, monkeypatch, capsys):
+    listed = "\n".join(map(str, tiny.images(data, "seg_test"))).encode(encoding)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(listed)), "ascii"))
+    assert call("predict", run, "-") == 0
+    (tmp_path / "list.txt").write_bytes(listed)
+    assert call("predict", run, f"@{tmp_path / 'list.txt'}") == 0
+    assert capsys.readouterr().out.count("6 images: ") == 2
+
+
+def test_a_list_without_a_file_is_not_called_unreadable(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n\n"))
+    (tmp_path / "list.txt").touch()
+    for name in ("-", f"@{tmp_path / 'list.txt'}"):
+        assert call("predict", run, name) == 2
+        assert "no image was named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_ends_in_a_sentence_that_offers_no_resume(command, number, run, data, monkeypatch, capsys):
+    def stop(*_, **__):
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("commands.predict._classify" if command == "predict" else "commands.evaluate.evaluate", stop)
+    inputs = [data / "seg_test"] if command == "predict" else []
+    try:
+        assert call(command, run, *inputs) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "resume" not in said and ("stopped" in said or "interrupted" in said)
