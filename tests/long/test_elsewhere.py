@@ -1,5 +1,6 @@
 """A run goes anywhere: onto machines without its device, into other programs, and on from any of its checkpoints."""
 
+import itertools
 import json
 import re
 import shutil
@@ -46,80 +47,77 @@ def same_loss(run):
 
 
 # ------------------------------------------------------------ the tested network is the trained one
-FAMILIES = {
-    "alexnet": 64,
-    "squeezenet1_1": 33,
-    "mobilenet_v2": 33,
-    "mobilenet_v3_small": 33,
-    "shufflenet_v2_x0_5": 33,
-    "mnasnet0_5": 33,
-    "densenet121": 33,
-    "efficientnet_b0": 33,
-    "regnet_y_400mf": 33,
-    "resnet18": 33,
-    "convnext_tiny": 33,
-    "swin_t": 33,
-    "vit_b_32": 64,
+HEADS = {  # one network for each kind of head
+    "shufflenet_v2_x0_5": 33,  # a layer
+    "squeezenet1_1": 33,  # a convolution
+    "mobilenet_v3_small": 33,  # the last of several layers
+    "vit_b_32": 64,  # a layer, in a network for one size of images
     "timm:test_resnet": 32,
     "timm:test_vit": 64,
 }
 
 
-@pytest.mark.parametrize("name, side", FAMILIES.items(), ids=list(FAMILIES))
-def test_the_tested_network_is_the_trained_one(data, tmp_path, name, side):
+@pytest.fixture
+def small_transformer(monkeypatch):
+    """`vit_b_32` with one block of 2,000 weights instead of twelve of seven million."""
+
+    def build(*, weights=None, **options):
+        small = {"patch_size": 32, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 16}
+        return models.VisionTransformer(**{"image_size": 224} | small | options)
+
+    build.__module__ = "torchvision.models.vision_transformer"
+    monkeypatch.setitem(models._api.BUILTIN_MODELS, "vit_b_32", build)
+
+
+@pytest.mark.parametrize("name, side", HEADS.items(), ids=list(HEADS))
+def test_the_tested_network_is_the_trained_one(small_transformer, data, tmp_path, name, side):
     if name.startswith("timm:"):
         pytest.importorskip("timm")
     assert tiny.train(data, tmp_path, f"--model={name}", f"--image_size={side}", "--epochs=1", "--batch_size=12") == 0
     assert same_loss(tmp_path / "run")
 
 
-@pytest.fixture
-def published(tmp_path, monkeypatch):
-    """Puts an ImageNet file of a model where torch.hub looks for it."""
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+@pytest.fixture(scope="module")
+def googlenet(data, tmp_path_factory):
+    """An ImageNet file of GoogLeNet, where torch.hub looks for it, and the folder of a run that began with it."""
+    folder = tmp_path_factory.mktemp("googlenet")
+    file = folder / "checkpoints" / models.GoogLeNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
+    file.parent.mkdir()
+    torch.manual_seed(1)
+    torch.save(models.googlenet(num_classes=1000, init_weights=False).state_dict(), file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.hub, "get_dir", lambda: str(folder))
+        words = ["--model=googlenet", "--image_size=33", "--pretrained=1", "--epochs=1", "--batch_size=12"]
+        assert tiny.train(data, folder, *words) == 0
+    return file, folder / "run"
 
-    def place(name):
-        torch.manual_seed(1)
-        state = models.get_model(name, num_classes=1000, init_weights=False).state_dict()
-        file = tmp_path / "hub" / "checkpoints" / models.get_model_weights(name).DEFAULT.url.rsplit("/", 1)[-1]
-        torch.save(state, file)
-        return file
 
-    return place
-
-
-@pytest.mark.parametrize("name, side", [("googlenet", 33), ("inception_v3", 75)])
-def test_what_a_constructor_decides_is_kept(data, tmp_path, published, name, side):
+def test_what_a_constructor_decides_is_kept(googlenet, tmp_path):
     """`transform_input`, which ImageNet weights turn on and no state dict holds."""
-    file = published(name)
-    words = [f"--model={name}", f"--image_size={side}", "--pretrained=1", "--epochs=1", "--batch_size=12"]
-    assert tiny.train(data, tmp_path, *words) == 0
-    best = tmp_path / "run" / "best_model.pt"
+    file, run = googlenet
+    best = run / "best_model.pt"
     assert load_file(best)["model_options"]["transform_input"] is True
-    assert same_loss(tmp_path / "run")
+    assert same_loss(run)
     for source in (file, best):  # the published file by hand, and a run's own
-        assert build_model(name, 3, pretrained_path=source).transform_input is True
+        assert build_model("googlenet", 3, pretrained_path=source).transform_input is True
+    other = tmp_path / "other.pt"
+    torch.save(load_file(file), other)
+    assert build_model("googlenet", 3, pretrained_path=other).transform_input is False
+    assert build_model("googlenet", 3, pretrained=False).transform_input is False
     pytest.importorskip("safetensors")
     safe = tmp_path / "best.safetensors"
     write_safetensors(load_file(best), safe)
-    assert build_model(name, 3, pretrained_path=safe).transform_input is True
-    other = tmp_path / "other.pt"
-    torch.save(load_file(file), other)
-    assert build_model(name, 3, pretrained_path=other).transform_input is False
-    assert build_model(name, 3, pretrained=False).transform_input is False
+    assert build_model("googlenet", 3, pretrained_path=safe).transform_input is True
 
 
-def test_a_checkpoint_of_before_still_knows_what_its_constructor_decided(data, tmp_path, published, capsys):
-    published("googlenet")
-    words = ["--model=googlenet", "--image_size=33", "--pretrained=1", "--epochs=1", "--batch_size=12"]
-    assert tiny.train(data, tmp_path, *words) == 0
-    best = tmp_path / "run" / "best_model.pt"
-    content = load_file(best)
-    expected = json.loads((tmp_path / "run" / "result.json").read_text())["test_acc"]
+def test_a_checkpoint_of_before_still_knows_what_its_constructor_decided(googlenet, data, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(googlenet[1], run)
+    content = load_file(run / "best_model.pt")
+    expected = json.loads((run / "result.json").read_text())["test_acc"]
     for name in ("model_options", "mean", "std", "interpolation"):
         del content[name]
-    torch.save(content, best)
+    torch.save(content, run / "best_model.pt")
     status, said = call(
         capsys, "evaluate", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"
     )
@@ -144,15 +142,17 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("command", ["evaluate", "predict", "inspect", "export"])
-@pytest.mark.parametrize("recorded", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_what_was_recorded_is_advice(finished, data, tmp_path, capsys, command, recorded):
-    if torch.cuda.is_available() or command == "export" and recorded != ELSEWHERE["float16"]:
-        pytest.skip("for machines without a GPU; exporting takes long")
+@pytest.mark.parametrize(
+    "command, name",
+    [*itertools.product(["evaluate", "predict"], ELSEWHERE), ("inspect", "float16"), ("export", "float16")],
+)
+def test_what_was_recorded_is_advice(finished, data, tmp_path, capsys, command, name):
+    if torch.cuda.is_available():
+        pytest.skip("for machines without a GPU")
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     config = json.loads((run / "config.json").read_text())
-    config["options"] |= recorded
+    config["options"] |= ELSEWHERE[name]
     config["device"] = "cuda"
     (run / "config.json").write_text(json.dumps(config))
     words = [command, f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
@@ -163,9 +163,7 @@ def test_what_was_recorded_is_advice(finished, data, tmp_path, capsys, command, 
     more = {"predict": [data / "test"], "inspect": [f"--out={tmp_path / 'seen'}", "--precisions=fp32"]}
     status, said = call(capsys, *words, *more.get(command, []))
     assert status == 0, said
-    assert ("note: " in said) == (command in ("evaluate", "predict") and recorded != ELSEWHERE["16 workers"]) or (
-        command == "inspect"
-    )
+    assert command == "inspect" or ("note: " in said) == (command != "export" and name != "16 workers")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
@@ -198,7 +196,7 @@ def test_last_pt_is_used_with_its_averaged_weights(finished, data, tmp_path, cap
 def test_a_run_goes_on_without_the_weights_that_it_began_with(data, tmp_path, capsys):
     start = tmp_path / "start.pt"
     torch.manual_seed(5)
-    torch.save(models.shufflenet_v2_x0_5(num_classes=3).state_dict(), start)
+    torch.save(tiny.Classifier(3).state_dict(), start)
     words = [f"--pretrained_path={start}"]
     assert tiny.train(data, tmp_path, *words, name="straight") == 0
     assert tiny.train(data, tmp_path, *words, "--epochs=2", name="stopped") == 0
@@ -216,7 +214,7 @@ def test_a_finished_run_that_is_to_be_longer_is_answered_with_the_command(data, 
     status, said = call(capsys, *line[2:])
     assert status == 0, said
     options = tiny.config(tmp_path / "run_longer")["options"]
-    assert options["epochs"] == 2 and options["model"] == "shufflenet_v2_x0_5"
+    assert options["epochs"] == 2 and options["model"] == "tiny_classifier"
 
 
 # ------------------------------------------------------------------------------------- other programs
@@ -312,9 +310,10 @@ def test_without_the_package_safetensors_are_refused_before_training(data, tmp_p
 
 
 def test_names_of_weights_are_checked(data, tmp_path, capsys):
-    assert tiny.train(data, tmp_path, "--pretrained=1", "--weights=IMAGENET1K_V9") == 2
+    name = "--model=shufflenet_v2_x0_5"
+    assert tiny.train(data, tmp_path, name, "--pretrained=1", "--weights=IMAGENET1K_V9") == 2
     assert "IMAGENET1K_V1" in capsys.readouterr().err
-    assert tiny.train(data, tmp_path, "--weights=IMAGENET1K_V1") == 2  # with --pretrained 0
+    assert tiny.train(data, tmp_path, name, "--weights=IMAGENET1K_V1") == 2  # with --pretrained 0
     assert "--weights" in capsys.readouterr().err
 
 
