@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from test_report import make_run
 
+from commands.evaluate import predictions
 from commands.evaluate import test_result as result_of
 from dataset import Batches
-from evaluate import evaluate, probabilities
+from evaluate import evaluate
 from images.subsets import DataSet
 from precision import named_precision
 from reports import results, tables
@@ -59,7 +60,7 @@ def test_a_stated_accuracy_is_that_of_the_predictions(logits):
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
         run.write_json("result.json", result_of(setup, data, found))
-        run.write_predictions(data.names(subset), subset.labels, found.predicted, probabilities(found.logits), CLASSES)
+        run.write_csv("predictions.csv", predictions(data, found))
         result = strictly(run.file("result.json"))
         table = results.read_predictions(run.file("predictions.csv"))
     right = [label == predicted for label, predicted in zip(table["labels"], table["predicted"], strict=True)]
