@@ -194,7 +194,6 @@ class Setup:
             group=options.group,
             split=options.split,
             recorded=recorded,
-            begun_before=resuming and recorded is None,
             keep_larger="crop" in options.augment.split(","),
             skip_unreadable=options.skip_unreadable,
             opening=self._opening(self._rules(windows_of(options.window)), options.window == "data"),
@@ -247,7 +246,7 @@ class Setup:
             self.ranks.share(self.draw_demo)  # the others wait for the first
 
     def _recorded(self, folder: Path) -> Split | None:
-        """The split that a run's folder records; None if an earlier version wrote none."""
+        """Return the split that a run's folder records; None if it records none."""
         file = folder / "split.csv"
         return self.ranks.share(lambda: read_split(file) if file.exists() else None)
 
@@ -433,10 +432,7 @@ class Setup:
         if resumed is None:
             model = self.model(len(data.classes), data.classes)
         else:
-            told = resumed.get("model_options")
-            model = self.placed(
-                empty_model(options.model, len(data.classes), told, pretrained=bool(options.pretrained))
-            )
+            model = self.placed(empty_model(options.model, len(data.classes), resumed["model_options"]))
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
         check_input_size(model, options.image_size, batches.smallest_piece, options.start_size)

@@ -72,19 +72,17 @@ def build_model(
 def rebuild_model(checkpoint: dict[str, Any]) -> nn.Module:
     """The model of a checkpoint with its weights: built with what its constructor was told when it was trained."""
     name = checkpoint["model_name"]
-    model = empty_model(name, len(checkpoint["classes"]), checkpoint["model_options"], pretrained=False)
+    model = empty_model(name, len(checkpoint["classes"]), checkpoint["model_options"])
     load_weights(model, checkpoint["model"], source="the checkpoint")
     return model
 
 
-def empty_model(name: str, class_count: int, options: dict[str, Any] | None, *, pretrained: bool) -> nn.Module:
-    """The model that `build_model` made, for weights that are still to come.
+def empty_model(name: str, class_count: int, options: dict[str, Any]) -> nn.Module:
+    """Return the model that `build_model` made, for weights that are still to come.
 
-    `options` are its `constructor_options`; None: as version 0.1 built it, which did not record them.
+    `options` are its `constructor_options`.
     """
     key = known_model(name)
-    if options is None:
-        options = torchvision_models.options_before_recording(key, pretrained=pretrained)
     package = timm_models if timm_models.is_timm(key) else torchvision_models
     return package.create(key, class_count, options)
 

@@ -26,7 +26,7 @@ from runs.checkpoint import Progress, load_moments
 from runs.folder import RunDirectory
 from system.terminal import duration
 from system.waiting import Waiting
-from utils import Interrupted, StopSignal, UserError, printable, progress, seed_everything
+from utils import Interrupted, StopSignal, progress, seed_everything
 
 
 def update_weights(
@@ -324,17 +324,11 @@ class Trainer:
     def load_state(self, state: dict[str, Any]) -> None:
         """Goes on from what `state()` gave. The schedule is rebuilt and replayed, not loaded."""
         self.network.load_state(state)
-        load_moments(self.optimizer, state["optimizer"], self.network.model.parameters())
+        load_moments(self.optimizer, state["optimizer"])
         if self.scaler.is_enabled() and state["scaler"]:  # a disabled scaler's state is {}, which it would refuse
             self.scaler.load_state_dict(state["scaler"])
         at = Progress.restored(state["progress"])
         if not (0 <= at.epoch <= self.epochs and 0 <= at.update <= self.batches.updates_per_epoch):
             raise ValueError(f"no such place in this run: epoch {at.epoch}, update {at.update}")
-        if at.history and at.history[-1]["updates"] != at.epoch * self.batches.updates_per_epoch:
-            raise UserError(
-                f"{printable(self.run.path)} was begun by an earlier version, which made an update of the one image "
-                "that was left at the end of an epoch. Now it joins the update before, so that the rest would be "
-                "another run: begin it again with --overwrite, or finish it with that version."
-            )
         self.progress = at
         self.scheduler = self.make_scheduler(done=self.updates_done)

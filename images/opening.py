@@ -17,7 +17,7 @@ from images.decode import Rules, try_decode
 from images.folders import ImageSet, Listing
 from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
-from images.split import PARTS, digest, divide, extend, hold_out_as_before, in_groups, read_split, same_pictures
+from images.split import PARTS, digest, divide, extend, in_groups, read_split, same_pictures
 from images.stores import ImageStore, checksums, open_store
 from images.subsets import DataSet, Split, Subset, files_checksum, split_name
 from images.walk import composed
@@ -58,7 +58,6 @@ def open_data_set(
     group: str | None = None,
     split: str | None = None,
     recorded: Split | None = None,
-    begun_before: bool = False,
     keep_larger: bool = False,
     skip_unreadable: bool = False,
     opening: Opening | None = None,
@@ -66,7 +65,7 @@ def open_data_set(
     """Finds, decodes and divides the images below `data_dir`.
 
     `labels` and `group` are those of `list_images`; `split` is shares, or a split.csv to follow; `recorded` is the
-    split of a run that goes on, and `begun_before` says that its version wrote none. `keep_larger` keeps up to 1.5
+    split of a run that goes on. `keep_larger` keeps up to 1.5
     times `image_size` pixels of training images, for random crops to choose from. Raises UserError for anything wrong
     with the data.
     """
@@ -80,7 +79,7 @@ def open_data_set(
     opened = _open_parts(image_set, opening or Opening(), image_size, limit, skip_unreadable)
     missing = [name for name in PARTS[1:] if name not in opened.subsets]
     if missing or follow:
-        parts = _divided(opened, follow, shares, seed, with_test="test" in missing, begun_before=begun_before)
+        parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
         opened.divide(parts, missing, image_size)
     data = opened.data_set()
     refuse_empty(data.subsets, image_set)
@@ -287,13 +286,7 @@ def _open_parts(
 
 
 def _divided(
-    opened: _Opened,
-    follow: Split | None,
-    shares: tuple[float, ...] | None,
-    seed: int,
-    *,
-    with_test: bool,
-    begun_before: bool,
+    opened: _Opened, follow: Split | None, shares: tuple[float, ...] | None, seed: int, *, with_test: bool
 ) -> np.ndarray:
     """The part of each training image, an index of PARTS: as a split says, or by `seed` where it says nothing."""
     pool = opened.subsets["train"]
@@ -301,10 +294,6 @@ def _divided(
     together = _joined(pool, image_set.groups)
     parts = _parts(pool, image_set, follow)
     if (parts >= 0).all():
-        return parts
-    if begun_before:
-        parts[:] = 0
-        parts[hold_out_as_before(pool.labels, seed)] = 1
         return parts
     fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together)
     return extend(parts, fresh, together)

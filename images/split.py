@@ -70,13 +70,6 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int, units: np.ndarray) 
     return np.flatnonzero(_shared_out(labels, units, (1 - fraction, fraction), (seed,)))
 
 
-def hold_out_as_before(labels: np.ndarray, seed: int) -> np.ndarray:
-    """Positions that versions without split.csv held out for validation: a fifth, whatever is equal or rare."""
-    from sklearn.model_selection import train_test_split
-
-    return train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed % 2**32)[1]
-
-
 def divide(
     labels: np.ndarray,
     *,

@@ -84,11 +84,6 @@ def build(
     return model, ignored
 
 
-def options_before_recording(key: str, *, pretrained: bool) -> dict[str, Any]:
-    """What constructors were told by version 0.1, whose checkpoints do not say it."""
-    return {"aux_logits": False, "init_weights": False, "transform_input": pretrained} if key in AUXILIARY else {}
-
-
 def head_name(model: nn.Module) -> str:
     """The name of the layer that makes the logits: the last linear or convolution layer."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]

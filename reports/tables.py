@@ -40,9 +40,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _balanced(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The figures in which every class counts alike; an earlier version's result has none."""
-    if "macro" not in result:
-        return []
+    """Return the figures in which every class counts alike."""
     remark = f"mean recall of the classes; macro F1 {100 * result['macro']['f1']:.2f} %"
     return [("Balanced", f"{result['balanced_acc']:.2f} %", remark)]
 

@@ -8,7 +8,7 @@ best_model.safetensors: the weights, and the rest of best_model.pt that its use 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pretrained import torchvision_models
 from pretrained.files import METADATA, load_file
 from runs.writing import replace_file
-from system.files import json_text, read_json
+from system.files import json_text
 from utils import UserError, log, printable, typed
+
+FORMAT = 2  # of a checkpoint; others are refused
 
 # Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
 NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
@@ -67,10 +68,6 @@ class Progress:
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
         """What a checkpoint says. Raises TypeError and ValueError if fields are unknown or missing."""
-        if "steady" in stored:  # of an earlier version: one peak for all epochs
-            peaks = {(0, 0, not stored["steady"]): stored["peak_memory_mb"]}
-            stored = {name: value for name, value in stored.items() if name not in ("steady", "peak_memory_mb")}
-            stored["peaks"] = peaks
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")
@@ -106,7 +103,7 @@ def identity(
     values that were black and white.
     """
     return {
-        "format": 1,
+        "format": FORMAT,
         "classes": classes,
         "model_name": model_name,
         "model_options": model_options,
@@ -119,19 +116,8 @@ def identity(
     }
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer, state: dict[str, Any], parameters: Iterable[torch.nn.Parameter] = ()
-) -> None:
-    """Loads an optimizer's state; fused kernels walk memory, so moments must lie as their weights do.
-
-    A state of one group, as all were once, is dealt out to the groups of today: `parameters` are in its order.
-    """
-    own = optimizer.state_dict()["param_groups"]
-    if len(state["param_groups"]) == 1 < len(own):
-        place = {parameter: number for number, parameter in enumerate(parameters)}
-        ordered = [place[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        moments = {new: state["state"][old] for new, old in enumerate(ordered) if old in state["state"]}
-        state = {"state": moments, "param_groups": own}
+def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state. Fused kernels walk memory, so moments must lie as their weights do."""
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -156,7 +142,7 @@ def snapshot(content: dict[str, Any]) -> dict[str, Any]:
 
 
 _PARTS: dict[str, Callable[[Any], bool]] = {
-    "format": lambda value: value == 1,
+    "format": lambda value: value == FORMAT,
     "model": lambda value: _are_weights(value),
     "ema": lambda value: value is None or _are_weights(value),  # best_model.pt has none
     "classes": lambda value: (
@@ -166,8 +152,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "image_size": lambda value: isinstance(value, int) and value > 0,
     "normalize": lambda value: value in ("imagenet", "none"),
     "windows": lambda value: (
-        value is None  # of an earlier version
-        or (isinstance(value, dict) and all(_are_numbers(pair, 2) and pair[0] <= pair[1] for pair in value.values()))
+        isinstance(value, dict) and all(_are_numbers(pair, 2) and pair[0] <= pair[1] for pair in value.values())
     ),
     "model_options": lambda value: isinstance(value, dict) and all(map(_is_plain, [*value, *value.values()])),
     "mean": lambda value: _are_numbers(value),
@@ -200,9 +185,16 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     content = load_file(file)
     if isinstance(content, dict) and METADATA in content:
         content = _from_metadata(content["state_dict"], content[METADATA], file)
-    elif isinstance(content, dict):
-        content = _completed(content, file)
-    if not isinstance(content, dict) or not all(fits(content.get(name)) for name, fits in _PARTS.items()):
+    if isinstance(content, dict) and "classes" in content and content.get("format") in range(1, FORMAT):
+        raise UserError(
+            f"{printable(file)} was written by an earlier version of this program. Its weights can still be used: "
+            f"{typed('--pretrained_path', file)}"
+        )
+    if (
+        not isinstance(content, dict)
+        or content.get("format") != FORMAT
+        or not all(fits(content.get(name)) for name, fits in _PARTS.items())
+    ):
         raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
     _refuse_not_finite(content, file)
     return content
@@ -254,22 +246,7 @@ def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str,
     except (ValueError, RecursionError):
         return None
     plain = {name: facts[name] for name in ("normalize", "interpolation")}
-    return {"format": 1, "model": weights, "model_name": facts["model"], **plain, **told}
-
-
-def _completed(content: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A checkpoint with what it did not say yet in version 0.1: how its model was built and how images were read."""
-    imagenet = content.get("normalize") != "none"
-    reading = torchvision_models.preprocessing() | ({} if imagenet else {"mean": [0.0] * 3, "std": [1.0] * 3})
-    if "model_options" in content or not isinstance(content.get("model_name"), str):
-        return {**reading, **content}
-    try:
-        options = read_json(file.with_name("config.json"))["options"]
-        pretrained = bool(options["pretrained"]) and not options["pretrained_path"]
-    except (UserError, KeyError, TypeError):
-        pretrained = True  # as is the default
-    told = torchvision_models.options_before_recording(content["model_name"].lower(), pretrained=pretrained)
-    return {**reading, **content, "model_options": told}
+    return {"format": FORMAT, "model": weights, "model_name": facts["model"], **plain, **told}
 
 
 def as_tested(content: dict[str, Any]) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class RunDirectory:
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
         """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
         self.write_text("metrics.jsonl", "".join(json_text(line) + "\n" for line in history))
-        header = list(history[-1]) if history else ["epoch"]  # an earlier version's lines may lack some
+        header = list(history[-1]) if history else ["epoch"]
         self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
 
     # ---------------------------------------------------------------------------- checkpoints

@@ -140,8 +140,7 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
     state = trainer.batches.ranks.share(lambda: load_checkpoint(file))
     if state.get("fingerprint") != data.fingerprint:
         raise UserError(
-            f"the images in {data.root} are not those this run began with: names, content or labels differ, or how an "
-            "earlier version read them "
+            f"the images in {data.root} are not those this run began with: names, content or labels differ "
             f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )

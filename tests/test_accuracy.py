@@ -13,7 +13,6 @@ from test_option import parse, refused
 from tiny import subset
 from torch import nn
 from torchvision import models
-from written_before.make import stop_in_mid_epoch
 
 import option
 import train as training
@@ -163,24 +162,6 @@ def test_a_run_with_groups_resumes_bit_for_bit(data, tmp_path, more):
         assert tiny.train(data, tmp_path, *words, name="stopped") == 130
     assert tiny.train(data, tmp_path, *words, "--resume", name="stopped") == 0
     tiny.assert_equal(tiny.outcome(tmp_path / "straight"), tiny.outcome(tmp_path / "stopped"))
-
-
-def test_a_checkpoint_of_one_group_goes_on_in_several(data, tmp_path):
-    """Moments belong to their parameters, whatever group those are in."""
-    from runs.checkpoint import load_moments
-
-    model = tiny.Classifier(3)
-    old = torch.optim.Adam(model.parameters(), 1e-2, fused=True)
-    model(torch.randn(4, 3, 32, 32)).sum().backward()
-    old.step()
-    expected = {parameter: {**old.state[parameter]} for parameter in model.parameters()}
-    new = make_optimizer(
-        groups(model, backbone_lr=0.1, decay_norms=False), "ADAM", learning_rate=1e-2, weight_decay=0.1, fused=True
-    )
-    load_moments(new, old.state_dict(), model.parameters())
-    assert len(new.param_groups) == 4
-    for parameter, moments in expected.items():
-        assert torch.equal(new.state[parameter]["exp_avg"], moments["exp_avg"])
 
 
 # ------------------------------------------------------------------------------ growing sizes
@@ -452,14 +433,12 @@ def test_auto_is_recorded_and_a_resume_repeats_it(data, tmp_path, monkeypatch, r
 
 def test_auto_trains_to_the_end_and_goes_on_after_a_stop(data, tmp_path):
     """Its trial before the first epoch changes nothing: the run equals one whose batch was typed."""
-    import train
-
     words = ("--model=tiny_classifier", "--epochs=3")
     assert tiny.train(data, tmp_path, *words, name="typed") == 0
     for name, more in (("whole", ()), ("resumed", ("--resume",))):
         if more:
             with pytest.MonkeyPatch.context() as patch:
-                stop_in_mid_epoch(train, patch)
-                assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", name=name) == 143
+                tiny.stop_after(patch, 4)
+                assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", name=name) == 130
         assert tiny.train(data, tmp_path, *words, "--batch_size=auto:8", *more, name=name) == 0
         tiny.assert_equal(tiny.outcome(tmp_path / "typed"), tiny.outcome(tmp_path / name))

@@ -56,7 +56,7 @@ def trainer(folder, store, *, precision=FP32, optimizer="ADAM", decay="cosine_wa
     schedule = partial(make_scheduler, rule, decay, epochs=2, updates_per_epoch=fed.updates_per_epoch)
     network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, **kept)
     validation = Batches(subset(store, [11, 12, 13]), Preprocess(CPU, 12), 3, 3)
-    record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 12, "normalize": "imagenet"}
+    record = tiny.identity(image_size=12)
     made = Trainer(network, rule, schedule, precision, fed, validation, RunDirectory(folder), 2, 5, record=record)
     made.run.open()
     return made

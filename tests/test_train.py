@@ -10,6 +10,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from tiny import computed_metrics, metrics, network, subset
 from torch import nn
@@ -58,7 +59,7 @@ def trainer(
     def schedule(done=0):
         return make_scheduler(rule, decay_type, epochs=epochs, updates_per_epoch=fed.updates_per_epoch, done=done)
 
-    record = {"format": 1, "classes": ["a", "b", "c"], "model_name": "mine", "image_size": 9, "normalize": "imagenet"}
+    record = tiny.identity(image_size=9)
     own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema", "compile") if name in options}
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
     options = {"log_interval": 2, "record": record} | options

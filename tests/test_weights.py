@@ -21,6 +21,7 @@ import utils
 from model import build_model
 from pretrained.files import load_file
 from pretrained.fitting import read_weights
+from runs.checkpoint import load_checkpoint
 
 NAME = "squeezenet1_1"
 HEAD = ("classifier.1.weight", "classifier.1.bias")
@@ -280,3 +281,12 @@ def test_a_new_head_is_no_wider_than_pytorchs(tmp_path):
     assert drawn.abs().max() > 0.3  # ±1/sqrt(6): from scratch it is the author's
     kept = build_model("efficientnet_b0", 1000, pretrained_path=tmp_path / "b0.pt").classifier[1].weight
     assert torch.equal(kept, torch.load(tmp_path / "b0.pt", weights_only=True)["classifier.1.weight"])
+
+
+def test_a_checkpoint_of_an_earlier_version_gives_its_weights_alone(tmp_path):
+    """Its format says so; what it does not record is not guessed."""
+    model = network()
+    torch.save({"format": 1, "classes": list("abcdef"), "model": model.state_dict()}, tmp_path / "old.pt")
+    message = refused(load_checkpoint, tmp_path / "old.pt")
+    assert "earlier version" in message and f"--pretrained_path {tmp_path / 'old.pt'}" in message
+    assert_loaded(tmp_path / "old.pt", model.state_dict())

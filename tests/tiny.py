@@ -1,7 +1,6 @@
 """The zoo: data sets and networks small enough to train in a second, and the ways to run the program on them.
 
-Shared by all tests. Knows nothing of what they look for. At its head it imports `main` alone of the project, because
-written_before/make.py uses it with older versions.
+Shared by all tests. Knows nothing of what they look for.
 """
 
 import contextlib
@@ -115,6 +114,23 @@ def subset(count=22, classes=3, seed=0, side=9):
     store = DecodedImages(array.astype(np.uint8), np.zeros(count, np.uint32), {})
     listing = [(Path(f"{place}.png"), int(label)) for place, label in enumerate(labels)]
     return Subset(store, listing, np.arange(count))
+
+
+def identity(image_size: int = 9) -> dict:
+    """The part of a checkpoint that says what it is, of a network with three classes."""
+    from pretrained.torchvision_models import preprocessing
+    from runs import checkpoint
+
+    return checkpoint.identity(
+        classes=["a", "b", "c"],
+        model_name="mine",
+        model_options={},
+        image_size=image_size,
+        normalize="imagenet",
+        reading=preprocessing(),
+        precision="fp32",
+        fingerprint="of noise",
+    )
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (12, 10)) -> Image.Image:

@@ -465,7 +465,7 @@ def test_all_mutilations_are_tried(finished, tmp_path):
         {"progress": {"epoch": -3}},
         {"progress": {"update": 99}},
         {"fingerprint": None},
-        {"format": 2},
+        {"format": 1},
     ],
     ids=str,
 )

@@ -166,7 +166,7 @@ def test_published_weights_fill_all_but_the_head(uninitialised, monkeypatch, nam
         else:
             assert same(tensor, expected[entry]), entry
     assert decisions(model) == decisions(original)
-    again = empty_model(name, 6, model.constructor_options, pretrained=True)
+    again = empty_model(name, 6, model.constructor_options)
     assert decisions(again) == decisions(original)
 
 
