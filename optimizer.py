@@ -111,7 +111,7 @@ def attention_blocks(model: nn.Module) -> list[str]:
     no such list pools the output of all blocks. A stage that holds blocks and attention of its own is no block.
     """
     modules = dict(model.named_modules())
-    found = {}
+    found: dict[str, None] = {}
     for name, module in modules.items():
         while name and _is_attention(module):
             outside, _, _ = name.rpartition(".")

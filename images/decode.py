@@ -295,8 +295,8 @@ def is_transparent(path: Path, rules: Rules) -> bool:
 def _is_transparent(path: Path, rules: Rules) -> bool:
     with _open(path, rules) as image:
         image.load()
-        lowest, _ = image.convert("RGBA").getchannel("A").getextrema()
-        return lowest < 255
+        opacity = np.asarray(image.convert("RGBA").getchannel("A"))
+        return bool(opacity.min() < 255)
 
 
 def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:

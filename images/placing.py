@@ -109,7 +109,7 @@ def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
         )
 
 
-def put_in_place(data_dir: Path, source: Path, fill: Callable[[Path], None]) -> None:
+def put_in_place(data_dir: Path, source: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a data set into a hidden folder, and move it into `data_dir` when it is whole.
 
     Folders that hold all the rest are left out, unless they are called after a part.

@@ -100,7 +100,7 @@ def _classes_of(content: Any) -> list[str] | None:
         told = content.get(METADATA, content).get(key)
         with contextlib.suppress(ValueError, TypeError):  # text that is no JSON; numbers that are none
             told = json.loads(told) if isinstance(told, str) else told
-            names = sorted(told, key=told.get) if isinstance(told, dict) else told
+            names = sorted(told, key=lambda name: told[name]) if isinstance(told, dict) else told
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
                 return list(names)
     return None

@@ -1,6 +1,6 @@
 """Few open files, few processes, little shared memory: real limits of a real process, whose start counts, too.
 
-Each ends with status 0, or with one sentence, and none stands still. Run it alone: pytest tests/long/test_limits.py
+Each ends with status 0, or with one sentence, and none stands still.
 """
 
 import os
