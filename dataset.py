@@ -268,7 +268,7 @@ def balanced(order: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndar
     `order` is a random permutation of all places, `labels` their classes; nothing else is drawn. Classes that cannot
     have exactly as many differ by one.
     """
-    places = np.concatenate([order[labels[order] == label] for label in range(class_count)])
+    places = order[np.argsort(labels[order], kind="stable")]  # one class after the other
     counts = np.bincount(labels, minlength=class_count)
     there = np.flatnonzero(counts)
     begins = np.cumsum(counts) - counts
