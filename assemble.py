@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import option
+from command_line.idle import about_division
 from command_line.kinds import ALL, images_asked, seconds_of
 from command_line.parsing import training_words
 from dataset import Batches
@@ -200,6 +201,8 @@ class Setup:
         )
         balanced = options.sampler == "balanced" or getattr(options, "class_weights", "none") == "balanced"
         say_uneven(data.train, data.classes, balanced=balanced, best_by=getattr(options, "best_by", None))
+        for sentence in about_division(options.typed, options.split, data.divided):
+            log.warning(sentence)
         batch_size = images_asked(options.batch_size)
         if len(data.train) < batch_size:
             log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")

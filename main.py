@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import utils
+from command_line import idle
 from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))
+        for sentence in idle.said(options.command, options.typed, vars(options), processes=ranks.size):
+            utils.log.warning(sentence)
         utils.keep_freed_memory()
         allow_more_files()
         utils.on_stop(_terminate)
@@ -147,6 +150,9 @@ def train(setup: Setup) -> None:
     with opened(setup, partial(explain, options=options)) as run:
         asked = {name: getattr(options, name) for name in ("resume", "overwrite", "config")}
         earlier = setup.ranks.share(lambda: find_earlier(run, vars(options), **asked))  # others may not see the folder
+        started_from = options.typed & {"pretrained", "pretrained_path", "weights"}
+        if earlier.resuming and started_from:
+            utils.log.warning(idle.no_effect(started_from, "the run goes on from its last.pt"))
         data = setup.data(resuming=earlier.resuming)
         trainer = setup.trainer(data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)

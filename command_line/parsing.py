@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line.idle import never_acts
 from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT, Parser
 from option import COMMANDS, DEMO, FIRST_STEPS, GROUPS, OPTIONS, OWN_DEFAULTS, PRESETS, VERSION, options_of
 from precision_table import PRECISIONS
@@ -20,9 +21,17 @@ from runs.config import read_config
 from utils import UserError
 
 
+class Options(argparse.Namespace):
+    """The options of one command line. `typed` names those that were typed; it is no option, so vars() lacks it."""
+
+    __slots__ = ("typed",)
+    typed: frozenset[str]
+
+
 def build_parser(command: str, *, also: str | None = None) -> Parser:
     """The parser of one command, which also accepts the options of the command `also`, without a word in the help."""
     about = COMMANDS[command]
+    idle = never_acts(command)
     hidden = {name: each for name, each in options_of(also).items() if name not in options_of(command)} if also else {}
     inputs = " PATH ..." if command == "predict" else ""
     parser = Parser(
@@ -43,8 +52,8 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
         group = parser.add_argument_group(title)
         for name, option in OPTIONS[title].items():
             shown = OWN_DEFAULTS.get(command, {}).get(name, option.default)
-            text = option.help
-            if shown is not None and shown is not False and shown != "":
+            text = f"no effect: {idle[name]}" if name in idle else option.help
+            if name not in idle and shown is not None and shown is not False and shown != "":
                 text += f" (default: {'on' if shown is True else shown})"
             group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
     for name, option in hidden.items():
@@ -61,7 +70,7 @@ def _with_underscores(word: str) -> str:
     return name + equals + value
 
 
-def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | None = None) -> argparse.Namespace:
+def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | None = None) -> Options:
     """The options of one command line. Raises UserError for anything that is not a valid one.
 
     `fit_demo` says what --demo changes on the device of that name, beyond DEMO.
@@ -98,7 +107,8 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
         merged["batch_size"] = f"{AUTO}:{(defaults | preset | demo | stored)['batch_size']}"
         merged |= {} if "accumulate" in typed else {"accumulate": 1}  # one that is stored was chosen elsewhere
     recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
-    options = argparse.Namespace(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
+    options = Options(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
+    options.typed = frozenset(typed)
     _check_together(options)
     return options
 
@@ -145,6 +155,7 @@ def _check_together(options: argparse.Namespace) -> None:
     automatic = isinstance(get("batch_size"), str)
     comparing = options.command == "compare"
     epochs = get("epochs", math.inf)
+    grows = get("start_size") and "start_size" not in never_acts(options.command)
     name = Path(get("checkpoint_name") or ".")
     sources = OPTIONS["one of these"]
     for wrong, message in (
@@ -189,13 +200,10 @@ def _check_together(options: argparse.Namespace) -> None:
             f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}.",
         ),
         (
-            get("start_size") and get("start_size") >= (get("image_size") or math.inf),
+            grows and get("start_size") >= (get("image_size") or math.inf),
             f"--start_size {get('start_size')} must be smaller than --image_size {get('image_size')}.",
         ),
-        (
-            get("start_size") and epochs < 2,
-            "--start_size needs two --epochs or more: the last ones have images of full size.",
-        ),
+        (grows and epochs < 2, "--start_size needs two --epochs or more: the last ones have images of full size."),
         (
             get("class_weights", "none") != "none" and get("sampler") == "balanced",
             "--class_weights balanced and --sampler balanced correct the same thing twice: choose one.",

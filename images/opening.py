@@ -81,7 +81,7 @@ def open_data_set(
     if missing or follow:
         parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
         opened.divide(parts, missing, image_size)
-    data = opened.data_set()
+    data = replace(opened.data_set(), divided=tuple(missing))
     refuse_empty(data.subsets, image_set)
     warn_of_leaks(data.subsets, image_set, opened.compared)
     return data

@@ -57,6 +57,7 @@ class DataSet:
     unreadable: list[str]
     rules: Rules = field(default_factory=Rules)  # by which the files became pixels
     listed: Listing = field(default_factory=list)  # all files, those that cannot be read among them
+    divided: tuple[str, ...] = ()  # parts that were split off the training images
 
     @property
     def train(self) -> Subset:

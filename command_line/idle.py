@@ -1,0 +1,165 @@
+"""Options that do nothing, in a command or beside other options: if one is typed, it is said. Imports no torch.
+
+An option acts, is refused (command_line/parsing.py), or stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from command_line.kinds import ALL, parse_shares
+from option import OWN_DEFAULTS, options_of
+
+Values = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Options that have no effect in a command if `when` holds for the values of all options, and why."""
+
+    command: str
+    names: frozenset[str]
+    why: str
+    when: Callable[[Values], Any] | None = None  # None: always
+
+
+def _all_but(command: str, *acting: str) -> frozenset[str]:
+    return frozenset(options_of(command)) - {*acting, "quiet", "evaluate"}
+
+
+def _table() -> Iterator[Idle]:
+    for command in ("evaluate", "predict"):
+        yield Idle(command, frozenset({"seed"}), "nothing is drawn at random")
+        yield Idle(command, frozenset({"start_size"}), "images have the size of --image_size")
+        yield Idle(command, frozenset({"compile", "cuda_graphs"}), "only a training is compiled")
+    yield Idle(
+        "evaluate",
+        frozenset({"split", "group"}),
+        "the images of --data_dir are not divided: its test part is tested, or else all",
+    )
+    files = frozenset({"data_dir", "demo", "labels", "split", "group", "skip_unreadable", "cache", "cache_limit"})
+    yield Idle("predict", files, "the files that are named are classified, each by itself")
+    yield Idle("audit", frozenset({"split"}), "audit divides the images into --folds")
+    yield Idle("inspect", frozenset({"start_size"}), "one batch is inspected, at --image_size")
+    yield Idle("export", frozenset({"seed"}), "nothing is drawn at random")
+    for command in ("compare", "audit"):
+        yield Idle(command, frozenset({"resume"}), "the same command goes on by itself, unless --overwrite is given")
+    for command in ("train", "compare", "audit"):
+        yield from _of_a_training(command)
+    yield from _of_a_mode()
+
+
+def _of_a_training(command: str) -> Iterator[Idle]:
+    layers = frozenset({"backbone_lr", "layer_decay"})
+    yield Idle(command, layers, "--freeze_epochs trains the head alone, in all epochs", _only_head)
+    yield Idle(command, frozenset({"decay_norms"}), "--weight_decay is 0", lambda values: values["weight_decay"] == 0)
+    yield Idle(
+        command,
+        frozenset({"patience"}),
+        "the run ends before so many epochs",
+        lambda values: values["patience"] >= values["epochs"],
+    )
+    yield Idle(
+        command,
+        frozenset({"pretrained"}),
+        "--pretrained_path gives the weights",
+        lambda values: values["pretrained_path"],
+    )
+    yield Idle(
+        command,
+        frozenset({"sync_batchnorm"}),
+        "there is one process: start several with torchrun",
+        lambda values: values["processes"] == 1,
+    )
+
+
+def _of_a_mode() -> Iterator[Idle]:
+    """Of commands that do one of several things, the options of the others."""
+    folder = ("checkpoint_dir", "checkpoint_name")
+    climbed = ("device", "model", "image_size", "batch_size", "preset", "demo", "config")
+    for mode, acting, does in (
+        ("runs", folder, "only reports"),
+        ("report_only", folder, "only reports"),
+        ("ladder", (*folder, *climbed), "trains no run"),
+    ):
+        names = _all_but("compare", mode, *acting)
+        yield Idle("compare", names, f"--{mode} {does}", lambda values, mode=mode: values[mode])
+    yield Idle(
+        "evaluate",
+        frozenset({"amp", "amp_dtype", "tf32"}),
+        "--precisions names what is tested",
+        lambda values: values["precisions"],
+    )
+    yield Idle(
+        "inspect",
+        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict"),
+        "--module gives the model and its batch",
+        lambda values: values["module"],
+    )
+    yield Idle(
+        "inspect",
+        frozenset({"model", "pretrained", "weights", "pretrained_path"}),
+        "the checkpoint says its model and weights",
+        lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
+    )
+    yield Idle("export", frozenset({"tta"}), "--safetensors writes weights", lambda values: values["safetensors"])
+    for source, acting in (
+        ("demo", ("train_images", "test_images", "seed")),
+        ("archive", ("archive_encoding",)),
+        ("download", ()),
+        ("check", ("labels", "window", "max_megapixels", "json")),
+        ("clean", ()),
+    ):
+        names = _all_but("prepare", source, "data_dir", *acting)
+        yield Idle("prepare", names, f"--{source} reads none of it", lambda values, source=source: values[source])
+
+
+def _only_head(values: Values) -> bool:
+    return values["freeze_epochs"] in (ALL, values["epochs"])
+
+
+IDLE = tuple(_table())
+
+
+def never_acts(command: str) -> dict[str, str]:
+    """The options of a command that never have an effect in it, each with the reason."""
+    return {name: each.why for each in IDLE if each.command == command and each.when is None for name in each.names}
+
+
+def no_effect(names: Collection[str], why: str) -> str:
+    """Return the sentence about options that were typed in vain."""
+    listed = ", ".join(f"--{name}" for name in sorted(names))
+    return f"{listed} {'has' if len(names) == 1 else 'have'} no effect: {why}."
+
+
+def said(command: str, typed: Collection[str], values: Values, *, processes: int = 1) -> list[str]:
+    """The sentences about options that were typed and do nothing.
+
+    `values` are those of all options. One that was typed with its default value is named only if it never acts in
+    this command: `compare` types all options of its trainings.
+    """
+    defaults = {name: option.default for name, option in options_of(command).items()} | OWN_DEFAULTS.get(command, {})
+    facts = {**values, "processes": processes}
+    others = set(typed) - options_of(command).keys()
+    sentences = [no_effect(others, "a training's options do not matter to --evaluate")] if others else []
+    for each in IDLE:
+        names = each.names & set(typed) if each.command == command else set()
+        if each.when is not None:
+            names = {name for name in names if values[name] != defaults[name]}
+        if names and (each.when is None or each.when(facts)):
+            sentences.append(no_effect(names, each.why))
+    return sentences
+
+
+def about_division(typed: Collection[str], split: str | None, divided: Collection[str]) -> list[str]:
+    """The sentences about --split and --group, if they were typed, once the parts that were split off are known."""
+    shares = 0 if split is None or split.lower().endswith(".csv") else len(parse_shares(split))
+    asked = {"group"} | ({"split"} if shares else set())
+    names = asked & set(typed)
+    if names and not divided:
+        return [no_effect(names, "all parts of the data set are given")]
+    if "split" in names and shares == 3 and "test" not in divided:
+        return ["the last share of --split has no effect: the test part is given."]
+    return []
