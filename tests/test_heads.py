@@ -35,22 +35,28 @@ class TwoHeads(nn.Module):
         self.pretrained_cfg = {"classifier": HEADS}
         self.body = nn.Conv2d(3, 6, 3, stride=2)
         self.head_norm = nn.LayerNorm(6)
+        nn.init.normal_(self.head_norm.bias)  # at 0 what follows would not depend on its scale
         self.head = NormLinear(6, num_classes)
         self.head_dist = NormLinear(6, num_classes)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features = self.head_norm(self.body(images).relu().mean((2, 3)))
+        features = self.head_norm(self.body(images).relu().mean((2, 3))).relu()
         return (self.head(features) + self.head_dist(features)) / 2
 
 
-@pytest.fixture
-def two_heads(monkeypatch):
+def register_two_heads() -> None:
+    """Makes `TwoHeads` one of torchvision's models in this process: `--model=tiny_two_heads`."""
+
     def tiny_two_heads(*, weights: None = None, **options: int) -> TwoHeads:
         return TwoHeads(**options)
 
     tiny_two_heads.__module__ = "torchvision.models.tiny"
-    monkeypatch.setitem(torchvision_registry.BUILTIN_MODELS, "tiny_two_heads", tiny_two_heads)
-    tiny.leave_out_pictures(monkeypatch)
+    torchvision_registry.BUILTIN_MODELS["tiny_two_heads"] = tiny_two_heads
+
+
+@pytest.fixture
+def two_heads():
+    register_two_heads()
     return "--model=tiny_two_heads"
 
 
