@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -29,6 +30,8 @@ from system.terminal import open_streams
 from utils import RunError, Stopped, UserError, printable
 
 if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
     from assemble import Setup
 
 
@@ -39,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """
     ranks = Ranks()
     options = Namespace(command="")
+    children = set(multiprocessing.active_children())
     try:
         ranks = Ranks.from_environment()
         options = parse(argv, fit_demo=demo_that_fits)
@@ -63,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
         meeting.say_once(reason if isinstance(error, Stopped) else f"error: {reason}", ranks)
         return status
     finally:
+        _end_workers(children)
         meeting.leave(ranks)
 
 
@@ -81,11 +86,24 @@ def run() -> None:
     error = lost()
     if error is not None:
         print(f"error: the output is not complete: {error.strerror}.", file=sys.stderr)
-    if hasattr(signal, "SIGCHLD"):  # PyTorch would raise for each loading worker that ends from here on
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():  # they leave SIGTERM to this process: Python would wait for ever
-        worker.kill()
     meeting.end(status or (1 if error else 0))
+
+
+def _end_workers(others: set[BaseProcess]) -> None:
+    """End the loading workers, which are all children but `others`.
+
+    They leave SIGTERM to this process, so that Python would wait for them for ever when it exits.
+    """
+    workers = set(multiprocessing.active_children()) - others
+    if not workers:
+        return
+    has_signal = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    heard = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if has_signal else None  # PyTorch would raise for each
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    if has_signal:
+        signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)
 
 
 def entry(command: str) -> Callable[..., None]:

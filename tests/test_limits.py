@@ -225,3 +225,21 @@ def test_a_training_with_few_open_files_comes_to_an_end(data, tmp_path):
     status, out, err = tiny.finish(process, 60)
     assert status == 0, err
     assert "Traceback" not in err and "Exception ignored" not in err
+
+
+def test_loading_workers_end_with_their_command(data, tmp_path):
+    words = ("--cache=none", "--num_workers=2", "--epochs=1")
+    assert tiny.train(data, tmp_path, *words) == 0
+    assert multiprocessing.active_children() == []
+    status, _, err = tiny.run_main(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run", *words[:2]])
+    assert status == 0, err
+    assert multiprocessing.active_children() == []
+
+
+def test_a_command_leaves_children_that_are_not_its_own(tmp_path):
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    other.start()
+    assert tiny.run_main(["train", f"--data_dir={tmp_path / 'none'}"])[0] == 2
+    assert other.is_alive()
+    other.kill()
+    other.join()
