@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -308,12 +308,16 @@ def caches(folder: Path) -> list[CacheFile]:
     return sorted(found, key=lambda cache: cache.used)
 
 
-def limit_caches(folder: Path, limit: float, keep: Path) -> None:
-    """Removes the caches that were not used for the longest time until all take at most `limit` bytes; never `keep`."""
+def limit_caches(folder: Path, limit: float, *, keep: Path | Collection[Path]) -> None:
+    """Remove the caches that were not used for the longest time until all take at most `limit` bytes.
+
+    Never remove those to `keep`: the caches of one data set would remove one another at every start.
+    """
+    kept = {keep} if isinstance(keep, Path) else set(keep)
     there = caches(folder)
     total = sum(cache.size for cache in there)
     for cache in there:
-        if total > limit and cache.file != keep:
+        if total > limit and cache.file not in kept:
             remove_cache(cache)
             total -= cache.size
             log.info(f"removed the cache {cache.file} ({cache.size / 2**20:,.0f} MB): --cache_limit")

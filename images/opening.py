@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from command_line.kinds import parse_shares
+from images.cache import cache_folder, limit_caches
 from images.decode import Rules, try_decode
 from images.folders import ImageSet, Listing
 from images.labels import list_images
@@ -34,6 +35,7 @@ class Opening:
     cache_limit: float = math.inf  # GB
     rules: Rules = field(default_factory=Rules)
     own_window: bool = False  # the windows that `rules` leave open are the range of the training images
+    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
 
     def store(self, listing: Listing, root: Path, limit: int) -> ImageStore:
         return open_store(
@@ -46,7 +48,12 @@ class Opening:
             rules=self.rules,
             own_window=self.own_window,
             cache_limit=self.cache_limit,
+            own=self.own,
         )
+
+    def make_room(self, root: Path) -> None:
+        """Remove caches of other data sets and sizes beyond `cache_limit`; call it when all parts are open."""
+        limit_caches(cache_folder(root), self.cache_limit * 2**30, keep=self.own)
 
 
 def open_data_set(
@@ -81,6 +88,7 @@ def open_data_set(
     if missing or follow:
         parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
         opened.divide(parts, missing, image_size)
+    opened.opening.make_room(image_set.root)
     data = replace(opened.data_set(), divided=tuple(missing))
     refuse_empty(data.subsets, image_set)
     warn_of_leaks(data.subsets, image_set, opened.compared)
@@ -131,6 +139,7 @@ def open_test_set(
         )
     image_set = replace(image_set, train=[], validation=None, test=listing)
     opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
+    opened.opening.make_room(image_set.root)
     if not len(opened.subsets["test"]):
         raise UserError(f"no readable image is left in {printable(data_dir)}.")
     say_absent(opened.subsets, image_set)
@@ -279,7 +288,7 @@ def _open_parts(
         if name != "train" and train_limit != image_size:
             paths = [path for path, _ in listing]
             opened.compared[name] = checksums(
-                paths, image_set.root, limit=train_limit, rules=store.rules, workers=opening.workers
+                paths, image_set.root, limit=train_limit, rules=store.rules, own=opening.own, workers=opening.workers
             )
     report_unreadable(opened.bad, skip_unreadable)
     return opened

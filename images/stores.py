@@ -30,7 +30,6 @@ from images.cache import (
     cache_folder,
     described,
     file_state,
-    limit_caches,
     map_array,
     only_builder,
     read_notes,
@@ -250,16 +249,19 @@ def open_store(
     rules: Rules | None = None,
     own_window: bool = False,
     cache_limit: float = math.inf,
+    own: set[Path] | None = None,
 ) -> ImageStore:
     """Decodes a listing, or finds it decoded by an earlier run, as `cache` says (auto, memory, none).
 
     `limit` is the largest side kept, in pixels: what a file becomes depends on it and on `rules` alone, not on the
     other files. Every image is read once whatever the mode, so that unreadable ones are known (`store.unreadable`:
     listing position to reason) before training starts. With `own_window` the windows of deep grey pictures are the
-    range of these files' values; `store.rules` says which. Caches in the same folder are kept to `cache_limit` GB.
+    range of these files' values; `store.rules` says which. At most `cache_limit` GB of caches are kept. `own` gathers
+    the caches of one data set: what does not fit beside them is streamed. Give it to `limit_caches` when all are open.
     """
     workers = min(8, cores()) if workers is None else workers
-    kept = _kept(paths, root, limit, cache, workers, rules or Rules(), own_window, cache_limit)
+    own = set() if own is None else own
+    kept = _kept(paths, root, limit, cache, workers, rules or Rules(), own_window, cache_limit, own)
     if kept.several:
         log.info(f"{kept.several:,} files hold several pictures: the first of each is used")
     for mode, window in kept.rules.windows.items():
@@ -271,10 +273,12 @@ def open_store(
     return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
 
 
-def checksums(paths: list[Path], root: Path, *, limit: int, rules: Rules, workers: int | None = None) -> np.ndarray:
+def checksums(
+    paths: list[Path], root: Path, *, limit: int, rules: Rules, own: set[Path], workers: int | None = None
+) -> np.ndarray:
     """Return the CRC-32 of each image (count,) as `open_store` would keep it with that limit; keep no pixels."""
     workers = min(8, cores()) if workers is None else workers
-    return _kept(paths, root, limit, "none", workers, rules, False, math.inf).crc32
+    return _kept(paths, root, limit, "none", workers, rules, False, math.inf, own).crc32
 
 
 def _kept(
@@ -286,6 +290,7 @@ def _kept(
     rules: Rules,
     own_window: bool,
     cache_limit: float,
+    own: set[Path],
 ) -> Kept:
     """Return what is known of a listing's images: found in the cache folder, or decoded now."""
     states = [file_state(path) for path in paths]
@@ -295,17 +300,18 @@ def _kept(
     with only_builder(file.with_suffix(".lock")):
         kept = read_notes(file, len(paths))
         plan = kept or survey(paths, limit, rules, own_window, workers)
-        streamed = _is_streamed(cache, math.prod(plan.shape(len(paths))), cache_limit)
+        others = sum(each.stat().st_size for each in own - {file} if each.exists())
+        streamed = _is_streamed(cache, math.prod(plan.shape(len(paths))), cache_limit * 2**30 - others)
         if kept and not streamed:
             kept.array = map_array(file, kept, workers)
         if kept is None or (kept.array is None and not streamed):
             kept = build_cache(file, paths, plan, limit, streamed, workers)
-    limit_caches(file.parent, cache_limit * 2**30, keep=file)
+    own.add(file)
     return kept
 
 
-def _is_streamed(cache: str, size: int, cache_limit: float) -> bool:
-    """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or for the caches."""
+def _is_streamed(cache: str, size: int, room: float) -> bool:
+    """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or the room for caches."""
     memory = available_memory()
     memory = 4 * 2**30 if memory is None else memory
-    return cache == "none" or (cache == "auto" and size > min(0.6 * memory, cache_limit * 2**30))
+    return cache == "none" or (cache == "auto" and size > min(0.6 * memory, room))

@@ -9,6 +9,7 @@ import mmap
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -22,6 +23,7 @@ import tiny
 
 import main
 from images import decode, stores
+from images.opening import Opening, open_data_set
 from images.stores import open_store
 from system import machine
 from utils import RunError
@@ -243,3 +245,43 @@ def test_a_command_leaves_children_that_are_not_its_own(tmp_path):
     assert other.is_alive()
     other.kill()
     other.join()
+
+
+# ----------------------------------------------------------------------------- room for caches
+@pytest.mark.parametrize("cache", ["auto", "memory"])
+@pytest.mark.parametrize("kilobytes", [20, 110, 10])
+@pytest.mark.parametrize("keep_larger", [False, True])
+def test_a_second_start_decodes_nothing_however_small_the_limit(
+    data, tmp_path, monkeypatch, cache, kilobytes, keep_larger
+):
+    """The caches of a data set's parts used to remove one another: they take 93 and 23 kB."""
+    folder = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+
+    def opened():
+        opening = Opening(cache=cache, workers=1, cache_limit=kilobytes * 1000 / 2**30)
+        return open_data_set(folder, image_size=32, seed=1, keep_larger=keep_larger, opening=opening)
+
+    first = opened()
+    monkeypatch.setattr(stores, "build_cache", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(stores, "survey", lambda *_: pytest.fail("read again"))
+    second = opened()
+    assert second.fingerprint == first.fingerprint
+    kinds = {name: type(subset.store).__name__ for name, subset in second.subsets.items()}
+    assert kinds == {name: type(subset.store).__name__ for name, subset in first.subsets.items()}
+    if cache == "auto":
+        arrays = sum(file.stat().st_size for file in (folder / ".cache").glob("*.npy"))
+        assert arrays <= kilobytes * 1000
+
+
+def test_what_is_kept_of_other_sizes_makes_room(data, tmp_path):
+    folder = shutil.copytree(data, tmp_path / "data", ignore=shutil.ignore_patterns(".cache"))
+    for size in (32, 24, 20):
+        open_data_set(folder, image_size=size, seed=1, opening=Opening(workers=1, cache_limit=1e5 / 2**30))
+        arrays = [file.stat().st_size for file in (folder / ".cache").glob("*.npy")]
+        assert len(arrays) >= 2 and sum(arrays) <= 1e5
+
+
+def test_no_memory_left_is_not_unknown_memory(folder, monkeypatch):
+    for left, kind in ((0, stores.StreamedImages), (None, stores.DecodedImages)):
+        monkeypatch.setattr(stores, "available_memory", lambda left=left: left)
+        assert type(open_store(sorted(folder.glob("*.png")), folder, limit=16, workers=0)) is kind
