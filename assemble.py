@@ -435,7 +435,10 @@ class Setup:
         if resumed is None:
             model = self.model(len(data.classes), data.classes)
         else:
-            model = self.placed(empty_model(options.model, len(data.classes), resumed["model_options"]))
+            told = resumed.get("model_options")
+            if not isinstance(told, dict):
+                raise UserError(f"{printable(self.run.path / 'config.json')} does not say how the model was built.")
+            model = self.placed(empty_model(options.model, len(data.classes), told))
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
         check_input_size(model, options.image_size, batches.smallest_piece, options.start_size)
