@@ -71,7 +71,12 @@ def prepare(
 
 
 def _clean(folder: Path) -> None:
-    """Removes the decoded images that are kept for a data set, and says which."""
+    """Removes the decoded images that are kept for a data set, and says which.
+
+    Raises UserError if there is no such folder: then those of other data sets would be removed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{printable(folder)} does not exist. Name the folder that holds the images with --data_dir.")
     removed = clean_caches(folder)
     for cache in removed:
         used = datetime.fromtimestamp(cache.used).strftime("%Y-%m-%d %H:%M")

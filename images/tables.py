@@ -25,7 +25,9 @@ _LABEL: tuple[str, ...] = (
 )
 _PART = ("part", "split", "subset", "partition", "set")
 _GROUP = ("group", "groupid")
-_FLAGS = {"true": True, "1": True, "yes": True, "1.0": True, "false": False, "0": False, "no": False, "0.0": False}
+_FLAGS = dict.fromkeys(("true", "t", "1", "1.0", "yes", "y"), True) | dict.fromkeys(
+    ("false", "f", "0", "0.0", "no", "n"), False
+)
 
 
 class Row(NamedTuple):
@@ -123,7 +125,7 @@ def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None)
     names_a_file = bool(index.find(rows[0][path].strip())) and plain[path] not in _PATH
     has_header = not names_a_file
     others = [place for place in range(width) if place != path]
-    part = _named(plain, others, _PART) if has_header else None
+    part = _part_column(plain, rows, others) if has_header else None
     by_name = re.sub(r"[\W_]+", "", group.casefold()) if group else None
     groups = _named(plain, others, (by_name,) if by_name else _GROUP) if has_header else None
     flags = _flags(plain, rows, others) if has_header and part is None else {}
@@ -137,6 +139,15 @@ def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None)
         names = ", ".join(printable(rows[0][place]) for place in left)
         raise UserError(f"{printable(file)}: which column is the label, of {names}? Rename it to 'label'.")
     return _Columns((path, label, part, groups), flags, has_header)
+
+
+def _part_column(plain: list[str], rows: list[list[str]], places: list[int]) -> int | None:
+    """Return the column that says each row's part: by its name, or else, beside a named label, by all its cells."""
+    named = _named(plain, places, _PART)
+    if named is not None or _named(plain, places, _LABEL) is None:
+        return named
+    cells = {place: {_cell(row, place) for row in rows[1:]} for place in places if plain[place] not in _LABEL}
+    return next((place for place, said in cells.items() if len(said) > 1 and all(map(part_of, said))), None)
 
 
 def _flags(plain: list[str], rows: list[list[str]], places: list[int]) -> dict[int, str]:

@@ -434,6 +434,9 @@ FLAGS = {
     "Validation,TRUE,FALSE": ("valid", "train"),
     "train,1,0": ("train", "valid"),
     "is_train,1.0,0.0": ("train", "valid"),
+    "valid,y,n": ("valid", "train"),
+    "phase,val,train": ("valid", "train"),
+    "usage,Training,Test": ("train", "test"),
 }
 
 
@@ -448,6 +451,14 @@ def test_a_column_of_yes_and_no_says_the_part(tmp_path, words, parts):
     assert train == (set(range(5)) if parts[0] == "train" else set(range(5, 12)))
     assert len(found.test) == 12 - len(train) and found.classes == ["a", "b"]  # no test part: validation is tested
     assert f"parts from '{column}'" in notes
+
+
+def test_labels_that_are_names_of_parts_stay_labels(tmp_path):
+    draw(tmp_path, *(f"{number}.png" for number in range(8)))
+    for columns in ("name,label", "name,kind"):
+        rows = [f"{number}.png,{('train', 'test')[number % 2]}" for number in range(8)]
+        listed(tmp_path, "\n".join([columns, *rows]))
+        assert list_images(tmp_path, labels="t.csv").classes == ["test", "train"]
 
 
 def test_two_columns_of_yes_and_no_say_three_parts(tmp_path):

@@ -766,6 +766,16 @@ def test_check_and_clean_by_the_command_line(tmp_path, run):
     assert status == 0 and "1 cache removed" in out and caches(root / ".cache") == []
 
 
+def test_clean_touches_no_caches_if_the_folder_is_not_there(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = tmp_path / "amp-train" / "0123456789abcdef0123.npy"
+    other.parent.mkdir()
+    other.write_bytes(b"of another data set")
+    status, _, err = run(["prepare", "--clean", f"--data_dir={tmp_path / 'mistyped'}"])
+    assert status == 2 and "mistyped does not exist" in err
+    assert other.exists()
+
+
 @pytest.mark.usefixtures("drawn")
 def test_audit_finds_labels_that_were_swapped(tmp_path, run, monkeypatch):
     monkeypatch.setattr("commands.compare.subprocess", tiny.Subprocess)
