@@ -1,132 +1,50 @@
-"""The table "which precision on my card": names, capabilities and chips to what they compute with.
-
-Run it alone: pytest tests/test_cards.py
-"""
+"""The table "which precision on my card": names, capabilities and chips to what they compute with."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 
-from system import cards
+from system.cards import all_cards, amd_card, apple_chip, gives_nan_in_float16, markdown_table, nvidia_card, processor
 
 ROOT = Path(__file__).resolve().parent.parent
+# Family, bfloat16, TF32, float8, matrix unit and --amp's choice; below a rule's first row, at it, and above its last.
+ROWS = [
+    (nvidia_card("Quadro 6000", (2, 0)), "Kepler", "emulated", False, False, "none", "amp-fp16"),
+    (nvidia_card("Xavier", (7, 2)), "Volta", "emulated", False, False, "Tensor Cores", "amp-fp16"),
+    (nvidia_card("Orin", (8, 7)), "Ampere", "native", True, False, "Tensor Cores", "amp-fp16"),
+    (nvidia_card("a later one", (15, 0)), "Blackwell", "native", True, True, "Tensor Cores", "amp-fp16"),
+    (nvidia_card("GTX 1660 Ti", (7, 5)), "Turing without Tensor Cores", "emulated", False, False, "none", None),
+    (amd_card("gfx942:sramecc+:xnack-"), "AMD CDNA 3 and 4", "native", False, True, "matrix cores", "amp-fp16"),
+    (amd_card("gfx1030"), "AMD, older", "emulated", False, False, "none", "amp-fp16"),
+    (apple_chip("Apple M2 Pro"), "Apple M1 and M2", "emulated", False, False, "none", "amp-fp16"),
+    (apple_chip("Apple M10"), "Apple M3 and later", "native", False, False, "none", "amp-bf16"),
+    (apple_chip("Intel(R) Core(TM) i9-9980HK"), "Apple M1 and M2", "emulated", False, False, "none", "amp-fp16"),
+    (processor({"amx_bf16", "avx512_bf16"}), "x86 with AMX", "native", False, False, "AMX", "amp-bf16"),
+    (processor({"avx2"}), "other CPUs", "emulated", False, False, "none", "amp-bf16"),
+]
+
+
+def test_a_device_is_found_in_its_row():
+    for card, family, *expected in ROWS:
+        assert card.family.startswith(family)
+        assert [card.bfloat16, card.tf32, card.float8, card.matrix_unit, card.pick] == expected, family
+    half = processor({"neon", "bf16", "avx512_fp16"})  # which does not make float16 the faster type
+    assert (half.float16, processor({"bf16"}).float16, half.pick) == ("native", "emulated", "amp-bf16")
 
 
 @pytest.mark.parametrize(
-    "name, capability, family, bfloat16, tf32, float8",
+    "names, faulty",
     [
-        ("NVIDIA GeForce GTX 1080 Ti", (6, 1), "Pascal", "emulated", False, False),
-        ("Tesla P100-PCIE-16GB", (6, 0), "Pascal, data centre", "emulated", False, False),
-        ("Xavier", (7, 2), "Volta", "emulated", False, False),
-        ("Tesla T4", (7, 5), "Turing", "emulated", False, False),
-        ("NVIDIA A100-SXM4-40GB", (8, 0), "Ampere, data centre", "native", True, False),
-        ("NVIDIA GeForce RTX 3060", (8, 6), "Ampere", "native", True, False),
-        ("Orin", (8, 7), "Ampere", "native", True, False),
-        ("NVIDIA GeForce RTX 4090", (8, 9), "Ada", "native", True, True),
-        ("NVIDIA H100 80GB HBM3", (9, 0), "Hopper", "native", True, True),
-        ("NVIDIA B300", (10, 3), "Blackwell, data centre", "native", True, True),
-        ("NVIDIA GB10", (12, 1), "Blackwell", "native", True, True),
-        ("a card of the future", (15, 0), "Blackwell", "native", True, True),
-        ("Quadro 6000", (2, 0), "Kepler", "emulated", False, False),
+        ("NVIDIA GeForce GTX 1650|GTX 1660 SUPER|NVIDIA T400 4GB|Quadro T1000|NVIDIA T1200 Laptop GPU", True),
+        ("Quadro T2000 with Max-Q Design|NVIDIA GeForce MX450|Tesla K40m|NVIDIA GeForce GTX 1630|NVIDIA T500", True),
+        ("NVIDIA T550 Laptop GPU|NVIDIA T600|NVIDIA GeForce MX550", True),
+        ("Tesla T4|GRID T4-16Q|NVIDIA GeForce RTX 2060|NVIDIA RTX 2000 Ada Generation|NVIDIA RTX A2000", False),
+        ("NVIDIA GeForce GTX 1060 6GB|Quadro RTX 4000|Tesla K40c|NVIDIA RTX PRO 2000 Blackwell", False),
     ],
 )
-def test_nvidia_by_compute_capability(name, capability, family, bfloat16, tf32, float8):
-    card = cards.nvidia_card(name, capability)
-    assert (card.family, card.bfloat16, card.tf32, card.float8) == (family, bfloat16, tf32, float8)
-    assert card.pick == "amp-fp16" and (card.matrix_unit == "Tensor Cores") == (capability >= (7, 0))
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "NVIDIA GeForce GTX 1650",
-        "NVIDIA GeForce GTX 1660 Ti",
-        "NVIDIA GeForce GTX 1660 SUPER",
-        "NVIDIA GeForce GTX 1630",
-        "Quadro T400",
-        "NVIDIA T400 4GB",
-        "NVIDIA T500",
-        "NVIDIA T550 Laptop GPU",
-        "NVIDIA T600",
-        "Quadro T1000",
-        "NVIDIA T1000 8GB",
-        "NVIDIA T1200 Laptop GPU",
-        "Quadro T2000 with Max-Q Design",
-        "NVIDIA GeForce MX450",
-        "Tesla K40m",
-    ],
-)
-def test_cards_that_give_nan_are_known(name):
-    card = cards.nvidia_card(name, (7, 5))
-    assert card.pick is None and card.float16 == cards.FAULTY and card.matrix_unit == "none"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Tesla T4",
-        "GRID T4-16Q",
-        "NVIDIA GeForce RTX 2060",
-        "NVIDIA RTX 2000 Ada Generation",
-        "NVIDIA RTX A2000",
-        "NVIDIA GeForce GTX 1060 6GB",
-        "Quadro RTX 4000",
-        "Tesla K40c",
-        "NVIDIA RTX PRO 2000 Blackwell",
-    ],
-)
-def test_their_neighbours_are_not(name):
-    assert not cards.gives_nan_in_float16(name)
-
-
-@pytest.mark.parametrize(
-    "chip, bfloat16, pick",
-    [
-        ("Apple M1", "emulated", "amp-fp16"),
-        ("Apple M1 Ultra", "emulated", "amp-fp16"),
-        ("Apple M2 Pro", "emulated", "amp-fp16"),
-        ("Apple M3", "native", "amp-bf16"),
-        ("Apple M4 Max", "native", "amp-bf16"),
-        ("Apple M10", "native", "amp-bf16"),
-        ("Intel(R) Core(TM) i9-9980HK CPU @ 2.40GHz", "emulated", "amp-fp16"),
-    ],
-)
-def test_apple_chips(chip, bfloat16, pick):
-    card = cards.apple_chip(chip)
-    assert (card.bfloat16, card.pick) == (bfloat16, pick)
-
-
-@pytest.mark.parametrize(
-    "flags, family, float16, bfloat16, unit",
-    [
-        ({"amx_bf16", "avx512_bf16", "avx512_fp16"}, "x86 with AMX", "native", "native", "AMX"),
-        ({"avx512_bf16", "avx2"}, "x86 with AVX512-BF16", "emulated", "native", "none"),
-        ({"neon", "bf16", "fp16_arith"}, "Arm with BF16", "native", "native", "none"),
-        ({"avx2"}, "other CPUs", "emulated", "emulated", "none"),
-        (set(), "other CPUs", "emulated", "emulated", "none"),
-    ],
-)
-def test_processors(flags, family, float16, bfloat16, unit):
-    card = cards.processor(flags)
-    assert (card.family, card.float16, card.bfloat16, card.matrix_unit) == (family, float16, bfloat16, unit)
-    assert card.pick == "amp-bf16"  # avx512_fp16 does not make float16 the faster type
-
-
-@pytest.mark.parametrize(
-    "architecture, family, bfloat16, float8",
-    [
-        ("gfx90a:sramecc+:xnack-", "AMD CDNA 1 and 2 (ROCm)", "native", False),
-        ("gfx942:sramecc+:xnack-", "AMD CDNA 3 and 4 (ROCm)", "native", True),
-        ("gfx1100", "AMD RDNA 3 (ROCm)", "native", False),
-        ("gfx1201", "AMD RDNA 4 (ROCm)", "native", True),
-        ("gfx1030", "AMD, older (ROCm)", "emulated", False),
-        ("", "AMD, older (ROCm)", "emulated", False),
-    ],
-)
-def test_amd_by_architecture(architecture, family, bfloat16, float8):
-    card = cards.amd_card(architecture)
-    assert (card.family, card.bfloat16, card.float8, card.tf32) == (family, bfloat16, float8, False)
+def test_cards_that_give_nan_are_known_and_their_neighbours_are_not(names, faulty):
+    assert [gives_nan_in_float16(name) for name in names.split("|")] == [faulty] * len(names.split("|"))
 
 
 def test_the_page_is_generated_from_the_table():
@@ -138,7 +56,7 @@ def test_the_page_is_generated_from_the_table():
 
 
 def test_every_row_is_whole():
-    rows = cards.markdown_table().splitlines()
-    assert len(rows) == len(cards.all_cards()) + 2 and len({row.count("|") for row in rows}) == 1
-    assert len({card.family for card in cards.all_cards()}) == len(cards.all_cards())
-    assert all(card.reason and card.examples for card in cards.all_cards())
+    rows = markdown_table().splitlines()
+    assert len(rows) == len(all_cards()) + 2 and len({row.count("|") for row in rows}) == 1
+    assert len({card.family for card in all_cards()}) == len(all_cards())
+    assert all(card.reason and card.examples for card in all_cards())
