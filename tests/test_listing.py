@@ -1,22 +1,16 @@
-"""What is listed, and under which label: folders of all shapes, tables of all kinds, and nothing lost in silence.
-
-Run: pytest tests/test_listing.py
-"""
+"""What is listed, and under which label: folders of all shapes, tables of all kinds, and nothing lost in silence."""
 
 import io
 import json
 import re
 import shlex
 import shutil
-import tempfile
 import unicodedata
 from collections import Counter
-from pathlib import Path
+from random import Random
 
 import pytest
 import tiny
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from images.check import check, format_check
 from images.folders import find_image_set
@@ -62,7 +56,6 @@ PETS = ("cat/1.png", "cat/2.png", "dog/1.png", "dog/2.png")
 # ------------------------------------------------------------------------------------------ rows and their files
 MISSING = {
     "another class's picture of the same name": (("cat/1.png", "dog/1.png", "dog/7.png"), "cat/7.png"),
-    "the same, by its stem": (("cat/1.png", "dog/1.png", "dog/7.png"), "cat/7"),
     "the same, by a number": (("cat/0001.png", "dog/0001.png", "dog/0007.png"), "cat/7"),
     "a class whose folder is gone": (("cow/1.png", "dog/1.png", "dog/7.png"), "cat/7.png"),
     "another part's": (("train/cat/1.png", "test/cat/7.png", "train/dog/1.png"), "train/cat/7.png"),
@@ -80,10 +73,7 @@ def test_a_row_without_its_file_takes_no_other_picture(tmp_path, there, cell):
     table = "\n".join(["file,label", *(f"{name},{name.split('/')[-2]}" for name in own), f"{cell},cat"])
     labels, notes = listed(tmp_path, table)
     assert set(labels) == set(own)
-    assert (
-        f"1 row of t.csv names no image that is there, such as {cell.encode('unicode_escape').decode()}" in notes
-        or (f"1 row of t.csv names no image that is there, such as {cell}" in notes)
-    )
+    assert f"1 row of t.csv names no image that is there, such as {cell}" in notes.replace("\\\\", "\\")
 
 
 def test_an_emptied_class_folder_is_still_a_folder(tmp_path):
@@ -125,16 +115,11 @@ def test_a_renamed_folder_is_said(tmp_path, folder):
 
 def test_absolute_paths_name_their_file_and_no_other(tmp_path):
     root = draw(tmp_path / "pets", *PETS)
-    draw(tmp_path / "else", "1.png", "2.png")
-    away = tmp_path / "else" / "2.png"
-    labels = find_labelled_rows(root, [(root / "cat" / "1.png", "x"), (away, "y"), (root / "dog" / "2.png", "y")])
-    assert labels == {root / "cat" / "1.png": "x", away: "y", root / "dog" / "2.png": "y"}
-
-
-def find_labelled_rows(root, rows):
-    (root / "t.csv").write_text("".join(f"{path},{label}\n" for path, label in rows))
+    away = draw(tmp_path / "else", "1.png", "2.png") / "2.png"
+    rows = {root / "cat" / "1.png": "x", away: "y", root / "dog" / "2.png": "y"}
+    (root / "t.csv").write_text("".join(f"{path},{label}\n" for path, label in rows.items()))
     found = find_labelled(root, "t.csv")
-    return {path: found.classes[label] for path, label in found.train}
+    assert {path: found.classes[label] for path, label in found.train} == rows
 
 
 def test_names_that_differ_by_case_alone_are_two(tmp_path):
@@ -179,29 +164,23 @@ def write(root, table, groups=None):
     (root / "t.csv").write_text("\n".join(["image,label,group", *rows]))
 
 
-def test_labels_that_changed_make_other_images_of_them(tmp_path):
+def test_labels_that_changed_make_other_images_of_them_and_another_order_does_not(tmp_path):
     draw(tmp_path, *TABLE)
     write(tmp_path, TABLE)
     first = opened(tmp_path, labels="t.csv")
     recorded = split_of(first)
-    assert opened(tmp_path, labels="t.csv", recorded=recorded).fingerprint == first.fingerprint
     swapped = TABLE | {"3.png": "even", "4.png": "odd"}
-    for changed, groups in ((swapped, None), (TABLE | {"4.png": "odd"}, None), (TABLE, {"1.png": "7.png"})):
-        write(tmp_path, changed, groups)
-        assert opened(tmp_path, labels="t.csv", recorded=recorded).fingerprint != first.fingerprint
-
-
-def test_a_table_in_another_order_is_the_same(tmp_path):
-    draw(tmp_path, *TABLE)
-    write(tmp_path, TABLE)
-    first = opened(tmp_path, labels="t.csv").fingerprint
-    write(tmp_path, dict(reversed(TABLE.items())))
-    assert opened(tmp_path, labels="t.csv").fingerprint == first
-
-
-def test_the_fingerprint_of_class_folders_is_what_it_was(tmp_path):
-    draw(tmp_path, *(f"{'ab'[number % 2]}/{number}.png" for number in range(8)))
-    assert opened(tmp_path).fingerprint == "ebc6072bcb194ee5"
+    for table, groups, alike in (
+        (TABLE, None, True),
+        (dict(reversed(TABLE.items())), None, True),
+        (swapped, None, False),
+        (TABLE | {"4.png": "odd"}, None, False),
+        (TABLE, {"1.png": "7.png"}, False),
+    ):
+        write(tmp_path, table, groups)
+        assert (opened(tmp_path, labels="t.csv", recorded=recorded).fingerprint == first.fingerprint) == alike
+    folders = draw(tmp_path / "folders", *(f"{'ab'[number % 2]}/{number}.png" for number in range(8)))
+    assert opened(folders).fingerprint == "ebc6072bcb194ee5", "as runs of earlier versions recorded it"
 
 
 def test_images_tested_under_another_label_are_said(tmp_path, caplog):
@@ -222,7 +201,7 @@ def test_images_tested_under_another_label_are_said(tmp_path, caplog):
 
 
 # ------------------------------------------------------------------------------------- copies on both sides
-@pytest.mark.parametrize("size, larger", [(16, True), (32, True), (40, True), (16, False)])
+@pytest.mark.parametrize("size, larger", [(16, False), (32, True)])
 @pytest.mark.parametrize("cache", ["auto", "none"])
 def test_copies_in_a_given_part_are_seen_at_every_size(tmp_path, caplog, size, larger, cache):
     for seed in range(12):
@@ -315,7 +294,7 @@ def tree(root, **counts):
 VEHICLES = {"bus": 6, "car": 6}
 
 
-@pytest.mark.parametrize("name", ["train", "test", "val", "validation", "Training", "eval"])
+@pytest.mark.parametrize("name", ["train", "validation", "Training"])
 def test_a_class_called_after_a_part_is_a_class_whatever_it_holds(tmp_path, name):
     tree(tmp_path, **VEHICLES, **{f"{name}__fast": 4, f"{name}__freight": 5, f"{name}__old__steam": 2})
     found = find_image_set(tmp_path)
@@ -323,11 +302,6 @@ def test_a_class_called_after_a_part_is_a_class_whatever_it_holds(tmp_path, name
     assert f"taken for classes, like the folders beside: {name} (move" in found.notes[0]
     known = find_image_set(tmp_path, known=["bus", "car", name])
     assert len(known.train) == 23 and known.notes == []
-
-
-def test_two_classes_called_after_parts(tmp_path):
-    tree(tmp_path, **VEHICLES, train__fast=3, train__slow=3, test__lab=2, test__road=2)
-    assert find_image_set(tmp_path).classes == ["bus", "car", "test", "train"]
     flat = tree(tmp_path / "flat", **VEHICLES, train=6, test=6)
     assert find_image_set(flat).classes == ["bus", "car", "test", "train"]
 
@@ -381,9 +355,6 @@ def test_blanks_at_the_end_of_a_class_do_not_count(tmp_path):
 
 ODD = {
     "nan": "class 'nan' looks like a missing label: 2 images",
-    "NA": "class 'NA' looks like a missing label: 2 images",
-    "None": "class 'None' looks like a missing label: 2 images",
-    "null": "class 'null' looks like a missing label: 2 images",
     "#N/A": "class '#N/A' looks like a missing label: 2 images",
     "Cat": "classes 'Cat' and 'cat' differ in capitals alone",
     "cat dog": "class 'cat dog' looks like the labels cat, dog together: 2 images",
@@ -427,29 +398,25 @@ def test_a_split_written_on_a_mac_is_kept_elsewhere(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ kinds of tables
-FLAGS = {
-    "is_valid,True,False": ("valid", "train"),
-    "is_valid,1,0": ("valid", "train"),
-    "is_test,yes,no": ("test", "train"),
-    "Validation,TRUE,FALSE": ("valid", "train"),
-    "train,1,0": ("train", "valid"),
-    "is_train,1.0,0.0": ("train", "valid"),
-    "valid,y,n": ("valid", "train"),
-    "phase,val,train": ("valid", "train"),
-    "usage,Training,Test": ("train", "test"),
+FLAGS = {  # a column, its cell of five images and that of seven others: are the five trained on?
+    "is_test,yes,no": False,
+    "Validation,TRUE,FALSE": False,
+    "is_train,1.0,0.0": True,
+    "valid,y,n": False,
+    "phase,val,train": False,
+    "usage,Training,Test": True,
 }
 
 
-@pytest.mark.parametrize("words, parts", FLAGS.items(), ids=FLAGS)
-def test_a_column_of_yes_and_no_says_the_part(tmp_path, words, parts):
+@pytest.mark.parametrize("words, trains", FLAGS.items(), ids=FLAGS)
+def test_a_column_of_yes_and_no_says_the_part(tmp_path, words, trains):
     draw(tmp_path, *(f"{number}.png" for number in range(12)))
     column, yes, no = words.split(",")
     rows = [f"{number}.png,{'ab'[number % 2]},{yes if number < 5 else no}" for number in range(12)]
-    labels, notes = listed(tmp_path, "\n".join([f"name,label,{column}", *rows]))
+    _, notes = listed(tmp_path, "\n".join([f"name,label,{column}", *rows]))
     found = list_images(tmp_path, labels="t.csv")
-    train = {int(path.stem) for path, _ in found.train}
-    assert train == (set(range(5)) if parts[0] == "train" else set(range(5, 12)))
-    assert len(found.test) == 12 - len(train) and found.classes == ["a", "b"]  # no test part: validation is tested
+    assert {int(path.stem) for path, _ in found.train} == (set(range(5)) if trains else set(range(5, 12)))
+    assert len(found.test) == 12 - len(found.train) and found.classes == ["a", "b"]  # validation is tested
     assert f"parts from '{column}'" in notes
 
 
@@ -478,15 +445,11 @@ def test_columns_that_are_not_used_are_named(tmp_path):
     assert "images from 'file', classes from 'label'; not used: 'fold', 'width', 'is_valid'" in notes
 
 
-@pytest.mark.parametrize("space", [" ", "  ", "\t", " \t"])
-@pytest.mark.parametrize("header", ["", "path{}label\n"])
+@pytest.mark.parametrize("space, header", [(" ", ""), (" \t", "path \tlabel\n")])
 def test_a_list_of_paths_and_labels_between_blanks_is_read(tmp_path, space, header):
-    draw(tmp_path, "my photos/1.png", "my photos/2.png", "3.png")
-    lines = header.format(space) + "\n".join(
-        f"{name}{space}{label}"
-        for name, label in zip(("my photos/1.png", "my photos/2.png", "3.png"), "010", strict=True)
-    )
-    assert listed(tmp_path, lines)[0] == {"3.png": "0", "my photos/1.png": "0", "my photos/2.png": "1"}
+    labels = {"3.png": "0", "my photos/1.png": "0", "my photos/2.png": "1"}
+    draw(tmp_path, *labels)
+    assert listed(tmp_path, header + "\n".join(map(space.join, labels.items())))[0] == labels
 
 
 def test_a_table_of_one_column_shows_its_first_line(tmp_path):
@@ -513,21 +476,17 @@ def test_augmented_copies_are_noticed_and_the_offered_group_keeps_them_together(
     assert not any("augmented" in note for note in found.notes)
     sizes = Counter(found.groups.values())
     assert sorted(sizes.values())[-6:] == [3] * 6 and len([size for size in sizes.values() if size > 1]) == 6
-
-
-def test_names_without_such_copies_are_not_remarked_upon(tmp_path):
-    draw(
-        tmp_path,
-        *(f"{label}/{name}" for label in "ab" for name in ("1_aug1.png", "p_rotterdam.png", "p.png", "q_2.png")),
-    )
-    assert not any("--group" in note for note in list_images(tmp_path).notes)
+    other = ("1_aug1.png", "p_rotterdam.png", "p.png", "q_2.png")
+    draw(tmp_path / "others", *(f"{label}/{name}" for label in "ab" for name in other))
+    assert not any("--group" in note for note in list_images(tmp_path / "others").notes)
 
 
 # ----------------------------------------------------------------------------- used and left out are what is there
 PICTURE = io.BytesIO()
 tiny.noise(0, (2, 2)).save(PICTURE, "PNG")
-NAMES = st.sampled_from(["train", "val", "test", "cat", "dog", "extra", "pred", "x"])
-FILES = st.sampled_from(["1.png", "2.PNG", "3", "5.txt", ".6.png"])
+NAMES = ["train", "val", "test", "cat", "dog", "extra", "pred", "x"]
+FILES = ["1.png", "2.PNG", "3", "5.txt", ".6.png"]
+KNOWN = [None, ("cat", "dog"), ("train", "x", "cat")]
 
 
 def plant(root, folders):
@@ -549,33 +508,38 @@ def left_out(notes):
     return sum(int(re.search(r"[\d,]+(?= images?)", note)[0].replace(",", "")) for note in notes if "left out" in note)
 
 
-TREES = st.lists(st.tuples(st.lists(NAMES, max_size=3), st.lists(FILES, unique=True)), min_size=4, max_size=9)
+def assert_tree_accounts_for_all(root, folders, known):
+    there = plant(root, folders)
+    try:
+        found = list_images(root, known=known)
+    except UserError:
+        return False
+    used = [path for listing in found.parts.values() for path, _ in listing]
+    assert len(set(used)) == len(used)
+    assert len(used) + left_out(found.notes) == there, (folders, found.notes)
+    return True
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(TREES, st.sampled_from([None, ("cat", "dog"), ("train", "x", "cat")]))
-def test_images_used_and_images_said_to_be_left_out_are_all_that_are_there(folders, known):
-    with tempfile.TemporaryDirectory() as root:
-        there = plant(Path(root), folders)
-        try:
-            found = list_images(root, known=known)
-        except UserError:
-            return
-        used = [path for listing in found.parts.values() for path, _ in listing]
-        assert len(set(used)) == len(used)
-        assert len(used) + left_out(found.notes) == there, found.notes
+def assert_rows_account_for_all(root, rows, known):
+    there = plant(root, [((), ["1.png"])] * 9)
+    lines = "".join(f"{number}_1.png,{label}\n" for number, label in dict(rows).items())
+    (root / "t.csv").write_text(f"image,label\n{lines}")
+    try:
+        found = list_images(root, labels="t.csv", known=["a", "b"] if known else None)
+    except UserError:
+        return False
+    assert sum(map(len, found.parts.values())) + left_out(found.notes) == there, (rows, found.notes)
+    return True
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.integers(0, 11), st.sampled_from(["a", "b", "c", ""])), max_size=12), st.booleans())
-def test_a_table_accounts_for_every_image(rows, known):
-    with tempfile.TemporaryDirectory() as root:
-        there = plant(Path(root), [((), ["1.png"])] * 9)
-        lines = "".join(f"{number}_1.png,{label}\n" for number, label in dict(rows).items())
-        Path(root, "t.csv").write_text(f"image,label\n{lines}")
-        try:
-            found = list_images(root, labels="t.csv", known=["a", "b"] if known else None)
-        except UserError:
-            return
-        used = sum(map(len, found.parts.values()))
-        assert used + left_out(found.notes) == there, found.notes
+def test_images_used_and_images_said_to_be_left_out_are_all_that_are_there(tmp_path):
+    """Forty trees and tables drawn at random; tests/long tries more of them."""
+    drawn = Random(0)
+    counted = 0
+    for number in range(20):
+        names = [drawn.choices(NAMES, k=drawn.randrange(4)) for _ in range(drawn.randrange(4, 10))]
+        folders = [(place, drawn.sample(FILES, drawn.randrange(len(FILES) + 1))) for place in names]
+        rows = [(drawn.randrange(12), drawn.choice(["a", "b", "c", ""])) for _ in range(drawn.randrange(4, 13))]
+        counted += assert_tree_accounts_for_all(tmp_path / f"tree {number}", folders, KNOWN[number % 3])
+        counted += assert_rows_account_for_all(tmp_path / f"table {number}", rows, number % 2)
+    assert counted >= 15, "of the others everything was refused"
