@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+import torch
 from forks import Process
 
 FOLDER = tiny.ROOT / "recipes"
@@ -241,3 +242,35 @@ def test_a_missing_gpu_is_a_message():
     result = run(RECIPES[0], "--device", "cuda")
     assert result.returncode == 2
     assert "PyTorch sees no CUDA device" in result.stderr and "Traceback" not in result.stderr
+
+
+def pooling(solution: str) -> type[torch.nn.Module]:
+    """The pooling layer of recipe 15 with this body of its forward pass."""
+    text = (FOLDER / "15_find_the_overflow.py").read_text(encoding="utf-8")
+    (old,) = re.findall(r"^        with torch.amp.autocast\(values.*?sqrt\(\)$", text, re.DOTALL | re.MULTILINE)
+    names = {"__name__": "changed"}
+    exec(text.replace(old, solution), names)
+    return names["RootMeanSquare"]
+
+
+def wrong_by(solution: str, values: torch.Tensor) -> float:
+    pooled = pooling(solution)(in_float32=True)(values.half())
+    true = values.half().double().square().mean((2, 3)).sqrt()
+    assert pooled.dtype == torch.float16 and pooled.shape == values.shape[:2]
+    return (pooled.double() / true - 1).abs().max().item()
+
+
+def test_the_third_cure_keeps_the_digits_that_a_fixed_divisor_costs():
+    text = (FOLDER / "EXERCISES.md").read_text(encoding="utf-8")
+    exercise = text.partition("## 7.")[2].partition("## 8.")[0]
+    solution = "\n".join(re.findall(r"^\+(.*)$", exercise, re.MULTILINE))
+    torch.manual_seed(0)
+    noise = torch.randn(2, 64, 8, 8)
+    for size in (0.01, 0.1, 1.0, 300.0):
+        assert wrong_by(solution, size * noise) < 1e-3, "at most 0.1 %"
+    assert pooling(solution)(in_float32=True)(torch.zeros(1, 2, 4, 4).half()).isfinite().all()
+    assert pooling(solution)()(torch.full((1, 1, 2, 2), 300.0).half()).isinf().all(), "the overflow is still shown"
+    fixed = "        return ((values / 64) * (values / 64)).mean((2, 3)){}.sqrt() * 64"
+    assert 0.006 < wrong_by(fixed.format(""), 0.1 * noise) < 0.009
+    assert 0.25 < wrong_by(fixed.format(".add(1e-6)"), 0.1 * noise) < 0.35
+    assert "0.8 %" in exercise and "30 %" in exercise and "costs nothing" not in exercise
