@@ -51,17 +51,17 @@ def ghostscript(tmp_path, monkeypatch):
     return started
 
 
-@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.eps", "photo"])
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.eps"])
 def test_no_file_starts_ghostscript(name, tmp_path, ghostscript):
-    for seed in range(8):
-        draw(tmp_path / "data" / ("a" if seed % 2 else "b") / f"{seed}.png", seed)
+    for seed in range(4):
+        draw(tmp_path / "data" / "ab"[seed % 2] / f"{seed}.png", seed)
     (tmp_path / "data" / "a" / name).write_bytes(POSTSCRIPT)
     file = tmp_path / "data" / "a" / name
     assert try_decode(file, None) == "no image, or of a kind that is not read"
     assert read_header(file, Rules()) is None
     assert value_range(file, Rules()) == "no image, or of a kind that is not read"
     listed = [path.name for path in find_images(tmp_path / "data" / "a")]
-    assert (name in listed) == name.endswith((".jpg", ".png"))  # a picture's suffix counts, and is then refused
+    assert (name in listed) == name.endswith(".jpg")  # a picture's suffix counts, and is then refused
     assert ("a/" + name in check(tmp_path / "data")["unreadable"]) == (name in listed)
     assert not ghostscript.exists()
 
@@ -123,44 +123,30 @@ def test_white_as_zero_of_other_depths_is_no_negative(tmp_path, mode):
     assert np.abs(difference).max() <= 1
 
 
-def test_a_tiff_that_pillow_cannot_read_is_named(tmp_path):
-    """Such as 16 bits with white as zero in the other order of bytes."""
-    Image.fromarray(STEPS.astype(">u2")).save(tmp_path / "x.tif", tiffinfo={262: 0})
-    assert "a TIFF of 1 band of 16 bits" in try_decode(tmp_path / "x.tif", None)
-
-
-def test_a_folder_of_both_kinds_has_one_window(tmp_path):
+def test_a_folder_of_both_kinds_has_one_window_and_what_pillow_cannot_read_is_named(tmp_path):
     for number in range(8):
         values = STEPS // 4 + 100 * number
         (tmp_path / "ab"[number % 2]).mkdir(exist_ok=True)
         tags, values = ({262: 0}, 65535 - values) if number % 4 < 2 else ({}, values)
         Image.fromarray(values).save(tmp_path / "ab"[number % 2] / f"{number}.tif", tiffinfo=tags)
-    report = check(tmp_path)
-    assert report["windows"] == {"I;16": [0, 65535 // 4 + 700]}
+    assert check(tmp_path)["windows"] == {"I;16": [0, 65535 // 4 + 700]}
+    Image.fromarray(STEPS.astype(">u2")).save(tmp_path / "x.tif", tiffinfo={262: 0})  # in the other order of bytes
+    assert "a TIFF of 1 band of 16 bits" in try_decode(tmp_path / "x.tif", None)
 
 
 # -------------------------------------------------------------------------------------- bands
-def tiff(bands: int, bits: int = 8, photometric: int = 1, extra: tuple = ()) -> bytes:
-    """An uncompressed little-endian TIFF of 4 x 2 pixels, written by hand."""
-    kind = "<u2" if bits == 16 else "u1"
-    pixels = np.arange(8 * bands).astype(kind).tobytes()
-    tags = [(256, 4), (257, 2), (259, 1), (262, photometric), (273, 8), (277, bands), (278, 2), (279, len(pixels))]
-    if bands <= 2:
-        tags.append((258, bits))
-    else:
-        tags.append((258, None))
-    body = b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels
-    count = len(tags) + bool(extra)
-    after = len(body) + 2 + 12 * count + 4
-    entries = {}
-    for tag, value in tags:
-        entries[tag] = struct.pack("<HHIHH", tag, 3, 1, value, 0) if value is not None else b""
-    entries[258] = entries[258] or struct.pack("<HHII", 258, 3, bands, after)
+def tiff(bands: int, photometric: int, extra: tuple = ()) -> bytes:
+    """An uncompressed little-endian TIFF of 4 x 2 pixels of 8 bits, written by hand; `extra` are its extra samples."""
+    pixels = np.arange(8 * bands).astype("u1").tobytes()
+    tags = {256: 4, 257: 2, 259: 1, 262: photometric, 273: 8, 277: bands, 278: 2, 279: len(pixels)}
+    entries = {tag: struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()}
     if extra:
-        short = b"".join(struct.pack("<H", value) for value in extra).ljust(4, b"\0")
-        entries[338] = struct.pack("<HHI", 338, 3, len(extra)) + short
+        entries[338] = struct.pack("<HHI", 338, 3, len(extra)) + struct.pack(f"<{len(extra)}H", *extra).ljust(4, b"\0")
+    start = 8 + len(pixels)
+    entries[258] = struct.pack("<HHII", 258, 3, bands, start + 2 + 12 * (len(entries) + 1) + 4)
     table = b"".join(entries[tag] for tag in sorted(entries))
-    return body + struct.pack("<H", count) + table + bytes(4) + struct.pack("<H", bits) * bands
+    header = b"II*\0" + struct.pack("<I", start) + pixels
+    return header + struct.pack("<H", len(entries)) + table + bytes(4) + struct.pack("<H", 8) * bands
 
 
 def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
@@ -176,18 +162,13 @@ def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
     assert "laid on white: 5" in format_check(report)
 
 
-@pytest.mark.parametrize("bands, photometric, extra", [(5, 1, ()), (5, 2, (0, 0)), (6, 2, (0, 0, 0)), (7, 1, (0,) * 6)])
+@pytest.mark.parametrize("bands, photometric, extra", [(5, 1, ()), (5, 2, (0, 0)), (7, 1, (0, 0))])
 def test_more_bands_than_a_picture_has_are_refused(tmp_path, bands, photometric, extra):
-    (tmp_path / "x.tif").write_bytes(tiff(bands, 8, photometric, extra[:2]))
+    (tmp_path / "x.tif").write_bytes(tiff(bands, photometric, extra))
     reason = try_decode(tmp_path / "x.tif", None)
     assert isinstance(reason, str) and f"{bands} bands" in reason and "RGB" in reason
-
-
-def test_three_bands_and_cmyk_are_read(tmp_path):
-    (tmp_path / "x.tif").write_bytes(tiff(3, 8, 2))
+    (tmp_path / "x.tif").write_bytes(tiff(3, 2))
     assert decode(tmp_path / "x.tif")[0, 1].tolist() == [3, 4, 5]
-    tiny.noise().convert("CMYK").save(tmp_path / "c.tif")
-    assert decode(tmp_path / "c.tif").shape == (10, 12, 3)
 
 
 # ---------------------------------------------------------------------- which picture of a file
@@ -195,7 +176,7 @@ RED = Image.new("RGB", (16, 12), "red")
 BLUE = Image.new("RGB", (300, 200), "blue")
 
 
-@pytest.mark.parametrize("name", ["x.nef", "x.DNG", "x.cr2", "x.arw", "x.orf", "x.rw2", "x.pef"])
+@pytest.mark.parametrize("name", ["x.nef", "x.DNG"])
 def test_camera_raw_is_passed_over_with_a_word(tmp_path, name):
     for number in range(4):
         draw(tmp_path / "ab"[number % 2] / f"{number}.png", number)
