@@ -41,33 +41,26 @@ def closed_form(logits, shares, weights, smoothing) -> float:
 
 @pytest.mark.parametrize("mixed", [False, True], ids=["indices", "shares"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.99])
-def test_the_weighted_loss_is_its_closed_form(smoothing, mixed):
+def test_the_weighted_loss_is_its_closed_form_and_without_weights_pytorchs_bit_for_bit(smoothing, mixed):
     logits, labels = drawn(mixed=mixed)
     shares = labels if mixed else F.one_hot(labels, CLASSES)
     found = SmoothedCrossEntropy(smoothing, WEIGHTS)(logits, labels)
     assert found.item() == pytest.approx(closed_form(logits, shares, WEIGHTS.tolist(), smoothing), rel=1e-12)
-
-
-@pytest.mark.parametrize("mixed", [False, True], ids=["indices", "shares"])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_without_weights_it_is_pytorchs_loss_bit_for_bit(dtype, smoothing, mixed):
-    results = []
-    for criterion in (SmoothedCrossEntropy(smoothing), nn.CrossEntropyLoss(reduction="sum", label_smoothing=smoothing)):
-        logits, labels = drawn(dtype, mixed)
-        loss = criterion(logits, labels)
-        loss.backward()
-        results.append((loss, logits.grad))
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-
-
-def test_with_equal_weights_or_no_smoothing_it_is_pytorchs_loss_too():
-    logits, labels = drawn()
-    ones = torch.ones(CLASSES, dtype=torch.float64)
-    for weights, smoothing in ((ones, 0.1), (WEIGHTS, 0.0)):
-        theirs = nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=smoothing)(logits, labels)
-        ours = SmoothedCrossEntropy(smoothing, weights)(logits, labels)
-        assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    theirs = nn.CrossEntropyLoss(reduction="sum", label_smoothing=smoothing)
+    for dtype in (torch.float32, torch.bfloat16):
+        results = []
+        for criterion in (SmoothedCrossEntropy(smoothing), theirs):
+            logits, labels = drawn(dtype, mixed)
+            loss = criterion(logits, labels)
+            loss.backward()
+            results.append((loss, logits.grad))
+        assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    logits, labels = drawn(torch.float32, mixed)
+    weighted = SmoothedCrossEntropy(smoothing, WEIGHTS.float())
+    with torch.autocast("cpu", torch.bfloat16):  # which rounds logits, and no weight
+        found = weighted(logits.bfloat16(), labels)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(weighted(logits.bfloat16().float(), labels).item(), rel=1e-6)
 
 
 def test_weights_do_not_move_what_an_image_is_to_be_taken_for():
@@ -86,14 +79,6 @@ def test_weights_do_not_move_what_an_image_is_to_be_taken_for():
     torch.testing.assert_close(gradients[1], WEIGHTS[:, None] * gradients[0])
 
 
-def test_the_weights_of_autocast_logits_are_not_rounded():
-    logits, labels = drawn(torch.float32)
-    exact = SmoothedCrossEntropy(0.1, WEIGHTS.float())(logits.bfloat16().float(), labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = SmoothedCrossEntropy(0.1, WEIGHTS.float())(logits.bfloat16(), labels)
-    assert found.dtype == torch.float32 and found.item() == pytest.approx(exact.item(), rel=1e-6)
-
-
 def test_balanced_weights_have_mean_one_and_none_is_infinite():
     labels = torch.tensor([0] * 6 + [2] * 3)
     with warnings.catch_warnings():
@@ -103,7 +88,7 @@ def test_balanced_weights_have_mean_one_and_none_is_infinite():
     assert weights[labels].mean() == 1
 
 
-@pytest.mark.parametrize("counts", [(400, 40), (400, 20), (400, 4), (1000, 1), (100, 100, 100, 100, 100, 1)])
+@pytest.mark.parametrize("counts", [(400, 4), (100, 100, 100, 100, 100, 1)])
 def test_classes_that_are_easy_to_tell_apart_are_learned_however_uneven(counts):
     """A linear layer on one-hot inputs; with nn.CrossEntropyLoss(weights) 400:4 ends at 1 % accuracy."""
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -136,12 +121,9 @@ def uneven(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("preset", ["finetune", "scratch"])
-def test_a_preset_with_class_weights_learns_both_classes(uneven, tmp_path, preset):
-    tiny.register_classifier()
-    words = ["--model=tiny_classifier", f"--preset={preset}", "--start_size=0", "--class_weights=balanced"]
-    words += ["--ema=0", "--epochs=6", "--learning_rate=0.05", "--augment=none", "--mixup=0.1"]
-    assert tiny.train(uneven, tmp_path, *words) == 0
+def test_a_preset_with_class_weights_learns_both_classes(uneven, tmp_path):
+    words = ["--preset=finetune", "--start_size=0", "--class_weights=balanced", "--ema=0", "--epochs=6"]
+    assert tiny.train(uneven, tmp_path, *words, "--learning_rate=0.05", "--augment=none", "--mixup=0.1") == 0
     assert tiny.config(tmp_path / "run")["options"]["label_smoothing"] == 0.1
     last = tiny.metrics(tmp_path / "run")[-1]
     assert last["val_acc"] == last["val_balanced_acc"] == 100
