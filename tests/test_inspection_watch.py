@@ -1,7 +1,4 @@
-"""`watch` names the layer, keeps a diary that `inspect` draws, and changes nothing.
-
-Run: pytest tests/test_inspection_watch.py
-"""
+"""`watch` names the layer, keeps a diary that `inspect` draws, and changes nothing."""
 
 import logging
 
@@ -90,16 +87,14 @@ def test_the_diary_is_drawn_by_inspect(whole, tmp_path):
     assert [skip["update"] for line in metrics for skip in line["skips"]] == [e["update"] for e in watcher.events]
     diary_picture(metrics, tmp_path / "scaler.png")
     assert (tmp_path / "scaler.png").stat().st_size > 10_000
-
-
-def test_epochs_are_the_loops_own(whole, tmp_path):
-    file = tmp_path / "diary.jsonl"
-    with watch(whole.model, whole.scaler, diary=file) as watcher:
-        for _ in range(2):
+    with watch(whole.model, whole.scaler, diary=tmp_path / "own.jsonl") as watcher:
+        for _ in range(2):  # epochs are the loop's own
             for _ in range(3):
                 whole.step(whole.model, batch())
             watcher.epoch()
-    assert [(line["epoch"], line["updates"]) for line in read_metrics(file)] == [(1, 3), (2, 6)]
+    assert [(line["epoch"], line["updates"]) for line in read_metrics(tmp_path / "own.jsonl")] == [(1, 3), (2, 6)]
+    with pytest.raises(UserError, match="cannot be written"), watch(network(), diary=tmp_path / "no" / "diary.jsonl"):
+        pass
 
 
 def test_watching_changes_nothing(whole):
@@ -116,11 +111,6 @@ def test_watching_changes_nothing(whole):
         return [parameter.detach().clone() for parameter in model.parameters()]
 
     assert all(torch.equal(*pair) for pair in zip(train(False), train(True), strict=True))
-
-
-def test_a_diary_that_cannot_be_written_is_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="cannot be written"), watch(network(), diary=tmp_path / "no" / "diary.jsonl"):
-        pass
 
 
 def test_two_optimizers_of_one_update_are_one_update():

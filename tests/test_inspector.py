@@ -1,7 +1,6 @@
 """The numbers of an inspection against ones known by other means: counted by hand, or given by torch.finfo.
 
 Models here are a few layers whose saved tensors, gradients and dtypes can be written down.
-Run: pytest tests/test_inspector.py
 """
 
 import json
@@ -84,10 +83,6 @@ def test_dtypes_are_those_autocast_documents(known, precision):
     assert linear["module"] == "head" and linear["inputs"] == [low]
     (loss,) = rows_of(rows, phase="loss", op="nll_loss_forward")
     assert loss["inputs"][0] == "float32"
-
-
-def test_backward_operators_know_their_modules(known):
-    rows = trace(*known, BF16)
     for op, module in (
         ("convolution_backward", "conv"),
         ("native_batch_norm_backward", "norm"),
@@ -96,6 +91,11 @@ def test_backward_operators_know_their_modules(known):
         ("nll_loss_backward", ""),
     ):
         assert {row["module"] for row in rows_of(rows, phase="backward", op=op)} == {module}, op
+
+
+class Copying(nn.Linear):
+    def forward(self, images):
+        return super().forward(images.to(torch.float32, copy=True))
 
 
 def test_casts_are_counted_by_hand(known):
@@ -114,19 +114,13 @@ def test_casts_are_counted_by_hand(known):
     images = 4 * 3 * 6 * 6
     weight = 4 * 3 * 3 * 3
     bias = 4
-    moved = payoff.cast_cost(None, rows_of(rows, phase="forward", module="conv"), CPU)
-    assert moved["bytes"] == (images + weight + bias) * (4 + 2)
-
-
-class Copying(nn.Linear):
-    def forward(self, images):
-        return super().forward(images.to(torch.float32, copy=True))
-
-
-def test_a_copy_of_the_same_type_is_no_cast():
+    convolution = [row for row in rows if row["module"] == "conv"]
+    moved = payoff.cast_cost(None, convolution, CPU)
+    assert moved["bytes"] == (images + 2 * weight + 2 * bias) * (4 + 2) and moved["seconds"] > 0
+    assert moved["casts"] == {"forward": 3, "backward": 2}
     rows = trace(Copying(4, 2), torch.randn(3, 4), torch.tensor([0, 1, 0]), FP32)
     (copied,) = rows_of(rows, phase="forward", op="_to_copy")
-    assert copied["cast"] is None
+    assert copied["cast"] is None  # a copy of the same type
 
 
 def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
@@ -138,21 +132,6 @@ def test_fp32_has_no_casts_and_the_model_is_left_alone(known):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.conv._forward_hooks and not model.conv._forward_pre_hooks
-
-
-def test_cast_cost_counts_bytes_of_the_same_casts():
-    def cast(phase, shape, stride, old, new, calls):
-        return {"phase": phase, "cast": (shape, stride), "inputs": [old], "output": new, "calls": calls}
-
-    rows = [
-        cast("forward", (4, 8), (8, 1), "float32", "bfloat16", 1),
-        {"cast": None},
-        cast("backward", (3,), (1,), "bfloat16", "float32", 2),
-    ]
-    cost = payoff.cast_cost(None, rows, CPU)
-    assert cost["bytes"] == 32 * 6 + 2 * 3 * 6
-    assert cost["casts"] == {"forward": 1, "backward": 2}
-    assert cost["seconds"] > 0
 
 
 def two_layers():
@@ -172,9 +151,6 @@ def test_ledger_counted_by_hand():
     # the same with ReLU's output in 16 bits, and the images cast to them; of the weights only the second is kept,
     # because nothing wants a gradient of the images
     assert bf16["activations"] == 2 * 15 + 4 * 10 + 4 + 2 * 20 and bf16["weight_copies"] == 2 * 6
-
-
-def test_buffers_are_not_activations():
     row = ledger(nn.Sequential(nn.BatchNorm1d(4)), torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0]), FP32)
     assert row["buffers"] == 2 * 4 * 4 + 8
     # mean and deviation of the batch, log_softmax's output, the sum of the labels' weights; the input is the batch
@@ -202,17 +178,7 @@ class Handmade(nn.Module):
         return self.layer(self.values.expand(len(images), -1)).expand(-1, 1)
 
 
-def by_formula(values, scale):
-    """Zero, subnormal and overflow from torch.finfo alone, in float64; rounding is to the nearest, ties to even."""
-    info = torch.finfo(torch.float16)
-    scaled = values.abs().double() * scale
-    smallest = info.smallest_normal * info.eps
-    zero = scaled <= smallest / 2
-    overflow = scaled >= info.max + 16  # halfway to the next number there would be
-    return {"zero": zero, "subnormal": ~zero & (scaled < info.tiny - smallest / 2), "overflow": overflow}
-
-
-def test_underflow_matches_the_formula_of_finfo():
+def test_underflow_is_counted_of_the_gradients_times_the_scale():
     generator = torch.Generator().manual_seed(0)
     exponents = torch.rand(4000, generator=generator) * 50 - 40
     edges = torch.tensor([2.0**-25, 2.0**-24, 2.0**-14])
@@ -228,11 +194,22 @@ def test_underflow_matches_the_formula_of_finfo():
     assert row["name"] == "layer.weight" and row["through_float16"]
     assert row["values"] == len(values) and row["nonzero"] == len(nonzero)
     for scale in found["scales"]:
-        for kind, mask in by_formula(nonzero, scale).items():
-            assert row["by_scale"][f"{scale:g}"][kind] == mask.sum(), (kind, scale)
+        assert row["by_scale"][f"{scale:g}"] == by_casting(nonzero, scale, torch.float16), scale
     expected = np.unique(np.floor(np.log2(nonzero.abs().double().numpy())), return_counts=True)
     counts = found["histogram"]["parameter"]
     assert counts == dict(zip(*(array.astype(int).tolist() for array in expected), strict=True))
+
+
+def by_casting(values, scale, dtype):
+    """How many values times the scale become zero, subnormal or too large, by a cast."""
+    info = torch.finfo(dtype)
+    edge = ranges.limits(dtype)[2] if dtype is torch.float8_e4m3fn else torch.inf  # where it has no infinity
+    rounded = (values * scale).to(dtype).float().abs()
+    return {
+        "zero": int((rounded == 0).sum()),
+        "subnormal": int(((rounded > 0) & (rounded < info.tiny)).sum()),
+        "overflow": int((~rounded.isfinite() | ((rounded == info.max) & ((values * scale).abs() > edge))).sum()),
+    }
 
 
 @pytest.mark.parametrize("name, dtype", ranges.FORMATS.items())
@@ -246,13 +223,7 @@ def test_fates_are_what_casting_does(name, dtype, scale):
     values = values[(values != 0) & values.isfinite() & (values * scale).isfinite()]
     fates = ranges.Fates([scale])
     fates.add(torch.cat([values, torch.zeros(7)]))
-    edge = ranges.limits(dtype)[2] if dtype is torch.float8_e4m3fn else torch.inf  # where it has no infinity
-    rounded = (values * scale).to(dtype).float().abs()
-    expected = {
-        "zero": int((rounded == 0).sum()),
-        "subnormal": int(((rounded > 0) & (rounded < info.tiny)).sum()),
-        "overflow": int((~rounded.isfinite() | ((rounded == info.max) & ((values * scale).abs() > edge))).sum()),
-    }
+    expected = by_casting(values, scale, dtype)
     assert fates.formats()[name][f"{scale:g}"] == expected and fates.values == len(values) + 7
 
 
@@ -271,16 +242,6 @@ def test_nothing_measured_is_not_zero():
     (line,) = [line.split() for line in lines if line.split()[:1] == ["0"]]
     assert line[1:4] == ["–", "–", "–"]
     assert any("nothing was measured there" in line for line in lines)
-
-
-@pytest.mark.parametrize("scale, zero, subnormal, overflow", [(1, 2, 1, 0), (2**8, 1, 1, 0), (2**16, 0, 1, 1)])
-def test_underflow_of_four_known_values(scale, zero, subnormal, overflow):
-    fates = ranges.Fates([float(scale)])
-    fates.add(torch.tensor([0, 2.0**-34, 2.0**-28, 2.0**-20, 2.0]))
-    assert fates.values == 5 and fates.nonzero == 4
-    found = fates.formats()["float16"][f"{scale:g}"]
-    assert found == {"zero": zero, "subnormal": subnormal, "overflow": overflow}
-    assert fates.exponents == {-34: 1, -28: 1, -20: 1, 1: 1}
 
 
 def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
@@ -306,26 +267,17 @@ def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
     assert max(found["histogram"]["activation"]) == int(np.floor(np.log2(logits.grad.abs().max().item())))
 
 
+def epoch(number, scale, *skips):
+    """A line of metrics; each skip is (update, parameter, scale)."""
+    told = [dict(zip(("update", "parameter", "scale"), skip, strict=True)) for skip in skips]
+    return {"epoch": number, "updates": 10 * number, "loss_scale": scale, "skipped_updates": len(skips), "skips": told}
+
+
 METRICS = [
-    {
-        "epoch": 1,
-        "updates": 10,
-        "loss_scale": 16384.0,
-        "skipped_updates": 2,
-        "skips": [
-            {"update": 1, "parameter": "conv1.weight", "scale": 65536.0},
-            {"update": 2, "parameter": "fc.weight", "scale": 32768.0},
-        ],
-    },
-    {"epoch": 2, "updates": 20, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
-    {"epoch": 3, "updates": 30, "loss_scale": 16384.0, "skipped_updates": 0, "skips": []},
-    {
-        "epoch": 4,
-        "updates": 40,
-        "loss_scale": 0.5,
-        "skipped_updates": 1,
-        "skips": [{"update": 37, "parameter": "bn1.bias", "scale": 1.0}],
-    },
+    epoch(1, 16384.0, (1, "conv1.weight", 65536.0), (2, "fc.weight", 32768.0)),
+    epoch(2, 16384.0),
+    epoch(3, 16384.0),
+    epoch(4, 0.5, (37, "bn1.bias", 1.0)),
 ]
 
 
@@ -338,6 +290,8 @@ def test_diary_tells_scales_skips_and_parameters():
     assert "  3 skipped" in lines
     for words in (("1 (epoch 1)", "65,536", "conv1.weight"), ("37 (epoch 4)", "bn1.bias")):
         assert any(all(word in line for word in words) for line in lines), words
+    lines = diary_lines([{"epoch": 1, "loss_scale": 1.0, "skipped_updates": 0, "skips": []}])
+    assert "no scaler" in lines[-1]
 
 
 def test_diary_is_drawn_update_by_update(tmp_path, monkeypatch):
@@ -346,15 +300,9 @@ def test_diary_is_drawn_update_by_update(tmp_path, monkeypatch):
 
     drawn = []
     monkeypatch.setattr(Axes, "step", step)
-    skip_at_an_end = {"update": 30, "parameter": "fc.weight", "scale": 16384.0}
-    third = METRICS[2] | {"loss_scale": 8192.0, "skips": [skip_at_an_end]}
+    third = epoch(3, 8192.0, (30, "fc.weight", 16384.0))  # a skip at an end
     pictures.diary_picture([*METRICS[:2], third], tmp_path / "scaler.png")
     assert drawn == [(1, 65536), (2, 32768), (11, 16384), (21, 16384), (30, 16384), (31, 8192)]
-
-
-def test_diary_of_a_run_without_a_scaler():
-    lines = diary_lines([{"epoch": 1, "loss_scale": 1.0, "skipped_updates": 0, "skips": []}])
-    assert "no scaler" in lines[-1]
 
 
 def report_on(model, images, labels, precisions, **options):
@@ -385,6 +333,9 @@ def test_a_report_writes_everything_and_fits_the_terminal(known, tmp_path):
     full = report_on(*known, ["amp-bf16"], speed=False).text(full=True)
     assert "detach" in full and "detach" not in text and "No run was named" in full
     assert all(len(line) <= 80 for line in full.splitlines())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(utils.UserError, match="--out"):
+        report.write(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -397,9 +348,3 @@ def test_a_report_writes_everything_and_fits_the_terminal(known, tmp_path):
 )
 def test_tables_are_set_by_their_longest_cells(align, rows, lines):
     assert table(align, rows) == lines
-
-
-def test_a_report_says_where_it_cannot_write(known, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(utils.UserError, match="--out"):
-        report_on(*known, ["fp32"], speed=False).write(tmp_path / "file")
