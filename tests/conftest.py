@@ -1,6 +1,7 @@
 """Fixtures that many tests share: a tiny demo data set, finished runs, and a way to call main(argv) as a user does."""
 
 import contextlib
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -12,6 +13,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inher
 import pytest
 import tiny
 from tiny import ROOT, SMALL, run_main
+
+import utils
 
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
 
@@ -26,6 +29,13 @@ def zoo():
     """Makes the tiny classifier a model, and leaves out pictures wherever a test does not ask for them."""
     tiny.register_classifier()
     tiny.leave_out_pictures()
+
+
+@pytest.fixture(autouse=True)
+def heard():
+    """A --quiet of an earlier test silences no later one."""
+    utils.log.setLevel(logging.INFO)
+    utils.log.disabled = False
 
 
 @pytest.fixture

@@ -47,9 +47,8 @@ def shell(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
+def said(caplog):
     """What is logged of the weights, line by line."""
-    monkeypatch.setattr(utils.log, "disabled", False)
     caplog.set_level("INFO", logger=utils.log.name)
     return caplog
 
