@@ -271,6 +271,8 @@ def test_a_slow_loader_is_helped_by_what_it_does(streams, way):
     found = examined(1.2, 0.9) | {"loader_images_per_second": 10.0, "loader_streams": streams}
     (reason,) = [text for text in advice.advise(found)["reasons"] if "loader" in text]
     assert way in reason and ("--num_workers" in reason) == streams
+    found["loader_images_per_second"] = 7000.0
+    assert any("not the limit" in reason for reason in advice.advise(found)["reasons"])
 
 
 def test_a_recipe_that_stops_says_what_broke():
