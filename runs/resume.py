@@ -12,7 +12,7 @@ from option import MAY_DIFFER_ON_RESUME, named
 from runs.checkpoint import load_checkpoint
 from runs.config import read_config
 from runs.folder import RunDirectory
-from system.files import read_json
+from system.files import read_json, reading
 from utils import UserError, is_out_of_memory, log, printable, typed
 
 if TYPE_CHECKING:
@@ -68,7 +68,11 @@ def find_earlier(
     if resume == "yes" and not last.exists():
         raise UserError(f"{printable(last)} does not exist: nothing to resume. Start without --resume.")
     if resume and last.exists():
-        stored = read_config(run.file("config.json"))
+        file = run.file("config.json")
+        stored = read_config(file)
+        with reading(file):
+            if not isinstance(stored["model_options"], dict):
+                raise TypeError("a table was expected")
         _refuse_longer(run, stored["options"], options)
         _refuse_changed(stored["options"], options, may_differ=_PRECISION if overflowed(run) else frozenset())
         return Earlier(True, stored)
