@@ -6,7 +6,7 @@ Images are made here; nothing is read from disk. Run it alone: pytest tests/test
 import copy
 import math
 import time
-import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,7 +14,6 @@ import tiny
 import torch
 from tiny import computed_metrics, metrics, network, subset
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dataset import Batches
 from distributed import Ranks
@@ -34,36 +33,23 @@ CPU = torch.device("cpu")
 FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
 
 
-def batches(images=None, batch_size=8, classes=3, **options):
-    return Batches(images or subset(), Preprocess(CPU, 9), batch_size, classes, **options)
+def batches(images=None, batch_size=8, classes=3, *, side=9, **options):
+    return Batches(images or subset(side=side), Preprocess(CPU, side), batch_size, classes, **options)
 
 
-def trainer(
-    folder,
-    model=None,
-    precision=FP32,
-    *,
-    epochs=2,
-    rate=1e-2,
-    optimizer="ADAM",
-    decay_type="cosine_warmup",
-    fused=True,
-    batch_options=None,
-    images=None,
-    **options,
-):
+def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, batch_options=None, **options):
+    """A training of noise whose brightness tells the class: three updates an epoch, the last of them ragged."""
     model = model or network()
-    fed = batches(images, seed=3, **(batch_options or {}))
-    rule = make_optimizer(model.parameters(), optimizer, learning_rate=rate, weight_decay=1e-4, fused=fused)
-
-    def schedule(done=0):
-        return make_scheduler(rule, decay_type, epochs=epochs, updates_per_epoch=fed.updates_per_epoch, done=done)
-
-    record = tiny.identity(image_size=9)
+    fed = batches(seed=3, side=side, **{"epochs": epochs} | (batch_options or {}))
+    fused = options.pop("fused", True)
+    name = options.pop("optimizer", "ADAM")
+    rule = make_optimizer(model.parameters(), name, learning_rate=rate, weight_decay=1e-4, fused=fused)
+    decay = options.pop("decay_type", "cosine_warmup")
+    schedule = partial(make_scheduler, rule, decay, epochs=epochs, updates_per_epoch=fed.updates_per_epoch)
     own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema", "compile") if name in options}
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
-    options = {"log_interval": 2, "record": record} | options
-    validation = batches(subset(9, seed=1))
+    options = {"log_interval": 2, "record": tiny.identity(image_size=side)} | options
+    validation = batches(subset(9, seed=1, side=side), side=side)
     made = Trainer(watched, rule, schedule, precision, fed, validation, RunDirectory(folder), epochs, 3, **options)
     made.run.open()
     return made
@@ -146,7 +132,7 @@ def test_an_infinity_in_fp16_skips_the_update_and_halves_the_scale(fused):
     assert scaler.get_scale() == 128 and any(not torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 5, 2), (1, 11), (12,)])
+@pytest.mark.parametrize("sizes", [(5, 5, 2), (1, 11)])
 @pytest.mark.parametrize("precision", [FP32, FP16], ids=["fp32", "fp16"])
 def test_pieces_of_any_size_make_the_update_of_the_whole_batch(sizes, precision):
     images, labels, *_ = piece(12)
@@ -244,9 +230,12 @@ def test_cosine_with_warmup_is_the_closed_form(epochs, per_epoch, warmup, expect
 
 
 @pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
-@pytest.mark.parametrize("done", [1, 3, 4, 5, 17])
-def test_a_replayed_schedule_stands_where_it_stood(decay_type, done):
-    assert rates(decay_type, 6, 4, 1, done) == rates(decay_type, 6, 4, 1)[done:]
+def test_a_schedule_stands_where_it_stood_after_a_resume_and_after_a_skipped_update(decay_type):
+    """And a first update that was skipped makes PyTorch warn of nothing."""
+    whole = rates(decay_type, 6, 4, 1)
+    assert rates(decay_type, 6, 4, 1, skip_first=True) == whole
+    for done in (1, 3, 4, 5, 17):
+        assert rates(decay_type, 6, 4, 1, done) == whole[done:]
 
 
 def test_linear_decay_goes_in_even_steps_from_its_peak_to_just_above_zero():
@@ -283,11 +272,6 @@ def test_step_warmup_counts_its_milestones_from_the_end_of_warmup():
     assert found[warmup:] == pytest.approx(rates("step", 95, 3), rel=1e-12)
 
 
-@pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
-def test_a_skipped_first_update_neither_warns_nor_shifts_the_schedule(decay_type):
-    assert rates(decay_type, 6, 4, 1, skip_first=True) == rates(decay_type, 6, 4, 1)
-
-
 # ---------------------------------------------------------------------------------- trainer
 @pytest.mark.parametrize("precision", [FP32, FP16], ids=lambda p: p.name)
 def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
@@ -299,8 +283,7 @@ def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
     assert used == pytest.approx(closed_form(12, 1), rel=1e-12)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("decay_type", ["cosine_warmup", "linear_warmup", "step", "step_warmup"])
+@pytest.mark.parametrize("fused, decay_type", [(True, "cosine_warmup"), (False, "step")])
 def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
     found = trained(tmp_path, network(spoil=[1, 5]), FP16, fused=fused, decay_type=decay_type)
     plain = trained(tmp_path / "plain", network(), FP16, fused=fused, decay_type=decay_type)
@@ -354,33 +337,24 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
 
 
-@pytest.mark.parametrize(
-    "peaks, freeze_epochs, kept",
-    [
-        ((900.0, 100.0, 120.0), 0, 120.0),
-        ((900.0, 800.0, 100.0), 1, 100.0),
-        ((900.0, 500.0, 800.0, 120.0), 2, 500.0),
-        ((900.0,), 0, 900.0),
-    ],
-)
-def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch, peaks, freeze_epochs, kept):
-    readings = iter(peaks)
+def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch):
+    readings = iter((900.0, 500.0, 800.0, 120.0))
     monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": next(readings)})
-    run = trained(tmp_path, epochs=len(peaks), freeze_epochs=freeze_epochs, heads=("head",))
-    assert run.progress.peak_memory_mb == kept
+    run = trained(tmp_path, epochs=4, freeze_epochs=2, heads=("head",))
+    assert run.progress.peak_memory_mb == 500
 
 
 def test_saving_is_no_training_time(tmp_path, monkeypatch):
     original = Trainer._save
 
     def slowly(self):
-        time.sleep(1)
+        time.sleep(0.2)
         original(self)
 
     monkeypatch.setattr(Trainer, "_save", slowly)
     trained(tmp_path, epochs=1, checkpoint_every="1u")
     (line,) = metrics(tmp_path)
-    assert line["seconds"] < 1 < line["elapsed"]
+    assert line["elapsed"] - line["seconds"] > 0.4
 
 
 def test_two_ranks_fill_their_own_rows_of_the_logits(monkeypatch):
@@ -452,40 +426,6 @@ def test_ema_follows_buffers_and_counts():
     assert average.num_batches_tracked == model.num_batches_tracked == 1
 
 
-def test_nothing_in_the_update_reads_from_the_device():
-    """Counts `aten::_local_scalar_dense`, which every .item(), float() and `if tensor` comes down to."""
-
-    class Readings(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            self.count += "_local_scalar_dense" in str(operator)
-            return operator(*args, **(kwargs or {}))
-
-    for precision in (FP32, BF16, FP16):
-        model = network()
-        average = network()
-        optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-3, weight_decay=0.0, fused=True)
-        schedule = make_scheduler(optimizer, "cosine_warmup", epochs=2, updates_per_epoch=5)
-        with Readings() as seen:
-            update(model, optimizer, [piece(last=False), piece()], 12, precision, clip=1.0)
-            schedule.step()
-            update_average(average, model, 0.9, 3)
-        assert seen.count == 0
-        with Readings() as seen:
-            float(model.head.weight.detach().sum())
-        assert seen.count == 1
-
-
-def test_validation_that_is_not_finite_ends_the_run(tmp_path):
-    """One float16 overflow leaves BatchNorm's running statistics infinite while every loss of training is finite."""
-    model = nn.Sequential(nn.BatchNorm2d(3), network())
-    model[0].running_var.fill_(math.nan)
-    with pytest.raises(RunError, match="validation loss is not finite"):
-        trained(tmp_path, model, epochs=1)
-    assert not (tmp_path / "best_model.pt").exists()
-
-
 def test_compiled_sizes_are_those_of_full_batches(monkeypatch):
     """A ragged batch that comes first, as after a resume, does not take the compiled graph's place."""
     calls = []
@@ -514,18 +454,11 @@ def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
     assert not torch.equal(kept[1]["body.weight"], kept[0]["body.weight"])
 
 
-def test_patience_stops_after_epochs_without_a_better_one(tmp_path):
-    made = trained(tmp_path, rate=1e-12, epochs=20, patience=3)
-    assert made.progress.best_epoch == 4 and made.progress.epoch == 4 and len(metrics(tmp_path)) == 4
-
-
-@pytest.mark.parametrize("start_size, chosen", [(0, (2, 90.0)), (5, (3, 70.0))], ids=["one size", "growing"])
-def test_the_best_epoch_is_kept_not_the_last_but_of_the_largest_images(tmp_path, start_size, chosen):
+def test_the_best_epoch_is_kept_not_the_last_but_of_the_largest_images(tmp_path):
     """What a network learned from smaller images may look as good on a few validation images by chance."""
     found = iter([50.0, 90.0, 70.0, 60.0])
-    made = trainer(tmp_path, epochs=4, batch_options={"epochs": 4, "start_size": start_size})
-    if start_size:
-        made.batches.sizes = [5, 5, 9, 9]
+    made = trainer(tmp_path, epochs=4, batch_options={"start_size": 5})
+    made.batches.sizes = [5, 5, 9, 9]
     validate = made._validate
 
     def scripted():
@@ -537,7 +470,7 @@ def test_the_best_epoch_is_kept_not_the_last_but_of_the_largest_images(tmp_path,
     made.train()
     made.run.close()
     best = load_checkpoint(tmp_path / "best_model.pt")
-    assert (best["epoch"], best["val_acc"]) == chosen and made.progress.best_epoch == chosen[0]
+    assert (best["epoch"], best["val_acc"]) == (3, 70.0) and made.progress.best_epoch == 3
 
 
 def test_a_stop_signal_saves_and_says_where(tmp_path):
@@ -550,22 +483,8 @@ def test_a_stop_signal_saves_and_says_where(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["progress"]["update"] == 1
 
 
-def test_training_says_nothing_that_warns(tmp_path):
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for precision in (FP32, BF16, FP16):
-            trained(
-                tmp_path / precision.name,
-                network(spoil=[1]) if precision is FP16 else None,
-                precision,
-                clip_grad_norm=1.0,
-                batch_options={"accumulate": 2},
-            )
-    assert [str(warning.message) for warning in caught] == []
-
-
 def test_what_is_left_of_a_run_grows_with_the_size_of_its_images(tmp_path):
-    made = trainer(tmp_path, epochs=4, batch_options={"epochs": 4})
+    made = trainer(tmp_path, epochs=4)
     made.run.close()
     made.batches.sizes = [10, 10, 40, 40]
     at = made.progress
