@@ -1,115 +1,26 @@
-"""Streams and progress: real pipes, full and closed files, lines instead of bars."""
+"""Progress in lines, bars, durations and broken lines; streams of real processes: tests/long/test_streams.py."""
 
-import errno
-import subprocess
+import io
 import sys
 import time
 
 import pytest
-from tiny import ROOT
 
+import utils
 from system import progress, terminal
-
-SPEAKER = """
-import os, sys, time
-from system import terminal
-lost = terminal.open_streams()
-for number in range(int(sys.argv[1])):
-    print("line", number, "\\u2026 \\udcff")
-    print("error", number, file=sys.stderr)
-    time.sleep(float(sys.argv[2]))
-reason = lost()
-with open(sys.argv[3], "w") as file:
-    file.write(f"{reason and reason.errno} {sorted(map(int, os.listdir('/dev/fd')))[:3]}")
-"""
-
-
-def speaker(number: int, pause: float, note, *, shell: str = '"$@"', **options) -> subprocess.Popen:
-    words = [sys.executable, "-c", SPEAKER, str(number), str(pause), str(note)]
-    return subprocess.Popen(["bash", "-c", shell, "bash", *words], cwd=ROOT, text=True, stdout=-1, stderr=-1, **options)
-
-
-def test_each_line_leaves_when_it_is_written(tmp_path):
-    process = speaker(3, 0.5, tmp_path / "note")
-    times = []
-    for line in process.stdout:
-        times.append(time.monotonic())
-        assert line.startswith("line")
-    assert times[2] - times[0] > 0.7
-    assert process.wait(10) == 0
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_what_a_terminal_cannot_show_is_escaped(encoding, tmp_path):
-    import os
-
-    process = speaker(1, 0, tmp_path / "note", env={**os.environ, "PYTHONIOENCODING": encoding})
-    out, _ = process.communicate(timeout=20)
-    assert "\\udcff" in out and process.returncode == 0
-
-
-@pytest.mark.parametrize(
-    "shell, number",
-    [
-        ('"$@" | head -n 2 > /dev/null', None),
-        ('"$@" 2>&1 | head -n 2 > /dev/null', None),
-        ('"$@" > /dev/full', errno.ENOSPC),
-        ('"$@" >&-', None),
-        ('"$@" >&- 2>&- <&-', None),
-        ('"$@" 2> /dev/full', None),
-    ],
-)
-def test_streams_outlive_their_readers(shell, number, tmp_path):
-    process = speaker(2000, 0, tmp_path / "note", shell=shell)
-    out, err = process.communicate(timeout=20)
-    assert process.returncode == 0 and "Traceback" not in err and "Exception" not in err
-    assert (tmp_path / "note").read_text() == f"{number} [0, 1, 2]"
-
-
-def test_a_pipe_that_does_not_block_loses_nothing(tmp_path):
-    """As Node and some terminals leave it: a write that does not fit is refused, not waited for."""
-    import os
-
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    words = [sys.executable, "-c", SPEAKER, "20000", "0", str(tmp_path / "note")]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=writing, stderr=subprocess.DEVNULL)
-    os.close(writing)
-    time.sleep(1)
-    with open(reading, encoding="utf-8") as file:
-        lines = file.read().splitlines()
-    assert len(lines) == 20000 and process.wait(10) == 0
 
 
 def test_progress_in_lines(monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 1.2)
+    monkeypatch.setattr(progress, "EVERY", 1.1)
     said = []
     with progress.Lines(total=400, desc="epoch 3/9", unit="image", say=said.append) as bar:
-        for _ in range(40):
-            time.sleep(0.07)
-            bar.update(10)
+        for _ in range(12):
+            time.sleep(0.1)
+            bar.update(30)
             bar.set_postfix({"loss": "1.5"}, refresh=False)
-    assert 1 <= len(said) <= 3, said
+    assert 1 <= len(said) <= 2, said
     assert said[0].startswith("epoch 3/9 ") and "% , " not in said[0]
     assert all(word in said[0] for word in (" %, ", "images/s", " s left", "loss=1.5")), said
-
-
-def test_progress_is_said_although_nothing_moves(monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 1.2)
-    said = []
-    with progress.Lines(total=400, desc="decoding", unit="image", initial=100, say=said.append):
-        time.sleep(1.5)
-    assert said and said[0] == "decoding 25 %"
-
-
-def test_progress_of_unknown_length_and_of_bytes(monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 1.01)
-    said = []
-    with progress.Lines(desc="unpacking", unit="B", unit_scale=True, say=said.append) as bar:
-        for _ in range(5):
-            time.sleep(0.3)
-            bar.update(10**6)
-    assert "unpacking" in said[0] and "MB/s" in said[0]
 
 
 def test_short_work_says_nothing():
@@ -125,3 +36,42 @@ def test_short_work_says_nothing():
 )
 def test_durations(seconds, words):
     assert terminal.duration(seconds) == words
+
+
+def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
+    """And not for --quiet; they have no colours, whatever NO_COLOR says."""
+    from system.progress import Lines
+    from utils import progress
+
+    utils.start_logging(quiet=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    with progress(total=1) as lines:
+        assert isinstance(lines, Lines) and not lines.disable
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    bar = progress(total=1)
+    assert not bar.disable and bar.colour is None and not isinstance(bar, Lines)
+    bar.close()
+    monkeypatch.setenv("TERM", "dumb")
+    with progress(total=1) as lines:
+        assert isinstance(lines, Lines)
+    monkeypatch.setenv("TERM", "xterm")
+    utils.start_logging(quiet=True)
+    assert progress(total=1).disable
+    utils.start_logging(quiet=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert progress(total=1).disable
+
+
+def test_long_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        isatty = staticmethod(lambda: True)
+
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/a/path/without/any/space/in/it/that/is/longer/than/forty/columns.pt"
+    text = f"a short  line\nwords, many of them, and then the file {path} cannot be read"
+    lines = utils.wrapped(text, Terminal()).split("\n")
+    assert lines[0] == "a short  line" and f"  {path}" in lines
+    assert all(len(line) <= 40 for line in lines if path not in line)
+    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
+    assert utils.wrapped(text, io.StringIO()) == text
