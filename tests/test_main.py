@@ -5,7 +5,6 @@ Run it alone: pytest tests/test_main.py
 """
 
 import csv
-import io
 import json
 import math
 import shutil
@@ -21,7 +20,6 @@ import torchvision
 from PIL import Image
 from tiny import ROOT, SMALL, metrics
 
-import utils
 from command_line import parsing
 from commands import compare
 from images import demo
@@ -29,63 +27,18 @@ from pretrained.files import load_file
 
 CLASSES = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 PRECISIONS = ["fp32", "amp-bf16", "amp-fp16"]
-FILES = {
-    "config.json",
-    "split.csv",
-    "metrics.jsonl",
-    "metrics.csv",
-    "last.pt",
-    "best_model.pt",
-    "result.json",
-    "predictions.csv",
-}
+FILES = "config.json split.csv metrics.jsonl metrics.csv last.pt best_model.pt result.json predictions.csv"
 PICTURES = {"batch.png", "learning_curve.png", "confusion_matrix.png", "mistakes.png", "report.html"}
-METRICS = {
-    "epoch",
-    "updates",
-    "train_loss",
-    "train_acc",
-    "val_loss",
-    "val_acc",
-    "val_balanced_acc",
-    "val_macro_f1",
-    "learning_rate",
-    "loss_scale",
-    "skipped_updates",
-    "images_per_second",
-    "data_wait_share",
-    "busy_share",
-    "seconds",
-    "peak_memory_mb",
-    "grad_norm",
-    "elapsed",
-    "skips",
-    "image_size",
-}
-RESULT = {
-    "test_acc",
-    "balanced_acc",
-    "macro",
-    "test_loss",
-    "best_epoch",
-    "best_val_acc",
-    "total_seconds",
-    "images_per_second",
-    "busy_share",
-    "peak_memory_mb",
-    "memory_kind",
-    "precision",
-    "device",
-    "classes",
-    "per_class",
-    "confusion",
-    "reserved_memory_mb",
-    "device_name",
-    "train_seconds",
-    "skipped_updates",
-    "calibration_error",
-    "tta",
-}
+METRICS = (
+    "epoch updates train_loss train_acc val_loss val_acc val_balanced_acc val_macro_f1 learning_rate "
+    "loss_scale skipped_updates images_per_second data_wait_share busy_share seconds peak_memory_mb grad_norm "
+    "elapsed skips image_size"
+)
+RESULT = (
+    "test_acc balanced_acc macro test_loss best_epoch best_val_acc total_seconds images_per_second busy_share "
+    "peak_memory_mb memory_kind precision device classes per_class confusion reserved_memory_mb device_name "
+    "train_seconds skipped_updates calibration_error tta"
+)
 
 
 def read(folder, name):
@@ -101,24 +54,19 @@ def shown_accuracy(out):
 
 
 # -------------------------------------------------------------------------- training, each precision
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_training_ends_well_and_says_its_precision(trained, name):
-    _, status, out, err = trained[name]
-    assert status == 0 and "Traceback" not in err
-    label = {"fp32": "FP32", "amp-bf16": "AMP bfloat16", "amp-fp16": "AMP float16"}[name]
-    assert f"on cpu: {label} (" in out
-    assert ("on CPUs float16 is many times slower" in out) == (name == "amp-fp16")
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
 def test_a_run_writes_what_the_contract_says(trained, name):
-    folder = trained[name][0]
-    assert {path.name for path in folder.iterdir()} >= FILES | (PICTURES if name == "fp32" else set())
+    folder, status, out, err = trained[name]
+    label = {"fp32": "FP32", "amp-bf16": "AMP bfloat16", "amp-fp16": "AMP float16"}[name]
+    assert status == 0 and err == "" and f"on cpu: {label} (" in out
+    assert {path.name for path in folder.iterdir()} >= {*FILES.split()} | (PICTURES if name == "fp32" else set())
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp") or path.name == "failure.json"]
     lines = metrics(folder)
     result = read(folder, "result.json")
-    assert set(result) == RESULT
-    assert all(set(line) == METRICS for line in lines)
+    assert set(result) == {*RESULT.split()}
+    assert all(set(line) == {*METRICS.split()} for line in lines)
     assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
     assert [line["updates"] for line in lines] == [lines[0]["updates"] * line["epoch"] for line in lines]
     assert result["precision"] == name and result["device"] == "cpu" and result["classes"] == CLASSES
@@ -179,12 +127,6 @@ def test_config_records_options_versions_and_data(trained):
     assert (sizes["train"], sizes["val"], sizes["test"], sizes["classes"]) == (48, 12, 18, CLASSES)
 
 
-def test_pictures_are_pictures(trained):
-    for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"):
-        with Image.open(trained["fp32"][0] / name) as picture:
-            assert min(picture.size) >= 300 and len(np.unique(np.asarray(picture.convert("L")))) > 20
-
-
 def test_fp32_and_amp_start_alike_and_end_apart(trained):
     one, other = (torch.load(trained[name][0] / "last.pt", weights_only=True) for name in ("fp32", "amp-bf16"))
     assert one["fingerprint"] == other["fingerprint"]
@@ -213,57 +155,29 @@ def test_the_summary_tells_what_a_user_wants_to_know(trained):
     assert err == ""
 
 
-def test_quiet_prints_the_result_alone(scenes_folder, tmp_path, run):
-    status, out, err = run([*words(scenes_folder, tmp_path, "a", "--model=tiny_classifier", "--epochs=1"), "--quiet"])
-    assert status == 0 and out.startswith("Test accuracy") and err == ""
-
-
-def test_quiet_still_warns(scenes_folder, tmp_path, run):
-    status, out, _ = run(
-        [
-            *words(scenes_folder, tmp_path, "a", "--model=tiny_classifier", "--epochs=1"),
-            "--quiet",
-            "--amp",
-            "--amp_dtype=float16",
-        ]
-    )
-    assert status == 0 and out.startswith("warning: on CPUs float16 is many times slower")
-    assert "epoch" not in out.splitlines()[1]
+def test_quiet_prints_the_result_alone_and_still_warns(scenes_folder, tmp_path, run):
+    more = ("--model=tiny_classifier", "--epochs=1", "--quiet", "--amp", "--amp_dtype=float16")
+    status, out, err = run(words(scenes_folder, tmp_path, "a", *more))
+    warning, *result = out.splitlines()
+    assert status == 0 and warning.startswith("warning: on CPUs float16 is many times slower") and err == ""
+    assert result[0].startswith("Test accuracy")
 
 
 def test_a_run_without_a_name_is_called_after_model_and_precision(scenes_folder, tmp_path, run):
     given = words(scenes_folder, tmp_path, "", "--model=Tiny_Classifier", "--epochs=1", "--amp", "--quiet")
-    assert run(given)[0] == 0 and (tmp_path / "tiny_classifier_amp-bf16" / "result.json").exists()
+    status, out, err = run(given)
+    assert (status, err) == (0, "") and out.startswith("Test accuracy")
+    assert (tmp_path / "tiny_classifier_amp-bf16" / "result.json").exists()
 
 
 def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run):
-    status, out, err = run(
-        words(
-            scenes_folder,
-            tmp_path,
-            "all",
-            "--model=tiny_classifier",
-            "--accumulate=3",
-            "--clip_grad_norm=1",
-            "--ema=0.5",
-            "--label_smoothing=0.1",
-            "--mixup=0.2",
-            "--cutmix=1",
-            "--augment=crop",
-            "--freeze_epochs=1",
-            "--patience=5",
-            "--optimizer=sgd",
-            "--decay_type=step_warmup",
-            "--warmup_epochs=0.5",
-            "--cache=none",
-            "--num_workers=0",
-            "--normalize=none",
-            "--no-channels_last",
-            "--log_interval=1",
-            "--checkpoint_every=2u",
-            "--sync_batchnorm",
-        )
+    more = (
+        "--model=tiny_classifier --accumulate=3 --clip_grad_norm=1 --ema=0.5 --label_smoothing=0.1 --mixup=0.2 "
+        "--cutmix=1 --augment=crop --freeze_epochs=1 --patience=5 --optimizer=sgd --decay_type=step_warmup "
+        "--warmup_epochs=0.5 --cache=none --num_workers=0 --normalize=none --no-channels_last --log_interval=1 "
+        "--checkpoint_every=2u --sync_batchnorm"
     )
+    status, out, err = run(words(scenes_folder, tmp_path, "all", *more.split()))
     assert status == 0, err
     status, again, _ = run(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=all"])
     assert status == 0 and shown_accuracy(again) == shown_accuracy(out)
@@ -271,39 +185,16 @@ def test_every_option_that_changes_training_trains(scenes_folder, tmp_path, run)
 
 def test_a_pretrained_run_starts_from_its_file(scenes_folder, trained, tmp_path, run):
     """At a rate of almost nothing, the best epoch tests as the run whose weights it began with."""
-    weights = trained["fp32"][0] / "best_model.pt"
-    status, out, err = run(
-        words(
-            scenes_folder,
-            tmp_path,
-            "again",
-            f"--pretrained_path={weights}",
-            "--learning_rate=1e-12",
-            "--epochs=1",
-            "--weight_decay=0",
-        )
-    )
+    weights = trained["amp-fp16"][0] / "best_model.pt"
+    more = (f"--pretrained_path={weights}", "--learning_rate=1e-12", "--epochs=1", "--weight_decay=0")
+    status, _, err = run(words(scenes_folder, tmp_path, "again", "--model=tiny_classifier", *more))
     assert status == 0, err
-    one, other = (
-        load_file(folder / "best_model.pt")["model"]["conv1.weight"]
-        for folder in (trained["fp32"][0], tmp_path / "again")
-    )
+    one, other = (load_file(file)["model"]["fc.weight"] for file in (weights, tmp_path / "again" / "best_model.pt"))
     assert float((one - other).abs().max()) < 1e-9
 
 
-def test_the_last_of_equal_epochs_is_the_best(scenes_folder, tmp_path, run):
-    status, _, err = run(words(scenes_folder, tmp_path, "still", "--model=tiny_classifier", "--learning_rate=1e-30"))
-    result = read(tmp_path / "still", "result.json")
-    assert status == 0 and result["best_epoch"] == load_file(tmp_path / "still" / "best_model.pt")["epoch"] == 2, err
-    assert result["best_val_acc"] == metrics(tmp_path / "still")[0]["val_acc"]
-
-
-# ------------------------------------------------------------------------------------ real images
-
-
 # --------------------------------------------------------------------------------------- evaluate
-@pytest.mark.parametrize("name", PRECISIONS)
-@pytest.mark.parametrize("spelling", ["evaluate", "--evaluate"])
+@pytest.mark.parametrize("name, spelling", [("fp32", "--evaluate"), ("amp-bf16", "evaluate"), ("amp-fp16", "evaluate")])
 def test_evaluate_finds_the_test_accuracy_again(trained, run, name, spelling):
     folder, _, out, _ = trained[name]
     status, again, err = run([spelling, f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={name}"])
@@ -366,20 +257,9 @@ def test_predict_writes_csv_json_and_a_sheet(trained, scenes_folder, tmp_path, r
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     files = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "png")}
-    status, out, err = run(
-        [
-            "predict",
-            test,
-            broken,
-            f"--checkpoint_dir={folder.parent}",
-            "--checkpoint_name=fp32",
-            f"--csv={files['csv']}",
-            f"--json={files['json']}",
-            f"--contact_sheet={files['png']}",
-            "--top_k=2",
-            "--batch_size=7",
-        ]
-    )
+    given = ["predict", test, broken, f"--checkpoint_dir={folder.parent}", "--checkpoint_name=fp32"]
+    written = [f"--csv={files['csv']}", f"--json={files['json']}", f"--contact_sheet={files['png']}"]
+    status, out, err = run([*given, *written, "--top_k=2", "--batch_size=7"])
     assert status == 1 and "1 of 19 files could not be read" in err
     assert "18 images" in out and "broken.jpg" in out
     rows = json.loads(files["json"].read_text())
@@ -406,19 +286,13 @@ def test_predict_names_what_it_cannot_find(trained, tmp_path, run, monkeypatch, 
     assert status == 2 and named in err
 
 
-# -------------------------------------------------------------------------------------- export
-
-
 # ------------------------------------------------------------------------------------- compare
 @pytest.fixture(scope="module")
 def comparison(scenes_folder, tmp_path_factory, run):
     """Two precisions compared by processes of their own, as the command does it: (folder, words, stdout)."""
     folder = tmp_path_factory.mktemp("comparison")
-    given = [
-        "compare",
-        *words(scenes_folder, folder, "both", "--model=tiny_classifier", "--epochs=1"),
-        "--precisions=fp32,amp-bf16",
-    ]
+    given = ["compare", *words(scenes_folder, folder, "both", "--model=tiny_classifier", "--epochs=1")]
+    given.append("--precisions=fp32,amp-bf16")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "subprocess", tiny.Subprocess)
         with tiny.drawing():
@@ -432,7 +306,7 @@ def test_compare_writes_a_run_a_precision_and_one_table(comparison):
     assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["amp-bf16", "fp32"]
     assert {"performance_table.md", "comparison.json", "comparison.png"} <= {path.name for path in folder.iterdir()}
     for name in ("fp32", "amp-bf16"):
-        assert {path.name for path in (folder / name).iterdir()} >= FILES
+        assert {path.name for path in (folder / name).iterdir()} >= {*FILES.split()}
         assert read(folder / name, "result.json")["precision"] == name
     table = (folder / "performance_table.md").read_text()
     for heading in ("Algorithm", "Test Accuracy", "Memory", "Total Training Time"):
@@ -488,83 +362,7 @@ def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run
     assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]
     table = (folder / "performance_table.md").read_text()
     assert "AMP float16 | failed: exit status 1 |" in table
-    shutil.rmtree(folder / "amp-fp16")  # the folder is shared with the tests below
-
-
-def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monkeypatch):
-    folder, given, _ = comparison
-    monkeypatch.setattr(compare, "_process", lambda given: [2])
-    status, out, err = run([*given, "--overwrite"])
-    assert status == 1 and "fp32 (exit status 2)" in err and "Accuracy" not in out
-    assert not (folder / "fp32" / "failure.json").exists()
-
-    def fails_at_its_pictures(given):
-        for name in ("fp32", "amp-bf16"):
-            (folder / name / "result.json").touch()  # new numbers, whatever came after them
-        return [1]
-
-    monkeypatch.setattr(compare, "_process", fails_at_its_pictures)
-    status, out, err = run([*given, "--overwrite"])
-    assert status == 0 and "Accuracy" in out and "not replaced" not in err, err
-    for name in ("fp32", "amp-bf16"):
-        (folder / name / "failure.json").unlink(missing_ok=True)
-    monkeypatch.setattr(compare, "_process", lambda given: [130])
-    status, _, err = run([*given, "--overwrite"])
-    assert status == 130 and "without --overwrite" in err
-
-
-def test_the_reason_of_an_earlier_failure_is_not_shown_again(scenes_folder, tmp_path, run, monkeypatch):
-    (tmp_path / "own" / "fp32").mkdir(parents=True)
-    (tmp_path / "own" / "fp32" / "failure.json").write_text('{"precision": "fp32", "reason": "an old one"}')
-    monkeypatch.setattr(compare, "_process", lambda given: [2])
-    status, out, _ = run(["compare", *words(scenes_folder, tmp_path, "own"), "--precisions=fp32"])
-    assert status == 1 and "failed: exit status 2" in out and "an old one" not in out
-
-
-def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder, tmp_path, run, monkeypatch):
-    monkeypatch.setattr(compare, "subprocess", tiny.Subprocess)
-    status, out, err = run(["compare", *words(tmp_path / "nowhere", tmp_path, "own"), "--precisions=fp32"])
-    assert status == 2 and "Three ways to get data" in err and "run 1" not in out
-    file = next(broken_copy(scenes_folder, tmp_path / "data", lambda target: None).rglob("*.jpg"))
-    file.unlink()
-    file.write_bytes(b"no image")
-    status, out, _ = run(["compare", *words(tmp_path / "data", tmp_path, "own"), "--precisions=fp32"])
-    assert status == 1 and "cannot be read" in out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have TF32")
-def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, run):
-    folder, given, _ = comparison
-    status, out, err = run([*given[:-1], "--precisions=fp32,tf32"])
-    assert status == 1 and "TF32: failed: --tf32 is a mode of NVIDIA's Tensor Cores" in " ".join(out.split()), err
-
-
-def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_path, run, monkeypatch):
-    folder, given, _ = comparison
-    started = []
-    monkeypatch.setattr(compare, "_process", lambda given: started.append(given) or [1])
-    status, _, err = run([*given[:-1], "--precisions=amp-fp16,fp32", f"--data_dir={tmp_path}"])
-    assert status == 2 and not started and "--data_dir" in err and "--overwrite" in err
-
-
-def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, monkeypatch):
-    def process(given):
-        folder = tmp_path / "timed" / given[-2].removeprefix("--checkpoint_name=")
-        folder.mkdir(parents=True, exist_ok=True)
-        for epoch in (1, 2):
-            (folder / "metrics.jsonl").write_text('{"epoch": 1}\n' * epoch)
-            yield 0
-        config = {"precision": "fp32", "options": {"seed": parsing.parse(given).seed}}
-        (folder / "config.json").write_text(json.dumps(config))
-        yield 1
-
-    monkeypatch.setattr(compare, "_process", process)
-    command = ["compare", *words(scenes_folder, tmp_path, "timed"), "--precisions=fp32"]
-    run(command)
-    status, out, err = run([*command, "--seeds=2"])
-    assert {path.name for path in (tmp_path / "timed").iterdir() if path.is_dir()} == {"fp32", "fp32-seed43"}
-    assert out.count(" left for all runs") == 3  # after each epoch of these short runs but the very last
-    assert status == 1 and "no run of the comparison finished" in err and "(seed 43): failed: exit status 1" in out
+    shutil.rmtree(folder / "amp-fp16")  # the folder is shared with other tests
 
 
 # ----------------------------------------------------------------------------------- bad input
@@ -603,10 +401,7 @@ def unreadable(folder):
         (empty_class, ["sea holds no image"]),
         (one_class, ["1 class folder", "at least two"]),
         (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
-        (
-            lambda folder: (folder / "seg_train").rename(folder / "other"),
-            ["no training images", "--archive", "other/: 60"],
-        ),
+        (lambda folder: (folder / "seg_train").rename(folder / "x"), ["no training images", "--archive", "x/: 60"]),
     ],
     ids=["empty", "one", "unreadable", "no train"],
 )
@@ -635,11 +430,10 @@ def test_no_data_names_the_three_ways_to_get_it(tmp_path, run, monkeypatch):
     [
         (["--model=resnet19"], "resnet18"),
         (["--num_classes=5"], "--num_classes 5"),
+        (["--model=../../up"], "is not a torchvision classifier"),
         (["--epochs=0"], "--epochs"),
-        (["--learning_rate=-1"], "--learning_rate"),
-        (["--batch_size=0"], "--batch_size"),
         (["--pretrained_path=absent.pt"], "absent.pt"),
-        (["--device=cuda:7"], "--device cuda:7"),
+        (["--device=cuda:7"], "--device cpu"),
         (["--device=nonsense"], "--device nonsense"),
         (["--tf32", "--device=cpu"], "--tf32"),
         (["--model=alexnet"], "--image_size 33"),
@@ -651,12 +445,6 @@ def test_bad_options_are_named_with_status_2(scenes_folder, tmp_path, run, more,
     status, _, err = run(words(scenes_folder, tmp_path, "run", *more))
     assert status == 2 and err.startswith("error: ") and named in err and len(err.splitlines()) <= 6, err
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_one_is_refused(scenes_folder, tmp_path, run):
-    status, _, err = run(words(scenes_folder, tmp_path, "run", "--device=cuda"))
-    assert status == 2 and "--device cuda" in err and "--device cpu" in err
 
 
 def test_weights_and_checkpoints_that_do_not_fit_are_named(scenes_folder, trained, tmp_path, run):
@@ -717,19 +505,6 @@ def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
     assert (batches.mixup, batches.cutmix) == (0.3, 0.7)
 
 
-def test_a_misspelt_model_leaves_no_folder(scenes_folder, tmp_path, run):
-    status, _, err = run(
-        [
-            "train",
-            f"--data_dir={scenes_folder}",
-            f"--checkpoint_dir={tmp_path / 'runs'}",
-            "--model=../../up",
-            "--pretrained=0",
-        ]
-    )
-    assert status == 2 and "is not a torchvision classifier" in err and not list(tmp_path.iterdir())
-
-
 def test_a_compiler_that_fails_is_one_message(scenes_folder, tmp_path, run, monkeypatch):
     from torch._inductor.exc import InductorError
 
@@ -742,18 +517,8 @@ def test_a_compiler_that_fails_is_one_message(scenes_folder, tmp_path, run, monk
 
 
 def test_a_loss_that_is_not_finite_is_status_1_and_recorded(scenes_folder, tmp_path, run):
-    status, _, err = run(
-        words(
-            scenes_folder,
-            tmp_path,
-            "run",
-            "--learning_rate=1e30",
-            "--optimizer=SGD",
-            "--warmup_epochs=0",
-            "--epochs=3",
-            "--model=tiny_classifier",
-        )
-    )
+    more = ("--learning_rate=1e30", "--optimizer=SGD", "--warmup_epochs=0", "--epochs=3", "--model=tiny_classifier")
+    status, _, err = run(words(scenes_folder, tmp_path, "run", *more))
     assert status == 1 and "not finite in epoch" in err and "update" in err and "Traceback" not in err
     assert "not finite" in read(tmp_path / "run", "failure.json")["reason"]
     assert not (tmp_path / "run" / "result.json").exists()
@@ -774,43 +539,3 @@ def test_as_a_program_it_exits_with_the_status_and_no_bar(tmp_path):
     command = [sys.executable, str(ROOT / "main.py"), "--data_dir", str(tmp_path / "none")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: no training images") and "%|" not in done.stderr
-
-
-def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
-    """And not for --quiet; they have no colours, whatever NO_COLOR says."""
-    from system.progress import Lines
-    from utils import progress
-
-    utils.start_logging(quiet=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with progress(total=1) as lines:
-        assert isinstance(lines, Lines) and not lines.disable
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = progress(total=1)
-    assert not bar.disable and bar.colour is None and not isinstance(bar, Lines)
-    bar.close()
-    monkeypatch.setenv("TERM", "dumb")
-    with progress(total=1) as lines:
-        assert isinstance(lines, Lines)
-    monkeypatch.setenv("TERM", "xterm")
-    utils.start_logging(quiet=True)
-    assert progress(total=1).disable
-    utils.start_logging(quiet=False)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert progress(total=1).disable
-
-
-# ---------------------------------------------------------------------------------- the terminal
-def test_long_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
-    class Terminal(io.StringIO):
-        isatty = staticmethod(lambda: True)
-
-    monkeypatch.setenv("COLUMNS", "40")
-    path = "/a/path/without/any/space/in/it/that/is/longer/than/forty/columns.pt"
-    text = f"a short  line\nwords, many of them, and then the file {path} cannot be read"
-    lines = utils.wrapped(text, Terminal()).split("\n")
-    assert lines[0] == "a short  line" and f"  {path}" in lines
-    assert all(len(line) <= 40 for line in lines if path not in line)
-    assert " ".join(" ".join(lines).split()) == " ".join(text.split())
-    assert utils.wrapped(text, io.StringIO()) == text

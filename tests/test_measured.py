@@ -1,22 +1,16 @@
 """What was measured is what is said: ratios, times, reasons and advice. Run it alone: pytest tests/test_measured.py"""
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from test_report import compare, make_run
-from tqdm import tqdm
 from tqdm.utils import disp_len
 
 import main
-from features.frozen import FrozenNetwork
 from reports import page, pictures, results, tables
 from runs import config
 from system import waiting
@@ -35,6 +29,19 @@ def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
     return compare(*runs)[1]
 
 
+def told(comparison: dict, folder: Path) -> list[str]:
+    """What a comparison says in a table, on the terminal, in its file and on its page."""
+    page.html_comparison(folder, [], comparison, folder / "report.html")
+    written = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
+    return [*written, (folder / "report.html").read_text()]
+
+
+def rewritten(run: Path, name: str = "result.json", **changes) -> Path:
+    """A run with other entries in one of its files."""
+    (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
+    return run
+
+
 # Ratios over seeds
 
 
@@ -46,9 +53,7 @@ def test_one_fast_run_does_not_make_a_speed_up(tmp_path):
     assert amp["speed_up"] is None, "seed by seed 0.27 to 2 times as fast is no gain"
     (sentence,) = comparison["remarks"]
     assert "No speed-up is stated for ResNet18 AMP bfloat16" in sentence and "0.27 to 2.00" in sentence
-    page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
-    told = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
-    for text in [*told, (tmp_path / "report.html").read_text()]:
+    for text in told(comparison, tmp_path):
         assert "unclear" in text and "0.27 to 2.00" in " ".join(text.split())
         assert not re.search(r"\d\.\d\d×.*\d\.\d\d×.*\n.*unclear.*2\.00×", text)
 
@@ -89,9 +94,7 @@ def test_memory_that_varies_more_than_it_falls_gives_no_ratio(tmp_path):
 
 
 def test_a_rate_of_testing_is_not_compared_with_one_of_training(tmp_path):
-    tested = make_run(tmp_path / "tested", "amp-bf16")
-    result = json.loads((tested / "result.json").read_text())
-    (tested / "result.json").write_text(json.dumps(result | {"train_seconds": None, "images_per_second": 900.0}))
+    tested = rewritten(make_run(tmp_path / "tested", "amp-bf16"), train_seconds=None, images_per_second=900.0)
     (tested / "metrics.jsonl").unlink()
     comparison = compare(make_run(tmp_path / "fp32"), tested)[1]
     assert comparison["rows"][1]["speed_up"] is None and "| – |" in tables.performance_table(comparison)
@@ -100,41 +103,33 @@ def test_a_rate_of_testing_is_not_compared_with_one_of_training(tmp_path):
 # A busy machine
 
 
-def set_result(run: Path, **changes) -> Path:
-    file = run / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    return run
-
-
 @pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("busy_one", ["fp32", "amp-bf16"])
 def test_no_speed_up_is_stated_of_a_busy_machine(tmp_path, busy_one):
     runs = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp-bf16", "amp-bf16", rates=(1.0, 25.0))]
     for run in runs:
-        set_result(run, busy_share=0.62 if run.name == busy_one else 0.004)
+        rewritten(run, busy_share=0.62 if run.name == busy_one else 0.004)
     comparison = compare(*runs)[1]
     amp = comparison["rows"][1]
     assert amp["speed_up"] is None and amp["ratios"]["speed_up"]["unstated"] == "busy" and amp["memory_ratio"] == 1
-    page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
-    told = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
-    for text in [*told, (tmp_path / "report.html").read_text()]:
+    for text in told(comparison, tmp_path):
         flat = " ".join(text.split())
         assert "The machine was busy: times are not comparable" in flat and "lost 62 %" in flat
         assert "0.23×" not in flat
 
 
 def test_a_quiet_machine_and_an_old_result_are_not_called_busy(tmp_path):
-    quiet = set_result(make_run(tmp_path / "fp32"), busy_share=0.04)
-    unknown = set_result(make_run(tmp_path / "tf32", "tf32"), busy_share=None)
+    quiet = rewritten(make_run(tmp_path / "fp32"), busy_share=0.04)
+    unknown = rewritten(make_run(tmp_path / "tf32", "tf32"), busy_share=None)
     old = make_run(tmp_path / "amp-bf16", "amp-bf16")
     comparison = compare(quiet, unknown, old)[1]
     assert [row["speed_up"] for row in comparison["rows"]] == [1, 1, 1] and comparison["remarks"] == []
     with pytest.raises(UserError, match="result.json"):
-        results.read_run(set_result(quiet, busy_share="much"))
+        results.read_run(rewritten(quiet, busy_share="much"))
 
 
 def test_a_summary_says_that_the_machine_was_busy(tmp_path):
-    run = results.read_run(set_result(make_run(tmp_path / "run"), busy_share=0.4))
+    run = results.read_run(rewritten(make_run(tmp_path / "run"), busy_share=0.4))
     assert re.search(r"^Machine busy +40 %", tables.summary(run["result"]), re.MULTILINE)
     assert results.busy_share([{"busy_share": 0.5, "seconds": 1.0}, {"busy_share": 0.1, "seconds": 3.0}]) == 0.2
     assert results.busy_share([{"busy_share": None, "seconds": 1.0}, {"seconds": 1.0}]) is None
@@ -162,28 +157,6 @@ def test_only_what_others_took_counts_as_busy(monkeypatch, later, share):
     assert waiting.Waiting().share() == (None if share is None else pytest.approx(share))
 
 
-@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the kernel does not count waiting")
-def test_a_competing_process_is_noticed():
-    """Two processes on one processor: each waits half of the time, whatever else the machine does."""
-    one = min(os.sched_getaffinity(0))
-    before = os.sched_getaffinity(0)
-    other = subprocess.Popen(
-        [sys.executable, "-S", "-c", f"import os; os.sched_setaffinity(0, {{{one}}})\nwhile 1: pass"]
-    )
-    os.sched_setaffinity(0, {one})
-    try:
-        time.sleep(0.1)
-        measured = waiting.Waiting()
-        until = time.perf_counter() + 0.4
-        while time.perf_counter() < until:
-            pass
-        assert measured.share() > 0.3
-    finally:
-        os.sched_setaffinity(0, before)
-        other.kill()
-        other.wait()
-
-
 # The choice of the epoch
 
 
@@ -192,7 +165,7 @@ def validated(run: Path, best: int, accuracies: list[float]) -> Path:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line | {"val_acc": value} for line, value in zip(lines, accuracies, strict=True)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return set_result(run, best_epoch=best)
+    return rewritten(run, best_epoch=best)
 
 
 TRUTH = [0] * 20
@@ -240,10 +213,8 @@ def listed(run: Path, labels: dict[str, str], fingerprint: str) -> Path:
     (run / "split.csv").write_text(
         "path,class,part\n" + "".join(f"{path},{name},train\n" for path, name in labels.items())
     )
-    config = json.loads((run / "config.json").read_text())
-    config["dataset"]["fingerprint"] = fingerprint
-    (run / "config.json").write_text(json.dumps(config))
-    return run
+    dataset = tiny.config(run)["dataset"]
+    return rewritten(run, "config.json", dataset=dataset | {"fingerprint": fingerprint})
 
 
 @pytest.mark.parametrize(
@@ -276,29 +247,6 @@ def test_a_test_on_a_part_of_the_images_says_so(tmp_path):
     assert "0 lost of 9 that both tested under one label, exact McNemar test" in sentence
 
 
-# A frozen network that is computed once
-
-
-def test_the_work_of_a_frozen_network_is_in_its_time_and_rate(data, tmp_path, monkeypatch):
-    seconds = {"fp32": 0.3, "amp-bf16": 0.1}
-    for name, taken in seconds.items():
-        monkeypatch.setattr(FrozenNetwork, "_bar", lambda self, taken=taken: time.sleep(taken) or tqdm(disable=True))
-        words = ("--preset=probe", "--epochs=3", "--model=tiny_classifier", "--augment=flip")
-        assert tiny.train(data, tmp_path, *words, *(["--amp"] if name != "fp32" else []), name=name) == 0
-    runs, comparison = compare(*(tmp_path / name for name in seconds))
-    for run, taken in zip(runs, seconds.values(), strict=True):
-        frozen = [line["frozen_seconds"] for line in run["metrics"]]
-        assert taken <= frozen[0] < taken + 0.5 and frozen[1:] == [0, 0], "once for the training images"
-        result = run["result"]
-        assert result["train_seconds"] == pytest.approx(sum(frozen) + sum(results.column(run["metrics"], "seconds")))
-        images = run["config"]["dataset"]["train"]
-        assert result["images_per_second"] == pytest.approx(3 * images / result["train_seconds"], rel=0.01)
-        assert result["total_seconds"] >= result["train_seconds"]
-    ratio = runs[0]["result"]["train_seconds"] / runs[1]["result"]["train_seconds"]
-    assert comparison["rows"][1]["ratios"]["speed_up"]["values"] == pytest.approx([ratio], rel=0.01)
-    assert "the frozen network is computed once" in tables.performance_table(comparison)
-
-
 # Pictures drawn again
 
 
@@ -309,9 +257,7 @@ def test_a_report_from_another_folder_does_not_lose_the_mistakes(tmp_path, monke
     for place in (0, 1):
         (photos / "buildings").mkdir(parents=True, exist_ok=True)
         tiny.noise().save(photos / "buildings" / f"{place}.jpg")
-    config = json.loads((run / "config.json").read_text())
-    config["dataset"]["folder"] = str(photos)
-    (run / "config.json").write_text(json.dumps(config))
+    rewritten(run, "config.json", dataset=tiny.config(run)["dataset"] | {"folder": str(photos)})
     for owner, names in ((pictures, ("learning_curve", "confusion_matrix")), (page, ("html_report",))):
         for name in names:
             monkeypatch.setattr(owner, name, lambda *_, **__: None)
@@ -344,8 +290,7 @@ def test_a_run_names_the_packages_that_its_network_and_split_come_from(monkeypat
 def test_runs_of_other_versions_are_told_apart(tmp_path):
     runs = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp", "amp-bf16")]
     for run, versions in zip(runs, ({"torch": "2.11.0"}, {"torch": "2.14.1", "timm": "1.0"}), strict=True):
-        content = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(content | {"versions": versions}))
+        rewritten(run, "config.json", versions=versions)
     comparison = compare(*runs)[1]
     assert list(comparison["differences"]) == ["version of torch"], "what one run did not record is not known to differ"
     assert "Beware: the runs also differ in version of torch (2.11.0, 2.14.1)." in tables.conditions(comparison)

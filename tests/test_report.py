@@ -3,14 +3,10 @@
 The numbers are checked by hand or against a closed form. Run it alone: pytest tests/test_report.py
 """
 
-import base64
 import csv
-import io
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +17,7 @@ from tqdm.utils import disp_len
 from option import MAY_DIFFER_IN_COMPARISON
 from reports import page, pictures, results, sheets, tables
 from reports import text as layout
-from runs.result import cells_of, confusion_cells
+from runs.result import confusion_cells
 from system.files import write_text
 from utils import UserError
 
@@ -51,29 +47,12 @@ def make_run(
     predicted = truth if predicted is None else np.array(predicted)
     directory.mkdir(parents=True)
     number = len(classes)
-    scales = scales or [None] * len(rates)
-    (directory / "config.json").write_text(
-        json.dumps(
-            {
-                "options": {
-                    "model": "ResNet18",
-                    "epochs": len(rates),
-                    "batch_size": 8,
-                    "image_size": 64,
-                    "seed": seed,
-                    "amp": precision.startswith("amp"),
-                    "data_dir": str(directory),
-                    **options,
-                },
-                "versions": {"torch": "2.11.0"},
-                "device": device,
-                "device_name": device_name,
-                "precision": precision,
-                "dataset": {"fingerprint": "f", "classes": classes, "train": 80, "val": 20, "test": len(truth)},
-            }
-        )
-    )
-    epochs = enumerate(zip(rates, scales, strict=True), 1)
+    machine = {"precision": precision, "device": device, "device_name": device_name}
+    asked = {"model": "ResNet18", "epochs": len(rates), "batch_size": 8, "image_size": 64, "seed": seed}
+    asked |= {"amp": precision.startswith("amp"), "data_dir": str(directory), **options}
+    dataset = {"fingerprint": "f", "classes": classes, "train": 80, "val": 20, "test": len(truth)}
+    config = {"options": asked, "versions": {"torch": "2.11.0"}, **machine, "dataset": dataset}
+    (directory / "config.json").write_text(json.dumps(config))
     metrics = [
         {
             "epoch": epoch,
@@ -91,44 +70,37 @@ def make_run(
             "elapsed": 12.0 * epoch,
             "skips": [],
         }
-        for epoch, (rate, scale) in epochs
+        for epoch, (rate, scale) in enumerate(zip(rates, scales or [None] * len(rates), strict=True), 1)
     ]
     (directory / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in metrics))
     confusion = np.zeros((number, number), dtype=int)
     np.add.at(confusion, (truth, predicted), 1)
-    hits = np.diag(confusion)
-    named = confusion.sum(0)
-    true = confusion.sum(1)
-    table = np.array(
-        [hits / np.maximum(named, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(named + true, 1), true]
-    ).T
-    per_class = {
-        name: dict(zip(("precision", "recall", "f1", "support"), row.tolist(), strict=True))
-        for name, row in zip(classes, table, strict=True)
+    hits, named, true = np.diag(confusion), confusion.sum(0), confusion.sum(1)
+    shares = hits / np.maximum(named, 1), hits / np.maximum(true, 1), 2 * hits / np.maximum(named + true, 1)
+    names = ("precision", "recall", "f1", "support")
+    result = {
+        "test_acc": 100 * float((truth == predicted).mean()),
+        "balanced_acc": 100 * float(shares[1].mean()),
+        "macro": dict(zip(names, map(float, map(np.mean, shares)), strict=False)),
+        "test_loss": 0.5,
+        "best_epoch": len(rates),
+        "best_val_acc": 50.0 + len(rates),
+        "total_seconds": seconds * 1.5,
+        "train_seconds": seconds,
+        "images_per_second": float(np.median(rates[1:] or rates)),
+        **machine,
+        "peak_memory_mb": memory,
+        "reserved_memory_mb": None,
+        "calibration_error": 0.1,
+        "classes": classes,
+        "memory_kind": "CUDA allocated" if device == "cuda" else "process resident peak",
+        "per_class": {
+            name: dict(zip(names, row.tolist(), strict=True))
+            for name, row in zip(classes, np.array([*shares, true]).T, strict=True)
+        },
+        "confusion": confusion.tolist(),
     }
-    (directory / "result.json").write_text(
-        json.dumps(
-            {
-                "test_acc": 100 * float((truth == predicted).mean()),
-                "test_loss": 0.5,
-                "best_epoch": len(rates),
-                "best_val_acc": 50.0 + len(rates),
-                "total_seconds": seconds * 1.5,
-                "train_seconds": seconds,
-                "images_per_second": float(np.median(rates[1:] or rates)),
-                "peak_memory_mb": memory,
-                "reserved_memory_mb": None,
-                "precision": precision,
-                "memory_kind": "CUDA allocated" if device == "cuda" else "process resident peak",
-                "device": device,
-                "device_name": device_name,
-                "classes": classes,
-                "per_class": per_class,
-                "confusion": confusion.tolist(),
-                "calibration_error": 0.1,
-            }
-        )
-    )
+    (directory / "result.json").write_text(json.dumps(result))
     with open(directory / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "predicted", "confidence", *classes])
@@ -169,54 +141,31 @@ def test_read_run(tmp_path):
     assert [epoch["epoch"] for epoch in run["metrics"]] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("config.json", None),
-        ("config.json", "{"),
-        ("config.json", "[]"),
-        ("config.json", '{"options": 1}'),
-        ("metrics.jsonl", None),
-        ("metrics.jsonl", '{"epoch": 1}\n{"epo'),
-        ("metrics.jsonl", '{"loss": 1}\n'),
-        ("metrics.jsonl", "[1]\n"),
-        ("metrics.jsonl", '{"epoch": Infinity}'),
-        ("metrics.jsonl", '{"epoch": 1, "elapsed": "x"}'),
-        ("config.json", '{"options": {"seed": [1]}, "precision": "fp32"}'),
-        ("config.json", 10**5 * "["),
-        ("result.json", "{}"),
-        ("result.json", "\x00"),
-        ("result.json", "null"),
-    ],
-)
-def test_missing_or_damaged_files_are_named(tmp_path, file, content):
-    directory = make_run(tmp_path / "run")
-    (directory / file).unlink()
-    if content is not None:
-        (directory / file).write_text(content)
-    with pytest.raises(UserError, match=re.escape(file)):
-        results.read_run(directory)
+DAMAGE = {
+    "config.json": (None, "{", "[]", '{"options": 1}', '{"options": {"seed": [1]}, "precision": "fp32"}', 10**5 * "["),
+    "metrics.jsonl": (
+        *(None, '{"epoch": 1}\n{"epo', '{"loss": 1}\n', "[1]\n", '{"epoch": Infinity}'),
+        '{"epoch": 1, "elapsed": "x"}',
+    ),
+    "result.json": ("{}", "\x00", "null"),
+}
+SENSELESS = [
+    *({"confusion": [[1, 2]]}, {"confusion": [[0] * 3] * 3}, {"confusion": None}, {"confusion": [[math.inf] * 3] * 3}),
+    *({"test_acc": "high"}, {"classes": 3}, {"peak_memory_mb": None}, {"per_class": {}}, {"per_class": []}),
+]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"confusion": [[1, 2]]},
-        {"confusion": [[0] * 3] * 3},
-        {"test_acc": "high"},
-        {"confusion": None},
-        {"classes": 3},
-        {"peak_memory_mb": None},
-        {"per_class": {}},
-        {"per_class": []},
-        {"confusion": [[math.inf] * 3] * 3},
-    ],
-)
-def test_a_result_that_makes_no_sense_is_refused(tmp_path, change):
-    file = make_run(tmp_path / "run") / "result.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(UserError, match="result.json"):
-        results.read_run(file.parent)
+@pytest.mark.parametrize("name", DAMAGE)
+def test_missing_or_damaged_files_are_named(tmp_path, name):
+    file = make_run(tmp_path / "run") / name
+    whole = file.read_text()
+    senseless = [json.dumps(json.loads(whole) | change) for change in SENSELESS] if name == "result.json" else []
+    for content in (*DAMAGE[name], *senseless):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_text(content)
+        with pytest.raises(UserError, match=re.escape(name)):
+            results.read_run(file.parent)
 
 
 def test_an_unfinished_run_has_no_result(tmp_path):
@@ -227,22 +176,14 @@ def test_an_unfinished_run_has_no_result(tmp_path):
     assert results.read_run(directory)["metrics"] == []
 
 
-@pytest.mark.parametrize(
-    "row", ["a.jpg,sea,sea,0.8,0.1,0.1", "a.jpg,sea,sea,high,0.1,0.1,0.8", "a.jpg,sea,sea,nan,0.1,0.1,0.8"]
-)
+@pytest.mark.parametrize("row", ["0.8,0.1,0.1", "high,0.1,0.1,0.8", "nan,0.1,0.1,0.8"])
 def test_damaged_predictions_are_named(tmp_path, row):
-    directory = make_run(tmp_path / "run")
-    with open(directory / "predictions.csv", "a") as file:
-        file.write(row + "\n")
-    with pytest.raises(UserError, match="predictions.csv is damaged"):
-        results.read_predictions(directory / "predictions.csv")
-
-
-@pytest.mark.parametrize("content", ["", "path,label\n"])
-def test_predictions_without_their_columns_are_refused(tmp_path, content):
-    (tmp_path / "predictions.csv").write_text(content)
-    with pytest.raises(UserError, match="predictions.csv"):
-        results.read_predictions(tmp_path / "predictions.csv")
+    file = make_run(tmp_path / "run") / "predictions.csv"
+    whole = file.read_text()
+    for content in (f"{whole}a.jpg,sea,sea,{row}\n", "", "path,label\n"):
+        file.write_text(content)
+        with pytest.raises(UserError, match="predictions.csv"):
+            results.read_predictions(file)
 
 
 def test_writing_replaces_whole_files_and_leaves_nothing_behind(tmp_path):
@@ -261,20 +202,15 @@ def test_memory_that_is_not_known_gives_no_ratio(tmp_path):
     assert [row["memory_ratio"] for row in comparison["rows"]] == [None, None] and comparison["rows"][1]["speed_up"]
 
 
-@pytest.mark.parametrize(("right", "total"), [(0, 1), (1, 1), (45, 50), (50, 50), (2817, 3000)])
-def test_wilson_interval_is_that_of_scipy(right, total):
+def test_intervals_and_tests_are_those_of_scipy():
     from scipy import stats
 
-    interval = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
-    assert results.wilson(right, total) == pytest.approx((100 * interval.low, 100 * interval.high))
-
-
-@pytest.mark.parametrize(("lost", "gained"), [(0, 0), (0, 1), (3, 3), (8, 1), (33, 46), (2, 60), (7000, 7200)])
-def test_exact_mcnemar_test_is_the_binomial_test_of_scipy(lost, gained):
-    from scipy import stats
-
-    expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1
-    assert results.sign_test(lost, gained) == results.sign_test(gained, lost) == pytest.approx(expected, rel=1e-9)
+    for right, total in ((0, 1), (1, 1), (45, 50), (2817, 3000)):
+        interval = stats.binomtest(right, total).proportion_ci(0.95, method="wilson")
+        assert results.wilson(right, total) == pytest.approx((100 * interval.low, 100 * interval.high))
+    for lost, gained in ((0, 0), (0, 1), (3, 3), (8, 1), (33, 46), (2, 60), (7000, 7200)):
+        expected = stats.binomtest(lost, lost + gained).pvalue if lost + gained else 1
+        assert results.sign_test(lost, gained) == results.sign_test(gained, lost) == pytest.approx(expected, rel=1e-9)
 
 
 def test_calibration_by_hand():
@@ -285,12 +221,9 @@ def test_calibration_by_hand():
     assert found["count"].tolist() == [1, 3]
     np.testing.assert_allclose([found["accuracy"], found["confidence"]], [[1, 2 / 3], [0.5, 2.3 / 3]])
     assert found["ece"] == pytest.approx(0.25 * 0.5 + 0.75 * (2.3 / 3 - 2 / 3))
-
-
-def test_a_model_as_sure_as_it_is_right_is_calibrated():
     assert results.calibration(np.full(400, 0.75), np.arange(400) % 4 != 0)["ece"] == pytest.approx(0)
-    found = results.calibration(np.ones(2), np.array([True, True]))
-    assert found["count"][-1] == 2 and np.isnan(found["accuracy"][0])
+    sure = results.calibration(np.ones(2), np.array([True, True]))
+    assert sure["count"][-1] == 2 and np.isnan(sure["accuracy"][0])
 
 
 def test_steady_rate_leaves_the_first_epoch_out():
@@ -309,14 +242,15 @@ def test_mcnemar_by_hand(tmp_path):
 
 
 def test_mcnemar_matches_by_path_not_by_order(tmp_path):
-    first = make_run(tmp_path / "a", predicted=[1, 0, 0, 1, 1, 1, 2, 2, 2, 2])
-    second = make_run(tmp_path / "b", predicted=[1, 0, 0, 1, 1, 1, 2, 2, 2, 2])
-    header, *rows = (second / "predictions.csv").read_text().splitlines()
-    (second / "predictions.csv").write_text("\n".join([header, *rows[::-1][:9]]) + "\n")
-    found = results.mcnemar(first / "predictions.csv", second / "predictions.csv")
+    first, second = (
+        make_run(tmp_path / name, predicted=[1, 0, 0, 1, 1, 1, 2, 2, 2, 2]) / "predictions.csv" for name in "ab"
+    )
+    header, *rows = second.read_text().splitlines()
+    second.write_text("\n".join([header, *rows[::-1][:9]]) + "\n")
+    found = results.mcnemar(first, second)
     assert (found["images"], found["p_value"], found["lost"]) == (9, 1.0, 0)
-    (second / "predictions.csv").unlink()
-    assert results.mcnemar(first / "predictions.csv", second / "predictions.csv") is None
+    second.unlink()
+    assert results.mcnemar(first, second) is None
 
 
 # Comparison
@@ -354,28 +288,21 @@ def test_comparison_of_two_precisions(tmp_path):
     assert "p = 0.5: not distinguishable from noise" in table and "torch 2.11.0" in table
 
 
-def test_a_real_difference_is_called_one(tmp_path):
-    truth = [0] * 40
-    _, comparison = compare(
-        make_run(tmp_path / "a", truth=truth),
-        make_run(tmp_path / "b", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28),
-    )
-    assert comparison["rows"][1]["difference"]["p_value"] == pytest.approx(2 / 2**12)
-    assert "at a level of 5 %:" in tables.verdict(comparison)
-    assert "p < 0.001: distinguishable from noise" in tables.verdict(comparison)
-
-
 def test_the_level_is_shared_by_several_comparisons(tmp_path):
     truth = [0] * 40  # six lost images: p = 2 / 2^6 = 0.031, real alone but not among three comparisons
-    runs = [
-        make_run(tmp_path / "fp32", truth=truth),
-        make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34),
-    ]
-    assert "p = 0.031: distinguishable from noise" in tables.verdict(compare(*runs)[1])
-    runs += [make_run(tmp_path / name, name, truth=truth) for name in ("tf32", "amp-fp16")]
-    sentence = tables.verdict(compare(*runs)[1])
+    base = make_run(tmp_path / "fp32", truth=truth)
+    amp = make_run(tmp_path / "amp", "amp-bf16", truth=truth, predicted=[1] * 6 + [0] * 34)
+    alone = compare(base, amp)[1]
+    assert alone["rows"][1]["difference"]["p_value"] == pytest.approx(2 / 2**6)
+    assert "p = 0.031: distinguishable from noise" in tables.verdict(alone)
+    sentence = tables.verdict(
+        compare(base, amp, *(make_run(tmp_path / n, n, truth=truth) for n in ("tf32", "amp-fp16")))[1]
+    )
     assert "p = 0.031: not distinguishable from noise" in sentence and "shared by 3 tests" in sentence
     assert sentence.endswith(".") and ". " not in sentence
+    far = make_run(tmp_path / "far", "amp-fp16", truth=truth, predicted=[1] * 12 + [0] * 28)
+    sentence = tables.verdict(compare(base, far)[1])
+    assert "at a level of 5 %:" in sentence and "p < 0.001: distinguishable from noise" in sentence
 
 
 def test_seeds_are_averaged_and_compared_by_their_spread(tmp_path):
@@ -425,8 +352,6 @@ def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_pat
     assert "| ResNet18 AMP bfloat16 | not finished: 4 of 4 epochs done |" in table
     assert "nothing can be said about accuracy" in table
     assert [row["speed_up"] for row in comparison["rows"]] == [1, None, None]
-    pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
-    is_picture(tmp_path / "comparison.png")
 
 
 def test_without_fp32_and_without_any_finished_run(tmp_path):
@@ -463,16 +388,13 @@ def test_runs_of_one_precision_and_seed_are_not_averaged(tmp_path):
 
 def test_unequal_options_are_pointed_out(tmp_path):
     _, comparison = compare(
-        make_run(tmp_path / "a", learning_rate=0.1, num_workers=0),
-        make_run(tmp_path / "b", "amp-bf16", learning_rate=0.2, num_workers=4),
+        make_run(tmp_path / "a", device="cuda", learning_rate=0.1, num_workers=0),
+        make_run(tmp_path / "b", "amp-bf16", device="cuda", learning_rate=0.2, num_workers=4),
     )
-    assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in tables.performance_table(comparison)
+    table = tables.performance_table(comparison)
+    assert "Beware: the runs also differ in learning\\_rate (0.1, 0.2)." in table
+    assert "GPU Memory (peak allocated)" in table
     assert list(comparison["differences"]) == ["learning_rate"]
-
-
-def test_a_table_of_a_gpu_names_its_memory(tmp_path):
-    _, comparison = compare(make_run(tmp_path / "a", device="cuda"))
-    assert "GPU Memory (peak allocated)" in tables.performance_table(comparison)
 
 
 # Text
@@ -487,7 +409,7 @@ def test_summary_fits_and_tells_everything(tmp_path):
     assert max(map(disp_len, text.splitlines())) <= 80
     assert "96.67 %" in text and "58 of 60" in text and "process resident peak" in text and "\x1b" not in text
     assert re.search(r"a\|b +83\.33 +100\.00 +90\.91 +10$", text, re.MULTILINE)
-    assert len(text.splitlines()) == 5 + 2 + 6
+    assert len(text.splitlines()) == 6 + 2 + 7
 
 
 def test_summary_of_many_classes_shows_the_weakest(tmp_path):
@@ -536,53 +458,13 @@ def test_fit_and_markdown():
 # Pictures
 
 
-@pytest.mark.parametrize("scales", [None, [2048.0, 1024.0]])
-@pytest.mark.parametrize("epochs", [1, 2, 120])
-def test_learning_curve(tmp_path, epochs, scales):
-    run = results.read_run(
-        make_run(tmp_path / "run", rates=[100.0] * epochs, scales=scales and (scales * epochs)[:epochs])
-    )
-    pictures.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
-    height = is_picture(tmp_path / "a.png")[1]
-    assert height == (840 if scales else 630)
-
-
-def test_learning_curve_of_a_diverged_run(tmp_path):
-    metrics = [
-        {"epoch": 1, "train_loss": math.nan, "val_loss": None, "val_acc": math.inf},
-        {"epoch": 2, "train_loss": 1.0, "loss_scale": 0.25},
-    ]
-    pictures.learning_curve(metrics, tmp_path / "a.png", title="t", best_epoch=None)
-    is_picture(tmp_path / "a.png")
-
-
-@pytest.mark.parametrize("number", [2, 6, 40, 100, 1000])
-def test_confusion_matrix(tmp_path, number):
-    classes = (HOSTILE + [f"class {place}" for place in range(number)])[:number]
-    pictures.confusion_matrix(cells_of(np.eye(number, dtype=int), number), classes, tmp_path / "a.png", title="t" * 300)
-    assert max(is_picture(tmp_path / "a.png")) < 3500
-
-
 def test_confusion_matrix_writes_counts_and_row_percentages(tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
     texts = []
-    original = Axes.text
-    monkeypatch.setattr(
-        Axes,
-        "text",
-        lambda self, x, y, text, **options: (texts.append((x, y, text)), original(self, x, y, text, **options))[1],
-    )
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **options: texts.append((x, y, text)))
     pictures.confusion_matrix(np.array([[0, 0, 3], [0, 1, 1], [1, 1, 500]]), ["a", "b"], tmp_path / "a.png", title="t")
     assert set(texts) == {(0, 0, "3\n75 %"), (1, 0, "1\n25 %"), (0, 1, "0"), (1, 1, "500\n100 %")}
-
-
-def test_reliability_curve(tmp_path):
-    runs = [results.read_run(make_run(tmp_path / name, name)) for name in ("fp32", "amp-bf16")]
-    (tmp_path / "amp-bf16" / "predictions.csv").unlink()
-    pictures.reliability_curve(runs, tmp_path / "a.png")
-    is_picture(tmp_path / "a.png")
-    assert results.run_calibration(runs[0])["ece"] == pytest.approx(0.2) and results.run_calibration(runs[1]) is None
 
 
 def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
@@ -605,35 +487,6 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
     pictures.gallery(tmp_path / "predictions.csv", tmp_path, tmp_path / "a.png", count=3)
     assert asked == ["missing.png", "broken.png", "less.png"]
     is_picture(tmp_path / "a.png")
-
-
-def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
-    run = make_run(tmp_path / "run")
-    pictures.gallery(run / "predictions.csv", tmp_path / "nowhere", tmp_path / "a.png")
-    other = make_run(tmp_path / "other", classes=HOSTILE, truth=[0, 1, 2, 3, 4, 5], predicted=[1, 2, 3, 4, 5, 0])
-    pictures.gallery(other / "predictions.csv", tmp_path / "nowhere", tmp_path / "b.png")
-    is_picture(tmp_path / "b.png")
-
-
-def test_each_image_of_a_sheet_stands_in_its_place_under_a_whole_heading(tmp_path):
-    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
-    images = [np.full((20, 10 * (1 + number), 3), colour, np.uint8) for number, colour in enumerate(colours)]
-    sheets.labelled_sheet(images, ["one\ntwo"] * 4, tmp_path / "a.png", heading="many words " * 20, across=3)
-    sheet = np.asarray(Image.open(tmp_path / "a.png"))
-    ink = np.flatnonzero((sheet < 200).all(2).any(0))
-    assert sheet.shape[2] == 3 and ink.max() < sheet.shape[1] - 5
-    found = [np.argwhere((sheet == colour).all(2)) for colour in colours]
-    middles = [(places.min(0) + places.max(0)) / 2 for places in found]
-    assert [[round(x), round(y)] == [240 + 480 * (n % 3), middles[n // 3 * 3][0]] for n, (y, x) in enumerate(middles)]
-    for (height, width), image in zip((np.ptp(places, 0) + 1 for places in found), images, strict=True):
-        assert width / height == pytest.approx(image.shape[1] / image.shape[0], rel=0.02) and height == 224
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGBA", "CMYK", "I;16", "F"])
-def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
-    Image.new(mode, (40, 20)).save(path)
-    assert sheets.load_picture(path, 10).shape == (5, 10, 3)
 
 
 # HTML
@@ -692,19 +545,6 @@ def test_html_report_is_self_contained_and_escapes(tmp_path):
         page.html_report(tmp_path / "nowhere", tmp_path / "b.html")
 
 
-@pytest.mark.parametrize(("side", "kind"), [(40, "png"), (400, "webp")])
-def test_a_page_holds_the_whole_picture_in_few_bytes(tmp_path, side, kind):
-    pixels = np.random.default_rng(0).integers(100, 140, (side, side, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "a.png")
-    kept = re.fullmatch(
-        f'<img src="data:image/{kind};base64,(.*)" alt="&lt;b&gt;" .*\n', page.picture(tmp_path / "a.png", "<b>", 9)
-    )
-    content = base64.b64decode(kept[1])
-    assert len(content) <= min(150_000, (tmp_path / "a.png").stat().st_size)
-    with Image.open(io.BytesIO(content)) as image:
-        assert np.abs(np.asarray(image, float) - pixels).mean() < 15
-
-
 def test_html_comparison(tmp_path):
     runs, comparison = compare(
         make_run(tmp_path / "fp32"),
@@ -717,16 +557,3 @@ def test_html_comparison(tmp_path):
     text = body_of(tmp_path / "report.html")
     assert text.count('src="data:image/') == 1 + 3 and "failed: out of memory" in text
     assert "<h2>ResNet18 AMP bfloat16</h2>" in text and tables.verdict(comparison) in text
-
-
-# Boundaries
-
-
-def test_imports_stay_within_the_report():
-    code = (
-        "import sys, reports.page; loaded = set(sys.modules); "
-        "print(loaded & {'torch', 'matplotlib.pyplot', 'train', 'main', 'dataset', 'runs.folder'})"
-    )
-    root = Path(pictures.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"

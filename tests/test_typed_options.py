@@ -215,6 +215,8 @@ def test_a_trained_run_is_tested_at_any_size(data, tmp_path, capsys):
 
 
 def test_a_resumed_run_says_that_it_begins_from_no_weights(data, tmp_path, capsys):
-    assert tiny.train(data, tmp_path, "--max_time=1s", "--epochs=400") == 124
-    assert tiny.train(data, tmp_path, "--max_time=1s", "--epochs=400", "--resume", "--pretrained_path=x.pt") == 124
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.stop_after(patch, 2)
+        assert tiny.train(data, tmp_path) == 130
+    assert tiny.train(data, tmp_path, "--resume", "--pretrained_path=x.pt") == 0
     assert "--pretrained_path have no effect: the run goes on from its last.pt" in capsys.readouterr().out
