@@ -59,7 +59,7 @@ COMMAND_LINES = {
     "predict": ["DATA"],
     "compare": ["--precisions=fp32"],
     "audit": ["--folds=2"],
-    "inspect": ["--out=OUT", "--precisions=fp32", "--batch_size=4"],
+    "inspect": ["--out=OUT", "--precisions=fp32", "--batch_size=4", "--model=tiny_classifier", "--image_size=36"],
     "export": [],
 }
 
