@@ -96,14 +96,21 @@ def _classes_of(content: Any) -> list[str] | None:
     """Return the names of the classes in a checkpoint of this program or of another; None if it does not say them."""
     if not isinstance(content, dict):
         return None
-    for key in ("classes", "class_names", "class_to_idx", "classes_to_idx"):
+    for key in ("classes", "class_names", "names", "class_to_idx", "classes_to_idx", "idx_to_class", "id2label"):
         told = content.get(METADATA, content).get(key)
         with contextlib.suppress(ValueError, TypeError):  # text that is no JSON; numbers that are none
             told = json.loads(told) if isinstance(told, str) else told
-            names = sorted(told, key=lambda name: told[name]) if isinstance(told, dict) else told
+            names = _in_order(told) if isinstance(told, dict) else told
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
                 return list(names)
     return None
+
+
+def _in_order(told: dict[Any, Any]) -> list[Any]:
+    """Return the names of classes by their indices, given {name: index} or {index: name}."""
+    if all(isinstance(name, str) for name in told.values()):
+        told = {name: int(index) for index, name in told.items()}
+    return sorted(told, key=lambda name: told[name])
 
 
 @dataclass

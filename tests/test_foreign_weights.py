@@ -150,6 +150,8 @@ def test_a_shard_without_its_index_and_an_index_without_its_shards_are_refused(t
         ("class_to_idx", {"z": 2, "x": 0, "y": 1}, None, "its head is for other classes (x, y, z)"),
         ("classes", ["c", "a", "b"], [1, 2, 0], "rows are moved: the classes have another order"),
         ("class_to_idx", {"c": 0, "a": 1, "b": 2}, [1, 2, 0], "rows are moved: the classes have another order"),
+        ("names", {1: "a", 2: "b", 0: "c"}, [1, 2, 0], "rows are moved: the classes have another order"),
+        ("id2label", {"2": "z", "0": "x", "1": "y"}, None, "its head is for other classes (x, y, z)"),
         ("classes", ["a", "b", "c"], [0, 1, 2], "(entry model)"),
         ("nothing", None, [0, 1, 2], "its head is kept, whose classes it does not name"),
     ],
