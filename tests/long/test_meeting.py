@@ -277,7 +277,7 @@ def test_a_signal_that_is_heard_is_left_to_its_handler(program):
 
 
 END = """
-import atexit, concurrent.futures, sys, time
+import atexit, concurrent.futures, gc, sys, time
 import main
 
 class Last:
@@ -285,6 +285,7 @@ class Last:
         print("Python has shut down", flush=True)
 
 kept = Last()
+atexit.register(gc.unfreeze)  # or its shutdown would not look for it
 atexit.register(print, "handlers of exit ran")
 concurrent.futures.ThreadPoolExecutor(1).submit(lambda: (time.sleep(2), print("threads ended")))
 sys.argv = ["main.py", *sys.argv[1:]]

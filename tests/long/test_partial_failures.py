@@ -125,6 +125,19 @@ for name in ("assemble", "commands.compare", "commands.train", "commands.evaluat
     subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(), check=True)
 
 
+def test_no_end_waits_for_a_last_search_for_garbage():
+    code = """
+import atexit, gc
+from system import meeting
+atexit.register(lambda: print("frozen", gc.get_freeze_count() > 1000))
+meeting.end(3)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tiny.ROOT, env=tiny.environment(), capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (3, "frozen True\n")
+
+
 def test_report_of_what_is_no_run(tmp_path, capsys):
     assert main.main(["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=x"]) == 2
     assert "No run there is finished" in capsys.readouterr().err
