@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from features.cpu_layers import SmallMapConv2d
-from model import build_model
+from model import Forward, WithMirrorImage, build_model
 from precision import DepthwiseConv2d, keep_depthwise_float32
 from pretrained.torchvision_models import names
 
@@ -135,3 +135,20 @@ def test_a_damaged_imagenet_file_is_one_message(tmp_path, monkeypatch):
         file.write_bytes(content)
         message = refused(build_model, "squeezenet1_1", 6)
         assert "delete a damaged file" in message and "--pretrained 0" in message
+
+
+# ----------------------------------------------------------------------------- as a training calls it
+@pytest.mark.parametrize("graphs", [False, True])
+def test_cuda_graphs_are_asked_for_only_where_they_are_wanted(graphs, monkeypatch):
+    """Each call then begins a new step, so that what the last one returned may be overwritten."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
+    forward = Forward(nn.Identity(), {2}, compiled=True, graphs=graphs)
+    forward(torch.zeros(2, 3))
+    assert asked == (["reduce-overhead", "step"] if graphs else [None])
+
+
+def test_a_mirror_image_counts_as_much_as_the_image():
+    images = torch.arange(12.0).view(1, 1, 3, 4)
+    assert torch.equal(WithMirrorImage(nn.Identity())(images), (images + images.flip(3)) / 2)

@@ -163,3 +163,11 @@ def test_an_older_pytorch_learns_the_instructions_from_linux(line, expected, tmp
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{line}\nbugs : none\n")
     assert precision.cpu_instructions(tmp_path / "cpuinfo") == expected
     assert precision.cpu_instructions(tmp_path / "nowhere") == set()
+
+
+@pytest.mark.parametrize("tf32, mode", [(True, ("high", "tf32", True)), (False, ("highest", "ieee", False))])
+def test_every_switch_of_the_float32_mode_says_the_same(tf32, mode, card):
+    """The old ones, too: torch.compile reads them."""
+    precision._set_float32_mode(tf32)
+    products = torch.backends.cuda.matmul.fp32_precision
+    assert (torch.get_float32_matmul_precision(), products, torch.backends.cudnn.allow_tf32) == mode
