@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from command_line.kinds import ALL, parse_shares
@@ -79,13 +80,13 @@ def _of_a_mode() -> Iterator[Idle]:
     """Of commands that do one of several things, the options of the others."""
     folder = ("checkpoint_dir", "checkpoint_name")
     climbed = ("device", "model", "image_size", "batch_size", "preset", "demo", "config")
-    for mode, acting, does in (
+    compared: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("runs", folder, "only reports"),
         ("report_only", folder, "only reports"),
         ("ladder", (*folder, *climbed), "trains no run"),
-    ):
-        names = _all_but("compare", mode, *acting)
-        yield Idle("compare", names, f"--{mode} {does}", lambda values, mode=mode: values[mode])
+    )
+    for mode, acting, does in compared:
+        yield Idle("compare", _all_but("compare", mode, *acting), f"--{mode} {does}", itemgetter(mode))
     yield Idle(
         "evaluate",
         frozenset({"amp", "amp_dtype", "tf32"}),
@@ -105,15 +106,16 @@ def _of_a_mode() -> Iterator[Idle]:
         lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
     )
     yield Idle("export", frozenset({"tta"}), "--safetensors writes weights", lambda values: values["safetensors"])
-    for source, acting in (
+    prepared: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("demo", ("train_images", "test_images", "seed")),
         ("archive", ("archive_encoding",)),
         ("download", ()),
         ("check", ("labels", "window", "max_megapixels", "json")),
         ("clean", ()),
-    ):
+    )
+    for source, acting in prepared:
         names = _all_but("prepare", source, "data_dir", *acting)
-        yield Idle("prepare", names, f"--{source} reads none of it", lambda values, source=source: values[source])
+        yield Idle("prepare", names, f"--{source} reads none of it", itemgetter(source))
 
 
 def _only_head(values: Values) -> bool:
