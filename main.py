@@ -76,6 +76,7 @@ def run() -> None:
     end_with_parent()
     lost = open_streams()
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
+    utils.name_this_user()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         if os.environ.get(name) == "":  # of which the libraries would complain
             del os.environ[name]

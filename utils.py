@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import getpass
 import logging
 import os
 import platform
@@ -78,6 +79,17 @@ def return_freed_memory() -> None:
     """Hand what was freed and kept by glibc back to the kernel, so that it counts as free; see malloc_trim(3)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def name_this_user() -> None:
+    """Give a name to a user id without a passwd entry, as containers have it: torch.compile names its cache after it.
+
+    Some versions of PyTorch end with a KeyError (https://github.com/pytorch/pytorch/issues/140765).
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown"
 
 
 def own_command() -> list[str]:

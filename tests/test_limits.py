@@ -5,6 +5,7 @@ The program goes on with fewer workers or ends in one sentence; it never waits w
 
 import contextlib
 import errno
+import getpass
 import multiprocessing
 import os
 import resource
@@ -19,6 +20,7 @@ import pytest
 import tiny
 
 import main
+import utils
 from images import decode, stores
 from images.opening import Opening, open_data_set
 from images.stores import open_store
@@ -181,3 +183,45 @@ def test_no_memory_left_is_not_unknown_memory(folder, monkeypatch):
     for left, kind in ((0, stores.StreamedImages), (None, stores.DecodedImages)):
         monkeypatch.setattr(stores, "available_memory", lambda left=left: left)
         assert type(open_store(sorted(folder.glob("*.png")), folder, limit=16, workers=0)) is kind
+
+
+# ------------------------------------------------------------------------ streams, users without a name
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert tiny.train(data, runs, "--cache=none", "--num_workers=2", "--epochs=1") == 0
+    return tiny.outcome(runs / "run")
+
+
+@pytest.mark.parametrize("closed", [[0], [2], [0, 1, 2]])
+def test_closed_streams_change_no_file(data, tmp_path, closed, undisturbed):
+    """As cron and daemons start programs: no file of the run, and no pipe of a worker, may get a stream's number."""
+    words = tiny.words(data, tmp_path, "--cache=none", "--num_workers=2", "--epochs=1")
+    status, out, err = tiny.finish(tiny.start(words, closed=closed), 60)
+    assert status == 0, out + err
+    tiny.assert_equal(tiny.outcome(tmp_path / "run"), undisturbed)
+    assert (tmp_path / "run" / "lock").read_text().startswith("process ")
+
+
+def test_a_mistake_with_closed_streams_has_its_status(tmp_path):
+    process = tiny.start(["train", f"--data_dir={tmp_path}"], closed=[0, 1, 2])
+    assert tiny.finish(process, 60)[0] == 2
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1042"), OSError("No username set")])
+def test_a_user_without_a_name_gets_one(monkeypatch, error):
+    def nobody(_):
+        raise error
+
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    utils.name_this_user()
+    assert getpass.getuser() == f"uid_{os.getuid()}"
+
+
+def test_a_user_with_a_name_keeps_it(monkeypatch):
+    monkeypatch.setenv("LOGNAME", "me")
+    monkeypatch.delenv("USER", raising=False)
+    utils.name_this_user()
+    assert getpass.getuser() == "me" and "USER" not in os.environ

@@ -63,3 +63,12 @@ def test_little_shared_memory(data, tmp_path, options):
     status, out, err = tiny.finish(process, 120)
     assert status == 0, err
     assert ("by no workers" in out) == ("ro" in options)  # without locks there are none
+
+
+def test_a_comparison_with_closed_streams(data, tmp_path):
+    words = [word for word in tiny.words(data, tmp_path, "--epochs=1", name="all")[1:] if "tiny_classifier" not in word]
+    words = ["compare", "--model=squeezenet1_1", "--precisions=fp32", *words]
+    command = ["bash", "-c", '"$@" <&- >&- 2>&-', "bash", sys.executable, str(tiny.ROOT / "main.py"), *words]
+    assert subprocess.run(command, timeout=180, env=tiny.environment()).returncode == 0
+    assert (tmp_path / "all" / "fp32" / "result.json").exists()
+    assert (tmp_path / "all" / "performance_table.md").read_text().startswith("| Algorithm")
