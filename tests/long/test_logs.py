@@ -251,6 +251,7 @@ def words(folder, checkpoints, name="run", *more):
     return [f"--data_dir={folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}", *SMALL, *more]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     given = words(
