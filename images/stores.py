@@ -92,6 +92,7 @@ class StreamedImages:
         self._order: list[tuple[int, list[int]]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader: torch.utils.data.DataLoader | None = None
         self._largest = 0  # batch for which the slots have room
+        self._memory: mmap.mmap | None = None
         self._workers = workers
         self._pin = pin
 
@@ -104,9 +105,12 @@ class StreamedImages:
         loaded = enumerate(zip(batches, self._loader, strict=True))
         if not self._pin:
             yield from map(self._taken, loaded)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            yield from ahead(pool, self._taken, loaded, PINNING)
+        else:
+            with ThreadPoolExecutor(1) as pool:
+                yield from ahead(pool, self._taken, loaded, PINNING)
+        if self._memory is not None:
+            with contextlib.suppress(OSError, AttributeError):  # of systems that cannot
+                self._memory.madvise(mmap.MADV_REMOVE)  # until the next epoch others may have the slots' memory
 
     def _taken(self, item: tuple[int, tuple[np.ndarray, Any]]) -> Batch:
         """Copy a batch out of its slot, which the workers fill again later."""
@@ -138,9 +142,9 @@ class StreamedImages:
     def _tried(self, workers: int) -> torch.utils.data.DataLoader | None:
         """Return a loader whose workers run; None if they cannot be started."""
         forked = sys.platform.startswith("linux")
-        self._files.slots = None
-        if workers and forked:
-            self._files.slots = _shared((workers * PREFETCH + PINNING + 2, self._largest, *self._files.box, 3))
+        shape = (workers * PREFETCH + PINNING + 2, self._largest, *self._files.box, 3)
+        self._memory = _shared(math.prod(shape)) if workers and forked else None
+        self._files.slots = None if self._memory is None else np.frombuffer(self._memory, np.uint8).reshape(shape)
         loader = torch.utils.data.DataLoader(
             self._files,
             sampler=self._order,
@@ -212,10 +216,10 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _shared(shape: tuple[int, ...]) -> np.ndarray | None:
-    """Return uint8 memory that forked processes share; None if there is not so much."""
+def _shared(size: int) -> mmap.mmap | None:
+    """Return `size` bytes that forked processes share; None if there are not so many."""
     try:
-        return np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+        return mmap.mmap(-1, size)
     except (OSError, ValueError, OverflowError):
         return None
 
