@@ -43,7 +43,7 @@ def main(words: list[str]) -> int:
             run(list(fix))
     given = [word for word in words if word != "--fix"]
     failed = [check[0] for check in CHECKS if not run(list(check))]
-    if not run(["pytest", "tests", "tests/long", "--durations=10", *in_parallel(), *given]):
+    if not run(["pytest", "-o", "norecursedirs=.*", "--durations=10", *in_parallel(), *given]):
         failed.append("pytest")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

@@ -96,5 +96,5 @@ def trained(scenes_folder, tmp_path_factory):
 
 def pytest_terminal_summary(terminalreporter, config):
     """Say at the end how to run the rest."""
-    if not any("long" in str(word) for word in config.args):
+    if "long" in config.getini("norecursedirs") and not any("long" in str(word) for word in config.args):
         terminalreporter.write_line("These were the smoke tests. Everything: python tests/check.py")
