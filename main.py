@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> int:
         if ranks.size > 1:
             meeting.watch_signals(utils.STOP_SIGNALS, utils.heard)
         meeting.join(ranks)
-        call(entry(options.command), options, ranks)
+        with utils.importing():
+            function = entry(options.command)
+        call(function, options, ranks)
         return 0
     except (Exception, KeyboardInterrupt, Stopped) as error:
         status, reason = explain(error, options)
@@ -153,7 +155,8 @@ def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> Non
     names = inspect.signature(function).parameters
     values: dict[str, Any] = {name: getattr(options, name) for name in names if name != "setup"}
     if "setup" in names:
-        from assemble import Setup
+        with utils.importing():
+            from assemble import Setup
 
         values["setup"] = Setup(options, ranks)
     function(**values)
@@ -189,7 +192,8 @@ def log_names(options: Namespace) -> list[str]:
 
 def demo_that_fits(device: str) -> dict[str, Any]:
     """What --demo changes on the device of that name: nothing on a CPU."""
-    from assemble import demo_size
+    with utils.importing():
+        from assemble import demo_size
 
     size = demo_size(device)
     return size.options() if size else {}

@@ -35,6 +35,7 @@ from utils import (
     Stopped,
     UserError,
     choose_device,
+    importing,
     log,
     on_stop,
     own_command,
@@ -313,7 +314,8 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
         raise RunError("no run of the comparison finished; the reasons are in the table.")
     first = [next(run for run in finished if run["label"] == row["label"]) for row in comparison["rows"] if row["runs"]]
     try:
-        from reports import page, pictures
+        with importing():
+            from reports import page, pictures
 
         pictures.comparison_picture(runs, comparison, folder / "comparison.png")
         pictures.reliability_curve(first, folder / "reliability.png")

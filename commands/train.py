@@ -27,7 +27,7 @@ from runs.writing import PROBABILITIES
 from system.files import read_json
 from system.terminal import duration
 from train import Trainer
-from utils import RunError, Stopped, log, printable, typed
+from utils import RunError, Stopped, importing, log, printable, typed
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -98,7 +98,8 @@ def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
         return
     images, labels = trainer.batches.first_images(24)
     try:
-        from reports.pictures import batch
+        with importing():
+            from reports.pictures import batch
 
         batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
     except Exception as error:  # as in `show`; a training does not depend on a picture

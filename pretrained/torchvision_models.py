@@ -16,7 +16,7 @@ from torch import nn
 
 from pretrained.fitting import State, Weights, load_weights, narrow_head, note_options, set_versions
 from transforms import IMAGENET_MEAN, IMAGENET_STD
-from utils import UserError, printable, shows_bars
+from utils import UserError, importing, printable, shows_bars
 
 # These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out. Their constructors also decide
 # about `transform_input`: their ImageNet files were trained on another normalisation.
@@ -26,7 +26,8 @@ AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
 @cache
 def models() -> Any:
     """Return torchvision.models, whose import takes longer than a process that only starts others should wait."""
-    from torchvision import models
+    with importing():
+        from torchvision import models
 
     return models
 

@@ -3,11 +3,14 @@
 Real groups and limits: tests/long/test_real_limits.py.
 """
 
+import gc
+import importlib
 import os
 from pathlib import Path
 
 import pytest
 
+import utils
 from system import machine
 
 MB = 2**20
@@ -118,3 +121,11 @@ def test_hardware_threads_of_one_core_count_once(tmp_path, many_cores):
     (root / "sys/fs/cgroup").mkdir(parents=True)
     (root / "sys/fs/cgroup/cpu.max").write_text("1000000 100000")
     assert machine.cores(root) == machine.computing_cores(root) == 10
+
+
+def test_garbage_is_searched_again_after_an_import_even_one_that_fails():
+    frozen = gc.get_freeze_count()
+    with pytest.raises(ModuleNotFoundError), utils.importing():
+        assert not gc.isenabled()
+        importlib.import_module("no_such_module")
+    assert gc.isenabled() and gc.get_freeze_count() == frozen  # what a test left must not stay for ever
