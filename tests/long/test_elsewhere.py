@@ -110,20 +110,6 @@ def test_what_a_constructor_decides_is_kept(googlenet, tmp_path):
     assert build_model("googlenet", 3, pretrained_path=safe).transform_input is True
 
 
-def test_a_checkpoint_of_before_still_knows_what_its_constructor_decided(googlenet, data, tmp_path, capsys):
-    run = tmp_path / "run"
-    shutil.copytree(googlenet[1], run)
-    content = load_file(run / "best_model.pt")
-    expected = json.loads((run / "result.json").read_text())["test_acc"]
-    for name in ("model_options", "mean", "std", "interpolation"):
-        del content[name]
-    torch.save(content, run / "best_model.pt")
-    status, said = call(
-        capsys, "evaluate", f"--data_dir={data}", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"
-    )
-    assert status == 0 and f"{expected:.2f} %" in said
-
-
 # ------------------------------------------------------------------------------------ other machines
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
