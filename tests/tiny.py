@@ -237,7 +237,7 @@ class Subprocess:
     TimeoutExpired = subprocess.TimeoutExpired
 
     @staticmethod
-    def Popen(command: list[str], *, env: dict[str, str], **_: object) -> forks.Process:
+    def Popen(command: list[str], *, env: dict[str, str] | None = None, **_: object) -> forks.Process:
         return forks.Process(command[2:], env=env, stdout=1, stderr=2)
 
 
