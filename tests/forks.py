@@ -186,7 +186,10 @@ def serve(control: socket.socket) -> dict | None:
 
     def reap(*_):
         while reports:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:  # another signal came meanwhile, which has reaped the last one
+                return
             if pid == 0:
                 return
             descriptor = reports.pop(pid)
