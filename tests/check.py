@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXES = (("ruff", "check", "--fix", "--quiet", "."), ("ruff", "format", "--quiet", "."))
+HANG = ("-o", "faulthandler_timeout=300", "-o", "faulthandler_exit_on_timeout=true")  # seconds of one test
 CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
 
 
@@ -43,7 +44,7 @@ def main(words: list[str]) -> int:
             run(list(fix))
     given = [word for word in words if word != "--fix"]
     failed = [check[0] for check in CHECKS if not run(list(check))]
-    if not run(["pytest", "-o", "norecursedirs=.*", "--durations=10", *in_parallel(), *given]):
+    if not run(["pytest", "-o", "norecursedirs=.*", "--durations=10", *HANG, *in_parallel(), *given]):
         failed.append("pytest")
     if failed:
         print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)

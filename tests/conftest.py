@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import threading
 import zipfile
 from pathlib import Path
 
@@ -13,8 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inher
 import pytest
 import tiny
 from tiny import ROOT, SMALL, run_main
+from tqdm import tqdm
 
 import utils
+
+tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks: one killed while it holds it would end all bars
+tqdm.monitor_interval = 0  # no thread that could hold it while a test forks
 
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
 

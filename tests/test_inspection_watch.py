@@ -4,8 +4,8 @@ import logging
 
 import pytest
 import torch
-from test_inspection_faults import Whole, batch, loss_of, network
 from torch import nn
+from whole_step import Whole, batch, loss_of, network
 
 from inspection import watch
 from inspection.pictures import diary_picture

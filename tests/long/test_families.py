@@ -85,6 +85,7 @@ def test_timms_heads_alone_are_trained_while_frozen(family):
 )
 def test_every_head_of_timms_distilled_models_counts_for_the_logits(name, size):
     """A head that the logits do not depend on would make the other tests prove nothing."""
+    pytest.importorskip("timm")
     model = build_model(f"timm:{name}", 5, pretrained=False, image_size=size).train()
     trained = trained_names(model)
     model(torch.rand(2, 3, size, size)).square().sum().backward()

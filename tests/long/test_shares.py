@@ -1,6 +1,10 @@
 """Shares of a division whatever the classes, groups and seeds are (hypothesis)."""
 
 import numpy as np
+import pytest
+
+pytest.importorskip("hypothesis")
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split

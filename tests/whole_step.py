@@ -1,0 +1,47 @@
+"""A whole training step in float16, as PyTorch's documentation writes it, on a small network that is ours alone."""
+
+import torch
+from torch import nn
+
+CPU_BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
+CPU_FP16 = {"device_type": "cpu", "dtype": torch.float16}
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.LayerNorm(64), nn.GELU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 32, generator=generator), torch.randint(0, 10, (16,), generator=generator)
+
+
+def loss_of(outputs, batch):
+    return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class Whole:
+    """A whole training step in float16 with a scaler, as PyTorch's documentation writes it; subclasses spoil it."""
+
+    autocast = CPU_FP16
+    init_scale = 2.0**8
+    scaled = True
+
+    def __init__(self):
+        self.model = network()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=self.init_scale, enabled=self.scaled)
+
+    def step(self, model, batch):
+        self.optimizer.zero_grad()
+        with torch.autocast(**self.autocast):
+            loss = loss_of(model(batch[0]), batch)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach()
