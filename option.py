@@ -335,14 +335,14 @@ OPTIONS = {
         "data_dir": Option(DIR, None, "also measure how fast this data set can be loaded", PLACE),
         "json": Option(FILE, None, "write all findings as JSON", CALL),
     },
-    "inspection": {
+    "ampscope": {
         "device": DEVICE,
         "batch_size": Option(COUNT, 32, "number of images in the batch"),
         "precisions": Option(LIST, None, "precisions to inspect (default: those that suit the device)", CALL),
         "full": Option(FLAG, False, "list every operator", CALL),
         "checkpoint": Option(FILE, None, "inspect the weights of this checkpoint", CALL),
         "module": Option(NAME, None, "inspect your own model: FILE.py:make returns (model, batch, loss)", CALL),
-        "diary": Option(FILE, None, "draw the loss scale from this diary, which inspection.watch wrote", CALL),
+        "diary": Option(FILE, None, "draw the loss scale from this diary, which ampscope.watch wrote", CALL),
         "out": Option(DIR, "inspect", "folder for JSON, pictures and the page", CALL),
         "strict": Option(FLAG, False, "end with status 1 if a rule is broken", CALL),
     },
@@ -384,7 +384,7 @@ GROUPS = {
     "audit": (*_TRAINING, "auditing"),
     "report": ("a finished run's folder",),
     "doctor": ("examination",),
-    "inspect": ("run", "data", "model", "inspection"),
+    "inspect": ("run", "data", "model", "ampscope"),
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
 }

@@ -1,7 +1,7 @@
 """What this machine can do and what to expect of AMP on it: a verdict, its reasons, the evidence, a command.
 
 Times the package's own training update in each precision, in processes that take turns. Knows nothing of options or
-runs, nor of what the numbers mean (inspection/advice.py).
+runs, nor of what the numbers mean (measuring/advice.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from ampscope.timing import wait
 from dataset import Batches
 from images.opening import Opening, open_data_set
 from images.stores import StreamedImages
-from inspection.advice import advise, ceilings
-from inspection.hardware import machine
-from inspection.probe import (
+from measuring.advice import advise, ceilings
+from measuring.hardware import machine
+from measuring.probe import (
     PHASES,
     PRODUCT_SIZE,
     ROUNDS,
@@ -29,7 +30,6 @@ from inspection.probe import (
     updates_of_a_round,
     what_may_help,
 )
-from inspection.timing import wait
 from model import known_model
 from precision import sensible_precisions
 from reports.doctor import doctor_text

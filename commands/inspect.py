@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from inspection import inspect_step
-from inspection.places import count_as_users
-from inspection.report import Report
+from ampscope import inspect_step
+from ampscope.places import count_as_users
+from ampscope.report import Report
 from reports.results import read_metrics
 from reports.text import paragraph
 from utils import RunError, UserError, choose_device, printable

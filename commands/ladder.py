@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from inspection.probe import (
+from ampscope.roofline import Operator, beyond, roofline, why_it_ends
+from measuring.probe import (
     PATIENCE,
     PRODUCT_SIZE,
     ROUNDS,
@@ -22,8 +23,7 @@ from inspection.probe import (
     updates_of_a_round,
     what_may_help,
 )
-from inspection.roofline import Operator, beyond, roofline, why_it_ends
-from inspection.rungs import FIRST, Rung, RungBench, rungs_for, step_up
+from measuring.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import cpu_instructions, sensible_precisions
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text

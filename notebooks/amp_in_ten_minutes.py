@@ -236,7 +236,7 @@ Path("broken_scaler.py").write_text(recipe.replace("LOSS_WEIGHT = 0.002", "LOSS_
 # holds, which gradients vanish or overflow, and which rules the code breaks. Put your model and a batch here.
 
 # %%
-from inspection import inspect_step
+from ampscope import inspect_step
 
 
 class Mine(nn.Module):

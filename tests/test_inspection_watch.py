@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from whole_step import Whole, batch, loss_of, network
 
-from inspection import watch
-from inspection.pictures import diary_picture
+from ampscope import watch
+from ampscope.pictures import diary_picture
 from reports.results import read_metrics
 from utils import UserError
 

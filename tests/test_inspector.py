@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from torch import nn
 
 import utils
-from inspection import inspect_step, memory, payoff, pictures, ranges
-from inspection.subject import Subject
-from inspection.tracing import trace_step
-from inspection.words import diary_lines, underflow_lines
+from ampscope import inspect_step, memory, payoff, pictures, ranges
+from ampscope.subject import Subject
+from ampscope.tracing import trace_step
+from ampscope.words import diary_lines, underflow_lines
 from precision import named_precision
 from reports.text import table
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from inspection import roofline
-from inspection.roofline import OTHER, Operator, count_step, group_of
+from ampscope import roofline
+from ampscope.roofline import OTHER, Operator, count_step, group_of
 
 CPU = torch.device("cpu")
 

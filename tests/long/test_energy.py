@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from inspection import energy
+from ampscope import energy
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from whole_step import CPU_BF16, Whole, batch, loss_of, network
 
-from inspection import inspect_step
-from inspection.findings import RULES
+from ampscope import inspect_step
+from ampscope.findings import RULES
 
 
 class Bfloat16(Whole):

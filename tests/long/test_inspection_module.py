@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 
+from ampscope.findings import RULES
 from commands import inspect as command
-from inspection.findings import RULES
 from utils import RunError, UserError
 
 LOSS = """
@@ -102,11 +102,11 @@ def test_the_users_own_files_are_imported_whatever_their_names(tmp_path):
     """`utils`, `model` and `inspection` are names of this project, too."""
     (tmp_path / "utils.py").write_text("WIDTH = 32\n")
     (tmp_path / "model.py").write_text("from torch import nn\nfrom utils import WIDTH\nnet = nn.Linear(16, WIDTH)\n")
-    (tmp_path / "inspection").mkdir()
-    (tmp_path / "inspection" / "__init__.py").write_text("LOSS = 'theirs'\n")
+    (tmp_path / "ampscope").mkdir()
+    (tmp_path / "ampscope" / "__init__.py").write_text("LOSS = 'theirs'\n")
     text = """
     import torch
-    from inspection import LOSS
+    from ampscope import LOSS
     from model import net
 
     def make():
@@ -186,11 +186,11 @@ def test_models_and_batch_are_moved(tmp_path):
 
 
 def test_every_rule_is_documented():
-    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    page = (tiny.ROOT / "docs" / "ampscope.md").read_text(encoding="utf-8")
     assert all(f"| `{rule}` | {title} |" in page for rule, title in RULES.items())
 
 
 def test_the_documents_example_runs(tmp_path):
-    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    page = (tiny.ROOT / "docs" / "ampscope.md").read_text(encoding="utf-8")
     example = page.partition("```python\n")[2].partition("```")[0]
     assert "def make()" in example and command.inspect_module(written(tmp_path, example)).ok

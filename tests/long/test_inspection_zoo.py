@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-from inspection import inspect_step
+from ampscope import inspect_step
 
 PRECISIONS = ["fp32", "amp-bf16"]
 functional = nn.functional

@@ -122,7 +122,7 @@ def test_a_process_with_its_own_modules_uses_it_as_a_library(environment, foreig
         "import importlib, pkgutil, sys\n"
         "import utils\n"
         "import amp_train\n"
-        "from amp_train.inspection.probe import Probe\n"
+        "from amp_train.measuring.probe import Probe\n"
         "if __name__ == '__main__':\n"
         "    for found in pkgutil.walk_packages(amp_train.__path__, 'amp_train.'):\n"
         "        if found.name != 'amp_train.__main__':\n"

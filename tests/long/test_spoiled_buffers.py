@@ -7,7 +7,7 @@ import torch
 from test_training_numbers import OVERFLOW, classifier, images
 from torch import nn
 
-from inspection import inspect_step, watch
+from ampscope import inspect_step, watch
 
 
 class Looped:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from inspection.execution import Execution
-from inspection.subject import Subject
-from inspection.tensors import tensors_in
-from inspection.tracing import eager
+from ampscope.execution import Execution
+from ampscope.subject import Subject
+from ampscope.tensors import tensors_in
+from ampscope.tracing import eager
 from precision import Precision
 
 FORMATS = {

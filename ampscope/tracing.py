@@ -20,13 +20,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from inspection.execution import Event, Execution
-from inspection.finite import Lineage
-from inspection.places import Place, kind_of_file, place_of_caller
-from inspection.products import Product, describe, is_custom, is_product
-from inspection.subject import Subject
-from inspection.tensors import address, dtype_name
-from inspection.timing import wait
+from ampscope.execution import Event, Execution
+from ampscope.finite import Lineage
+from ampscope.places import Place, kind_of_file, place_of_caller
+from ampscope.products import Product, describe, is_custom, is_product
+from ampscope.subject import Subject
+from ampscope.tensors import address, dtype_name
+from ampscope.timing import wait
 from precision import Precision
 
 AMP_TYPES = (torch.float16, torch.bfloat16)

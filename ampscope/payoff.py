@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from inspection import roofline
-from inspection.execution import Execution
-from inspection.subject import Subject
-from inspection.tensors import dtype_name
-from inspection.timing import amdahl, timed, timed_once
-from inspection.tracing import Trace, eager
+from ampscope import roofline
+from ampscope.execution import Execution
+from ampscope.subject import Subject
+from ampscope.tensors import dtype_name
+from ampscope.timing import amdahl, timed, timed_once
+from ampscope.tracing import Trace, eager
 from precision import Precision
 
 ROUNDS = 7

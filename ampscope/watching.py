@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
-from inspection.finite import ranged
-from inspection.subject import core
-from inspection.tensors import buffers_not_finite, tensors_in
+from ampscope.finite import ranged
+from ampscope.subject import core
+from ampscope.tensors import buffers_not_finite, tensors_in
 from precision import Precision
 from system.files import json_text
 from utils import UserError

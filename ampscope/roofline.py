@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from inspection.tensors import dtype_name
-from inspection.timing import timed_once
+from ampscope.tensors import dtype_name
+from ampscope.timing import timed_once
 
 # Groups of operators by their names; the first pattern that matches counts. Products are those with FLOPs.
 GROUPS = {

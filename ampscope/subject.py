@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from inspection.tensors import tensors_in
+from ampscope.tensors import tensors_in
 from precision import Precision
 from utils import UserError
 

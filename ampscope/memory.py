@@ -12,10 +12,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from inspection.execution import Execution
-from inspection.subject import Subject
-from inspection.tensors import address, tensors_in
-from inspection.tracing import eager
+from ampscope.execution import Execution
+from ampscope.subject import Subject
+from ampscope.tensors import address, tensors_in
+from ampscope.tracing import eager
 from precision import Precision
 from system.machine import linux_memory
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inspection.words import cast_words, megabytes, payoff_words, share
+from ampscope.words import cast_words, megabytes, payoff_words, share
 from reports import page
 
 if TYPE_CHECKING:
-    from inspection.report import Report
+    from ampscope.report import Report
 
 PICTURES = {
     "memory.png": ("What one update holds", 960),

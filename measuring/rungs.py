@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ampscope.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
+from ampscope.tensors import dtype_name
+from ampscope.timing import wait
 from features.cpu_layers import SmallMapConv2d
-from inspection.probe import Bench, Update
-from inspection.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
-from inspection.tensors import dtype_name
-from inspection.timing import wait
+from measuring.probe import Bench, Update
 from model import Forward
 from precision import Precision, bfloat16_products
 from system.cards import NATIVE, processor

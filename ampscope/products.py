@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from inspection.places import Place
-from inspection.tensors import dtype_name
+from ampscope.places import Place
+from ampscope.tensors import dtype_name
 
 PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|matmul|_scaled_mm)_?(\.|$)"
 PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"

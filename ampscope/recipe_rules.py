@@ -7,11 +7,11 @@ from collections import Counter
 
 import torch
 
-from inspection.execution import Event
-from inspection.findings import Finding
-from inspection.places import Place, kind_of_file, line_with, users_sources
-from inspection.subject import Subject
-from inspection.tracing import AMP_TYPES, Trace
+from ampscope.execution import Event
+from ampscope.findings import Finding
+from ampscope.places import Place, kind_of_file, line_with, users_sources
+from ampscope.subject import Subject
+from ampscope.tracing import AMP_TYPES, Trace
 
 READS = ("item", "tolist", "cpu", "numpy")
 NARROWING = {  # the likeliest first; a line of autocast's is none

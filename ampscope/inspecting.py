@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from inspection import payoff
-from inspection.execution import Execution
-from inspection.findings import Finding, by_place
-from inspection.memory import memory_ledger
-from inspection.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
-from inspection.places import Place, count_as_users, shown
-from inspection.ranges import measure_ranges
-from inspection.recipe_rules import recipe_findings
-from inspection.report import Report
-from inspection.subject import Subject, core
-from inspection.tensors import buffers_not_finite, dtype_name
-from inspection.tracing import Trace, trace_step
+from ampscope import payoff
+from ampscope.execution import Execution
+from ampscope.findings import Finding, by_place
+from ampscope.memory import memory_ledger
+from ampscope.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
+from ampscope.places import Place, count_as_users, shown
+from ampscope.ranges import measure_ranges
+from ampscope.recipe_rules import recipe_findings
+from ampscope.report import Report
+from ampscope.subject import Subject, core
+from ampscope.tensors import buffers_not_finite, dtype_name
+from ampscope.tracing import Trace, trace_step
 from precision import Precision, named_precision, sensible_precisions
 from utils import RunError, UserError
 

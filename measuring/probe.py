@@ -24,12 +24,12 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ampscope.timing import timed, wait
 from dataset import Batches
 from features.cpu_layers import adapt_to_cpu
 from images.stores import DecodedImages
 from images.subsets import Subset
-from inspection.energy import energy_counter
-from inspection.timing import timed, wait
+from measuring.energy import energy_counter
 from model import build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision

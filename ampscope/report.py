@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from inspection.findings import Finding
-from inspection.words import (
+from ampscope.findings import Finding
+from ampscope.words import (
     activation_lines,
     diary_lines,
     dtype_lines,
@@ -24,7 +24,7 @@ from utils import UserError
 
 @dataclass
 class Report:
-    """`content` is what inspect.json holds (docs/inspection.md describes it); `findings` are what broke a rule."""
+    """`content` is what inspect.json holds (docs/ampscope.md describes it); `findings` are what broke a rule."""
 
     content: dict[str, Any]
     everything: list[Finding] = field(default_factory=list)
@@ -145,8 +145,8 @@ class Report:
 
     def write(self, folder: str | Path) -> list[Path]:
         """inspect.json, the pictures and inspect.html. Raises UserError if the folder cannot be written."""
-        from inspection.page import write_report_page
-        from inspection.pictures import activation_picture, diary_picture, magnitude_picture, memory_picture
+        from ampscope.page import write_report_page
+        from ampscope.pictures import activation_picture, diary_picture, magnitude_picture, memory_picture
 
         folder = Path(folder)
         content = self.content

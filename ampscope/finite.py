@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from inspection.places import Place
-from inspection.subject import Subject
-from inspection.tensors import address, dtype_name, tensors_in
+from ampscope.places import Place
+from ampscope.subject import Subject
+from ampscope.tensors import address, dtype_name, tensors_in
 
 # Operators that write what they are told to, infinity too.
 CREATE = (

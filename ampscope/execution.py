@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.optim import optimizer as optimizer_hooks
 
-from inspection.places import Place, outermost, place_of_caller
-from inspection.subject import Subject, losses_in, restore
-from inspection.tensors import tensors_in
+from ampscope.places import Place, outermost, place_of_caller
+from ampscope.subject import Subject, losses_in, restore
+from ampscope.tensors import tensors_in
 from precision import Precision
 
 SCALER_CALLS = ("scale", "unscale_", "step", "update")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from inspection.timing import amdahl
+from ampscope.timing import amdahl
 from precision_table import label_of
 from system.cards import EMULATED, NONE
 from utils import typed

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from inspection.places import Place
+from ampscope.places import Place
 
 RULES = {
     "host-sync": "the step reads a tensor's value, so the host waits for the device",
