@@ -13,13 +13,14 @@ import torch
 
 import main
 import precision
-from ampscope import advice, finite, payoff, probe, roofline
+from ampscope import finite, payoff, roofline
 from ampscope.words import payoff_words
 from commands import compare as compare_command
 from commands import doctor
 from dataset import Batches
 from evaluate import way_out
 from images.soundness import say_uneven
+from measuring import advice, probe
 from metrics import Meter
 from model import _advice, check_input_size
 from option import SAME_TRAINING

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 
-from ampscope import advice, hardware, probe
 from ampscope.timing import amdahl
 from commands import doctor
+from measuring import advice, hardware, probe
 from reports.doctor import doctor_text
 from system.cards import nvidia_card, processor
 from utils import RunError, UserError

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ampscope import energy
+from measuring import energy
 
 CPU = torch.device("cpu")
 

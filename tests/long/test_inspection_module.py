@@ -102,11 +102,11 @@ def test_the_users_own_files_are_imported_whatever_their_names(tmp_path):
     """`utils`, `model` and `inspection` are names of this project, too."""
     (tmp_path / "utils.py").write_text("WIDTH = 32\n")
     (tmp_path / "model.py").write_text("from torch import nn\nfrom utils import WIDTH\nnet = nn.Linear(16, WIDTH)\n")
-    (tmp_path / "ampscope").mkdir()
-    (tmp_path / "ampscope" / "__init__.py").write_text("LOSS = 'theirs'\n")
+    (tmp_path / "inspection").mkdir()
+    (tmp_path / "inspection" / "__init__.py").write_text("LOSS = 'theirs'\n")
     text = """
     import torch
-    from ampscope import LOSS
+    from inspection import LOSS
     from model import net
 
     def make():

@@ -10,11 +10,11 @@ import torch
 from tiny import SMALL
 from torch import nn
 
-from ampscope import probe
 from ampscope.roofline import Operator
 from commands import ladder
 from distributed import Ranks
 from features.cpu_layers import SmallMapConv2d
+from measuring import probe
 from measuring.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
 from model import Network
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text

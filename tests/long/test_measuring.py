@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from ampscope import probe
 from commands import doctor
+from measuring import probe
 from reports.doctor import doctor_text
 from utils import RunError
 
