@@ -186,11 +186,11 @@ def test_models_and_batch_are_moved(tmp_path):
 
 
 def test_every_rule_is_documented():
-    page = (tiny.ROOT / "docs" / "ampscope.md").read_text(encoding="utf-8")
+    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
     assert all(f"| `{rule}` | {title} |" in page for rule, title in RULES.items())
 
 
 def test_the_documents_example_runs(tmp_path):
-    page = (tiny.ROOT / "docs" / "ampscope.md").read_text(encoding="utf-8")
+    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
     example = page.partition("```python\n")[2].partition("```")[0]
     assert "def make()" in example and command.inspect_module(written(tmp_path, example)).ok
