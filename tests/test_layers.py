@@ -153,6 +153,8 @@ def test_the_recipe_keeps_the_order_of_the_scalers_calls():
     steps = (".backward()", "scaler.unscale_(", "clip_grads_with_norm_(", "scaler.step(", "scaler.update()")
     order = [source.index(step) for step in steps]
     assert order == sorted(order)
+    regions = [ast.unparse(node) for node in ast.walk(function) if isinstance(node, ast.With)]
+    assert not [text for text in regions if text.startswith("with precision.autocast()") and ".backward()" in text]
     assert not [name for name in (".item(", ".tolist(", "float(loss", ".cpu(") if name in source]  # nothing waits
 
 
