@@ -124,6 +124,20 @@ TELLING = {
         r"skipped updates 1, evaluation 0\.[2-6]\d+, of the average 0\.",
         r"counts: 39 of 40",
     ],
+    "24_checkpointing_and_autocast": [
+        r"bfloat16 +loss .* 26\.0 MiB",
+        r"checkpointed loss .* 4\.5 MiB",
+        r"bit for bit: True",
+        r"CheckpointError: .*Recomputed values",
+    ],
+    "25_fully_sharded_data_parallel": [
+        r"autocast bfloat16 +bfloat16 +float32 +float32",
+        r"policy bfloat16 +bfloat16 +bfloat16 +float32",
+        r"policy float16 +loss inf",
+        r"rank 0 sees an inf: True +moved: False +scale 512",
+        r"rank 1 sees an inf: False +moved: False +scale 512",
+    ],
+    "26_one_layer_in_float32": [r"2 Centre +3\d\.\d+% +3\d", r"5 Linear +2\d\.\d+% +0\.2", r"2 +Centre .* 0\.3\d\d%"],
     "22_float8_linear_layers": [r"one value of 100,000 +1\d\.\d% +3\.\d%", r"skipped: torchao|emulated: this device"],
 }
 
