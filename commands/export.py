@@ -219,7 +219,7 @@ def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
     """A program that needs neither PyTorch nor this package, and gives what `predict` gives."""
     windows = Rules(windows=checkpoint.get("windows") or {})
     side = checkpoint["image_size"]
-    functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb)
+    functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb, decode.resized)
     turns = ", ".join(f"{number}: Image.Transpose.{turn.name}" for number, turn in decode.UPRIGHT.items())
     program = "\n\n\n".join(
         [
@@ -230,9 +230,8 @@ def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
             f"WINDOWS = { ({mode: windows.window(mode) for mode in decode.TYPE_WINDOWS}) }",
             *(inspect.getsource(function).rstrip() for function in functions),
             f"session = onnxruntime.InferenceSession({str(file)!r})\n"
-            'image = Image.open("x.jpg")\nimage.load()\n'
-            f"image = to_rgb(shown(image), WINDOWS.__getitem__).resize(({side}, {side}), "
-            f"Image.Resampling.{checkpoint['interpolation'].upper()})\n"
+            f'image = resized(Image.open("x.jpg"), {side}, Image.Resampling.{checkpoint["interpolation"].upper()}, '
+            "WINDOWS.__getitem__)\n"
             'print(session.run(None, {"images": np.asarray(image)[None]})[0])  # probabilities of the classes',
         ]
     )

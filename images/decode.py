@@ -78,7 +78,7 @@ def windows_of(text: str) -> dict[str, tuple[float, float]]:
     return dict.fromkeys(TYPE_WINDOWS, (low, high))
 
 
-DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v3"
+DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v4"
 
 
 def deep_mode(mode: str) -> str | None:
@@ -134,19 +134,29 @@ def _is_reduced(image: Image.Image) -> bool:
 
 
 def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> np.ndarray:
-    """Decodes the first picture of a file to RGB uint8 (height, width, 3), upright by its EXIF orientation.
+    """Decode the first picture of a file to RGB uint8 (height, width, 3), upright by its EXIF orientation.
 
-    One that is larger than `limit` pixels on any side is resized to `limit` square, by Pillow's antialiased
-    filter; a smaller one is kept as it is. Raises OSError, ValueError or another of Pillow's errors for
-    what is not a whole image, or is larger than `rules` allow.
+    Resize a picture with a side above `limit` pixels to `limit` square, with Pillow's antialiased filter; keep a
+    smaller one as it is. Raise OSError, ValueError or another of Pillow's errors if the file is not a whole image, or
+    is larger than `rules` allow.
     """
     rules = rules or Rules()
     with _open(path, rules) as image:
-        image.load()
-        rgb = to_rgb(shown(image), rules.window)
-        if limit is not None and max(rgb.size) > limit:
-            rgb = rgb.resize((limit, limit), Image.Resampling[rules.interpolation.upper()])
-        return np.asarray(rgb)
+        if limit is None or max(image.size) <= limit:
+            return np.asarray(to_rgb(shown(image), rules.window))
+        return np.asarray(resized(image, limit, Image.Resampling[rules.interpolation.upper()], rules.window))
+
+
+def resized(
+    image: Image.Image, side: int, resampling: Image.Resampling, window: Callable[[str], tuple[float, float]]
+) -> Image.Image:
+    """Return an opened picture as RGB, upright, `side` pixels square; `window` is that of `to_rgb`."""
+    if min(image.size) >= 4 * side:  # JPEG alone can be decoded to 1/2, 1/4 or 1/8: here to at least twice `side`
+        reduced = image.draft(None, (2 * side, 2 * side))
+        if reduced:
+            box = reduced[1]  # the last row and column may hold less than a whole pixel
+            return upright(to_rgb(image, window).resize((side, side), resampling, box))
+    return to_rgb(shown(image), window).resize((side, side), resampling)
 
 
 def picture_formats() -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from PIL import EpsImagePlugin, Image
 
+import images.decode
 from images.check import check, format_check
 from images.decode import Rules, decode, read_header, try_decode, value_range
 from images.walk import find_images
@@ -91,6 +92,25 @@ def test_every_image_is_opened_with_a_list_of_formats():
             if opens and "formats" not in [word.arg for word in call.keywords]:
                 without.append(f"{path.name}:{call.lineno}")
     assert without == []
+
+
+# ------------------------------------------------------------------------------------- photographs
+@pytest.mark.parametrize("orientation", [1, 2, 6, 7])
+@pytest.mark.parametrize("size", [(1061, 709), (256, 1000)])
+def test_a_photograph_is_decoded_smaller_to_the_same_picture(tmp_path, monkeypatch, orientation, size):
+    file = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[274] = orientation
+    tiny.noise(1, (10, 8)).resize(size, Image.Resampling.BICUBIC).save(file, exif=exif, quality=95)
+    seen = []
+    to_rgb = images.decode.to_rgb
+    monkeypatch.setattr("images.decode.to_rgb", lambda image, window: seen.append(image.size) or to_rgb(image, window))
+    found = decode(file, 64)
+    whole = Image.fromarray(decode(file)).resize((64, 64), Image.Resampling.BILINEAR)
+    difference = np.abs(np.asarray(whole).astype(int) - found)
+    assert difference.mean() < 0.5 and difference.max() <= 5
+    assert 128 <= min(seen[0]) < min(size)
+    assert seen[1] == (size if orientation < 5 else size[::-1])
 
 
 # ------------------------------------------------------------------------------------- values
