@@ -115,8 +115,7 @@ class Execution:
         kept += [(autocast, name) for name in ("__init__", "__enter__", "__exit__")]
         kept += [(scaler, name) for name in SCALER_CALLS]
         originals = {(owner, name): getattr(owner, name) for owner, name in kept}
-        before = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
-        after = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
+        hooks = self._optimizer_hooks()
         entered = [
             hook
             for model in self.subject.models.values()
@@ -138,8 +137,15 @@ class Execution:
         finally:
             for (owner, name), original in originals.items():
                 setattr(owner, name, original)
-            for handle in (before, after, *entered):
+            for handle in (*hooks, *entered):
                 handle.remove()
+
+    def _optimizer_hooks(self) -> list[Any]:
+        """Handles of the hooks on every optimizer's step."""
+        return [
+            optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
+            optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
+        ]
 
     def _enter(self, *_: Any) -> None:
         self.depth += 1

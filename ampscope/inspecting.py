@@ -237,7 +237,7 @@ class Inspection:
             casts[name] = payoff.cast_cost(self.traces[name], dtypes[name], subject.device)
             casts[name]["update_seconds"] = pay["speed"][name]["seconds"] if pay else None
         products = {
-            name: [_product_record(row) for row in wide_products(self.traces[name])]
+            name: [product_record(row) for row in wide_products(self.traces[name])]
             for name in ran
             if self.precisions[name].amp
         }
@@ -253,7 +253,7 @@ class Inspection:
             "underflow": ranges,
             "scaler": self.metrics,
             "float32_products": products,
-            "synchronisations": _waits(written),
+            "synchronisations": waits(written),
             "payoff": pay,
         }
 
@@ -294,7 +294,7 @@ def _in_words(trace: Trace) -> str:
     return f"{type(trace.error).__name__}: {text}{where}"
 
 
-def _product_record(row: dict[str, Any]) -> dict[str, Any]:
+def product_record(row: dict[str, Any]) -> dict[str, Any]:
     place = row["place"]
     record = {key: value for key, value in row.items() if key not in ("place", "written_cast")}
     return record | {
@@ -305,7 +305,7 @@ def _product_record(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _waits(trace: Trace) -> list[dict[str, Any]]:
+def waits(trace: Trace) -> list[dict[str, Any]]:
     rows = [
         {
             "where": f"{shown(place.file)}:{place.line}",

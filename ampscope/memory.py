@@ -22,7 +22,7 @@ from system.machine import linux_memory
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 
 
-class _KeptForBackward(TorchDispatchMode):
+class KeptForBackward(TorchDispatchMode):
     """Notes the storages that autograd keeps, by address, and which of them are casts of parameters."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]):
@@ -79,7 +79,7 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
         for parameter in parameters
         if parameter.requires_grad and parameter.is_leaf
     ]
-    kept = _KeptForBackward(parameters)
+    kept = KeptForBackward(parameters)
     execution.run(update=True)  # the optimizers' state is made in the first update
     with eager():
         execution.run(update=True, modes=kept)
@@ -130,3 +130,9 @@ def peak_of_allocations(function: Callable[[], Any]) -> int:
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(changes), default=0)
+
+
+def resident_peak() -> int | None:
+    """The most memory that this process had, in bytes; None where Linux is not there to say it."""
+    # Not getrusage: its maximum begins with what the parent had when it started this process.
+    return linux_memory("/proc/self/status", "VmHWM")

@@ -83,6 +83,12 @@ def count_as_users(function: object) -> None:
         kind_of_file.cache_clear()
 
 
+def count_file_as_users(file: str) -> None:
+    """A whole file is the user's, even inside site-packages."""
+    _users.setdefault(file, [])
+    kind_of_file.cache_clear()
+
+
 def users_sources() -> list[tuple[str, int, list[str]]]:
     """(file, first line, lines) of the functions named as the user's (make(), the step, the loss), then their files."""
     functions = []

@@ -122,7 +122,7 @@ class Fates:
         }
 
 
-class _Watch:
+class Watch:
     """Counts the gradients and the activations of one run by layer; `hooks` sees them."""
 
     def __init__(self, execution: Execution, scales: list[float]):
@@ -178,7 +178,7 @@ def measure_ranges(
     if product_modules is None:
         product_modules = {name for name, module in modules.items() if is_product_module(module)}
     execution = Execution(subject, Precision("fp32", subject.device, ""))
-    watch = _Watch(execution, scales)
+    watch = Watch(execution, scales)
     hooks = watch.hooks(modules, parameters)
     try:
         torch.manual_seed(0)
@@ -188,14 +188,20 @@ def measure_ranges(
         for hook in hooks:
             hook.remove()
         execution.put_back()
+    found = records(watch, modules, [*parameters], product_modules)
+    return {"scales": scales, "scaler_scale": scaler_scale, **found}
+
+
+def records(
+    watch: Watch, modules: dict[str, nn.Module], parameters: list[str], product_modules: set[str]
+) -> dict[str, Any]:
+    """What a run's gradients and activations were: layers, activations and histogram of `measure_ranges`."""
     activations = [
         {"name": name, "kind": type(modules[name]).__name__, **fates.record()}
         for name, fates in watch.activations.items()
     ]
     return {
-        "scales": scales,
-        "scaler_scale": scaler_scale,
-        "layers": _layers(watch.gradients, [*parameters], [*modules], product_modules),
+        "layers": _layers(watch.gradients, parameters, [*modules], product_modules),
         "activations": activations,
         "histogram": {group: _histogram(watch.gradients, group) for group in ("parameter", "activation")},
     }

@@ -67,11 +67,14 @@ class Report:
         lines += ["", *memory_lines(content["memory"])]
         if content["underflow"] is not None:
             lines += ["", *underflow_lines(content["underflow"])]
-        lines += ["", *diary_lines(content["scaler"])]
+        lines += ["", *self._diary_lines()]
         if content["underflow"] is not None:
             lines += ["", *activation_lines(content["underflow"]["activations"])]
         lines += ["", *self._wide_lines(), "", *self._sync_lines(), "", *self._payoff_lines(), "", *self._findings()]
         return "\n".join(lines)
+
+    def _diary_lines(self) -> list[str]:
+        return diary_lines(self.content["scaler"])
 
     def _wide_lines(self) -> list[str]:
         lines = heading(

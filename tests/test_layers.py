@@ -129,6 +129,7 @@ def test_nobody_below_main_touches_the_options():
     touching = {
         name
         for name, tree in MODULES.items()
+        if not name.startswith("ampscope.")  # a library with a command of its own
         for node in ast.walk(tree)
         if isinstance(node, ast.Name) and node.id in ("Namespace", "argparse")
     }

@@ -1,0 +1,107 @@
+"""`run` and `watch`: the verbs that take somebody's program as it is."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ampscope.running import Ended, Outcome, Program, show_traceback
+from ampscope.script_report import ScriptReport, nothing_traced, script_report, uses_amp
+from ampscope.script_trace import ScriptTrace
+from ampscope.trial import will_it_pay
+
+
+def run_parser(name: str = "ampscope run") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=name,
+        usage=f"{name} [options] SCRIPT.py [its arguments]\n       {name} [options] -m MODULE [its arguments]",
+        description="Run a training program as it is, trace one of its updates whole, print the report, and end.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--update", type=int, default=3, metavar="N", help="trace the Nth update, from 2 on (3)")
+    parser.add_argument("--out", metavar="DIR", help="also write inspect.json, pictures and inspect.html there")
+    parser.add_argument("--full", action="store_true", help="list every operator of every module")
+    parser.add_argument("--strict", action="store_true", help="end with status 1 if a rule is broken")
+    parser.add_argument("--go-on", action="store_true", help="let the program continue after the report")
+    parser.add_argument("--no-payoff", action="store_true", help="do not start the program twice more to time it")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, Program]:
+    """The tool's own options, and the program with its arguments: everything after its name belongs to it."""
+    parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module by its name, as python -m")
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(words)
+    module = options.module is not None
+    given = options.module if module else options.words[options.words[:1] == ["--"] :]
+    if not given:
+        parser.error("name the program to run: SCRIPT.py or -m MODULE.")
+    program = Program(given[0], given[1:], module)
+    if not module and not Path(program.name).exists():
+        parser.error(f"there is no file {program.name}.")
+    return options, program
+
+
+def run(words: Sequence[str]) -> int:
+    """Trace one update of a program; returns the exit status."""
+    parser = run_parser()
+    options, program = parse(parser, words)
+    if options.update < 2:
+        parser.error("--update: the first update that can be traced whole is the second.")
+    seen = ScriptTrace(options.update, go_on=options.go_on)
+    first = os.environ.get("RANK", "0") == "0"
+    if not first:
+        return follow(program, seen)
+    reports: list[ScriptReport] = []
+
+    def show(pay: dict[str, Any] | None = None) -> None:
+        report = script_report(seen, program.command, pay)
+        reports.append(report)
+        print(report.text(full=options.full), flush=True)
+        if options.out is not None:
+            report.write(options.out)
+
+    if options.go_on:
+        seen.finished = show
+    started = time.perf_counter()
+    with seen.updates:
+        seen.updates.listener = seen
+        outcome = program.run()
+    if outcome.error is not None:
+        show_traceback(outcome.error)
+    if not seen.done:
+        seen.failed(outcome.error)
+    if seen.trace is None:
+        print(f"ampscope: {nothing_traced(seen.updates, outcome, options.update)}", file=sys.stderr)
+        return outcome.status or 2
+    if not reports:
+        pay = None
+        if seen.whole and not options.no_payoff and "WORLD_SIZE" not in os.environ:
+            pay = will_it_pay(program, amp=uses_amp(seen), started=started)
+        show(pay)
+    broken = options.strict and not reports[0].ok
+    return outcome.status or int(broken)
+
+
+def follow(program: Program, seen: ScriptTrace) -> int:
+    """A rank that is not the first one only counts the updates, and ends where the first one does."""
+    last = seen.number + 1
+
+    def at_end(updates: Any) -> None:
+        if updates.count >= last and not seen.go_on:
+            raise Ended
+
+    seen.updates.at_end = at_end
+    with seen.updates:
+        outcome = program.run()
+    if outcome.error is not None:
+        show_traceback(outcome.error)
+    return outcome.status
+
+
+__all__ = ["Outcome", "run"]

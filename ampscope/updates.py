@@ -1,0 +1,275 @@
+"""See the updates of a program that nobody changed: its optimizers, models, scalers and batches, by global hooks.
+
+An update ends when each optimizer that takes part in it has stepped. Which ones do is learnt from the first updates.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.optim import optimizer as optimizer_hooks
+from torch.utils.data import dataloader
+
+from ampscope.places import kind_of_file
+from ampscope.subject import Subject, core
+
+FRAMES = 40  # up to which the owner of a called module is looked for
+
+
+class Updates:
+    """Count a program's updates and tell `at_end(self)` at the end of each, from the second one on.
+
+    `count` is the number of updates that have ended, `seconds` the time of each that could be measured. `forwards`
+    counts calls of outermost modules by class, `backwards` calls of backward, `children` processes that were started.
+    `listener` sees optimizer steps and batches; see ScriptTrace.
+    """
+
+    def __init__(self, at_end: Callable[[Updates], None]):
+        self.at_end = at_end
+        self.listener: Any = None
+        self.count = 0
+        self.seconds: list[float] = []
+        self.loading: list[float] = []
+        self.forwards: Counter = Counter()
+        self.backwards = 0
+        self.children = 0
+        self.compiled = False
+        self.skipped = 0
+        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.scalers: dict[int, Any] = {}
+        self.roots: dict[int, tuple[str, nn.Module, nn.Module | None]] = {}
+        self._made: weakref.WeakSet = weakref.WeakSet()
+        self._cycle: set[int] = set()
+        self._stepped: set[int] = set()
+        self._depth = 0
+        self._loading = 0.0
+        self._last: float | None = None
+        self._scaling = False  # inside scaler.step
+        self._entered = 0  # optimizer steps since scaler.step began
+        self._pid = os.getpid()
+        self._undo: list[Callable[[], Any]] = []
+
+    def __enter__(self) -> Updates:
+        pre = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
+        post = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
+        self._undo += [pre.remove, post.remove]
+        self.follow_modules()
+        self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
+        self._wrap(torch.optim.Optimizer, "__init__", self._optimizer_made)
+        self._wrap(torch.autograd, "backward", self._backward)
+        self._wrap(torch, "compile", self._compile)
+        self._wrap(dataloader._BaseDataLoaderIter, "__next__", self._next_batch)
+        self._wrap(BaseProcess, "start", self._child)
+        self._wrap(subprocess.Popen, "__init__", self._child)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def follow_modules(self) -> None:
+        """Notice which modules are called from outside of any other."""
+        enter = module_hooks.register_module_forward_pre_hook(self._enter)
+        leave = module_hooks.register_module_forward_hook(self._leave, always_call=True)
+        self._undo += [enter.remove, leave.remove]
+
+    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        """Put `around(original, *args, **kwargs)` in the place of a function until the end."""
+        original = getattr(owner, name)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        setattr(owner, name, call)
+        self._undo.append(lambda: setattr(owner, name, original) if getattr(owner, name) is call else None)
+
+    # What is seen
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._depth += 1
+        if self._depth == 1 and torch._C._current_autograd_node() is None:
+            self.forwards[type(core(module)).__name__] += 1
+            if id(module) not in self.roots and next(module.parameters(), None) is not None:
+                self.roots[id(module)] = _named(module)
+
+    def _leave(self, *_: Any) -> None:
+        self._depth -= 1
+
+    def _backward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        self.backwards += 1
+        return original(*args, **kwargs)
+
+    def _optimizer_made(self, original: Callable, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        original(optimizer, *args, **kwargs)
+        self._made.add(optimizer)
+
+    def _compile(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self.listener is not None:
+            self.compiled = True
+            torch.compiler.set_stance("force_eager")
+        return result
+
+    def _child(self, original: Callable, process: Any, *args: Any, **kwargs: Any) -> Any:
+        """Another process starts; those that load batches do not train."""
+        if getattr(getattr(process, "_target", None), "__name__", "") != "_worker_loop":
+            self.children += 1
+        return original(process, *args, **kwargs)
+
+    def _next_batch(self, original: Callable, loader: Any) -> Any:
+        """A batch is loaded: what the data set computes belongs to no model."""
+        started = time.perf_counter()
+        listener = self.listener
+        if listener is None:
+            batch = original(loader)
+        else:
+            with listener.paused():
+                batch = original(loader)
+            listener.loaded(batch)
+        self._loading += time.perf_counter() - started
+        return batch
+
+    # Steps
+
+    def _scaler_step(self, original: Callable, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        optimizer = getattr(optimizer, "optimizer", optimizer) if not hasattr(optimizer, "param_groups") else optimizer
+        self.scalers[id(scaler)] = scaler
+        outer, self._scaling = self._scaling, True
+        self._entered = 0
+        try:
+            result = original(scaler, optimizer, *args, **kwargs)
+        finally:
+            self._scaling = outer
+        if not self._entered:
+            self.skipped += 1
+        self._step_ended(optimizer)
+        return result
+
+    def _before_step(self, optimizer: Any, *_: Any) -> None:
+        self._entered += 1
+        if self.listener is not None:
+            self.listener.before_step(optimizer)
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        if self.listener is not None:
+            self.listener.after_step(optimizer)
+        if not self._scaling:
+            self._step_ended(optimizer)
+
+    def _step_ended(self, optimizer: Any) -> None:
+        if os.getpid() != self._pid:
+            return
+        key = id(optimizer)
+        self.optimizers[key] = optimizer
+        if key in self._stepped:
+            self._cycle = self._stepped
+            self.count += 1
+            self._stepped = set()
+        self._stepped = self._stepped | {key}
+        if not self._cycle and len(self._made) == 1:
+            self._cycle = {key}
+        if self._cycle and self._stepped >= self._cycle:
+            self._update_ended()
+
+    def _update_ended(self) -> None:
+        self.count += 1
+        self._stepped = set()
+        now = time.perf_counter()
+        if self._last is not None:
+            self.seconds.append(now - self._last)
+            self.loading.append(self._loading)
+        self.at_end(self)
+        self._last = time.perf_counter()
+        self._loading = 0.0
+
+
+def _named(module: nn.Module) -> tuple[str, nn.Module, nn.Module | None]:
+    """A called module's name where it is called, itself, and the module that it is a part of, if that calls it."""
+    frame: FrameType | None = _callers_frame()
+    name = ""
+    owner = None
+    for _ in range(FRAMES):
+        if frame is None:
+            break
+        if kind_of_file(frame.f_code.co_filename) not in ("torch", "tool", "standard"):
+            caller = frame.f_locals.get("self")
+            name = name or _name_in(frame, caller, module)
+            if isinstance(caller, nn.Module) and caller is not module and _holds(caller, module):
+                owner = caller
+        frame = frame.f_back
+    return name or type(core(module)).__name__.lower(), module, owner
+
+
+def _callers_frame() -> FrameType | None:
+    return sys._getframe(2)
+
+
+def _holds(owner: nn.Module, module: nn.Module) -> bool:
+    return any(part is core(module) or part is module for part in owner.modules())
+
+
+def _name_in(frame: FrameType, caller: Any, module: nn.Module) -> str:
+    """The variable, or attribute of self, that holds a module."""
+    for values in (frame.f_locals, getattr(caller, "__dict__", {}), getattr(caller, "_modules", {})):
+        for name, value in [*values.items()]:
+            if value is module and name not in ("self", "module"):
+                return name
+    return ""
+
+
+class ScriptSubject(Subject):
+    """The models and optimizers that were seen in a program, in the form that a trace reads.
+
+    `models` are the modules that the program calls. A module that calls them as its own parts, as a Lightning module
+    does, gives them their full names.
+    """
+
+    def __init__(self, updates: Updates):
+        roots = [*updates.roots.values()]
+        inner = {id(part) for _, root, _ in roots for part in root.modules() if part is not root}
+        kept = [root for root in roots if id(root[1]) not in inner and id(core(root[1])) not in inner]
+        owners: dict[int, tuple[str, nn.Module]] = {}
+        models: dict[str, nn.Module] = {}
+        for name, root, owner in kept:
+            models[_unused(name, models)] = root
+            top = owner or core(root)
+            owners.setdefault(id(top), (type(owner).__name__.lower() if owner is not None else name, top))
+        self._tops: dict[str, nn.Module] = {}
+        for name, top in owners.values():
+            self._tops["" if len(owners) == 1 else _unused(name, self._tops)] = top
+        if len(models) == 1:
+            models = {"": next(iter(models.values()))}
+        optimizers = [*updates.optimizers.values()]
+        super().__init__(models or {"": nn.Identity()}, None, step=_nothing, optimizers=optimizers)
+
+    def named_modules(self) -> Any:
+        for prefix, top in self._tops.items():
+            for name, module in top.named_modules():
+                yield ".".join(part for part in (prefix, name) if part), module
+
+    def named_parameters(self) -> Any:
+        for prefix, top in self._tops.items():
+            for name, parameter in top.named_parameters():
+                yield ".".join(part for part in (prefix, name) if part), parameter
+
+
+def _unused(name: str, taken: dict[str, Any]) -> str:
+    return name if name not in taken else _unused(f"{name}_2", taken)
+
+
+def _nothing(model: Any, batch: Any) -> None:
+    """Stand for the step: the program itself takes it."""
