@@ -245,8 +245,14 @@ class Setup:
         return Opening(options.cache, options.num_workers, pin, options.cache_limit, rules, own_window)
 
     def _draw_demo(self) -> None:
-        if self.options.demo:
+        options = self.options
+        if options.demo:
             self.ranks.share(self.draw_demo)  # the others wait for the first
+        elif "data_dir" in options.recorded and not Path(options.data_dir).is_dir():
+            raise UserError(
+                f"the images of this run were in {printable(options.data_dir)}, which is not there any more. Name the "
+                "folder that holds them now with --data_dir."
+            )
 
     def _recorded(self, folder: Path) -> Split | None:
         """Return the split that a run's folder records; None if it records none."""

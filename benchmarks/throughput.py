@@ -210,14 +210,14 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 def decode_rate(arguments: argparse.Namespace) -> float:
     """Images per second from files into a new cache on disk: the median of three passes over up to 4,000 images."""
     from images.folders import find_image_set
-    from images.stores import open_store
+    from images.stores import Opening, open_store
 
     paths = [path for path, _ in find_image_set(arguments.data_dir).train][:4000]
     seconds = []
     for _ in range(4):  # the first one fetches the files from the disk
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            open_store(paths, Path(folder), limit=arguments.image_size, cache="memory")
+            open_store(paths, Path(folder), limit=arguments.image_size, opening=Opening(cache="memory"))
             seconds.append(time.perf_counter() - started)
     return len(paths) / statistics.median(seconds[1:])
 

@@ -52,7 +52,7 @@ def export(setup: Setup, *, out: str | None, safetensors: bool) -> None:
 
 def images_of_test(checkpoint: dict[str, Any], folder: Path, most: int = 8) -> list[np.ndarray]:
     """Return up to `most` test images of the run in `folder`, as `predict` decodes them; none if they are gone."""
-    rules = Rules(windows=checkpoint.get("windows") or {}, interpolation=checkpoint["interpolation"])
+    rules = Rules.recorded(checkpoint)
     with contextlib.suppress(UserError):
         root = Path(read_config(folder / "config.json")["dataset"].get("folder", ""))
         names = [name for name, (_, part) in read_split(folder / "split.csv").items() if part == "test"]
@@ -217,7 +217,7 @@ def differences(
 
 def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
     """A program that needs neither PyTorch nor this package, and gives what `predict` gives."""
-    windows = Rules(windows=checkpoint.get("windows") or {})
+    windows = Rules.recorded(checkpoint)
     side = checkpoint["image_size"]
     functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb, decode.resized)
     turns = ", ".join(f"{number}: Image.Transpose.{turn.name}" for number, turn in decode.UPRIGHT.items())

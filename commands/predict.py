@@ -349,7 +349,7 @@ def _begun(file: str) -> IO[str]:
 
 def _counted(counts: Counter[str]) -> str:
     shown = sorted(counts.items()) if len(counts) <= SHOWN else counts.most_common(SHOWN)
-    summary = ", ".join(f"{printable(name)} {count:,}" for name, count in shown)
+    summary = ", ".join(f"{count:,} as {printable(name)}" for name, count in shown)
     if len(counts) > SHOWN:
         summary += f" and {len(counts) - SHOWN:,} rarer classes"
     return f"{amount(counts.total(), 'image', 'images')}: {summary}"

@@ -39,13 +39,14 @@ class Kept:
     """What is known of a listing's images once each was read: KEY.json, beside the images themselves in KEY.npy.
 
     `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None if all fill it.
-    `several` counts the files that hold more pictures than the first.
+    `several` counts the files that hold more pictures than the first; `deep` lists the modes of deep grey pictures.
     """
 
     box: tuple[int, int]
     rules: Rules
     shapes: np.ndarray | None = None
     several: int = 0
+    deep: list[str] = field(default_factory=list)
     crc32: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
     unreadable: dict[int, str] = field(default_factory=dict)
     array: np.ndarray | None = None  # None: streamed, or kept by no file
@@ -110,13 +111,10 @@ def read_notes(file: Path, count: int) -> Kept | None:
         shapes = notes["shapes"]
         kept = Kept(
             (int(notes["box"][0]), int(notes["box"][1])),
-            Rules(
-                float(notes["max_megapixels"]),
-                {mode: (low, high) for mode, (low, high) in notes["windows"].items()},
-                str(notes["interpolation"]),
-            ),
+            Rules.recorded(notes),
             None if shapes is None else np.array(shapes, np.int64).reshape(count, 2),
             int(notes["several"]),
+            [str(mode) for mode in notes["deep"]],
             np.array(notes["crc32"], np.uint32).reshape(count),
             {int(position): str(reason) for position, reason in notes["unreadable"].items()},
         )
@@ -129,7 +127,7 @@ def read_notes(file: Path, count: int) -> Kept | None:
         return None
 
 
-def map_array(file: Path, kept: Kept, workers: int) -> np.ndarray | None:
+def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | None:
     """The decoded images of KEY.npy, if they are there and whole."""
     shape = kept.shape(len(kept.crc32))
     try:
@@ -143,7 +141,7 @@ def map_array(file: Path, kept: Kept, workers: int) -> np.ndarray | None:
         found[list(kept.unreadable)] = 0
         if not np.array_equal(found, kept.crc32):
             raise ValueError("checksums differ")
-        log.info(f"images: {described(shape)}, mapped from {file}")
+        log.info(f"{part}images: {described(shape)}, mapped from {file}")
         return array
     except FileNotFoundError:
         return None
@@ -169,8 +167,9 @@ def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, worker
     deep = [path for path, header in zip(paths, headers, strict=True) if header and deep_mode(header.mode)]
     if deep and own_window:
         rules = replace(rules, windows=_ranges(deep, rules, workers) | rules.windows)
-    several = sum(header.several for header in known)
-    return Kept(box, rules, np.zeros((len(paths), 2), np.int64) if len(sizes) > 1 else None, several)
+    shapes = np.zeros((len(paths), 2), np.int64) if len(sizes) > 1 else None
+    modes = {deep_mode(header.mode) for header in known} - {None}
+    return Kept(box, rules, shapes, sum(header.several for header in known), sorted(map(str, modes)))
 
 
 def _ranges(paths: list[Path], rules: Rules, workers: int) -> dict[str, tuple[float, float]]:
@@ -190,8 +189,13 @@ def _bar(paths: list[Path], what: str) -> Any:
     return progress(total=len(paths), desc=what, unit="image", delay=2)
 
 
-def build_cache(file: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
-    """Decodes every image into a cache file, or into memory if there is no room; streamed ones are only checked."""
+def build_cache(
+    file: Path, paths: list[Path], kept: Kept, limit: int, *, streamed: bool, workers: int, part: str
+) -> Kept:
+    """Decode every image into a cache file, or into memory if there is no room; only check streamed ones.
+
+    `part` begins the sentence that says so.
+    """
     remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
     started = time.perf_counter()
@@ -203,9 +207,10 @@ def build_cache(file: Path, paths: list[Path], kept: Kept, limit: int, streamed:
             kept = _decode_all(temporary, paths, free, limit, streamed, workers)
         mapped = isinstance(kept.array, np.memmap)
         done = "checked" if streamed else f"decoded into {file if mapped else 'memory'}"
-        log.info(f"images: {described(kept.shape(len(paths)))}, {done} in {time.perf_counter() - started:.1f} s")
+        seconds = time.perf_counter() - started
+        log.info(f"{part}images: {described(kept.shape(len(paths)))}, {done} in {seconds:.1f} s")
         if streamed or mapped:
-            write_notes(file, kept)
+            write_notes(file, kept, paths[0].absolute().parent)
         if mapped:
             kept.array = None
             place = temporary  # Windows moves no file that is mapped
@@ -218,14 +223,17 @@ def build_cache(file: Path, paths: list[Path], kept: Kept, limit: int, streamed:
     return kept
 
 
-def write_notes(file: Path, kept: Kept) -> None:
+def write_notes(file: Path, kept: Kept, images_in: Path) -> None:
+    """Write KEY.json; `images_in` is the folder of the first image."""
     notes = {
+        "images_in": str(images_in),
         "box": kept.box,
         "shapes": None if kept.shapes is None else kept.shapes.tolist(),
         "max_megapixels": kept.rules.max_megapixels,
         "windows": kept.rules.windows,
         "interpolation": kept.rules.interpolation,
         "several": kept.several,
+        "deep": kept.deep,
         "crc32": kept.crc32.tolist(),
         "unreadable": kept.unreadable,
     }
@@ -285,7 +293,7 @@ def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, stre
 
 def described(shape: tuple[int, ...]) -> str:
     count, height, width, _ = shape
-    return f"{count:,} at {width}x{height} ({math.prod(shape) / 2**20:,.0f} MB)"
+    return f"{count:,} of {width}x{height} pixels ({math.prod(shape) / 2**20:,.0f} MB)"
 
 
 @dataclass(frozen=True)
@@ -336,5 +344,18 @@ def remove_cache(cache: CacheFile) -> bool:
 
 
 def clean_caches(root: Path) -> list[CacheFile]:
-    """Removes every cache of decoded images that `root` holds; returns those that are gone."""
-    return [cache for cache in caches(cache_folder(root)) if remove_cache(cache)]
+    """Remove the caches of the images below `root`; return those that are gone.
+
+    If `root` is read-only, its caches are in a folder that all data sets share. Those of the others stay.
+    """
+    folder = cache_folder(root)
+    is_shared = folder != root / ".cache"
+    return [cache for cache in caches(folder) if (not is_shared or _is_of(cache, root)) and remove_cache(cache)]
+
+
+def _is_of(cache: CacheFile, root: Path) -> bool:
+    """Return True if a cache's notes say that its images lie below `root`."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        notes = json.loads(cache.file.with_suffix(".json").read_text())
+        return Path(notes["images_in"]).is_relative_to(root.absolute())
+    return False

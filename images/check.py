@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from images.cache import survey
-from images.decode import Rules, ahead, is_transparent, read_header, try_decode
+from images.decode import NO_DEEP, Rules, ahead, deep_mode, is_transparent, read_header, try_decode
 from images.folders import ImageSet
 from images.labels import list_images
 from images.split import digest, in_groups
@@ -85,6 +86,8 @@ def _report(
         for one, other in combinations(images.parts, 2)
     }
 
+    deep = {mode for found in seen if (mode := deep_mode(found.mode))}
+
     def shown(wanted: list[list[int]]) -> list[list[str]]:
         return [[names[place] for place in places] for places in wanted]
 
@@ -96,8 +99,8 @@ def _report(
         "sizes": dict(Counter(found.size for found in seen if found.size).most_common()),
         "modes": dict(Counter(found.mode for found in seen if found.mode).most_common()),
         "passed_over": dict(images.passed_over.most_common()),
-        "notes": images.notes,
-        "windows": {mode: list(window) for mode, window in rules.windows.items()},
+        "notes": [*images.notes, *([NO_DEEP] if rules.windows and not deep else [])],
+        "windows": {mode: list(rules.windows[mode]) for mode in sorted(deep & rules.windows.keys())},
         "unreadable": {name: found.problem for name, found in zip(names, seen, strict=True) if found.problem},
         "flat": [name for name, found in zip(names, seen, strict=True) if found.flat],
         "several": [name for name, found in zip(names, seen, strict=True) if found.several],
@@ -124,18 +127,28 @@ def format_check(report: dict[str, Any], *, most: int = 10) -> str:
     rows.append(("largest / smallest", *balance))
     lines = [printable(report["data_dir"]), *map(printable, report["notes"]), ""]
     lines += [f"{first:{width}}" + "".join(f"{value:>11}" for value in rest) for first, *rest in rows] + [""]
-    for title in ("sizes", "modes", "passed_over"):
+    lines += [_sizes(report["sizes"], most)] if report["sizes"] else []
+    for title in ("modes", "passed_over"):
         shown = [f"{printable(name)}: {count:,}" for name, count in list(report[title].items())[:most]]
         rest = len(report[title]) - len(shown)
         if shown:
             more = f", and {rest} more" if rest > 0 else ""
             lines.append(f"{title.replace('_', ' ')}: {', '.join(shown)}{more}")
     lines += raw_advice(Counter(report["passed_over"]))
-    for mode, (low, high) in report["windows"].items():
-        lines.append(f"deep grey pictures of mode {mode}: {low:g} becomes black, {high:g} white")
+    lines += Rules.recorded(report).described(report["windows"])
     if len(counts) == 1:
         lines.append("there is one part: a training splits validation and test images off")
     return "\n".join([*lines, *_lists(report, most)])
+
+
+def _sizes(sizes: dict[str, int], most: int) -> str:
+    """Return a line about the sizes of pictures: each with its count, or of many the smallest and the largest."""
+    if len(sizes) <= most:
+        return "sizes: " + ", ".join(f"{size}: {count:,}" for size, count in sizes.items())
+    by_area = sorted(sizes, key=lambda size: math.prod(map(int, size.split("x"))))
+    frequent, count = next(iter(sizes.items()))
+    often = f", most often {frequent} ({count:,})" if count > 1 else ""
+    return f"sizes: {len(sizes):,} different ones, from {by_area[0]} to {by_area[-1]}{often}"
 
 
 def _lists(report: dict[str, Any], most: int) -> list[str]:

@@ -46,32 +46,47 @@ UPRIGHT = {
 }
 # Grey pictures deeper than 8 bits, by Pillow's mode, and the range of values that a file of the kind may use.
 TYPE_WINDOWS = {"I;16": (0.0, 65535.0), "I": (0.0, 65535.0), "F": (0.0, 1.0)}
+DEEP = {"I;16": "16-bit grey pictures", "I": "32-bit grey pictures", "F": "floating-point grey pictures"}
+NO_DEEP = "--window changes nothing: no picture here has more than 8 bits"
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How files become pixels: the largest picture in megapixels, and the windows of deep grey pictures.
+    """How files become pixels: the largest picture in megapixels, the windows of deep grey pictures, the filter.
 
-    `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white; modes that it lacks
-    take the range of their type. `interpolation` is Pillow's bilinear or bicubic, which resizes.
+    `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white. Modes without an entry
+    take the range of their type. `interpolation` names Pillow's filter for resizing, bilinear or bicubic.
     """
 
-    max_megapixels: float = 179.0  # where Pillow itself, too, refuses a file as a decompression bomb
+    max_megapixels: float = 179.0  # Pillow refuses a larger file as a decompression bomb
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
     interpolation: str = "bilinear"
 
+    @classmethod
+    def recorded(cls, record: dict[str, Any]) -> Rules:
+        """Return the rules that a checkpoint, a config.json or a cache's notes record; defaults for what they lack."""
+        windows = {mode: (float(low), float(high)) for mode, (low, high) in (record.get("windows") or {}).items()}
+        given = {name: record[name] for name in ("max_megapixels", "interpolation") if name in record}
+        return cls(windows=windows, **given)
+
     def window(self, mode: str) -> tuple[float, float]:
+        """Return the values that become black and white in pictures of a deep mode."""
         low, high = self.windows.get(mode, TYPE_WINDOWS[mode])
         return float(low), float(high)
 
+    def described(self, modes: Iterable[str]) -> list[str]:
+        """Return a sentence about the window of each of these deep modes."""
+        shown = {mode: self.window(mode) for mode in modes}
+        return [f"{DEEP[mode]}: {low:g} becomes black, {high:g} white" for mode, (low, high) in shown.items()]
+
     @property
     def identity(self) -> str:
-        """What tells decoded images of one reading from those of another."""
+        """Return what tells decoded images of one reading from those of another."""
         return f"{DECODER}; {sorted(asdict(self).items())}"
 
 
 def windows_of(text: str) -> dict[str, tuple[float, float]]:
-    """The windows that --window states: LOW,HIGH for all modes; none for `type`, nor for `data` before it is read."""
+    """Return the windows that --window states: LOW,HIGH for all modes; none for `type` and `data`."""
     if text in ("data", "type"):
         return {}
     low, high = map(float, text.split(","))
@@ -151,7 +166,9 @@ def resized(
     image: Image.Image, side: int, resampling: Image.Resampling, window: Callable[[str], tuple[float, float]]
 ) -> Image.Image:
     """Return an opened picture as RGB, upright, `side` pixels square; `window` is that of `to_rgb`."""
-    if min(image.size) >= 4 * side:  # JPEG alone can be decoded to 1/2, 1/4 or 1/8: here to at least twice `side`
+    width, height = image.size
+    # A photograph in JPEG can be decoded to 1/2, 1/4 or 1/8: here to at least twice `side`. Small files gain nothing.
+    if min(width, height) >= 4 * side and width * height > 1_000_000:
         reduced = image.draft(None, (2 * side, 2 * side))
         if reduced:
             box = reduced[1]  # the last row and column may hold less than a whole pixel

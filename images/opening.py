@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,47 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from command_line.kinds import parse_shares
-from images.cache import cache_folder, limit_caches
-from images.decode import Rules, try_decode
+from images.decode import NO_DEEP, try_decode
 from images.folders import ImageSet, Listing
 from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, in_groups, read_split, same_pictures
-from images.stores import ImageStore, checksums, open_store
+from images.stores import Opening, checksums, make_room, open_store
 from images.subsets import DataSet, Split, Subset, files_checksum, split_name
 from images.walk import composed
 from utils import UserError, amount, log, printable
-
-
-@dataclass
-class Opening:
-    """How files are opened: what is kept decoded and where, and by which rules they become pixels."""
-
-    cache: str = "auto"
-    workers: int | None = None
-    pin: bool = False  # prepare batches in page-locked memory for a CUDA device
-    cache_limit: float = math.inf  # GB
-    rules: Rules = field(default_factory=Rules)
-    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
-    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
-
-    def store(self, listing: Listing, root: Path, limit: int) -> ImageStore:
-        return open_store(
-            [path for path, _ in listing],
-            root,
-            limit=limit,
-            cache=self.cache,
-            workers=self.workers,
-            pin=self.pin,
-            rules=self.rules,
-            own_window=self.own_window,
-            cache_limit=self.cache_limit,
-            own=self.own,
-        )
-
-    def make_room(self, root: Path) -> None:
-        """Remove caches of other data sets and sizes beyond `cache_limit`; call it when all parts are open."""
-        limit_caches(cache_folder(root), self.cache_limit * 2**30, keep=self.own)
 
 
 def open_data_set(
@@ -88,7 +55,7 @@ def open_data_set(
     if missing or follow:
         parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
         opened.divide(parts, missing, image_size)
-    opened.opening.make_room(image_set.root)
+    make_room(image_set.root, opened.opening)
     data = replace(opened.data_set(), divided=tuple(missing))
     refuse_empty(data.subsets, image_set)
     warn_of_leaks(data.subsets, image_set, opened.compared)
@@ -139,7 +106,7 @@ def open_test_set(
         )
     image_set = replace(image_set, train=[], validation=None, test=listing)
     opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
-    opened.opening.make_room(image_set.root)
+    make_room(image_set.root, opened.opening)
     if not len(opened.subsets["test"]):
         raise UserError(f"no readable image is left in {printable(data_dir)}.")
     say_absent(opened.subsets, image_set)
@@ -234,7 +201,8 @@ class _Opened:
             subset = Subset(pool.store, pool.listing, positions)
             if name != "train" and self.limit != image_size and len(positions):
                 listing = [pool.listing[position] for position in positions]
-                store = self.opening.store(listing, self.image_set.root, image_size)
+                paths = [path for path, _ in listing]
+                store = open_store(paths, self.image_set.root, limit=image_size, opening=self.opening, part=name)
                 subset = Subset(store, listing, np.arange(len(listing)))
             self.subsets[name] = subset
 
@@ -277,19 +245,26 @@ def _open_parts(
     """
     for sentence in image_set.remarks():
         log.info(sentence)
+    said: dict[str, str] = {}  # of the window of each mode of deep grey pictures
     opened = _Opened(image_set, opening, train_limit)
     for name, listing in image_set.parts.items():
-        store = opened.opening.store(listing, image_set.root, train_limit if name == "train" else image_size)
+        paths = [path for path, _ in listing]
+        limit = train_limit if name == "train" else image_size
+        part = name if len(image_set.parts) > 1 else ""
+        store = open_store(paths, image_set.root, limit=limit, opening=opened.opening, part=part)
+        for mode in store.deep:
+            said.setdefault(mode, store.rules.described([mode])[0])
         opened.opening = replace(opened.opening, rules=store.rules, own_window=False)
         opened.bad |= {listing[position][0]: reason for position, reason in store.unreadable.items()}
         opened.subsets[name] = Subset(store, listing, np.setdiff1d(np.arange(len(listing)), list(store.unreadable)))
         opened.crc32[name] = store.crc32
         opened.compared[name] = store.crc32
         if name != "train" and train_limit != image_size:
-            paths = [path for path, _ in listing]
-            opened.compared[name] = checksums(
-                paths, image_set.root, limit=train_limit, rules=store.rules, own=opening.own, workers=opening.workers
-            )
+            opened.compared[name] = checksums(paths, image_set.root, train_limit, opened.opening)
+    for sentence in said.values():
+        log.info(sentence)
+    if "train" in opened.subsets and opening.rules.windows and not said:
+        log.info(NO_DEEP)
     report_unreadable(opened.bad, skip_unreadable)
     return opened
 

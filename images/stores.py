@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from images.cache import (
     cache_folder,
     described,
     file_state,
+    limit_caches,
     map_array,
     only_builder,
     read_notes,
@@ -37,7 +38,7 @@ from images.cache import (
 )
 from images.decode import Rules, ahead, try_decode
 from system.machine import available_memory, cores, startable
-from utils import STOP_SIGNALS, RunError, log, printable
+from utils import STOP_SIGNALS, RunError, amount, log, printable
 
 # uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says
 # how high and wide each is. None: all fill it.
@@ -60,6 +61,7 @@ class DecodedImages:
     pin: bool = False
     shapes: np.ndarray | None = None
     rules: Rules = field(default_factory=Rules)
+    deep: list[str] = field(default_factory=list)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
         """One uint8 tensor (len(batch), height, width, 3), and its shapes, for each array of listing positions."""
@@ -88,6 +90,7 @@ class StreamedImages:
         self.unreadable = kept.unreadable
         self.rules = kept.rules
         self.shapes = kept.shapes
+        self.deep = kept.deep
         self._files = _Files(paths, kept.box, limit, kept.rules)
         self._order: list[tuple[int, list[int]]] = []  # of the epoch that comes: workers stay from one to the next
         self._loader: torch.utils.data.DataLoader | None = None
@@ -242,75 +245,74 @@ def _quiet_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
+@dataclass
+class Opening:
+    """How files are opened: what is kept decoded and where, and by which rules they become pixels."""
+
+    cache: str = "auto"  # auto, memory or none
+    workers: int | None = None  # None: one a core, at most 8
+    pin: bool = False  # prepare batches in page-locked memory for a CUDA device
+    cache_limit: float = math.inf  # GB
+    rules: Rules = field(default_factory=Rules)
+    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
+    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
+
+    def __post_init__(self) -> None:
+        if self.workers is None:
+            self.workers = min(8, cores())
+
+
 def open_store(
-    paths: list[Path],
-    root: Path,
-    *,
-    limit: int,
-    cache: str = "auto",
-    workers: int | None = None,
-    pin: bool = False,
-    rules: Rules | None = None,
-    own_window: bool = False,
-    cache_limit: float = math.inf,
-    own: set[Path] | None = None,
+    paths: list[Path], root: Path, *, limit: int, opening: Opening | None = None, part: str = ""
 ) -> ImageStore:
-    """Decodes a listing, or finds it decoded by an earlier run, as `cache` says (auto, memory, none).
+    """Decode a listing, or find it decoded by an earlier run, as `opening.cache` says.
 
-    `limit` is the largest side kept, in pixels: what a file becomes depends on it and on `rules` alone, not on the
-    other files. Every image is read once whatever the mode, so that unreadable ones are known (`store.unreadable`:
-    listing position to reason) before training starts. With `own_window` the windows of deep grey pictures are the
-    range of these files' values; `store.rules` says which. At most `cache_limit` GB of caches are kept. `own` gathers
-    the caches of one data set: what does not fit beside them is streamed. Give it to `limit_caches` when all are open.
+    `limit` is the largest side kept, in pixels: what a file becomes depends on it and on the rules alone, not on the
+    other files. Read every image once in each mode, so that `store.unreadable` (listing position to reason) is known
+    before training starts. With `own_window` the windows of deep grey pictures are the range of these files' values;
+    `store.rules` says which. Add the cache to `opening.own`: if the next one does not fit beside those, it is
+    streamed. `part` names the images in messages.
     """
-    workers = min(8, cores()) if workers is None else workers
-    own = set() if own is None else own
-    kept = _kept(paths, root, limit, cache, workers, rules or Rules(), own_window, cache_limit, own)
+    opening = opening or Opening()
+    part = f"{part} " if part else ""
+    kept = _kept(paths, root, limit, opening, part)
     if kept.several:
-        log.info(f"{kept.several:,} files hold several pictures: the first of each is used")
-    for mode, window in kept.rules.windows.items():
-        log.info(f"deep grey pictures (mode {mode}): {window[0]:g} becomes black, {window[1]:g} white")
+        hold = amount(kept.several, f"{part}file holds", f"{part}files hold")
+        log.info(f"{hold} several pictures: the first of each is used")
     if kept.array is not None:
-        return DecodedImages(kept.array, kept.crc32, kept.unreadable, pin, kept.shapes, kept.rules)
-    shape = kept.shape(len(paths))
-    log.info(f"images: {described(shape)}, streamed through {workers} workers")
-    return StreamedImages(paths, kept, limit, workers=workers, pin=pin)
+        return DecodedImages(kept.array, kept.crc32, kept.unreadable, opening.pin, kept.shapes, kept.rules, kept.deep)
+    log.info(f"{part}images: {described(kept.shape(len(paths)))}, streamed through {opening.workers} workers")
+    return StreamedImages(paths, kept, limit, workers=opening.workers or 0, pin=opening.pin)
 
 
-def checksums(
-    paths: list[Path], root: Path, *, limit: int, rules: Rules, own: set[Path], workers: int | None = None
-) -> np.ndarray:
+def make_room(root: Path, opening: Opening) -> None:
+    """Remove caches of other data sets and sizes beyond `opening.cache_limit`; call it when all parts are open."""
+    limit_caches(cache_folder(root), opening.cache_limit * 2**30, keep=opening.own)
+
+
+def checksums(paths: list[Path], root: Path, limit: int, opening: Opening) -> np.ndarray:
     """Return the CRC-32 of each image (count,) as `open_store` would keep it with that limit; keep no pixels."""
-    workers = min(8, cores()) if workers is None else workers
-    return _kept(paths, root, limit, "none", workers, rules, False, math.inf, own).crc32
+    return _kept(paths, root, limit, replace(opening, cache="none", own_window=False)).crc32
 
 
-def _kept(
-    paths: list[Path],
-    root: Path,
-    limit: int,
-    cache: str,
-    workers: int,
-    rules: Rules,
-    own_window: bool,
-    cache_limit: float,
-    own: set[Path],
-) -> Kept:
+def _kept(paths: list[Path], root: Path, limit: int, opening: Opening, part: str = "") -> Kept:
     """Return what is known of a listing's images: found in the cache folder, or decoded now."""
+    workers = opening.workers or 0
     states = [file_state(path) for path in paths]
-    identity = [rules.identity, own_window, limit, [str(root.resolve()), *map(str, paths)], states]
+    identity = [opening.rules.identity, opening.own_window, limit, [str(root.resolve()), *map(str, paths)], states]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
     file = cache_folder(root) / f"{key}.npy"
     with only_builder(file.with_suffix(".lock")):
         kept = read_notes(file, len(paths))
-        plan = kept or survey(paths, limit, rules, own_window, workers)
-        others = sum(each.stat().st_size for each in own - {file} if each.exists())
-        streamed = _is_streamed(cache, math.prod(plan.shape(len(paths))), cache_limit * 2**30 - others)
+        plan = kept or survey(paths, limit, opening.rules, opening.own_window, workers)
+        others = sum(each.stat().st_size for each in opening.own - {file} if each.exists())
+        size = math.prod(plan.shape(len(paths)))
+        streamed = _is_streamed(opening.cache, size, opening.cache_limit * 2**30 - others)
         if kept and not streamed:
-            kept.array = map_array(file, kept, workers)
+            kept.array = map_array(file, kept, workers, part)
         if kept is None or (kept.array is None and not streamed):
-            kept = build_cache(file, paths, plan, limit, streamed, workers)
-    own.add(file)
+            kept = build_cache(file, paths, plan, limit, streamed=streamed, workers=workers, part=part)
+    opening.own.add(file)
     return kept
 
 

@@ -49,7 +49,7 @@ def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[li
     cells = ([*map(as_cell, row[:3]), *row[3:]] for row in rows)
     write_text(folder / "doubtful.csv", csv_text([HEADER, *cells]))
     write_text(folder / "audit.json", json_text(report, indent=1))
-    rules = Rules(windows=found[0]["config"]["dataset"].get("windows") or {})
+    rules = Rules.recorded(found[0]["config"]["dataset"])
     captions = [f"{fit(row[2], 20)} {100 * float(row[4]):.0f} %\nlabel: {row[1]}" for row in rows[:SHEET]]
     heading = f"The {len(captions)} most doubtful of {len(paths):,} labels: what other models say, and the label"
     labelled_sheet(

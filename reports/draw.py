@@ -30,7 +30,7 @@ def draw_run(directory: Path) -> None:
     pictures.confusion_matrix(cells, result["classes"], directory / "confusion_matrix.png", title=title)
     dataset = run["config"]["dataset"]
     images = Path(dataset.get("folder") or run["options"].get("data_dir", ""))  # the second may be relative
-    rules = Rules(windows=dataset.get("windows") or {})
+    rules = Rules.recorded(dataset)
     file = directory / EXPLANATIONS
     maps = read_json(file) if file.exists() else {}
     mistakes = directory / "mistakes.png"

@@ -159,7 +159,7 @@ def test_predict_gives_no_class_to_logits_that_are_not_finite(bad, tmp_path, cap
     assert all(sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5) for row in rows)
     assert len((tmp_path / "p.csv").read_text().splitlines()) == 4
     out = capsys.readouterr().out
-    assert "3 images: c 3" in out and "nan" not in out
+    assert "3 images: 3 as c" in out and "nan" not in out
 
 
 def test_predict_of_nothing_but_overflows_says_why_and_not_unreadable(run, data, tmp_path, capsys):

@@ -66,7 +66,7 @@ def few_files():
 
 
 def streamed(folder: Path, workers: int) -> stores.ImageStore:
-    return open_store(sorted(folder.glob("*.png")), folder, limit=16, cache="none", workers=workers)
+    return open_store(sorted(folder.glob("*.png")), folder, limit=16, opening=Opening(cache="none", workers=workers))
 
 
 def read(store) -> list[bytes]:
@@ -182,7 +182,7 @@ def test_what_is_kept_of_other_sizes_makes_room(data, tmp_path):
 def test_no_memory_left_is_not_unknown_memory(folder, monkeypatch):
     for left, kind in ((0, stores.StreamedImages), (None, stores.DecodedImages)):
         monkeypatch.setattr(stores, "available_memory", lambda left=left: left)
-        assert type(open_store(sorted(folder.glob("*.png")), folder, limit=16, workers=0)) is kind
+        assert type(open_store(sorted(folder.glob("*.png")), folder, limit=16, opening=Opening(workers=0))) is kind
 
 
 # ------------------------------------------------------------------------ streams, users without a name

@@ -21,7 +21,7 @@ from commands import predict
 from dataset import Batches, balanced
 from distributed import Ranks
 from images.cache import caches
-from images.check import check
+from images.check import _sizes, check
 from images.decode import Rules, decode, try_decode
 from images.folders import find_image_set, part_of
 from images.labels import find_labelled, list_images
@@ -567,6 +567,45 @@ def test_clean_touches_no_caches_if_the_folder_is_not_there(tmp_path, run, monke
     status, _, err = run(["prepare", "--clean", f"--data_dir={tmp_path / 'mistyped'}"])
     assert status == 2 and "mistyped does not exist" in err
     assert other.exists()
+
+
+def test_clean_leaves_the_shared_caches_of_other_data(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("images.cache.cache_folder", lambda root: tmp_path)
+    monkeypatch.setattr("images.stores.cache_folder", lambda root: tmp_path)
+    roots = [classes(tmp_path / name, count=3) for name in ("data", "data2")]
+    for root in roots:
+        opened(root)
+    assert len(caches(tmp_path)) == 2
+    status, out, _ = run(["prepare", "--clean", f"--data_dir={roots[0]}"])
+    assert status == 0 and "1 cache removed" in out
+    assert [json.loads(cache.file.with_suffix(".json").read_text())["images_in"] for cache in caches(tmp_path)] == [
+        str(roots[1] / "cat")
+    ]
+
+
+def test_many_sizes_are_summed_up():
+    many = {"9x9": 3} | {f"{side}x{200 - side}": 1 for side in range(10, 30)}
+    assert _sizes(many, 10) == "sizes: 21 different ones, from 9x9 to 29x171, most often 9x9 (3)"
+    assert _sizes({"9x9": 3, "8x6": 1}, 10) == "sizes: 9x9: 3, 8x6: 1"
+
+
+def test_a_run_whose_images_moved_asks_where_they_are(tmp_path, run):
+    root = classes(tmp_path / "data", count=4)
+    assert run(tiny.words(root, tmp_path))[0] == 0
+    root.rename(tmp_path / "elsewhere")
+    status, _, err = run(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"])
+    assert status == 2 and f"the images of this run were in {root}, which is not there any more" in err
+    assert "Three ways" not in err and "--data_dir" in err
+
+
+@pytest.mark.parametrize("window, told", [("0,300", 1), ("data", 0), ("type", 0)])
+def test_a_window_without_deep_pictures_is_said_to_change_nothing(tmp_path, run, window, told):
+    root = classes(tmp_path / "data", count=4)
+    status, out, err = run(["prepare", "--check", f"--data_dir={root}", f"--window={window}"])
+    assert status == 0 and (out + err).count("--window changes nothing") == told
+    status, out, err = run(word for word in tiny.words(root, tmp_path, f"--window={window}") if word != "--quiet")
+    assert status == 0 and (out + err).count("--window changes nothing") == told
+    assert "becomes black" not in out + err
 
 
 @pytest.mark.usefixtures("drawn")

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from dataset import Batches
-from images.stores import open_store
+from images.stores import Opening, open_store
 from images.subsets import Subset
 from model import Network
 from optimizer import make_optimizer, make_scheduler
@@ -39,7 +39,7 @@ def stores(tmp_path_factory):
         tiny.noise(number, (12, 12)).save(path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        return {name: open_store(paths, folder, limit=12, **how) for name, how in SOURCES.items()}
+        return {name: open_store(paths, folder, limit=12, opening=Opening(**how)) for name, how in SOURCES.items()}
 
 
 def subset(store, places):

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from images.stores import open_store
+from images.stores import Opening, open_store
 from runs.folder import RunDirectory
 
 EPOCHS = int(os.environ.get("ENDURANCE", "30"))
@@ -81,7 +81,7 @@ def test_streaming_workers_do_not_grow(tmp_path):
         path = tmp_path / f"{index:05}.png"
         os.link(tmp_path / "image.png", path)
         paths.append(path)
-    store = open_store(paths, tmp_path, limit=8, cache="none", workers=2)
+    store = open_store(paths, tmp_path, limit=8, opening=Opening(cache="none", workers=2))
     batches = np.array_split(np.arange(FILES), FILES // 200)
     memory = []
     for _ in range(6):

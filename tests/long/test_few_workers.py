@@ -13,7 +13,7 @@ import test_limits
 from test_limits import read, streamed
 
 from images import decode, stores
-from images.stores import open_store
+from images.stores import Opening, open_store
 from system import machine
 from utils import RunError
 
@@ -103,5 +103,5 @@ def test_pools_without_threads_compute_in_this_one(folder, monkeypatch):
     with ThreadPoolExecutor(4) as pool:
         assert list(decode.ahead(pool, str, range(20), 3)) == list(map(str, range(20)))
     paths = sorted(folder.glob("*.png"))
-    found = open_store(paths, folder / "other", limit=16, cache="memory", workers=4)
+    found = open_store(paths, folder / "other", limit=16, opening=Opening(cache="memory", workers=4))
     assert (found.crc32 == expected.crc32).all()
