@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +180,7 @@ class Execution:
         def enter(autocast: Any) -> Any:
             wanted = autocast._enabled, autocast.fast_dtype
             place = place_of_caller()
-            if place is not None and not place.via:
+            if place is not None and (not place.via or _decorates()):
                 asked = getattr(autocast, "asked", wanted[0])
                 details = {"device": autocast.device, "dtype": wanted[1], "enabled": asked}
                 self.events.append(Event("autocast", place, False, details))
@@ -242,6 +243,11 @@ class Execution:
         """Restores what the step used of its own."""
         for thing, state in self.states.values():
             restore(thing, state)
+
+
+def _decorates() -> bool:
+    """Whether the region that is entered is a function that the user wrapped: autocast(...)(function)."""
+    return sys._getframe(2).f_code.co_name == "decorate_autocast"
 
 
 def _remember(original: Any) -> Any:

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ampscope.running import Ended, Outcome, Program, show_traceback
 from ampscope.script_report import ScriptReport, nothing_traced, script_report, uses_amp
 from ampscope.script_trace import ScriptTrace
 from ampscope.trial import will_it_pay
+from ampscope.updates import Updates
 
 
 def run_parser(name: str = "ampscope run") -> argparse.ArgumentParser:
@@ -23,7 +24,7 @@ def run_parser(name: str = "ampscope run") -> argparse.ArgumentParser:
         description="Run a training program as it is, trace one of its updates whole, print the report, and end.",
         allow_abbrev=False,
     )
-    parser.add_argument("--update", type=int, default=3, metavar="N", help="trace the Nth update, from 2 on (3)")
+    parser.add_argument("--update", type=int, default=3, metavar="N", help="trace the Nth update (3)")
     parser.add_argument("--out", metavar="DIR", help="also write inspect.json, pictures and inspect.html there")
     parser.add_argument("--full", action="store_true", help="list every operator of every module")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a rule is broken")
@@ -51,57 +52,59 @@ def run(words: Sequence[str]) -> int:
     """Trace one update of a program; returns the exit status."""
     parser = run_parser()
     options, program = parse(parser, words)
-    if options.update < 2:
-        parser.error("--update: the first update that can be traced whole is the second.")
-    seen = ScriptTrace(options.update, go_on=options.go_on)
-    first = os.environ.get("RANK", "0") == "0"
-    if not first:
-        return follow(program, seen)
+    if options.update < 1:
+        parser.error("--update: updates are counted from 1.")
+    if os.environ.get("RANK", "0") != "0":
+        return follow(program, options.update, go_on=options.go_on)
     reports: list[ScriptReport] = []
 
-    def show(pay: dict[str, Any] | None = None) -> None:
+    def show(seen: ScriptTrace, pay: dict[str, Any] | None = None) -> None:
         report = script_report(seen, program.command, pay)
         reports.append(report)
         print(report.text(full=options.full), flush=True)
         if options.out is not None:
             report.write(options.out)
 
-    if options.go_on:
-        seen.finished = show
     started = time.perf_counter()
-    with seen.updates:
-        seen.updates.listener = seen
-        outcome = program.run()
+    seen, outcome = trace(program, options.update, finished=show if options.go_on else None)
     if outcome.error is not None:
         show_traceback(outcome.error)
-    if not seen.done:
-        seen.failed(outcome.error)
     if seen.trace is None:
-        print(f"ampscope: {nothing_traced(seen.updates, outcome, options.update)}", file=sys.stderr)
+        print(f"ampscope: {nothing_traced(seen.updates, options.update)}", file=sys.stderr)
         return outcome.status or 2
     if not reports:
         pay = None
         if seen.whole and not options.no_payoff and "WORLD_SIZE" not in os.environ:
             pay = will_it_pay(program, amp=uses_amp(seen), started=started)
-        show(pay)
+        show(seen, pay)
     broken = options.strict and not reports[0].ok
     return outcome.status or int(broken)
 
 
-def follow(program: Program, seen: ScriptTrace) -> int:
-    """A rank that is not the first one only counts the updates, and ends where the first one does."""
-    last = seen.number + 1
+def trace(
+    program: Program, number: int, *, finished: Callable[[ScriptTrace], None] | None = None
+) -> tuple[ScriptTrace, Outcome]:
+    """Run a program until its update `number` and the one after it were seen.
 
-    def at_end(updates: Any) -> None:
-        if updates.count >= last and not seen.go_on:
+    With `finished` the program goes on to its end; the function is called as soon as the update was seen.
+    """
+    seen = ScriptTrace(number, finished)
+    with seen:
+        outcome = program.run()
+        if not seen.done:
+            seen.failed(outcome.error)
+    return seen, outcome
+
+
+def follow(program: Program, number: int, *, go_on: bool) -> int:
+    """A rank that is not the first one only counts the updates, and ends where the first one does."""
+
+    def at_end(updates: Updates) -> None:
+        if updates.count > number and not go_on:
             raise Ended
 
-    seen.updates.at_end = at_end
-    with seen.updates:
+    with Updates(at_end, modules=False):
         outcome = program.run()
     if outcome.error is not None:
         show_traceback(outcome.error)
     return outcome.status
-
-
-__all__ = ["Outcome", "run"]

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 
 from ampscope import payoff
+from ampscope.execution import Event
 from ampscope.findings import Finding, by_place
 from ampscope.inspecting import product_record, waits
 from ampscope.model_rules import failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
-from ampscope.running import Outcome
 from ampscope.script_trace import ScriptTrace
 from ampscope.subject import core
 from ampscope.tensors import dtype_name
 from ampscope.tracing import Trace
 from ampscope.updates import ScriptSubject, Updates
-from reports.text import heading, paragraph, table
+from reports.text import cut, heading, paragraph, table
 
 NAME = "this update"
 
@@ -27,11 +27,16 @@ class ScriptReport(Report):
     """A Report whose one precision is the program's own."""
 
     def text(self, *, full: bool = False) -> str:
-        """Say what was traced, then all sections; with `full` every operator of every module."""
+        """Say what was traced, then all sections; with `full` every operator of every module.
+
+        Of an update in which the program failed only the findings are shown.
+        """
         script = self.content["script"]
-        lines = heading(f"Update {script['update']} of {script['program']}")
+        lines = heading(cut(f"Update {script['update']} of {script['program']}"))
         for sentence in script["words"]:
             lines += paragraph(sentence)
+        if not script["whole"]:
+            return "\n".join([*lines, "", *self._findings()])
         return "\n".join([*lines, "", super().text(full=full)])
 
     def _diary_lines(self) -> list[str]:
@@ -66,12 +71,12 @@ class ScriptReport(Report):
 
 def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -> ScriptReport:
     """The report on what a ScriptTrace saw, whole or until the program failed."""
-    assert seen.trace is not None and seen.subject is not None
+    assert seen.trace is not None
     trace, subject = seen.trace, seen.subject
     found = _findings(seen, trace, subject)
     kinds = {name: type(module).__name__ if name else "" for name, module in subject.named_modules()}
     rows = trace.records(kinds)
-    casts = payoff.cast_cost(trace, rows, subject.device) | {"update_seconds": seen.update_seconds}
+    casts = payoff.cast_cost(trace, rows, subject.device) | {"update_seconds": _seconds(pay)}
     origin = trace.lineage.first
     content = {
         "schema": 1,
@@ -80,6 +85,7 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
         "script": {
             "program": program,
             "update": seen.number,
+            "whole": seen.whole,
             "skipped": seen.skipped,
             "words": _words(seen, trace, subject),
         },
@@ -106,10 +112,21 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
     return ScriptReport(content, by_place(found))
 
 
+def _seconds(pay: dict[str, Any] | None) -> float | None:
+    """Of an update as written, if it was timed."""
+    return pay["speed"]["as written"]["seconds"] if pay and "as written" in pay["speed"] else None
+
+
+def _regions_on(trace: Trace) -> list[Event]:
+    """The autocast regions of the update that are on, for the device that trains."""
+    device = trace.execution.device
+    regions = [event for event in trace.execution.events if event.kind == "autocast"]
+    return [event for event in regions if event.details["enabled"] and event.details["device"] == device]
+
+
 def _amp(trace: Trace) -> set[torch.dtype]:
     """The types of the autocast regions that are on."""
-    events = trace.execution.events
-    return {event.details["dtype"] for event in events if event.kind == "autocast" and event.details["enabled"]}
+    return {event.details["dtype"] for event in _regions_on(trace)}
 
 
 def uses_amp(seen: ScriptTrace) -> bool:
@@ -127,7 +144,7 @@ def _findings(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[F
     origin = trace.lineage.first
     if origin is not None:
         rows = [*seen.ranges["layers"], *seen.ranges["activations"]] if seen.ranges else []
-        finite = bool(rows) and not any(row["nonfinite"] for row in rows)
+        finite = not any(row["nonfinite"] for row in rows) if rows else origin.output == "float16"
         finding = nonfinite(origin, NAME, overflow=finite, scale=None, spoiled=[])
         if seen.skipped and origin.phase == "backward":
             finding.level = "note"
@@ -141,11 +158,10 @@ def _findings(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[F
 
 def _regions(trace: Trace) -> str:
     regions: dict[str, list[str]] = {}
-    for event in trace.execution.events:
-        if event.kind == "autocast" and event.details["enabled"]:
-            regions.setdefault(dtype_name(event.details["dtype"]), []).append(str(event.place))
+    for event in _regions_on(trace):
+        regions.setdefault(dtype_name(event.details["dtype"]), []).append(str(event.place))
     if not regions:
-        return "no autocast region was on"
+        return f"no autocast region was on for {trace.execution.device}"
     return "; ".join(f"autocast to {name} at {', '.join(dict.fromkeys(at))}" for name, at in regions.items())
 
 
@@ -157,12 +173,14 @@ def _words(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[str]
         kind = type(core(model)).__name__
         size = sum(parameter.numel() for parameter in model.parameters())
         models.append(f"{name + ', a ' if name else ''}{kind} ({size:,} parameters)")
-    words = [f"Models: {'; '.join(models)}."]
+    words = [f"Models: {'; '.join(models)}." if subject.called else "No torch.nn.Module with parameters was called."]
     count = sum(event.kind == "backward" for event in execution.events)
     places = dict.fromkeys(str(event.place) for event in execution.events if event.kind == "backward")
     words.append(f"Backward passes: {count} ({', '.join(places) or 'none'}).")
     steps = [f"{name} ({place})" for name, place in execution.stepped]
     words.append(f"Optimizer steps: {', '.join(steps) or 'none'}.")
+    if not seen.whole:
+        words.append("The program failed in the middle of it.")
     scalers = [scaler for scaler in execution.scalers if scaler.is_enabled()]
     if scalers:
         fate = "; the update was skipped" if seen.skipped else ""
@@ -174,10 +192,16 @@ def _words(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[str]
             f"Underflow and ranges are those of update {seen.number + 1}, which was computed in float32 to see the "
             "true gradients."
         )
+    elif seen.poisoned:
+        words.append(f"Update {seen.number} left weights that are not finite, so it was the last to look at.")
     elif seen.whole:
         words.append(
             "Underflow and ranges need one more update, computed in float32: "
-            + ("--go-on leaves it as it is written." if seen.go_on else "the program did not get to its end.")
+            + (
+                "--go-on leaves it as it is written."
+                if seen.finished is not None
+                else "the program did not get to its end."
+            )
         )
     return words
 
@@ -196,7 +220,7 @@ def _subject_record(trace: Trace, subject: ScriptSubject) -> dict[str, Any]:
     }
 
 
-def nothing_traced(updates: Updates, outcome: Outcome, number: int) -> str:
+def nothing_traced(updates: Updates, number: int) -> str:
     """One sentence on what was seen in place of the update that was to be traced."""
     if updates.count:
         made = "one update" if updates.count == 1 else f"{updates.count} updates"

@@ -22,6 +22,7 @@ from ampscope.tracing import Functions, Operators, Trace, eager, place_of_error
 from ampscope.updates import ScriptSubject, Updates
 from precision import Precision
 
+EARLY = 2  # updates that are traced whatever was asked for: a fault of the recipe often shows in the second
 AFTER = ("scaler.update", "zero_grad", "schedule")  # what ends an update after its optimizer has stepped
 
 
@@ -37,12 +38,28 @@ class ScriptExecution(Execution):
     def _optimizer_hooks(self) -> list[Any]:
         return []  # Updates has them already, and they must not change while they run
 
+    def _meet(self, thing: Any) -> None:
+        """Note a scaler; nothing is put back in a program that runs on."""
+        if isinstance(thing, torch.amp.GradScaler) and not any(thing is known for known in self.scalers):
+            self.scalers.append(thing)
+
     def before_step(self, optimizer: Any) -> None:
         self._before_step(optimizer)
 
     def after_step(self, optimizer: Any) -> None:
         self._after_step(optimizer)
         self.stepped.append((type(optimizer).__name__, place_of_caller()))
+
+    def begin_inside(self, subject: ScriptSubject) -> list[Any]:
+        """Follow models that were not known before, one of which is just being called; returns the hooks."""
+        self.subject = subject
+        self.device = subject.device.type
+        self.autocast_on = torch.is_autocast_enabled(self.device)
+        self._enter()
+        models = subject.models.values()
+        return [model.register_forward_pre_hook(self._enter) for model in models] + [
+            model.register_forward_hook(self._leave, always_call=True) for model in models
+        ]
 
 
 class ScriptFunctions(Functions):
@@ -58,6 +75,10 @@ class ScriptFunctions(Functions):
 class ScriptOperators(Operators):
     """Operators below autocast, but for those that load a batch."""
 
+    def enter(self, name: str) -> None:
+        """A module is being called that had no hook yet."""
+        self._running.append(name)
+
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         execution: Any = self.trace.execution
         if execution.paused:
@@ -66,32 +87,46 @@ class ScriptOperators(Operators):
 
 
 class ScriptTrace:
-    """Wait for update `number`, trace it, and look at the next one's gradients unless `only_trace`.
+    """Trace update `number`, and look at the gradients of the next one, which computes in float32.
 
-    `trace` is there once the update began, `whole` once it ended. `ranges` are measured in the update after it, which
-    computes in float32. `finished` is called when there is no more to see; then Ended is raised in the program at the
-    end of each update, unless `go_on`.
+    The first updates are traced, too: if one leaves weights that are not finite, or fails, it is the one to report.
+    `trace` is that of the update to report and `whole` if it ended; `ranges` are those of the next one. When all has
+    been seen, Ended is raised in the program at the end of each further update. With `finished` the program goes on
+    instead, so that no update computes in float32; it is called with this object.
     """
 
-    def __init__(self, number: int, *, go_on: bool = False, finished: Callable[[], None] | None = None):
+    def __init__(self, number: int, finished: Callable[[ScriptTrace], None] | None = None):
         self.number = number
-        self.go_on = go_on
         self.finished = finished
         self.updates = Updates(self._at_end)
         self.trace: Trace | None = None
-        self.subject: ScriptSubject | None = None
+        self.subject = ScriptSubject(self.updates)
         self.whole = False
         self.done = False
         self.skipped = False
+        self.poisoned = False
         self.ledger: dict[str, Any] | None = None
-        self.update_seconds: float | None = None
         self.ranges: dict[str, Any] | None = None
         self.batches: list[torch.Tensor] = []
         self._open = contextlib.ExitStack()
         self._execution: ScriptExecution | None = None
+        self._current: Trace | None = None
+        self._following = False  # operators are followed: the models are known
         self._kept: Any = None
         self._watch: Watch | None = None
+        self._skips = 0
+        self._before: list[Event] = []
         os.register_at_fork(after_in_child=self._in_child)
+
+    def __enter__(self) -> ScriptTrace:
+        self.updates.__enter__()
+        self.updates.listener = self
+        self._begin()
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        self._open.close()
+        self.updates.__exit__(*details)
 
     # What Updates tells
 
@@ -102,6 +137,11 @@ class ScriptTrace:
     def after_step(self, optimizer: Any) -> None:
         if self._execution is not None:
             self._execution.after_step(optimizer)
+
+    def called(self) -> None:
+        """The program calls a model: the first one to be called is known now."""
+        if self._current is not None and not self._following and torch.is_grad_enabled():
+            self._follow(inside=True)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -116,11 +156,11 @@ class ScriptTrace:
             execution.paused = False
 
     def loaded(self, batch: Any) -> None:
-        if self._execution is not None and self.trace is not None and not self.whole:
+        if self._current is not None:
             self.batches += tensors_in(batch)
             known: Any = SimpleNamespace(batch=batch, named_parameters=list)
             with self.paused():
-                self.trace.lineage.expect(known)
+                self._current.lineage.expect(known)
 
     def _in_child(self) -> None:
         if self._execution is not None:
@@ -130,66 +170,92 @@ class ScriptTrace:
 
     def _at_end(self, updates: Updates) -> None:
         if self.done:
-            if not self.go_on:
+            if self.finished is None:
                 raise Ended
-        elif self.whole:
+        elif self._watch is not None:
             self._end_ranges()
             self._finish()
-        elif self.trace is not None:
-            self._end_trace()
-            if self.go_on:
+        else:
+            if self._current is not None:
+                self._end(updates.count)
+            if self.trace is None and (updates.count < EARLY or updates.count >= self.number - 1):
+                self._begin()
+                self._follow()
+            elif self.trace is not None and (self.poisoned or self.finished is not None):
                 self._finish()
-            else:
+            elif self.trace is not None:
                 self._begin_ranges()
-        elif updates.count >= self.number - 1:
-            self._begin_trace()
 
-    def _begin_trace(self) -> None:
-        updates = self.updates
-        self.update_seconds = sorted(updates.seconds)[len(updates.seconds) // 2] if updates.seconds else None
-        self.subject = subject = ScriptSubject(updates)
-        self._execution = execution = ScriptExecution(subject)
-        self.trace = trace = Trace(execution, Lineage())
-        trace.lineage.expect(subject)
-        self._skips = updates.skipped
-        functions = ScriptFunctions(trace)
-        operators = ScriptOperators(trace, functions, subject)
-        for hook in operators.hooks:
-            self._open.callback(hook.remove)
-        self._kept = KeptForBackward(subject.parameters())
-        execution.autocast_on = torch.is_autocast_enabled(execution.device)
+    def _begin(self) -> None:
+        """Note the events of an update from here on."""
+        self.subject = ScriptSubject(self.updates)
+        self._execution = execution = ScriptExecution(self.subject)
+        self._current = Trace(execution, Lineage())
+        self._skips = self.updates.skipped
+        self.batches = []
+        self._kept = None
         self._open.enter_context(eager())
         self._open.enter_context(execution._patches())
+
+    def _follow(self, *, inside: bool = False) -> None:
+        """Follow the operators, too; `inside` a model that is just being called."""
+        trace, execution = self._current, self._execution
+        assert trace is not None and execution is not None
+        self._following = True
+        if inside:
+            self.subject = ScriptSubject(self.updates)
+            for hook in execution.begin_inside(self.subject):
+                self._open.callback(hook.remove)
+        elif not self.subject.called:
+            execution.phase = "forward"
+        trace.lineage.expect(self.subject)
+        functions = ScriptFunctions(trace)
+        operators = ScriptOperators(trace, functions, self.subject)
+        if inside:
+            operators.enter("")
+        for hook in operators.hooks:
+            self._open.callback(hook.remove)
+        self._kept = KeptForBackward(self.subject.parameters())
         for mode in (self._kept, functions, operators):
             self._open.enter_context(mode)
 
-    def _end_trace(self, error: BaseException | None = None) -> None:
-        assert self.trace is not None and self._execution is not None and self.subject is not None
-        trace, execution = self.trace, self._execution
+    def _end(self, number: int, error: BaseException | None = None) -> None:
+        """An update has ended: it is the one to report if it was asked for, or if it went wrong."""
+        trace, execution = self._current, self._execution
+        assert trace is not None and execution is not None
         self._open.close()
         self._open = contextlib.ExitStack()
+        self._current = None
+        self._execution = None
+        self._following = False
+        trace.lineage.finish([*execution.roots])
+        execution.roots.clear()
+        if error is None and trace.lineage.first is not None:
+            weights = self.subject.parameters()
+            self.poisoned = not all(bool(torch.isfinite(weight).all()) for weight in weights)
+        if number < self.number and error is None and not self.poisoned:
+            self._before = execution.events
+            return
+        self.trace = trace
+        self.number = number
         self.whole = error is None
         self.skipped = self.updates.skipped > self._skips
         trace.error = error
         trace.error_place = place_of_error(error) if error is not None else None
+        # What is wrong with an update that fails is often what the one before left out.
+        trace.first_events = [*self._before, *execution.events]
         execution.events = in_order(execution.events)
-        trace.first_events = execution.events
-        trace.lineage.finish([*execution.roots])
-        execution.roots.clear()
-        self.ledger = self._memory()
-        self._execution = None
+        self.ledger = self._memory() if self._kept is not None else None
 
     def failed(self, error: BaseException | None) -> None:
         """The program ended by itself, or failed, before everything was seen."""
-        if self.trace is not None and not self.whole and self._execution is not None:
-            self._end_trace(error or EOFError("the program ended in the middle of the update"))
-        elif self._watch is not None:
-            self._open.close()
-        self._execution = None
+        events = self._current is not None and self._current.execution.events
+        if error is not None and events:
+            self._end(self.updates.count + 1, error)
+        self._current = self._execution = None
 
     def _memory(self) -> dict[str, Any]:
         """What the update held, by purpose; see memory_ledger."""
-        assert self.subject is not None
         subject, kept = self.subject, self._kept
         parameters = subject.parameters()
         buffers = [buffer for model in subject.models.values() for buffer in model.buffers()]
@@ -213,7 +279,7 @@ class ScriptTrace:
         return ledger
 
     def _begin_ranges(self) -> None:
-        assert self.subject is not None and self.trace is not None
+        assert self.trace is not None
         subject = self.subject
         precision = Precision("fp32", subject.device, "")
         self._execution = execution = ScriptExecution(subject, precision)
@@ -241,10 +307,9 @@ class ScriptTrace:
     def _finish(self) -> None:
         self.done = True
         self.updates.listener = None
-        if self.finished is not None:
-            self.finished()
-        if not self.go_on:
+        if self.finished is None:
             raise Ended
+        self.finished(self)
 
 
 def in_order(events: list[Event]) -> list[Event]:

@@ -40,7 +40,14 @@ CASTS = {
 }
 TO_PYTHON = {torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "numpy", torch.Tensor.tolist: "tolist"}
 TO_HOST = {torch.Tensor.cpu: "cpu", torch.Tensor.numpy: "numpy"}
-WAITS = {"nonzero": "nonzero", "_local_scalar_dense": "item", "masked_select": "masked_select", "_unique2": "unique"}
+WAITS = {
+    "nonzero": "nonzero",
+    "_local_scalar_dense": "item",
+    "item": "item",  # tensors of inference mode keep such operators whole
+    "is_nonzero": "item",
+    "masked_select": "masked_select",
+    "_unique2": "unique",
+}
 
 
 @dataclass

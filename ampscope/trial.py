@@ -34,7 +34,7 @@ class Timer:
     """Keep the time of each update after the first ones, and end the program when there are enough."""
 
     def __init__(self) -> None:
-        self.updates = Updates(self._at_end)
+        self.updates = Updates(self._at_end, modules=False)  # hooks would change what torch.compile makes
 
     def _at_end(self, updates: Updates) -> None:
         if torch.accelerator.is_available():

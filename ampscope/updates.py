@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -32,13 +33,15 @@ FRAMES = 40  # up to which the owner of a called module is looked for
 class Updates:
     """Count a program's updates and tell `at_end(self)` at the end of each, from the second one on.
 
-    `count` is the number of updates that have ended, `seconds` the time of each that could be measured. `forwards`
-    counts calls of outermost modules by class, `backwards` calls of backward, `children` processes that were started.
-    `listener` sees optimizer steps and batches; see ScriptTrace.
+    `count` is the number of updates that have ended, `seconds` the time of each that could be measured, `loading` the
+    part of it in which batches were loaded. `forwards` counts calls of outermost modules by class (unless `modules` is
+    False), `backwards` calls of backward, `children` the processes that were started. `listener` sees optimizer steps
+    and batches; see ScriptTrace.
     """
 
-    def __init__(self, at_end: Callable[[Updates], None]):
+    def __init__(self, at_end: Callable[[Updates], None], *, modules: bool = True):
         self.at_end = at_end
+        self.modules = modules
         self.listener: Any = None
         self.count = 0
         self.seconds: list[float] = []
@@ -57,6 +60,7 @@ class Updates:
         self._depth = 0
         self._loading = 0.0
         self._last: float | None = None
+        self._going_back = False
         self._scaling = False  # inside scaler.step
         self._entered = 0  # optimizer steps since scaler.step began
         self._pid = os.getpid()
@@ -66,7 +70,8 @@ class Updates:
         pre = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
         post = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
         self._undo += [pre.remove, post.remove]
-        self.follow_modules()
+        if self.modules:
+            self._follow_modules()
         self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
         self._wrap(torch.optim.Optimizer, "__init__", self._optimizer_made)
         self._wrap(torch.autograd, "backward", self._backward)
@@ -80,8 +85,9 @@ class Updates:
         while self._undo:
             self._undo.pop()()
 
-    def follow_modules(self) -> None:
+    def _follow_modules(self) -> None:
         """Notice which modules are called from outside of any other."""
+        warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
         enter = module_hooks.register_module_forward_pre_hook(self._enter)
         leave = module_hooks.register_module_forward_hook(self._leave, always_call=True)
         self._undo += [enter.remove, leave.remove]
@@ -105,13 +111,19 @@ class Updates:
             self.forwards[type(core(module)).__name__] += 1
             if id(module) not in self.roots and next(module.parameters(), None) is not None:
                 self.roots[id(module)] = _named(module)
+            if self.listener is not None and id(module) in self.roots:
+                self.listener.called()
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
 
     def _backward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        self.backwards += 1
-        return original(*args, **kwargs)
+        outer, self._going_back = self._going_back, True
+        self.backwards += not outer  # a trace hands the call on to itself
+        try:
+            return original(*args, **kwargs)
+        finally:
+            self._going_back = outer
 
     def _optimizer_made(self, original: Callable, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         original(optimizer, *args, **kwargs)
@@ -234,13 +246,13 @@ def _name_in(frame: FrameType, caller: Any, module: nn.Module) -> str:
 class ScriptSubject(Subject):
     """The models and optimizers that were seen in a program, in the form that a trace reads.
 
-    `models` are the modules that the program calls. A module that calls them as its own parts, as a Lightning module
-    does, gives them their full names.
+    `models` are the modules that the program calls; `called` is False if it calls none with parameters. A module that
+    calls them as its own parts, as a Lightning module does, gives them their full names.
     """
 
     def __init__(self, updates: Updates):
         roots = [*updates.roots.values()]
-        inner = {id(part) for _, root, _ in roots for part in root.modules() if part is not root}
+        inner = {id(part) for _, root, _ in roots for part in core(root).modules() if part is not core(root)}
         kept = [root for root in roots if id(root[1]) not in inner and id(core(root[1])) not in inner]
         owners: dict[int, tuple[str, nn.Module]] = {}
         models: dict[str, nn.Module] = {}
@@ -253,8 +265,12 @@ class ScriptSubject(Subject):
             self._tops["" if len(owners) == 1 else _unused(name, self._tops)] = top
         if len(models) == 1:
             models = {"": next(iter(models.values()))}
+        self.called = bool(models)
         optimizers = [*updates.optimizers.values()]
         super().__init__(models or {"": nn.Identity()}, None, step=_nothing, optimizers=optimizers)
+
+    def update_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [*self.optimizers.values()]
 
     def named_modules(self) -> Any:
         for prefix, top in self._tops.items():
