@@ -250,8 +250,8 @@ class Setup:
             self.ranks.share(self.draw_demo)  # the others wait for the first
         elif "data_dir" in options.recorded and not Path(options.data_dir).is_dir():
             raise UserError(
-                f"the images of this run were in {printable(options.data_dir)}, which is not there any more. Name the "
-                "folder that holds them now with --data_dir."
+                f"{printable(Path(options.data_dir).absolute())} does not exist, but the images of this run were in "
+                f"{printable(options.data_dir)}. Name the folder that holds them now with --data_dir."
             )
 
     def _recorded(self, folder: Path) -> Split | None:

@@ -127,7 +127,12 @@ TTA = Option(
     one_of("none", "flip"), "none", "flip: compute each test image and its mirror image, and average their logits"
 )
 MODEL = Option(NAME, "ResNet18", "a classification model of torchvision, or of timm as timm:NAME")
-LABELS = Option(FILE, None, "table of labels: a column of paths or ids, one of labels; CSV of any program", PLACE)
+LABELS = Option(
+    FILE,
+    None,
+    "table of labels: a column of paths or ids, one of labels or one a class; FILE:path,label names the columns",
+    PLACE,
+)
 MEGAPIXELS = Option({**POSITIVE, "metavar": "N"}, 179.0, "refuse images of more megapixels than this", START)
 WINDOW = Option(
     {"metavar": "LOW,HIGH", "type": window},

@@ -26,6 +26,7 @@ from torch import nn
 from commands.explain import explain_predictions
 from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
+from images.lookup import Index
 from images.walk import counted, find_images
 from precision import Precision
 from reports.text import end_of
@@ -190,7 +191,7 @@ def _listed(inputs: list[str]) -> Iterator[Item]:
             yield from _of_lines(lines, Path("."), passed_over)
         elif name.startswith("@") and not Path(name).exists():
             with open(name[1:], "rb") as file:
-                yield from _of_lines(_lines_of(file), Path(name[1:]).parent, passed_over)
+                yield from _of_lines(_lines_of(file), Path(name[1:]).parent, passed_over, seek=True)
         else:
             yield from _of_path(Path(name), passed_over)
     if passed_over:
@@ -205,12 +206,22 @@ def _lines_of(file: Any) -> Iterator[str]:
     text.detach()  # else the file would be closed with it
 
 
-def _of_lines(lines: Iterable[str], beside: Path, passed_over: Counter[str]) -> Iterator[Item]:
+def _of_lines(lines: Iterable[str], beside: Path, passed_over: Counter[str], *, seek: bool = False) -> Iterator[Item]:
+    """Yield the files that lines name, taken from the working folder or from `beside`.
+
+    With `seek`, find what is in neither as a table's cells are found: an id without suffix, or the end of a path that
+    another machine wrote.
+    """
+    index = None
     for line in lines:
         name = line.strip("\r\n")
+        path = next((path for path in (Path(name), beside / name) if path.exists()), None)
+        if name.strip() and path is None and seek:
+            index = index or Index(beside)
+            found = index.find(name.strip())
+            path = found[0] if len(found) == 1 else None
         if name.strip():
-            path = Path(name)
-            yield from _of_path(path if path.exists() else beside / path, passed_over)
+            yield from _of_path(path or beside / name, passed_over)
 
 
 def _of_path(path: Path, passed_over: Counter[str]) -> Iterator[Item]:

@@ -14,7 +14,7 @@ from images.cache import clean_caches
 from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
-from images.folders import find_image_set
+from images.labels import list_images
 from images.placing import explained, finish_interrupted, put_in_place, refuse_existing
 from images.walk import find_images, is_wanted
 from system.files import FULL, json_text, refuse_missing_folders, write_text
@@ -105,7 +105,7 @@ def _say_what_is_there(data_dir: Path) -> None:
     """Say how many images were put in place, and what a training would make of them."""
     log.info(f"{amount(sum(1 for _ in find_images(data_dir)), 'image is', 'images are')} in {printable(data_dir)}")
     try:
-        found = find_image_set(data_dir)
+        found = list_images(data_dir)
     except UserError as error:
         log.warning(str(error))
         return

@@ -1,4 +1,4 @@
-"""Labels by table or by class folder: which image has which class, part and group. Imports no torch."""
+"""List a data set: which image has which class, part and group, by tables or by class folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from images.folders import ImageSet, Listing, find_image_set, part_of, some
 from images.lookup import Index
 from images.naming import augmented_copies, odd_names
 from images.split import groups_by_pattern
-from images.tables import Row, read_rows
-from images.walk import composed, relative_name, same_name
+from images.tables import Row, read_rows, read_table
+from images.walk import composed, relative_name, same_name, subfolders
 from utils import UserError, amount, printable
 
 
@@ -22,13 +22,14 @@ def list_images(
     group: str | None = None,
     known: Sequence[str] | None = None,
 ) -> ImageSet:
-    """The images of a data set: labelled by a table where one is named, or else by their class folders.
+    """Return the images of a data set, labelled by a table if one is named or found, or else by their class folders.
 
     `group` is a column of the table, or a regular expression whose find in a file's path names its group. `known` are
     the classes of a trained model. Raises UserError if there are none to train on, or to test.
     """
-    if labels:
-        image_set = find_labelled(data_dir, labels, group=group, known=known)
+    tables = [labels] if labels else find_metadata(Path(data_dir))
+    if tables:
+        image_set = find_labelled(data_dir, *tables, group=group, known=known)
     else:
         image_set = find_image_set(data_dir, known=known)
     paths = [path for listing in image_set.parts.values() for path, _ in listing]
@@ -46,43 +47,73 @@ def list_images(
     return image_set
 
 
-def find_labelled(
-    data_dir: str | Path, table: str | Path, *, group: str | None = None, known: Sequence[str] | None = None
-) -> ImageSet:
-    """The images below `data_dir` that a table labels: a column of paths or ids, one of labels, optionally part, group.
+def find_metadata(root: Path) -> list[Path]:
+    """Return the tables of labels that Hugging Face's image folders have: in `root`, or in the folder of each part.
 
-    `table` is taken from the working folder, or else from `data_dir`. `group` names the column of groups. With
-    `known`, the classes of a trained model, rows of other classes are left out. Raises UserError if the table
-    cannot be read, names no image, or gives an image two labels.
+    Leave out tables without a column `label`, such as those of captions.
+    """
+    folders = [root] if root.is_dir() else []
+    folders += [folder for place in folders for folder in subfolders(place) if part_of(folder.name)]
+    files = [folder / f"metadata.{kind}" for folder in folders for kind in ("jsonl", "csv")]
+    tables = [file for file in files if file.is_file() and {"file_name", "label"} <= set(read_table(file)[0])]
+    return [file for file in tables if file.parent == root] or tables
+
+
+def find_labelled(
+    data_dir: str | Path, *tables: str | Path, group: str | None = None, known: Sequence[str] | None = None
+) -> ImageSet:
+    """Return the images below `data_dir` that tables label: columns of images and labels, perhaps of part and group.
+
+    A table is looked for in the working folder, then in `data_dir`; FILE:IMAGE,LABEL names its columns. The images of
+    a table in the folder of a part are of that part. `group` names the column of groups. With `known`, the classes of
+    a trained model, leave out rows of other classes. Raise UserError if a table cannot be read, names no image, or
+    gives an image two labels.
     """
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"{printable(root)} does not exist. Name the folder that holds the images with --data_dir.")
-    file = Path(table) if Path(table).exists() else root / table
     index = Index(root)
-    rows, columns = read_rows(file, index, group)
-    index.named = {index.folder(row.image) for row in rows} - {""}
-    found = _Found(file, index)
-    for row in rows:
-        found.add(row)
+    found = _Found(index)
     image_set = ImageSet(root, [], [], from_table=True)
-    image_set.notes.append(f"{printable(file.name)}: {columns}")
+    for table in tables:
+        file, named = _located(table, root)
+        rows, columns = read_rows(file, index, group, named)
+        folder = file.parent.name
+        if file.stem == "metadata" and file.parent.parent == root and part_of(folder):
+            rows = [row._replace(image=f"{folder}/{row.image}", part=folder) for row in rows]
+        index.named |= {index.folder(row.image) for row in rows} - {""}
+        found.add(file, rows)
+        image_set.notes.append(f"{printable(file.name)}: {columns}")
     _fill(image_set, found, known)
     return image_set
+
+
+def _located(table: str | Path, root: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the file that --labels names, and the names of its columns if they follow a colon."""
+    name, colon, columns = str(table).rpartition(":")
+    if not colon or Path(table).exists() or (root / table).exists():
+        name, columns = str(table), ""
+    return Path(name) if Path(name).exists() else root / name, tuple(columns.split(",")) if columns else ()
 
 
 class _Found:
     """What the rows of a table came to: an entry for each image, and the rows that mean none."""
 
-    def __init__(self, file: Path, index: Index):
-        self.file = file
+    def __init__(self, index: Index):
+        self.file = Path()  # the table whose rows are entered
         self.index = index
         self.entries: dict[Path, tuple[str, str, str]] = {}  # label, part, group
         self.moved: dict[str, Path] = {}
         self.missing: list[str] = []
         self.unlabelled: dict[Path, str] = {}
 
-    def add(self, row: Row) -> None:
+    def add(self, file: Path, rows: list[Row]) -> None:
+        """Enter the rows of a table."""
+        self.file = file
+        for row in rows:
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
         """Enter a row. Raises UserError if it may mean two images, or says another thing than an earlier one."""
         paths = self.index.find(row.image) if row.image else []
         file = printable(self.file)
@@ -165,6 +196,6 @@ def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> No
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Class names by alphabet; whole numbers by their value."""
+    """Return class names by alphabet, and whole numbers by their value."""
     numeric = all(re.fullmatch(r"-?\d+", label) for label in labels)
     return sorted(labels, key=int) if numeric else sorted(labels)

@@ -1,33 +1,35 @@
-"""A table of text: its separator, and which of its columns say image, label, part and group. Imports no torch."""
+"""A table of labels: read it, and find which of its columns say image, label, part and group. Imports no torch."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from images.folders import part_of, some
 from images.lookup import Index
 from system.files import from_cell, read_text, reading
-from utils import UserError, printable
+from utils import UserError, amount, printable
 
 # Names of columns, the likeliest first; case, blanks and punctuation do not count.
-_PATH: tuple[str, ...] = (
+_IMAGE = (
     *("path", "filepath", "imagepath", "file", "filename", "imagefile", "imagename", "image", "img", "picture"),
     *("photo", "imageid", "imgid", "idcode", "isicid", "id", "name"),
 )
-_LABEL: tuple[str, ...] = (
+_LABEL = (
     *("label", "class", "classname", "labelname", "category", "categoryid", "classid", "labelid", "target"),
     *("species", "breed", "diagnosis", "dx", "y", "tag", "labels"),
 )
 _PART = ("part", "split", "subset", "partition", "set")
 _GROUP = ("group", "groupid")
-_FLAGS = dict.fromkeys(("true", "t", "1", "1.0", "yes", "y"), True) | dict.fromkeys(
-    ("false", "f", "0", "0.0", "no", "n"), False
-)
+_ONES = ("true", "t", "1", "1.0", "yes", "y")
+_ZEROS = ("false", "f", "0", "0.0", "no", "n", "")
+SPREADSHEET = b"PK\x03\x04"
+BETWEEN = "\x1f"  # labels that a row has several of
 
 
 class Row(NamedTuple):
@@ -39,35 +41,39 @@ class Row(NamedTuple):
     group: str
 
 
-def read_rows(file: Path, index: Index, group: str | None) -> tuple[list[Row], str]:
-    """Return the rows of a table, and in words what its columns were taken for. `group` names the column of groups.
+def read_rows(file: Path, index: Index, group: str | None = None, named: tuple[str, ...] = ()) -> tuple[list[Row], str]:
+    """Return the rows of a table, and in words what its columns were taken for.
 
-    Raises UserError if the table cannot be read, names no image, or has no column that can be the label.
+    `group` names the column of groups, `named` those of images and labels. Raise UserError if the table cannot be
+    read, names no image, or has no column that can be the label.
     """
     table = read_table(file)
-    columns = _columns(file, table, index, group)
-    rows = [Row(*(_cell(row, place) for place in columns.places)) for row in table[columns.has_header :]]
-    if columns.flags:
-        said = [_flagged(row, columns.flags) for row in table[columns.has_header :]]
-        rows = [row._replace(part=part) for row, part in zip(rows, said, strict=True)]
+    columns = _columns(file, table, index, group, named)
+    rows = [columns.row(row) for row in table[columns.has_header :]]
+    several = [row for row in rows if BETWEEN in row.label]
+    if several:
+        image, label, *_ = several[0]
+        raise UserError(
+            f"{printable(file)} gives {printable(image)!r} several labels at once, "
+            f"{printable(label.replace(BETWEEN, ' and '))} ({amount(len(several), 'such row', 'such rows')}). An image "
+            "has one class here: keep one label in each row."
+        )
     return rows, columns.described(table[0])
 
 
-def _cell(row: list[str], place: int | None) -> str:
-    return from_cell(row[place].strip()) if place is not None and place < len(row) else ""
-
-
 def read_table(file: Path) -> list[list[str]]:
-    """The rows of a table of text that a spreadsheet or a program wrote, without the empty ones.
+    """Return the rows of a table that a spreadsheet or a program wrote, without the empty ones.
 
-    Separated by comma, semicolon or tab, or else by the last blank of each line; in UTF-8, UTF-16 with its mark, or
-    else Windows' western code page.
+    Cells are separated by comma, semicolon or tab, or else by the last blank of each line; `.jsonl` has an object in
+    each line. The text is UTF-8, UTF-16 with its mark, or else Windows' western code page.
     """
     with reading(file):
         with open(file, "rb") as content:
-            if content.read(4) == b"PK\x03\x04":
+            if content.read(4) == SPREADSHEET:
                 raise ValueError("a spreadsheet's own format: save it as CSV")
         text = read_text(file)
+        if file.suffix.lower() == ".jsonl":
+            return _of_objects([json.loads(line) for line in text.splitlines() if line.strip()])
         first, _, rest = text.partition("\n")
         if re.fullmatch(r"\"?sep=.\"?\s*", first):  # Excel's hint to itself
             text = rest
@@ -82,102 +88,165 @@ def read_table(file: Path) -> list[list[str]]:
     return best
 
 
+def _of_objects(lines: list[dict[str, object]]) -> list[list[str]]:
+    """Return lines of JSON as a table: the keys, then each line's values; a list is several values."""
+    keys = list(dict.fromkeys(key for line in lines for key in line))
+
+    def cell(value: object) -> str:
+        if isinstance(value, list):
+            return BETWEEN.join(map(str, value))
+        return "" if value is None else str(value)
+
+    return [keys, *([cell(line.get(key)) for key in keys] for line in lines)]
+
+
 def _regularity(table: list[list[str]]) -> tuple[float, int]:
-    """How likely a separator is the right one: the share of rows as wide as the first, then its columns."""
+    """Return how likely a separator is the right one: the share of rows as wide as the first, then its columns."""
     if not table or len(table[0]) < 2:
         return 0.0, 0
     return sum(len(row) == len(table[0]) for row in table) / len(table), len(table[0])
 
 
-class _Columns(NamedTuple):
-    """The columns of image, label, part and group; `flags` are columns that say yes or no to a part."""
+def _cell(row: list[str], place: int | None) -> str:
+    return from_cell(row[place].strip()) if place is not None and place < len(row) else ""
 
-    places: tuple[int, int, int | None, int | None]
-    flags: dict[int, str]
-    has_header: bool
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+@dataclass
+class _Columns:
+    """What the columns of a table are for: places, and columns of yes and no with the part or class that each means."""
+
+    image: int
+    label: int | None = None
+    part: int | None = None
+    group: int | None = None
+    parts: dict[int, str] = field(default_factory=dict)
+    classes: dict[int, str] = field(default_factory=dict)
+    has_header: bool = True
+
+    def row(self, row: list[str]) -> Row:
+        """Return what a row says; several labels are separated by BETWEEN."""
+        label = _cell(row, self.label)
+        part = _cell(row, self.part)
+        if self.classes:
+            label = BETWEEN.join(_chosen(row, self.classes))
+        if self.parts:
+            rest = "validation" if "train" in self.parts.values() else "train"
+            part = next(iter(_chosen(row, self.parts)), rest)
+        return Row(_cell(row, self.image), label, part, _cell(row, self.group))
 
     def described(self, first: list[str]) -> str:
         """Return in words what each column was taken for, given the first row."""
         names = [
             f"'{printable(cell)}'" if self.has_header else f"column {place + 1}" for place, cell in enumerate(first)
         ]
-        taken = zip(("images", "classes", "parts", "groups"), self.places, strict=True)
-        said = [f"{what} from {names[place]}" for what, place in taken if place is not None]
-        said += [f"parts from {names[place]}" for place in self.flags]
-        unused = [name for place, name in enumerate(names) if place not in self.places and place not in self.flags]
+        single = {"images": self.image, "classes": self.label, "parts": self.part, "groups": self.group}
+        said = [f"{what} from {names[place]}" for what, place in single.items() if place is not None]
+        said += [f"parts from {names[place]}" for place in self.parts]
+        said += [f"classes are the columns {some([names[place] for place in self.classes])}"] if self.classes else []
+        used = {*single.values(), *self.parts, *self.classes}
+        unused = [name for place, name in enumerate(names) if place not in used]
         return ", ".join(said) + (f"; not used: {some(unused)}" if unused else "")
 
 
-def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None) -> _Columns:
+def _chosen(row: list[str], columns: dict[int, str]) -> list[str]:
+    """Return the meanings of the columns that a row says yes to."""
+    return [meaning for place, meaning in columns.items() if _cell(row, place).casefold() in _ONES]
+
+
+def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None, named: tuple[str, ...]) -> _Columns:
     """Return what the columns of a table are for. Files on disk decide which one names images."""
+    header = [_plain(cell) for cell in rows[0]]
+    if named:
+        return _named_columns(file, rows, group, named)
+    image = _image_column(file, rows, header, index)
+    others = [place for place in range(len(header)) if place != image]
+    if index.find(rows[0][image].strip()) and header[image] not in _IMAGE:  # the first row names an image, too
+        part, grouped = _unnamed(rows, others[1:])
+        found = _Columns(image, others[0] if others else None, part, grouped, has_header=False)
+    else:
+        found = _of_header(rows, header, image, others, _plain(group) if group else None)
+    if found.label is None and not found.classes:
+        names = ", ".join(printable(rows[0][place]) for place in others if place not in found.parts)
+        raise UserError(
+            f"{printable(file)}: which column is the label, of {names}? Name the columns of images and labels, as in "
+            f"--labels {printable(file)}:{printable(rows[0][image])},NAME"
+        )
+    return found
+
+
+def _named_columns(file: Path, rows: list[list[str]], group: str | None, named: tuple[str, ...]) -> _Columns:
+    """Return the columns that --labels FILE:IMAGE,LABEL names, and those of part and group."""
+    header = [_plain(cell) for cell in rows[0]]
+    missing = [name for name in named if _plain(name) not in header]
+    if missing or len(named) != 2:
+        raise UserError(
+            f"{printable(file)} has no column {printable(', '.join(missing or named))!r}, but "
+            f"{printable(', '.join(rows[0]))}. Name two, of images and labels: FILE:path,label"
+        )
+    image, label = (header.index(_plain(name)) for name in named)
+    others = [place for place in range(len(header)) if place not in (image, label)]
+    found = _of_header(rows, header, image, others, _plain(group) if group else None)
+    found.label, found.classes = label, {}
+    return found
+
+
+def _image_column(file: Path, rows: list[list[str]], header: list[str], index: Index) -> int:
+    """Return the column whose cells name the most images; of several that with the likeliest name."""
     sample = rows[1:200] or rows
-    width = len(rows[0])
-    hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(width)]
-    plain = [re.sub(r"[\W_]+", "", cell.casefold()) for cell in rows[0]]
-    best = max(hits)
-    if not best:
+    hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(len(header))]
+    if not any(hits):
         shown = ", ".join(repr(printable(cell)) for cell in sample[0][:6])
         raise UserError(
             f"{printable(file)}: no cell names an image below {printable(index.root)}, where {len(index.paths):,} "
             f"images are; its second row is {shown}. Name the folder of the images with --data_dir."
         )
-    path = min((place for place in range(width) if hits[place] == best), key=lambda place: _rank(plain[place], _PATH))
-    names_a_file = bool(index.find(rows[0][path].strip())) and plain[path] not in _PATH
-    has_header = not names_a_file
-    others = [place for place in range(width) if place != path]
-    part = _part_column(plain, rows, others) if has_header else None
-    by_name = re.sub(r"[\W_]+", "", group.casefold()) if group else None
-    groups = _named(plain, others, (by_name,) if by_name else _GROUP) if has_header else None
-    flags = _flags(plain, rows, others) if has_header and part is None else {}
-    left = [place for place in others if place not in (part, groups, *flags)]
-    label = _named(plain, left, _LABEL) if has_header else None
-    if label is None and len(left) == 1 or not has_header and left:
+    best = [place for place, count in enumerate(hits) if count == max(hits)]
+    named = _named(header, best, _IMAGE)
+    return best[0] if named is None else named
+
+
+def _of_header(rows: list[list[str]], header: list[str], image: int, others: list[int], group: str | None) -> _Columns:
+    """Return the columns that a header names, or that their cells give away."""
+    part = _part_column(rows, header, others)
+    groups = _named(header, others, (group,) if group else _GROUP)
+    binary = [place for place in others if {_cell(row, place).casefold() for row in rows[1:]} <= {*_ONES, *_ZEROS}]
+    means = {place: part_of(header[place].removeprefix("is")) for place in binary} if part is None else {}
+    parts = {place: meaning for place, meaning in means.items() if meaning and _says_something(rows, place)}
+    left = [place for place in others if place not in (part, groups, *parts)]
+    label = _named(header, left, _LABEL)
+    if label is None and len(left) == 1:
         label = left[0]
-        if not has_header:
-            part, groups = _unnamed(rows, left[1:])
-    if label is None:
-        names = ", ".join(printable(rows[0][place]) for place in left)
-        raise UserError(f"{printable(file)}: which column is the label, of {names}? Rename it to 'label'.")
-    return _Columns((path, label, part, groups), flags, has_header)
+    classes = {place: from_cell(rows[0][place].strip()) for place in left if place in binary} if label is None else {}
+    once = sum(len(_chosen(row, classes)) == 1 for row in rows[1:])
+    if len(classes) < 2 or 2 * once < len(rows) - 1:  # more than one of them says nothing of a class
+        classes = {}
+    return _Columns(image, label, part, groups, parts, classes)
 
 
-def _part_column(plain: list[str], rows: list[list[str]], places: list[int]) -> int | None:
+def _says_something(rows: list[list[str]], place: int) -> bool:
+    return any(_cell(row, place) for row in rows[1:])
+
+
+def _part_column(rows: list[list[str]], header: list[str], places: list[int]) -> int | None:
     """Return the column that says each row's part: by its name, or else, beside a named label, by all its cells."""
-    named = _named(plain, places, _PART)
-    if named is not None or _named(plain, places, _LABEL) is None:
+    named = _named(header, places, _PART)
+    if named is not None or _named(header, places, _LABEL) is None:
         return named
-    cells = {place: {_cell(row, place) for row in rows[1:]} for place in places if plain[place] not in _LABEL}
-    return next((place for place, said in cells.items() if len(said) > 1 and all(map(part_of, said))), None)
+    cells = {place: [_cell(row, place) for row in rows[1:]] for place in places if header[place] not in _LABEL}
+    return next((place for place, said in cells.items() if len(set(said)) > 1 and all(map(part_of, said))), None)
 
 
-def _flags(plain: list[str], rows: list[list[str]], places: list[int]) -> dict[int, str]:
-    """Return the columns that say yes or no to a part, as `is_valid` and `train` do, each with that part."""
-    found = {}
-    for place in places:
-        part = part_of(plain[place].removeprefix("is"))
-        values = {_cell(row, place).casefold() for row in rows[1:]} - {""}
-        if part and values and values <= _FLAGS.keys():
-            found[place] = part
-    return found
-
-
-def _flagged(row: list[str], flags: dict[int, str]) -> str:
-    """Return the first part that a row says yes to, else the one that is left."""
-    chosen = [part for place, part in flags.items() if _FLAGS.get(_cell(row, place).casefold())]
-    return chosen[0] if chosen else "validation" if "train" in flags.values() else "train"
-
-
-def _rank(name: str, names: Sequence[str | None]) -> int:
-    return names.index(name) if name in names else len(names)
-
-
-def _named(plain: list[str], places: list[int], names: Sequence[str | None]) -> int | None:
-    """The place of the likeliest of `names`; None if no column has one."""
-    named = [place for place in places if plain[place] in names]
-    return min(named, key=lambda place: _rank(plain[place], names), default=None)
+def _named(header: list[str], places: list[int], names: tuple[str, ...]) -> int | None:
+    """Return the place of the likeliest of `names`; None if no column has one."""
+    named = [place for place in places if header[place] in names]
+    return min(named, key=lambda place: names.index(header[place]), default=None)
 
 
 def _unnamed(rows: list[list[str]], places: list[int]) -> tuple[int | None, int | None]:
-    """Part and group of a table without a header: a column of the usual names of parts, and another one."""
-    part = next((p for p in places if all(part_of(row[p]) for row in rows if p < len(row) and row[p].strip())), None)
+    """Return part and group of a table without a header: a column of the usual names of parts, and another one."""
+    part = next((p for p in places if all(part_of(_cell(row, p)) for row in rows if _cell(row, p))), None)
     return part, next((place for place in places if place != part), None)

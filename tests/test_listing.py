@@ -305,6 +305,69 @@ def test_a_column_of_yes_and_no_says_the_part(tmp_path, words, trains):
     assert f"parts from '{column}'" in notes
 
 
+@pytest.mark.parametrize("one, zero", [("1.0", "0.0"), ("1", "0"), ("True", "False"), ("1", "")])
+def test_columns_of_classes_say_the_label(tmp_path, one, zero):
+    """As competitions have them; a class without an image (UNK) is none, and a row of zeros has no label."""
+    draw(tmp_path, *(f"ISIC_{number}.jpg" for number in range(5)))
+    header = ["image", "MEL", "NV", "BCC", "UNK", "is_test"]
+    chosen = ["MEL", "NV", "BCC", "NV", None]
+    rows = [
+        [f"ISIC_{number}", *(one if name == column else zero for column in header[1:5]), one if number == 3 else zero]
+        for number, name in enumerate(chosen)
+    ]
+    labels, notes = listed(tmp_path, "\n".join(map(",".join, [header, *rows])))
+    assert labels == {f"ISIC_{number}.jpg": name for number, name in enumerate(chosen) if name}
+    assert "images from 'image', parts from 'is_test', classes are the columns 'MEL', 'NV', 'BCC', 'UNK'" in notes
+    assert "1 image has no label" in notes
+    rows[0][2] = one
+    assert "'ISIC_0' several labels at once, MEL and NV (1 such row)" in tiny.refused(
+        listed, tmp_path, "\n".join(map(",".join, [header, *rows]))
+    )
+
+
+def lines(kind, rows):
+    """A metadata file's text: rows of {column: value}."""
+    if kind == "jsonl":
+        return "\n".join(map(json.dumps, rows))
+    return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_metadata_of_an_image_folder_is_found_by_itself(tmp_path, kind):
+    draw(tmp_path / "one", "images/1.png", "images/2.png", "images/3.png")
+    rows = [{"file_name": f"images/{number}.png", "caption": "a", "label": number % 2} for number in (1, 2, 3)]
+    (tmp_path / "one" / f"metadata.{kind}").write_text(lines(kind, rows))
+    found = list_images(tmp_path / "one")
+    assert found.classes == ["0", "1"] and [label for _, label in found.train] == [1, 0, 1]
+    assert f"metadata.{kind}: images from 'file_name', classes from 'label'; not used: 'caption'" in found.notes
+    for number, part in enumerate(("train", "validation")):
+        draw(tmp_path / "parts" / part, "1.png", "2.png")
+        rows = [{"file_name": f"{name}.png", "label": ("cat", "dog")[(name + number) % 2]} for name in (1, 2)]
+        (tmp_path / "parts" / part / f"metadata.{kind}").write_text(lines(kind, rows))
+    found = list_images(tmp_path / "parts")
+    assert [label for _, label in found.train] == [1, 0] and [label for _, label in found.test] == [0, 1]
+
+
+def test_metadata_without_labels_leave_class_folders_alone(tmp_path):
+    draw(tmp_path, *PETS)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/1.png", "text": "a cat"}))
+    assert list_images(tmp_path).classes == ["cat", "dog"]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/1.png", "label": ["cat", "dog"]}))
+    assert "several labels at once, cat and dog" in tiny.refused(list_images, tmp_path)
+
+
+def test_columns_are_named_after_a_colon(tmp_path):
+    draw(tmp_path, *PETS)
+    table = "file,height,width\n" + "".join(f"{name},{number % 3},{number % 2}\n" for number, name in enumerate(PETS))
+    (tmp_path / "t.csv").write_text(table)
+    found = list_images(tmp_path, labels="t.csv:file,width")
+    assert found.classes == ["0", "1"] and "classes from 'width'; not used: 'height'" in found.notes[0]
+    assert list_images(tmp_path, labels=f"{tmp_path / 't.csv'}:file,height").classes == ["0", "1", "2"]
+    for wrong in ("file,depth", "file"):
+        assert "Name two, of images and labels" in tiny.refused(list_images, tmp_path, labels=f"t.csv:{wrong}")
+    assert "t.csv:file,NAME" in tiny.refused(list_images, tmp_path, labels="t.csv")
+
+
 def test_labels_that_are_names_of_parts_stay_labels(tmp_path):
     draw(tmp_path, *(f"{number}.png" for number in range(8)))
     for columns in ("name,label", "name,kind"):

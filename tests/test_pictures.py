@@ -354,7 +354,8 @@ def test_parts_and_groups_of_a_table(tmp_path):
         ("id,label\n0001,a\n0001,b\n0002,b\n", "two labels: a and b"),
         ("id,label\n9991,a\n9992,b\n", "no cell names an image"),
         ("id,label\n0001,a\n0002,a\n", "labels one class, a: two are needed"),
-        ("id,healthy,rust\n0001,1,0\n0002,0,1\n", "which column is the label, of healthy, rust"),
+        ("id,height,width\n0001,1,0\n0002,0,7\n", "which column is the label, of height, width.*t.csv:id,NAME"),
+        ("id,healthy,rust\n0001,1,0\n0002,1,1\n", "'0002' several labels at once, healthy and rust .1 such row"),
         ("id,label,split\n0001,a,train\n0002,b,somewhere\n", "'somewhere' is no part"),
         ("only\n0001\n", "at least two columns"),
         ("", "at least two columns"),
@@ -525,6 +526,14 @@ def test_prediction_of_lists_and_lines_and_subfolders(pets, tmp_path, run, monke
     (root / "list.txt").unlink()
     assert status == 1 and "2 images: " in out and "absent.png: the file does not exist" in out, err
     assert "1 of 3 files could not be read" in err
+    (root / "list.txt").write_text("dog/002\nC:\\work\\pets\\emu\\003.png\n000\n")  # the last may mean three
+    status, out, err = run(["predict", f"@{root / 'list.txt'}", *given])
+    (root / "list.txt").unlink()
+    assert [Path(row["path"]).parts[-2:] for row in rows_of(tmp_path / "out.csv")] == [
+        ("dog", "002.png"),
+        ("emu", "003.png"),
+    ]
+    assert status == 1 and "000: the file does not exist" in out, err
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{root / 'emu'}\n"))
     status, out, err = run(["predict", "-", *given])
     assert status == 0 and "20 images: " in out, err
@@ -594,7 +603,7 @@ def test_a_run_whose_images_moved_asks_where_they_are(tmp_path, run):
     assert run(tiny.words(root, tmp_path))[0] == 0
     root.rename(tmp_path / "elsewhere")
     status, _, err = run(["evaluate", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"])
-    assert status == 2 and f"the images of this run were in {root}, which is not there any more" in err
+    assert status == 2 and f"{root} does not exist, but the images of this run were in {root}" in err
     assert "Three ways" not in err and "--data_dir" in err
 
 
