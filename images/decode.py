@@ -16,23 +16,16 @@ import numpy as np
 import PIL
 from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 
+from images.walk import CAMERA_RAW, picture_formats
 from system.machine import submitted
 
 # What Pillow remarks on odd files goes unsaid: what matters is an error, or a limit that `Rules` states.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-# Formats that are never opened, whatever a file is called: EPS starts Ghostscript, WMF and IPTC open what lies in them,
-# MIC and FPX need another package, the others are stubs that only a handler of another package can draw.
-NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", "WMF"}
 BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
-# Suffixes of cameras' own formats. Many are TIFF files whose first picture is a thumbnail, which Pillow would show.
-CAMERA_RAW = {
-    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw"),
-    *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
-}
 ORIENTATION = 0x0112
 PHOTOMETRIC = 262  # tag of TIFF: 0 says that the smallest value is white
 UPRIGHT = {
@@ -174,15 +167,6 @@ def resized(
             box = reduced[1]  # the last row and column may hold less than a whole pixel
             return upright(to_rgb(image, window).resize((side, side), resampling, box))
     return to_rgb(shown(image), window).resize((side, side), resampling)
-
-
-def picture_formats() -> list[str]:
-    """Return the names of Pillow's formats that may be opened: give them to each `Image.open`.
-
-    Pillow tells formats by content, not by suffix: without the list, PostScript called photo.jpg runs in Ghostscript.
-    """
-    Image.init()
-    return sorted(Image.OPEN.keys() - NO_PICTURES)
 
 
 def _open(path: Path, rules: Rules) -> Image.Image:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from images.folders import ImageSet, Listing, find_image_set, part_of, some
 from images.lookup import Index
-from images.naming import augmented_copies, odd_names
-from images.split import groups_by_pattern
+from images.naming import augmented_copies, groups_by_pattern, odd_names
 from images.tables import Row, read_rows, read_table
 from images.walk import composed, relative_name, same_name, subfolders
 from utils import UserError, amount, printable

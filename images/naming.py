@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from images.folders import ImageSet
-from utils import amount, printable, typed
+from utils import UserError, amount, printable, typed
 
 _MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "nil", "-", "?"}
 _BETWEEN = re.compile(r"[\s,;|+&/]+")  # labels that stand together in one cell
@@ -55,3 +56,15 @@ def augmented_copies(names: list[str]) -> str | None:
                 f"{typed('--group', pattern.pattern)} keeps them on one side of the split"
             )
     return None
+
+
+def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
+    """The group of each name: what the first bracket of a pattern finds in it, or else all that it finds."""
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"--group {pattern!r} is no column of --labels and no regular expression ({error}).") from None
+    found = [compiled.search(name) for name in names]
+    if not any(found):
+        raise UserError(f"--group {pattern!r} is no column of --labels and fits no file name, such as {names[0]!r}.")
+    return [match and (match[1] if compiled.groups else match[0]) for match in found]

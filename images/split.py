@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
@@ -206,18 +205,6 @@ def extend(recorded: np.ndarray, divided: np.ndarray, together: Iterable[Sequenc
     for place in np.flatnonzero(recorded == -1):
         parts[place] = known.get(int(units[place]), divided[place])
     return parts
-
-
-def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
-    """The group of each name: what the first bracket of a pattern finds in it, or else all that it finds."""
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise UserError(f"--group {pattern!r} is no column of --labels and no regular expression ({error}).") from None
-    found = [compiled.search(name) for name in names]
-    if not any(found):
-        raise UserError(f"--group {pattern!r} is no column of --labels and fits no file name, such as {names[0]!r}.")
-    return [match and (match[1] if compiled.groups else match[0]) for match in found]
 
 
 def read_split(file: Path) -> dict[str, tuple[str, str]]:

@@ -12,11 +12,18 @@ from pathlib import Path
 
 from PIL import Image
 
-from images.decode import CAMERA_RAW, picture_formats
 from utils import amount, printable
 
 Seen = set[tuple[int, int]]  # device and number of each folder that was walked
 
+# Formats that are never opened, whatever a file is called: EPS starts Ghostscript, WMF and IPTC open what lies in them,
+# MIC and FPX need another package, the others are stubs that only a handler of another package can draw.
+NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", "WMF"}
+# Suffixes of cameras' own formats. Many are TIFF files whose first picture is a thumbnail, which Pillow would show.
+CAMERA_RAW = {
+    *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw"),
+    *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
+}
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
@@ -116,6 +123,15 @@ def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen)
 def is_image_name(name: str) -> bool:
     """Whether a file's suffix is that of a kind of picture that Pillow opens."""
     return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
+
+
+def picture_formats() -> list[str]:
+    """Return the names of Pillow's formats that may be opened: give them to each `Image.open`.
+
+    Pillow tells formats by content, not by suffix: without the list, PostScript called photo.jpg runs in Ghostscript.
+    """
+    Image.init()
+    return sorted(Image.OPEN.keys() - NO_PICTURES)
 
 
 @cache
