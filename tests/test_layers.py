@@ -4,6 +4,7 @@ Read from the syntax tree, never by importing.
 """
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,6 +96,19 @@ def test_nobody_imports_upwards():
         or (name in HEART and found.startswith(("reports", "ampscope", "measuring")))
     ]
     assert upwards == []
+
+
+def test_images_pass_the_modules_in_the_order_of_their_docstring():
+    order = re.findall(r"`(\w+)`", ast.get_docstring(MODULES["images"]))
+    names = [name.partition(".")[2] for name in MODULES if name.startswith("images.")]
+    assert sorted(order) == sorted(names)
+    later = {
+        (name, found)
+        for place, name in enumerate(order)
+        for found in imported(f"images.{name}")
+        if found.startswith("images.") and found.partition(".")[2] not in order[:place]
+    }
+    assert later == set()
 
 
 def test_no_torch_where_none_is_needed():
