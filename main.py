@@ -7,6 +7,7 @@ it, so that `--help` and wrong options answer at once.
 from __future__ import annotations
 
 import errno
+import importlib
 import inspect
 import multiprocessing
 import os
@@ -110,44 +111,11 @@ def _end_workers(others: set[BaseProcess]) -> None:
 
 
 def entry(command: str) -> Callable[..., None]:
-    """The function that does a command; its keyword-only parameters are names of options."""
+    """Return the function that does a command; its keyword-only parameters are names of options."""
     if command == "train":
         return train
-    if command == "evaluate":
-        from commands.evaluate import evaluate_run
-
-        return evaluate_run
-    if command == "predict":
-        from commands.predict import predict
-
-        return predict
-    if command == "compare":
-        from commands.compare import compare
-
-        return compare
-    if command == "audit":
-        from commands.audit import audit
-
-        return audit
-    if command == "report":
-        from commands.report import report
-
-        return report
-    if command == "doctor":
-        from commands.doctor import doctor
-
-        return doctor
-    if command == "inspect":
-        from commands.inspect import inspect
-
-        return inspect
-    if command == "prepare":
-        from commands.prepare import prepare
-
-        return prepare
-    from commands.export import export
-
-    return export
+    module = importlib.import_module(f"commands.{command}")
+    return getattr(module, "evaluate_run" if command == "evaluate" else command)
 
 
 def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> None:

@@ -340,7 +340,7 @@ OPTIONS = {
         "data_dir": Option(DIR, None, "also measure how fast this data set can be loaded", PLACE),
         "json": Option(FILE, None, "write all findings as JSON", CALL),
     },
-    "ampscope": {
+    "inspection": {
         "device": DEVICE,
         "batch_size": Option(COUNT, 32, "number of images in the batch"),
         "precisions": Option(LIST, None, "precisions to inspect (default: those that suit the device)", CALL),
@@ -389,7 +389,7 @@ GROUPS = {
     "audit": (*_TRAINING, "auditing"),
     "report": ("a finished run's folder",),
     "doctor": ("examination",),
-    "inspect": ("run", "data", "model", "ampscope"),
+    "inspect": ("run", "data", "model", "inspection"),
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
 }

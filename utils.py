@@ -112,12 +112,7 @@ def name_this_user() -> None:
 
 
 def own_command() -> list[str]:
-    """The words that start this program in a fresh process, without its options.
-
-    With `-P` the process of an installed program finds the package, and no file of the user's current folder.
-    """
-    if __package__:
-        return [sys.executable, "-P", "-m", __package__]
+    """Return the command that starts this program in a fresh process, without its options."""
     return [sys.executable, str(Path(__file__).resolve().parent / "main.py")]
 
 

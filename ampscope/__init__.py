@@ -1,7 +1,34 @@
-"""What AMP does to any PyTorch model: `inspect_step` for one step, `watch` for a real training."""
+"""AMP explained for any PyTorch training: `inspect_step` for one step, `watch` for a training that goes on.
 
-from ampscope.inspecting import inspect_step
-from ampscope.report import Report
-from ampscope.watching import Watcher, watch
+On the command line `ampscope run SCRIPT.py` explains a program as it is, `ampscope inspect FILE.py:make` one step.
+"""
 
-__all__ = ["Report", "Watcher", "inspect_step", "watch"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ampscope.errors import InspectError
+    from ampscope.inspecting import inspect_step
+    from ampscope.module import inspect_module
+    from ampscope.report import Report
+    from ampscope.watching import Watcher, watch
+
+__version__ = "0.2.0"
+__all__ = ["InspectError", "Report", "Watcher", "inspect_module", "inspect_step", "watch"]
+_HOMES = {
+    "InspectError": "errors",
+    "Report": "report",
+    "Watcher": "watching",
+    "inspect_module": "module",
+    "inspect_step": "inspecting",
+    "watch": "watching",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `ampscope.text` or --help need no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ampscope.{_HOMES[name]}"), name)

@@ -18,9 +18,9 @@ import torch
 from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.places import Place, outermost, place_of_caller
+from ampscope.precisions import Precision
 from ampscope.subject import Subject, losses_in, restore
 from ampscope.tensors import tensors_in
-from precision import Precision
 
 SCALER_CALLS = ("scale", "unscale_", "step", "update")
 
@@ -84,7 +84,7 @@ class Execution:
         """For backward passes inside an autocast that is this tool's and not the user's."""
         if not self.ambient or self.precision is None:
             return contextlib.nullcontext()
-        return Precision("fp32", self.precision.device, "").autocast()
+        return Precision("fp32", self.precision.device).autocast()
 
     def _finish(self, update: bool) -> None:
         """The tool's own backward pass, and update, for a step that only returns its loss."""

@@ -9,19 +9,19 @@ import torch
 from torch import nn
 
 from ampscope import payoff
+from ampscope.errors import InspectError
 from ampscope.execution import Execution
 from ampscope.findings import Finding, by_place
 from ampscope.memory import memory_ledger
 from ampscope.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.places import Place, count_as_users, shown
+from ampscope.precisions import Precision, named_precision, sensible_precisions
 from ampscope.ranges import measure_ranges
 from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
 from ampscope.subject import Subject, core
 from ampscope.tensors import buffers_not_finite, dtype_name
 from ampscope.tracing import Trace, trace_step
-from precision import Precision, named_precision, sensible_precisions
-from utils import RunError, UserError
 
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)  # that a scaler which starts at the first would come down to
 
@@ -51,7 +51,7 @@ def inspect_step(
     Models, optimizers and scaler are put back as they were. `precisions` are names such as fp32, amp-bf16, amp-fp16;
     the default is what makes sense on the model's device. `metrics` are lines of a diary (see `watch`),
     `scaler_scale` is one more loss scale at which gradients are judged. Without `speed` nothing is timed.
-    Raises UserError if the arguments do not fit together or the step fails in every precision.
+    Raises InspectError if the arguments do not fit together or the step fails in every precision.
     """
     subject = Subject(model, batch, loss, step=step, optimizers=optimizers, scaler=scaler)
     for function in (subject.step, subject.loss):
@@ -94,7 +94,7 @@ class Inspection:
         subject = self.subject
         with subject.kept():
             written = trace_step(subject, None)
-        if written.error is not None and isinstance(written.error, UserError):
+        if written.error is not None and isinstance(written.error, InspectError):
             raise written.error
         regions = [event for event in written.execution.events if event.kind == "autocast"]
         on = [event for event in regions if event.details["enabled"] and event.details["device"] == subject.device.type]
@@ -113,7 +113,7 @@ class Inspection:
         failed = [name for name, trace in self.traces.items() if trace.error is not None]
         if len(failed) == len(names) and not self.everything:
             trace = self.traces[failed[0]]
-            raise UserError(f"the step fails in every precision: {_in_words(trace)}")
+            raise InspectError(f"the step fails in every precision: {_in_words(trace)}")
         if written.error is not None:
             self.everything.append(failure(written, "as written"))
         for name in failed:
@@ -320,4 +320,4 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (not row["own"], -row["count"]))
 
 
-__all__ = ["Inspection", "RunError", "inspect_step"]
+__all__ = ["Inspection", "inspect_step"]

@@ -6,6 +6,7 @@ import gc
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ampscope.execution import Execution
+from ampscope.precisions import Precision
 from ampscope.subject import Subject
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import eager
-from precision import Precision
-from system.machine import linux_memory
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
 
@@ -119,7 +119,7 @@ def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int
         return peak, {"reserved": torch.cuda.memory_reserved(device), "driver": total - free}
     if device.type == "cpu":
         peak = held + peak_of_allocations(step)
-        return peak, {"resident": linux_memory("/proc/self/status", "VmRSS")}
+        return peak, {"resident": of_this_process("VmRSS")}
     return None, {"driver": torch.mps.driver_allocated_memory() if device.type == "mps" else None}
 
 
@@ -135,4 +135,13 @@ def peak_of_allocations(function: Callable[[], Any]) -> int:
 def resident_peak() -> int | None:
     """The most memory that this process had, in bytes; None where Linux is not there to say it."""
     # Not getrusage: its maximum begins with what the parent had when it started this process.
-    return linux_memory("/proc/self/status", "VmHWM")
+    return of_this_process("VmHWM")
+
+
+def of_this_process(name: str) -> int | None:
+    """Return the bytes that Linux counts under `name`, such as VmRSS; None on other systems."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), None)

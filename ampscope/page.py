@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ampscope import html
+from ampscope.files import replacing
 from ampscope.words import cast_words, megabytes, payoff_words, share
-from reports import page
 
 if TYPE_CHECKING:
     from ampscope.report import Report
@@ -24,13 +25,15 @@ def write_report_page(report: Report, folder: Path) -> None:
     content = report.content
     parts = [_findings(report), _payoff(report), _memory(content["memory"])]
     for name, (title, width) in PICTURES.items():
-        image = page.picture(folder / name, title, width)
+        image = html.picture(folder / name, title, width)
         if image:
-            parts += [f"<h2>{page.text(title)}</h2>\n", image]
+            parts += [f"<h2>{html.text(title)}</h2>\n", image]
     parts += [_products(content), _waits(content), _operators(content)]
     if content["underflow"] is not None:
         parts += [_gradients(content["underflow"]), _activations(content["underflow"]["activations"])]
-    page.write_page(folder / "inspect.html", f"AMP in {content['subject']['name']}", "".join(parts))
+    text = html.html_page(f"AMP in {content['subject']['name']}", "".join(parts))
+    with replacing(folder / "inspect.html") as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
 
 
 def _findings(report: Report) -> str:
@@ -45,7 +48,7 @@ def _findings(report: Report) -> str:
         ]
         for finding in report.everything
     ]
-    return "<h2>Findings</h2>\n" + page.table(["Rule", "Where", "What", "What helps"], rows, "plain")
+    return "<h2>Findings</h2>\n" + html.table(["Rule", "Where", "What", "What helps"], rows, "plain")
 
 
 def _payoff(report: Report) -> str:
@@ -58,8 +61,8 @@ def _payoff(report: Report) -> str:
         for name, entry in payoff["speed"].items()
     ]
     words = " ".join(line.strip() for line in payoff_words(payoff))
-    table = page.table(["Precision", "ms an update (the shortest)", "Speed-up", "Updates timed"], rows)
-    return f"<h2>Will it pay?</h2>\n{table}<p>{page.text(words)}</p>\n"
+    table = html.table(["Precision", "ms an update (the shortest)", "Speed-up", "Updates timed"], rows)
+    return f"<h2>Will it pay?</h2>\n{table}<p>{html.text(words)}</p>\n"
 
 
 def _memory(ledger: list[dict[str, Any]]) -> str:
@@ -67,7 +70,7 @@ def _memory(ledger: list[dict[str, Any]]) -> str:
         return ""
     parts = [part for part in ledger[0] if part != "precision"]
     rows = [[part.replace("_", " "), *(megabytes(row[part]) for row in ledger)] for part in parts]
-    return "<h2>Memory (MB)</h2>\n" + page.table(["", *(row["precision"] for row in ledger)], rows)
+    return "<h2>Memory (MB)</h2>\n" + html.table(["", *(row["precision"] for row in ledger)], rows)
 
 
 def _products(content: dict[str, Any]) -> str:
@@ -79,12 +82,12 @@ def _products(content: dict[str, Any]) -> str:
     if not rows:
         return ""
     header = ["Precision", "Operator", "Module", "Share", "Why", "Line"]
-    return "<h2>Products left in float32 under AMP</h2>\n" + page.table(header, rows, "plain")
+    return "<h2>Products left in float32 under AMP</h2>\n" + html.table(header, rows, "plain")
 
 
 def _waits(content: dict[str, Any]) -> str:
     rows = [[row["where"], row["what"], row["count"]] for row in content["synchronisations"]]
-    return "<h2>What the host waits for</h2>\n" + page.table(["Line", "What", "Times"], rows, "plain") if rows else ""
+    return "<h2>What the host waits for</h2>\n" + html.table(["Line", "What", "Times"], rows, "plain") if rows else ""
 
 
 def _operators(content: dict[str, Any]) -> str:
@@ -96,9 +99,9 @@ def _operators(content: dict[str, Any]) -> str:
             if not row["view"]
         ]
         entry = content["precisions"][name]
-        parts.append(f"<h2>Operators: {page.text(entry['label'])}</h2>\n<p>{page.text(entry['reason'])}. ")
-        parts.append(f"{page.text(cast_words(content['casts'][name]))}</p>\n")
-        parts.append(page.table(["Phase", "Module", "Operator", "In", "Out", "Calls"], cells, "wide"))
+        parts.append(f"<h2>Operators: {html.text(entry['label'])}</h2>\n<p>{html.text(entry['reason'])}. ")
+        parts.append(f"{html.text(cast_words(content['casts'][name]))}</p>\n")
+        parts.append(html.table(["Phase", "Module", "Operator", "In", "Out", "Calls"], cells, "wide"))
     return "".join(parts)
 
 
@@ -114,7 +117,7 @@ def _gradients(underflow: dict[str, Any]) -> str:
         what = "weights" if row["group"] == "parameter" else "output"
         rows.append([row["name"] or "(the model)", what, *cells])
     header = ["Gradient of", ""] + [f"{kind} at {scale}" for kind in ("zero", "overflow") for scale in scales]
-    return "<h2>Gradients against float16, by loss scale</h2>\n" + page.table(header, rows, "wide")
+    return "<h2>Gradients against float16, by loss scale</h2>\n" + html.table(header, rows, "wide")
 
 
 def _activations(activations: list[dict[str, Any]]) -> str:
@@ -130,4 +133,4 @@ def _activations(activations: list[dict[str, Any]]) -> str:
     names = [*activations[0]["formats"]] if activations else []
     header = ["Module", "Kind", "Smallest", "Largest"]
     header += [f"{name} {kind}" for name in names for kind in ("zero", "subnormal", "overflow")]
-    return "<h2>Activations against narrow formats</h2>\n" + page.table(header, rows, "wide")
+    return "<h2>Activations against narrow formats</h2>\n" + html.table(header, rows, "wide")

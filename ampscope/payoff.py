@@ -14,11 +14,11 @@ import torch
 
 from ampscope import roofline
 from ampscope.execution import Execution
+from ampscope.precisions import Precision
 from ampscope.subject import Subject
 from ampscope.tensors import dtype_name
 from ampscope.timing import amdahl, timed, timed_once
 from ampscope.tracing import Trace, eager
-from precision import Precision
 
 ROUNDS = 7
 BUDGET = 12.0  # seconds for all precisions together

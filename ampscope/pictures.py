@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from reports.look import BLUE, FAINT, GOLD, INK, STYLES, VERMILION, picture
+from ampscope.look import BLUE, FAINT, GOLD, INK, STYLES, VERMILION, picture
 
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "weight_copies")
 

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from ampscope.execution import Execution
+from ampscope.precisions import Precision
 from ampscope.subject import Subject
 from ampscope.tensors import tensors_in
 from ampscope.tracing import eager
-from precision import Precision
 
 FORMATS = {
     "float16": torch.float16,
@@ -177,7 +177,7 @@ def measure_ranges(
     parameters = {name: parameter for name, parameter in subject.named_parameters() if parameter.requires_grad}
     if product_modules is None:
         product_modules = {name for name, module in modules.items() if is_product_module(module)}
-    execution = Execution(subject, Precision("fp32", subject.device, ""))
+    execution = Execution(subject, Precision("fp32", subject.device))
     watch = Watch(execution, scales)
     hooks = watch.hooks(modules, parameters)
     try:

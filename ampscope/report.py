@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ampscope.errors import InspectError
+from ampscope.files import json_text, replacing
 from ampscope.findings import Finding
+from ampscope.text import cut, end_of, heading, paragraph, table
 from ampscope.words import (
     activation_lines,
     diary_lines,
@@ -17,9 +20,6 @@ from ampscope.words import (
     payoff_words,
     underflow_lines,
 )
-from reports.text import cut, end_of, heading, paragraph, table
-from system.files import json_text, write_text
-from utils import UserError
 
 
 @dataclass
@@ -147,7 +147,7 @@ class Report:
         return self.content | {"findings": [finding.record() for finding in self.everything], "ok": self.ok}
 
     def write(self, folder: str | Path) -> list[Path]:
-        """inspect.json, the pictures and inspect.html. Raises UserError if the folder cannot be written."""
+        """inspect.json, the pictures and inspect.html. Raises InspectError if the folder cannot be written."""
         from ampscope.page import write_report_page
         from ampscope.pictures import activation_picture, diary_picture, magnitude_picture, memory_picture
 
@@ -167,8 +167,11 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             for draw, what, name in jobs:
                 draw(what, folder / name)
-            write_text(folder / "inspect.json", json_text(self.record(), indent=1) + "\n")
+            with replacing(folder / "inspect.json") as file:
+                file.write(f"{json_text(self.record(), indent=1)}\n".encode("utf-8", "surrogateescape"))
+            write_report_page(self, folder)
         except OSError as error:
-            raise UserError(f"cannot write into {folder} ({error.strerror}). Name another folder with --out.") from None
-        write_report_page(self, folder)
+            raise InspectError(
+                f"cannot write into {folder} ({error.strerror}). Name another folder with --out."
+            ) from None
         return [folder / name for _, _, name in jobs] + [folder / "inspect.json", folder / "inspect.html"]

@@ -16,9 +16,9 @@ from ampscope.report import Report
 from ampscope.script_trace import ScriptTrace
 from ampscope.subject import core
 from ampscope.tensors import dtype_name
+from ampscope.text import cut, heading, paragraph, table
 from ampscope.tracing import Trace
 from ampscope.updates import ScriptSubject, Updates
-from reports.text import cut, heading, paragraph, table
 
 NAME = "this update"
 

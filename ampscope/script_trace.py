@@ -15,12 +15,12 @@ from ampscope.execution import Event, Execution
 from ampscope.finite import Lineage
 from ampscope.memory import KeptForBackward, nbytes
 from ampscope.places import Place, place_of_caller
+from ampscope.precisions import Precision
 from ampscope.ranges import SCALES, Watch, is_product_module, records
 from ampscope.running import Ended
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import Functions, Operators, Trace, eager, place_of_error
 from ampscope.updates import ScriptSubject, Updates
-from precision import Precision
 
 EARLY = 2  # updates that are traced whatever was asked for: a fault of the recipe often shows in the second
 AFTER = ("scaler.update", "zero_grad", "schedule")  # what ends an update after its optimizer has stepped
@@ -281,7 +281,7 @@ class ScriptTrace:
     def _begin_ranges(self) -> None:
         assert self.trace is not None
         subject = self.subject
-        precision = Precision("fp32", subject.device, "")
+        precision = Precision("fp32", subject.device)
         self._execution = execution = ScriptExecution(subject, precision)
         scale = self.trace.execution.scale
         self.scales = list(dict.fromkeys([*SCALES, float(scale)]))

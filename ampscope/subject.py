@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ampscope.errors import InspectError
+from ampscope.precisions import Precision
 from ampscope.tensors import tensors_in
-from precision import Precision
-from utils import UserError
 
 MODEL_WORDS = ("model", "models", "net", "nets", "network", "networks", "module", "modules", "step")
 
@@ -73,16 +73,16 @@ class Subject:
         self.models: dict[str, nn.Module] = dict(model) if isinstance(model, Mapping) else {"": model}
         wrong = [value for value in self.models.values() if not isinstance(value, nn.Module)]
         if wrong or not self.models:
-            raise UserError(
+            raise InspectError(
                 f"inspect needs a torch.nn.Module, or a dictionary of them by name, not {_kind_of(wrong or model)}."
             )
         if step is None and loss is not None and looks_like_a_step(loss):
             step, loss = loss, None
         for function in (step, loss):
             if function is not None and not callable(function):
-                raise UserError(f"the loss or step must be a function, not {_kind_of(function)}.")
+                raise InspectError(f"the loss or step must be a function, not {_kind_of(function)}.")
         if step is None and not self.single:
-            raise UserError("several models need a step: a function step(models, batch) that returns the loss.")
+            raise InspectError("several models need a step: a function step(models, batch) that returns the loss.")
         self.batch = batch
         self.loss = loss
         self.step = step
@@ -131,7 +131,7 @@ class Subject:
             if parameter.name in known:
                 arguments.append(known[parameter.name])
             elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-                raise UserError(
+                raise InspectError(
                     f"step has a parameter {parameter.name!r}; it may take model, batch, and then optimizer, "
                     "optimizers or scaler."
                 )
@@ -197,7 +197,7 @@ class Subject:
             return self.scaler
         name = precision.name if precision else "fp32"
         if name not in self._scalers:
-            self._scalers[name] = (precision or Precision("fp32", self.device, "")).grad_scaler()
+            self._scalers[name] = (precision or Precision("fp32", self.device)).grad_scaler()
         return self._scalers[name]
 
     def forget(self) -> None:
@@ -233,7 +233,7 @@ def _named_optimizers(optimizers: Any) -> dict[str, torch.optim.Optimizer]:
         named = {str(index) if len(some) > 1 else "": optimizer for index, optimizer in enumerate(some)}
     for optimizer in named.values():
         if not hasattr(optimizer, "param_groups"):
-            raise UserError(f"an optimizer is expected, not {_kind_of(optimizer)}.")
+            raise InspectError(f"an optimizer is expected, not {_kind_of(optimizer)}.")
     return named
 
 

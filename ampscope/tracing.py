@@ -23,11 +23,11 @@ from torch.utils._pytree import tree_leaves
 from ampscope.execution import Event, Execution
 from ampscope.finite import Lineage
 from ampscope.places import Place, kind_of_file, place_of_caller
+from ampscope.precisions import Precision
 from ampscope.products import Product, describe, is_custom, is_product
 from ampscope.subject import Subject
 from ampscope.tensors import address, dtype_name
 from ampscope.timing import wait
-from precision import Precision
 
 AMP_TYPES = (torch.float16, torch.bfloat16)
 CASTS = {

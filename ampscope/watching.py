@@ -18,14 +18,14 @@ import torch
 from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
+from ampscope.errors import InspectError
+from ampscope.files import json_text
 from ampscope.finite import ranged
+from ampscope.precisions import Precision
 from ampscope.subject import core
 from ampscope.tensors import buffers_not_finite, tensors_in
-from precision import Precision
-from system.files import json_text
-from utils import UserError
 
-log = logging.getLogger("amp_train.watch")
+log = logging.getLogger("ampscope")
 SHARE = 0.01  # of an update, which the reduction may cost
 KEPT = 8  # updates whose ranges are remembered
 SHOWN = 4  # of them in a message
@@ -46,7 +46,7 @@ def watch(
     warning says which layer was first, in the forward pass if it began there, and how its gradients moved in the
     updates before; a second one names the buffers that the update left not finite. `diary` is a file of lines that
     `inspect --diary` draws, one for every so many updates, or for each epoch if the loop calls `watcher.epoch()`.
-    Raises UserError if the diary cannot be written.
+    Raises InspectError if the diary cannot be written.
     """
     return Watcher(model, scaler, diary=diary, every=every)
 
@@ -64,7 +64,7 @@ class Watcher:
             if parameter.requires_grad
         }
         if not self.parameters:
-            raise UserError("watch needs a model with at least one trained parameter.")
+            raise InspectError("watch needs a model with at least one trained parameter.")
         self.scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self.every = every
         self.updates = 0
@@ -90,7 +90,7 @@ class Watcher:
             try:
                 self._diary.write_text("")
             except OSError as error:
-                raise UserError(f"{self._diary} cannot be written ({error.strerror}).") from None
+                raise InspectError(f"{self._diary} cannot be written ({error.strerror}).") from None
         for name, part in self.models.items():
             keep = part.register_forward_pre_hook(
                 lambda _, args, kwargs, name=name: self._keep(name, args, kwargs), with_kwargs=True
@@ -341,7 +341,7 @@ def _first_bad_module(model: nn.Module, args: Any, kwargs: Any, dtype: torch.dty
     names: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
     name = names.get(dtype, "fp32")
     try:
-        with _kept_buffers(model), torch.no_grad(), Precision(name, device, "").autocast():
+        with _kept_buffers(model), torch.no_grad(), Precision(name, device).autocast():
             model(*args, **kwargs)
     finally:
         for hook in hooks:

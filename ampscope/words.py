@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 from typing import Any
 
-from reports.text import end_of, heading, paragraph, table
+from ampscope.text import end_of, heading, paragraph, table
 
 
 def dtype_lines(

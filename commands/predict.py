@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ampscope.text import end_of
 from commands.explain import explain_predictions
 from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
 from images.lookup import Index
 from images.walk import counted, find_images
 from precision import Precision
-from reports.text import end_of
 from runs.writing import PROBABILITIES, class_columns
 from system.files import as_cell, json_text, refuse_missing_folders
 from system.machine import cores

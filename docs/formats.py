@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from reports.look import FAINT, INK, STYLES, picture  # noqa: E402
+from ampscope.look import FAINT, INK, STYLES, picture  # noqa: E402
 
 
 @dataclass(frozen=True)

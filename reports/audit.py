@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ampscope import html
 from images.decode import Rules
-from reports import page
 from reports.doubt import Doubt, find_doubtful
 from reports.results import read_predictions, read_run, student
 from reports.sheets import labelled_sheet
@@ -142,11 +142,11 @@ def summary(report: dict[str, Any]) -> str:
 
 def write_page(report: dict[str, Any], rows: list[list[str]], folder: Path) -> None:
     """report.html: the summary, the sheet, the pairs, copies and the first 500 doubtful labels."""
-    body = "".join(f"<p>{page.text(line)}</p>\n" for line in summary(report).split("\n\n")[0].splitlines())
-    body += "<h2>Most doubtful</h2>\n" + page.picture(folder / "doubtful.png", "The most doubtful labels", 1040)
-    body += "<h2>Pairs of classes</h2>\n" + page.table(PAIR_HEADER, pair_table(report, 100))
+    body = "".join(f"<p>{html.text(line)}</p>\n" for line in summary(report).split("\n\n")[0].splitlines())
+    body += "<h2>Most doubtful</h2>\n" + html.picture(folder / "doubtful.png", "The most doubtful labels", 1040)
+    body += "<h2>Pairs of classes</h2>\n" + html.table(PAIR_HEADER, pair_table(report, 100))
     if report["copies_under_two_labels"]:
         copies = [[" = ".join(group)] for group in report["copies_under_two_labels"]]
-        body += "<h2>One picture, two labels</h2>\n" + page.table(["Files"], copies, "plain")
-    body += "<h2>Doubtful labels</h2>\n" + page.table([name.replace("_", " ") for name in HEADER], rows[:500], "plain")
-    page.write_page(folder / "report.html", f"Audit: {folder.resolve().name}", body)
+        body += "<h2>One picture, two labels</h2>\n" + html.table(["Files"], copies, "plain")
+    body += "<h2>Doubtful labels</h2>\n" + html.table([name.replace("_", " ") for name in HEADER], rows[:500], "plain")
+    write_text(folder / "report.html", html.html_page(f"Audit: {folder.resolve().name}", body))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ampscope.text import paragraph, table
 from precision_table import label_of
-from reports.text import paragraph, table
 
 
 def doctor_text(findings: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from reports.look import BLUE, FAINT, VERMILION, picture
-from reports.text import WIDTH, align, markdown, markdown_table
+from ampscope.look import BLUE, FAINT, VERMILION, picture
+from ampscope.text import WIDTH
+from reports.text import align, markdown, markdown_table
 
 HEADER = ["rung", "images/s", "÷ before", "÷ first", "memory, MB", "bound", "of bound"]
 

@@ -14,8 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
+from ampscope.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from images.decode import Rules
-from reports.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
 from reports.results import WRONGEST, column, most_confidently_wrong, read_predictions, run_calibration
 from reports.sheets import explained_sheet, labelled_sheet
 from reports.text import fit, time_unit

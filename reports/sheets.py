@@ -12,8 +12,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from ampscope.look import DPI, picture
 from images.decode import Rules, try_decode
-from reports.look import DPI, picture
 from reports.text import fit
 
 # In pixels.

@@ -7,8 +7,9 @@ from typing import Any
 
 from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 
+from ampscope.text import WIDTH
 from reports.results import wilson
-from reports.text import WIDTH, align, duration, fit, markdown, markdown_table, time_unit
+from reports.text import align, duration, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
 from system.waiting import BUSY
 from utils import amount, printable

@@ -14,10 +14,10 @@ from torch import nn
 import utils
 from ampscope import inspect_step, memory, payoff, pictures, ranges
 from ampscope.subject import Subject
+from ampscope.text import table
 from ampscope.tracing import trace_step
 from ampscope.words import diary_lines, underflow_lines
 from precision import named_precision
-from reports.text import table
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (named_precision(name, CPU) for name in ("fp32", "amp-bf16", "amp-fp16"))

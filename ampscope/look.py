@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from system.files import atomic_write
+from ampscope.files import replacing
 
 # Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
 # line, marker and hatch say the same once more.
@@ -89,5 +89,5 @@ def picture(
     painted = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     for photograph, place in photographs:
         painted.paste(photograph, place)
-    with atomic_write(path) as file:  # runs of equal bytes alone: as small as the default, at a fraction of its time
+    with replacing(path) as file:  # runs of equal bytes alone: as small as the default, at a fraction of its time
         painted.save(file, "PNG", dpi=(DPI, DPI), compress_type=zlib.Z_RLE)
