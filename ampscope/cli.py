@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -60,6 +61,7 @@ VERBS = {"run": run, "inspect": inspect}
 def main(words: Sequence[str] | None = None) -> int:
     """Do what a command line says; return the exit status: 2 for a wrong word, 1 for a broken rule with --strict."""
     words = sys.argv[1:] if words is None else words
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # its allocator warns of each profile that begins
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0 if words else 2

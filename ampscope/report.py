@@ -24,7 +24,7 @@ from ampscope.words import (
 
 @dataclass
 class Report:
-    """`content` is what inspect.json holds (docs/inspection.md describes it); `findings` are what broke a rule."""
+    """`content` is what inspect.json holds (README.md describes it); `findings` are what broke a rule."""
 
     content: dict[str, Any]
     everything: list[Finding] = field(default_factory=list)

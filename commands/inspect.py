@@ -64,14 +64,14 @@ def call_library(words: list[str]) -> None:
     Raise UserError or RunError with what it says if it fails.
     """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))}
-    sys.stdout.flush()
     done = subprocess.run(
-        [sys.executable, "-m", "ampscope", *words], env=environment, stderr=subprocess.PIPE, text=True, errors="replace"
+        [sys.executable, "-m", "ampscope", *words], env=environment, capture_output=True, text=True, errors="replace"
     )
+    print(done.stdout, end="")
     said, _, reason = done.stderr.rpartition("error: ") if done.returncode else (done.stderr, "", "")
     print(said, end="", file=sys.stderr)
     if done.returncode:
-        raise (UserError if done.returncode == 2 else RunError)(reason.strip() or f"status {done.returncode}")
+        raise (UserError if done.returncode == 2 else RunError)(reason.strip() or f"it ended with {done.returncode}")
 
 
 def inspect_classifier(

@@ -5,21 +5,13 @@ Run: pytest tests/test_inspection_command.py
 
 import json
 
-from test_inspection_module import LOSS, written
+from whole_step import LOSS, written
 
 
 def test_a_module_on_the_command_line(tmp_path, run):
     status, out, err = run(["inspect", f"--module={written(tmp_path, LOSS)}", f"--out={tmp_path / 'out'}", "--strict"])
     assert (status, err) == (0, "") and "no rule is broken" in out
     assert json.loads((tmp_path / "out" / "inspect.json").read_text())["ok"] is True
-
-
-def test_strict_is_status_1(tmp_path, run):
-    text = LOSS.replace("return model, batch", "model.bfloat16()\n    return model, (batch[0].bfloat16(), batch[1])")
-    words = ["inspect", f"--module={written(tmp_path, text)}", f"--out={tmp_path / 'out'}", "--precisions=amp-bf16"]
-    assert run(words)[0] == 0
-    status, out, err = run([*words, "--strict"])
-    assert status == 1 and "bfloat16-weights" in err and "mine.py:8" in err and "bfloat16-weights" in out
 
 
 def test_a_mistake_is_status_2(tmp_path, run):

@@ -5,6 +5,7 @@ Read from the syntax tree, never by importing.
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,6 @@ def module_name(path: Path) -> str:
 
 PATHS = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))]
 MODULES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PATHS)}
-MODULES.pop("setup", None)  # which builds the package and is no part of it
 HEART = [name for name in MODULES if name.partition(".")[0] not in FOLDERS]
 TORCH = {"torch", "torchvision", "warmup_scheduler"}
 WITHOUT_TORCH = [
@@ -111,6 +111,14 @@ def test_images_pass_the_modules_in_the_order_of_their_docstring():
     assert later == set()
 
 
+def test_the_library_imports_nothing_of_the_program():
+    allowed = {"torch", "numpy", "matplotlib", "PIL", "ampscope"}
+    for name in MODULES:
+        if name.startswith("ampscope"):
+            names = {found.partition(".")[0] for found in imports(MODULES[name], lazy=True)}
+            assert not names - allowed - set(sys.stdlib_module_names), name
+
+
 def test_no_torch_where_none_is_needed():
     assert not [(name, reached(name) & TORCH) for name in WITHOUT_TORCH if reached(name) & TORCH]
 
@@ -134,7 +142,7 @@ def test_precision_alone_configures_autocast_and_the_scaler():
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and any("fp32_precision" in ast.unparse(target) for target in node.targets)
     }
-    assert (configuring, setting) == ({"precision"}, {"precision"})
+    assert configuring == setting == {"precision", "ampscope.precisions"}  # of the program, and of the library
 
 
 def test_nobody_below_main_touches_the_options():

@@ -11,12 +11,13 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_inspection_module import GAN, LOSS, written
+from test_inspection_module import GAN
 from tiny import refused
 from torch import nn
 from torchvision import models
+from whole_step import LOSS, written
 
-from commands import inspect as command
+from ampscope import module as command
 from commands import prepare
 from features.activation_maps import activation_maps
 from images.check import check
@@ -45,7 +46,7 @@ def test_maps_agree_with_those_of_the_package_grad_cam():
 
 def test_the_file_keeps_to_its_schema(tmp_path):
     validate = pytest.importorskip("jsonschema").validate
-    schema = json.loads((tiny.ROOT / "docs" / "inspect.schema.json").read_text())
+    schema = json.loads((tiny.ROOT / "ampscope" / "report.schema.json").read_text())
     broken = LOSS.replace("return model, batch", "model[2].weight.data[0, 0] = torch.nan\n    return model, batch")
     for text, precisions in ((GAN, None), (broken, ["fp32", "amp-fp16"])):
         report = command.inspect_module(written(tmp_path, text), precisions=precisions)

@@ -4,25 +4,21 @@ Run: pytest tests/long/test_inspection_module.py
 """
 
 import json
-import textwrap
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from whole_step import LOSS, written
 
+from ampscope import InspectError, cli
+from ampscope import module as command
 from ampscope.findings import RULES
-from commands import inspect as command
-from utils import RunError, UserError
 
-LOSS = """
-import torch
-from torch import nn
-
-def make():
-    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
-    batch = torch.randn(8, 16), torch.randint(0, 8, (8,))
-    return model, batch, lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1])
-"""
+ROOT = Path(__file__).resolve().parents[3]
 STEP = """
 import torch
 from torch import nn
@@ -66,12 +62,6 @@ def make():
 """
 
 
-def written(folder, text, name="mine.py"):
-    file = folder / name
-    file.write_text(textwrap.dedent(text))
-    return f"{file}:make"
-
-
 @pytest.mark.parametrize("text, form", [(LOSS, "loss"), (STEP, "step"), (GAN, "whole step")])
 def test_each_form_of_make_gives_a_full_report(text, form, tmp_path, capsys):
     report = command.inspect_module(written(tmp_path, text))
@@ -99,26 +89,26 @@ def test_two_models_are_told_apart(tmp_path):
 
 
 def test_the_users_own_files_are_imported_whatever_their_names(tmp_path):
-    """`utils`, `model` and `inspection` are names of this project, too."""
+    """Also beside this project, which is found last."""
     (tmp_path / "utils.py").write_text("WIDTH = 32\n")
     (tmp_path / "model.py").write_text("from torch import nn\nfrom utils import WIDTH\nnet = nn.Linear(16, WIDTH)\n")
-    (tmp_path / "inspection").mkdir()
-    (tmp_path / "inspection" / "__init__.py").write_text("LOSS = 'theirs'\n")
+    (tmp_path / "reports").mkdir()
+    (tmp_path / "reports" / "__init__.py").write_text("LOSS = 'theirs'\n")
     text = """
     import torch
-    from inspection import LOSS
+    from reports import LOSS
     from model import net
 
     def make():
         assert LOSS == "theirs"
         return net, torch.randn(4, 16), lambda outputs, batch: outputs.mean()
     """
-    report = command.inspect_module(written(tmp_path, text), precisions=["fp32"])
-    command.show(report, out=tmp_path / "out")
-    import utils
-
-    assert report.content["subject"]["models"][""] == {"class": "Linear", "parameters": 17 * 32}
-    assert hasattr(utils, "UserError")
+    words = ["inspect", written(tmp_path, text), "--precisions=fp32", f"--out={tmp_path / 'out'}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "ampscope", *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "out" / "inspect.json").read_text())
+    assert content["subject"]["models"][""] == {"class": "Linear", "parameters": 17 * 32}
 
 
 def test_strict_is_status_1_and_names_the_line(tmp_path, capsys):
@@ -129,10 +119,10 @@ def test_strict_is_status_1_and_names_the_line(tmp_path, capsys):
         print(value.item())
         return value
     return model, batch, loss""")  # fmt: skip
-    report = command.inspect_module(written(tmp_path, text), precisions=["fp32"])
-    command.show(report, out=tmp_path / "out")
-    with pytest.raises(RunError, match=r"1 rule is broken: host-sync \(.*mine.py:11\)"):
-        command.show(report, out=tmp_path / "out", strict=True)
+    words = ["inspect", written(tmp_path, text), "--precisions=fp32", f"--out={tmp_path / 'out'}"]
+    assert cli.main(words) == 0
+    assert cli.main([*words, "--strict"]) == 1
+    assert re.fullmatch(r"error: 1 rule is broken: host-sync \(.*mine.py:11\).\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +147,7 @@ def test_strict_is_status_1_and_names_the_line(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_one_sentence(text, words, tmp_path):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(InspectError, match=words):
         command.inspect_module(written(tmp_path, text))
 
 
@@ -165,7 +155,7 @@ def test_a_mistake_is_one_sentence(text, words, tmp_path):
 def test_a_target_that_is_none_is_one_sentence(target, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     written(tmp_path, LOSS)
-    with pytest.raises(UserError, match="FILE.py:FUNCTION"):
+    with pytest.raises(InspectError, match="FILE.py:FUNCTION"):
         command.inspect_module(target)
 
 
@@ -186,11 +176,11 @@ def test_models_and_batch_are_moved(tmp_path):
 
 
 def test_every_rule_is_documented():
-    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    page = (ROOT / "ampscope" / "README.md").read_text(encoding="utf-8")
     assert all(f"| `{rule}` | {title} |" in page for rule, title in RULES.items())
 
 
 def test_the_documents_example_runs(tmp_path):
-    page = (tiny.ROOT / "docs" / "inspection.md").read_text(encoding="utf-8")
+    page = (ROOT / "ampscope" / "README.md").read_text(encoding="utf-8")
     example = page.partition("```python\n")[2].partition("```")[0]
     assert "def make()" in example and command.inspect_module(written(tmp_path, example)).ok

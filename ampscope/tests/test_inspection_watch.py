@@ -7,10 +7,9 @@ import torch
 from torch import nn
 from whole_step import Whole, batch, loss_of, network
 
-from ampscope import watch
+from ampscope import InspectError, watch
+from ampscope.module import read_diary
 from ampscope.pictures import diary_picture
-from reports.results import read_metrics
-from utils import UserError
 
 
 class Spoiled(nn.Module):
@@ -81,7 +80,7 @@ def test_the_diary_is_drawn_by_inspect(whole, tmp_path):
     with watch(whole.model, whole.scaler, diary=file, every=5) as watcher:
         for _ in range(12):
             whole.step(whole.model, batch())
-    metrics = read_metrics(file)
+    metrics = read_diary(file)
     assert [line["updates"] for line in metrics] == [5, 10, 12]
     assert sum(line["skipped_updates"] for line in metrics) == len(watcher.events) > 2
     assert [skip["update"] for line in metrics for skip in line["skips"]] == [e["update"] for e in watcher.events]
@@ -92,8 +91,11 @@ def test_the_diary_is_drawn_by_inspect(whole, tmp_path):
             for _ in range(3):
                 whole.step(whole.model, batch())
             watcher.epoch()
-    assert [(line["epoch"], line["updates"]) for line in read_metrics(tmp_path / "own.jsonl")] == [(1, 3), (2, 6)]
-    with pytest.raises(UserError, match="cannot be written"), watch(network(), diary=tmp_path / "no" / "diary.jsonl"):
+    assert [(line["epoch"], line["updates"]) for line in read_diary(tmp_path / "own.jsonl")] == [(1, 3), (2, 6)]
+    with (
+        pytest.raises(InspectError, match="cannot be written"),
+        watch(network(), diary=tmp_path / "no" / "diary.jsonl"),
+    ):
         pass
 
 

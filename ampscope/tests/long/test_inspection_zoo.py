@@ -7,7 +7,6 @@ import copy
 import os
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
@@ -232,9 +231,8 @@ def test_a_compiled_model_is_traced_as_it_was_written():
     assert report.content["subject"]["name"] == "Sequential"
 
 
-def test_a_distributed_model_is_inspected():
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(tiny.free_port()))
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+def test_a_distributed_model_is_inspected(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
     try:
         network = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 64))
         model = nn.parallel.DistributedDataParallel(network)

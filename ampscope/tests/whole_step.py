@@ -1,4 +1,6 @@
-"""A whole training step in float16, as PyTorch's documentation writes it, on a small network that is ours alone."""
+"""What several tests of the library inspect: a whole step in float16 as PyTorch's documentation writes it, a file."""
+
+import textwrap
 
 import torch
 from torch import nn
@@ -45,3 +47,20 @@ class Whole:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+
+LOSS = """
+import torch
+from torch import nn
+
+def make():
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    batch = torch.randn(8, 16), torch.randint(0, 8, (8,))
+    return model, batch, lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1])
+"""
+
+
+def written(folder, text, name="mine.py"):
+    file = folder / name
+    file.write_text(textwrap.dedent(text))
+    return f"{file}:make"

@@ -11,13 +11,12 @@ import torch
 from matplotlib.axes import Axes
 from torch import nn
 
-import utils
-from ampscope import inspect_step, memory, payoff, pictures, ranges
+from ampscope import InspectError, inspect_step, memory, payoff, pictures, ranges
+from ampscope.precisions import named_precision
 from ampscope.subject import Subject
 from ampscope.text import table
 from ampscope.tracing import trace_step
 from ampscope.words import diary_lines, underflow_lines
-from precision import named_precision
 
 CPU = torch.device("cpu")
 FP32, BF16, FP16 = (named_precision(name, CPU) for name in ("fp32", "amp-bf16", "amp-fp16"))
@@ -334,7 +333,7 @@ def test_a_report_writes_everything_and_fits_the_terminal(known, tmp_path):
     assert "detach" in full and "detach" not in text and "No run was named" in full
     assert all(len(line) <= 80 for line in full.splitlines())
     (tmp_path / "file").write_text("")
-    with pytest.raises(utils.UserError, match="--out"):
+    with pytest.raises(InspectError, match="another folder"):
         report.write(tmp_path / "file")
 
 
