@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ampscope.files import json_text
 from ampscope.memory import resident_peak
 from ampscope.running import Ended, Program
 from ampscope.updates import Updates
@@ -106,7 +107,7 @@ def main(words: list[str]) -> None:
     if outcome.error is not None:
         text = " ".join(str(outcome.error).split())[:200]
         found["error"] = f"{type(outcome.error).__name__}: {text}"
-    Path(output).write_text(json.dumps(found))
+    Path(output).write_text(json_text(found))
 
 
 def measure(program: Program, *, amp: bool, limit: float) -> dict[str, Any]:
