@@ -1,7 +1,6 @@
-"""Puts a data set on disk and looks it over: demo scenes, an archive, a Kaggle download, a check.
+"""Put a data set on disk, or check one: demo scenes, an archive, a Kaggle download. Imports no torch.
 
-A data set grows in a hidden folder and is moved into place when it is whole, so that half of one is never
-trained on. Must not know torch, models or how images are fed to them.
+A data set grows in a hidden folder and is moved into place when it is whole, so that nobody trains on half of one.
 """
 
 import os
@@ -45,7 +44,7 @@ def prepare(
     max_megapixels: float,
     json: str | None,
 ) -> None:
-    """The command: puts a data set on disk, or reports on the one that is there."""
+    """Put a data set on disk, or report on the one that is there."""
     folder = Path(data_dir)
     if demo:
         draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed, workers=cores())
@@ -71,9 +70,9 @@ def prepare(
 
 
 def _clean(folder: Path) -> None:
-    """Removes the decoded images that are kept for a data set, and says which.
+    """Remove the decoded images that are kept for a data set, and say which.
 
-    Raises UserError if there is no such folder: then those of other data sets would be removed.
+    Raise UserError if there is no such folder.
     """
     if not folder.is_dir():
         raise UserError(f"{printable(folder)} does not exist. Name the folder that holds the images with --data_dir.")
@@ -85,10 +84,10 @@ def _clean(folder: Path) -> None:
 
 
 def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = None) -> None:
-    """Unpacks a .zip into `data_dir`, and says which data set is found there.
+    """Unpack a .zip into `data_dir`, and say which data set is found there.
 
     `encoding` is the code page of names that the archive does not mark as Unicode. Nothing is written before every
-    name and size was found harmless; an interrupted extraction starts anew. Raises UserError for a missing, damaged
+    name and size was found harmless; an interrupted extraction starts anew. Raise UserError for a missing, damaged
     or hostile archive and if `data_dir` holds data already, RunError if the disk is full.
     """
     archive = Path(archive)
@@ -115,9 +114,9 @@ def _say_what_is_there(data_dir: Path) -> None:
 
 
 def download_from_kaggle(data_dir: Path) -> None:
-    """Fetches Intel Image Classification with kagglehub and puts it in place as `extract_archive` does.
+    """Fetch Intel Image Classification with kagglehub and put it in place as `extract_archive` does.
 
-    Raises UserError if kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError
+    Raise UserError if kagglehub is missing, Kaggle wants an account, or `data_dir` holds data already, RunError
     if there is no network or Kaggle fails otherwise.
     """
     data_dir = Path(data_dir)
@@ -145,7 +144,7 @@ def _unwanted(folder: str, names: list[str]) -> list[str]:
 
 
 def _download_error(error: Exception, data_dir: Path) -> Exception:
-    """What a failed download means for the user: an account, a network, a disk, or Kaggle itself."""
+    """Return the error that says what a failed download means: an account, a network, a disk, or Kaggle itself."""
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "error_code", None)
     names = {kind.__name__ for kind in type(error).__mro__}
     reason = (printable(error) or type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""A zip archive is unpacked whole, or refused: nothing in it may be hostile or get lost. Imports no torch."""
+"""Unpack a zip archive whole, or refuse it: nothing in it may be hostile or get lost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WINDOWS = os.name == "nt"
 def opened_zip(file: Path, encoding: str | None) -> zipfile.ZipFile:
     """Open a zip. `encoding` is the code page of names that it does not mark as Unicode; UTF-8 if None.
 
-    Raises UserError if it is no zip, or the names do not fit the code page.
+    Raise UserError if it is not a zip, or the names do not fit the code page.
     """
     if not zipfile.is_zipfile(file):
         raise UserError(
-            f"{printable(file)} is no .zip archive, or it is damaged: a refused download leaves a web page, and "
+            f"{printable(file)} is not a .zip archive, or it is damaged: a refused download leaves a web page, and "
             "an interrupted one leaves a part. Download it again, or unpack other archives by hand."
         )
     try:
@@ -42,7 +42,7 @@ def opened_zip(file: Path, encoding: str | None) -> zipfile.ZipFile:
 def checked(archive: zipfile.ZipFile, source: Path) -> list[zipfile.ZipInfo]:
     """Return the files to unpack: all but those that a desktop left behind.
 
-    Raises UserError if one is hostile, if two would be one file on some system, or if they look like a bomb.
+    Raise UserError if one is hostile, if two would be one file on some system, or if they look like a bomb.
     """
     infos = archive.infolist()
     size = sum(info.file_size for info in infos)
@@ -73,9 +73,9 @@ def _problem(info: zipfile.ZipInfo) -> str:
     if path.is_absolute() or ".." in path.parts or "\0" in info.orig_filename or re.search(r"(^|/)[A-Za-z]:", name):
         return "points outside the target folder"
     if WINDOWS and re.search(r'[<>:"|?*]|[. ](/|$)', name):  # a stream of another file, or a name that is changed
-        return "is no file name on Windows"
+        return "is not a file name on Windows"
     if any(len(os.fsencode(part)) > 240 for part in path.parts) or len(path.parts) > 32:
-        return "is no usable file name"
+        return "is not a usable file name"
     if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
         return "is a link or a device"
     return ""
@@ -86,7 +86,7 @@ def _hostile(source: Path, name: str, problem: str) -> UserError:
 
 
 def unpack(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], stage: Path) -> None:
-    """Unpack files into the folder `stage`. Raises RunError if the disk has too little room."""
+    """Unpack files into the folder `stage`. Raise RunError if the disk has too little room."""
     total = sum(info.file_size for info in infos)
     missing = total + SPARE - shutil.disk_usage(stage).free
     if missing > 0:

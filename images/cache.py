@@ -26,7 +26,7 @@ from utils import log, progress
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
-    """What changes with a file's content: the time of the last change cannot be set back as that of writing can."""
+    """Return size and times of a file, which change with its content; no program sets the last one (ctime) back."""
     try:
         status = path.stat()
     except OSError:
@@ -55,7 +55,7 @@ class Kept:
         return count, *self.box, 3
 
     def own(self, array: np.ndarray, position: int) -> np.ndarray:
-        """The image at a position of the array, without what fills the box around it."""
+        """Return the image at a position of the array, without the padding around it."""
         image = array[position]
         if self.shapes is None:
             return image
@@ -68,9 +68,9 @@ class _OtherShape(Exception):
 
 
 def cache_folder(root: Path) -> Path:
-    """Where decoded images are kept: inside the data folder, or the user's cache where that is read-only.
+    """Return the folder for decoded images: in the data folder, or the user's cache if that is read-only.
 
-    There may be no home, or one that this process may not enter: then in the folder for temporary files, if any.
+    If there is no home, or this process may not enter it, return one in the folder for temporary files.
     """
     inside = root / ".cache"
     places = [inside]
@@ -91,7 +91,7 @@ def cache_folder(root: Path) -> Path:
 
 @contextmanager
 def only_builder(file: Path) -> Iterator[None]:
-    """One builder of a cache at a time, on this machine; the others wait and then find it built."""
+    """Let one process of this machine build a cache at a time; the others wait, and then find it built."""
     try:
         handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
     except OSError:  # where no lock can be written no cache can
@@ -105,7 +105,7 @@ def only_builder(file: Path) -> Iterator[None]:
 
 
 def read_notes(file: Path, count: int) -> Kept | None:
-    """What KEY.json says of `count` images; None if there is none, or another's."""
+    """Return what KEY.json says of `count` images; None if there is no such file, or it is damaged."""
     try:
         notes = json.loads(file.with_suffix(".json").read_text())
         shapes = notes["shapes"]
@@ -128,7 +128,7 @@ def read_notes(file: Path, count: int) -> Kept | None:
 
 
 def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | None:
-    """The decoded images of KEY.npy, if they are there and whole."""
+    """Return the decoded images of KEY.npy; None if there is no such file, or its checksums differ."""
     shape = kept.shape(len(kept.crc32))
     try:
         array: np.ndarray = np.load(file, mmap_mode="r")
@@ -151,10 +151,10 @@ def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | N
 
 
 def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, workers: int) -> Kept:
-    """From the files' headers: the box that holds all images, their shapes, and the windows of deep grey pictures.
+    """Read the files' headers; return the box that holds all images, and the windows of deep grey pictures.
 
-    Images no larger than `limit` are kept as they are, larger ones in `limit` square. With `own_window` the windows
-    that `rules` do not state are the range of the values in these files.
+    Images up to `limit` pixels are kept as they are, larger ones are resized to `limit` square. With `own_window` the
+    windows that `rules` do not state are the range of the values in these files.
     """
     headers: list[Header | None] = []
     with ThreadPoolExecutor(max(1, workers)) as pool, _bar(paths, "reading headers") as bar:
@@ -173,7 +173,7 @@ def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, worker
 
 
 def _ranges(paths: list[Path], rules: Rules, workers: int) -> dict[str, tuple[float, float]]:
-    """The smallest and the largest value of each deep mode over all files."""
+    """Return the smallest and the largest value of each deep mode over all files."""
     ranges: dict[str, tuple[float, float]] = {}
     with ThreadPoolExecutor(max(1, workers)) as pool, _bar(paths, "reading values") as bar:
         for found in ahead(pool, lambda path: value_range(path, rules), paths, 2 * workers):
@@ -242,7 +242,10 @@ def write_notes(file: Path, kept: Kept, images_in: Path) -> None:
 
 
 def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An array in a new .npy file, its blocks reserved (a full disk shows here, not as SIGBUS); else in memory."""
+    """Return an array in a new .npy file, or in memory if the disk has no room.
+
+    Reserve its blocks: a full disk must show here, not as SIGBUS later.
+    """
     try:
         if shutil.disk_usage(file.parent).free < math.prod(shape) + 2**28:
             raise OSError(errno.ENOSPC, "not enough free disk space")
@@ -258,9 +261,9 @@ def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
-    """Decodes every path with threads, into an array unless streamed; returns `kept` with all that was found.
+    """Decode every path with threads, into an array unless streamed; return `kept` with all that was found.
 
-    Raises _OtherShape where an image does not fill, or fit, the box.
+    Raise _OtherShape if an image does not fit the box, or does not fill it although all images should.
     """
     array = None if streamed else _allocate(temporary, kept.shape(len(paths)))
     crc32 = np.zeros(len(paths), np.uint32)
@@ -306,7 +309,7 @@ class CacheFile:
 
 
 def caches(folder: Path) -> list[CacheFile]:
-    """The caches in a folder, the one first that was used the longest time ago."""
+    """Return the caches in a folder, the least recently used first."""
     found = []
     for stem in {path.stem for suffix in ("npy", "json") for path in folder.glob(f"{'[0-9a-f]' * 20}.{suffix}")}:
         file = folder / f"{stem}.npy"
@@ -317,9 +320,9 @@ def caches(folder: Path) -> list[CacheFile]:
 
 
 def limit_caches(folder: Path, limit: float, *, keep: Path | Collection[Path]) -> None:
-    """Remove the caches that were not used for the longest time until all take at most `limit` bytes.
+    """Remove the least recently used caches until all take at most `limit` bytes.
 
-    Never remove those to `keep`: the caches of one data set would remove one another at every start.
+    Never remove those in `keep`: the caches of one data set would remove one another at every start.
     """
     kept = {keep} if isinstance(keep, Path) else set(keep)
     there = caches(folder)
@@ -332,7 +335,7 @@ def limit_caches(folder: Path, limit: float, *, keep: Path | Collection[Path]) -
 
 
 def remove_cache(cache: CacheFile) -> bool:
-    """Removes a cache; False where a process is building it just now."""
+    """Remove a cache; return False if a process is building it."""
     with contextlib.ExitStack() as opened:
         with suppress(OSError):
             handle = opened.enter_context(open(cache.file.with_suffix(".lock"), "w"))

@@ -1,4 +1,4 @@
-"""`prepare --check`: reads every image as a training would, and reports what it would meet. Imports no torch."""
+"""Check a data set as `prepare --check` does: read every image, and report what a training would meet."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Look:
 
 
 def look(path: Path, rules: Rules) -> Look:
-    """Decodes a file as every other command does."""
+    """Decode a file as every other command does, and return what it came to."""
     pixels = try_decode(path, None, rules)
     if isinstance(pixels, str):
         return Look(None, "", "", pixels)
@@ -50,14 +50,14 @@ def look(path: Path, rules: Rules) -> Look:
 def check(
     data_dir: str | Path, *, labels: str | None = None, rules: Rules | None = None, own_window: bool = True
 ) -> dict[str, Any]:
-    """Reads every image of a data set and reports what a training would meet.
+    """Read every image of a data set, and report what a training would meet.
 
     Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
     empty}, `sizes` and `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep
     grey pictures, `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several
     pictures), `transparent` (files with transparent pixels), and lists of groups of equal pictures: `duplicates`, and
     of these `across_splits` (`shared` has them for each two splits) and `across_labels`. Files are named relative to
-    `data_dir`. Raises UserError if that holds no data set.
+    `data_dir`. Raise UserError if that holds no data set.
     """
     images = list_images(data_dir, labels=labels)
     rules = rules or Rules()
@@ -117,7 +117,7 @@ def _balance(counts: list[int]) -> float | None:
 
 
 def format_check(report: dict[str, Any], *, most: int = 10) -> str:
-    """The report of `check` as text for a terminal; lists are cut after `most` entries."""
+    """Return the report of `check` as text for a terminal; cut lists after `most` entries."""
     counts = report["counts"]
     width = max(18, *(len(printable(name)) for name in report["classes"]))
     rows = [("images", *counts)]

@@ -1,4 +1,4 @@
-"""One image file of any kind to an RGB uint8 array, by the same rules for every command. Imports no torch."""
+"""Decode an image file of any kind to an RGB uint8 array, by the same rules for every command. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from images.walk import CAMERA_RAW, picture_formats
 from system.machine import submitted
 
-# What Pillow remarks on odd files goes unsaid: what matters is an error, or a limit that `Rules` states.
+# Pillow's warnings about odd files are not shown: what matters is an error, or a limit of `Rules`.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
@@ -90,7 +90,7 @@ DECODER = f"rgb uint8, upright, on white; Pillow {PIL.__version__}; v4"
 
 
 def deep_mode(mode: str) -> str | None:
-    """ "I;16", "I" or "F" for a grey picture deeper than 8 bits; None for all others."""
+    """Return "I;16", "I" or "F" for a grey picture deeper than 8 bits; None for all others."""
     if mode.startswith("I;16"):
         return "I;16"
     return mode if mode in ("I", "F") else None
@@ -98,16 +98,16 @@ def deep_mode(mode: str) -> str | None:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself before it is decoded; `size` is (height, width) as it will stand upright."""
+    """Hold what a file says before it is decoded; `size` is (height, width) of the upright picture."""
 
     size: tuple[int, int]
     mode: str
-    several: bool  # frames or pages, of which the first is used
-    transparent: bool = False  # it may be: there is a band or a colour for it
+    several: bool  # it has more frames or pages than the first, which is used
+    transparent: bool = False  # it has a band or a colour for transparency
 
 
 def read_header(path: Path, rules: Rules) -> Header | None:
-    """The header of an image file; None if there is none to read."""
+    """Return the header of an image file; None if it cannot be read."""
     header = _or_reason(_read_header, path, rules)
     return None if isinstance(header, str) else header
 
@@ -233,7 +233,7 @@ def _use_heif_plugin() -> None:
 
 
 def _early_orientation(image: Image.Image) -> int:
-    """The EXIF orientation that can be read without decoding: 1 where it stands behind the pixels, or is damaged."""
+    """Return the EXIF orientation without decoding; 1 if it follows the pixels, or is damaged."""
     with suppress(Exception):
         if "exif" in image.info or image.format != "PNG":
             return int(image.getexif().get(ORIENTATION, 1))
@@ -241,7 +241,7 @@ def _early_orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The picture turned as its EXIF orientation says; one that cannot be read is no orientation."""
+    """Return the picture turned as its EXIF orientation says, or as it is if that cannot be read."""
     orientation = 1
     with suppress(Exception):
         orientation = int(image.getexif().get(ORIENTATION, 1))
@@ -249,7 +249,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def shown(image: Image.Image) -> Image.Image:
-    """The picture upright, and with black as its smallest value: Pillow inverts only TIFF files of up to 8 bits."""
+    """Return the picture upright, and with black as its smallest value: Pillow inverts TIFF up to 8 bits alone."""
     turned = upright(image)
     if deep_mode(image.mode) and getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
         values = np.asarray(turned)
@@ -258,7 +258,7 @@ def shown(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, window: Callable[[str], tuple[float, float]]) -> Image.Image:
-    """A picture of any mode as RGB; `window` gives for a deep grey mode the values of black and white."""
+    """Return a picture of any mode as RGB; `window` gives for a deep grey mode the values of black and white."""
     deep = deep_mode(image.mode)
     if deep:  # Pillow's own conversion would clip at 255
         low, high = window(deep)
@@ -278,12 +278,12 @@ def to_rgb(image: Image.Image, window: Callable[[str], tuple[float, float]]) -> 
 
 
 def try_decode(path: Path, limit: int | None, rules: Rules | None = None) -> np.ndarray | str:
-    """The decoded image, or the reason in words why it cannot be read."""
+    """Return the decoded image, or the reason why it cannot be read."""
     return _or_reason(decode, path, limit, rules or Rules())
 
 
 def value_range(path: Path, rules: Rules) -> tuple[str, float, float] | str | None:
-    """(mode, smallest, largest finite value) of a deep grey picture, None for another, or why it cannot be read."""
+    """Return (mode, smallest, largest finite value) of a deep grey picture, None, or why it is unreadable."""
     return _or_reason(_value_range, path, rules)
 
 
@@ -311,7 +311,7 @@ def _is_transparent(path: Path, rules: Rules) -> bool:
 
 
 def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
-    """What `function` returns, or in one line why it raised."""
+    """Return what `function` returns, or in one line why it raised."""
     try:
         if path.exists() and not path.is_file():  # a named pipe would be waited for, a device read without end
             return "not a regular file"
@@ -329,7 +329,7 @@ def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable[[Any], Any], items: Iterable, count: int) -> Iterator[Any]:
-    """`map` by a pool, in order, at most `count` results ahead of their reader."""
+    """Yield the results of a function in the order of the items, computed by a pool at most `count` items ahead."""
     pending: deque[Future] = deque()
     for item in items:
         pending.append(submitted(pool, function, item))

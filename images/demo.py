@@ -48,15 +48,15 @@ class DemoSize:
 
     @property
     def folder(self) -> str:
-        """Its own below data/, so that demos of several sizes can lie side by side."""
+        """Return a folder of its own below data/, so that demos of several sizes can lie side by side."""
         return f"data/demo_{self.scene_size}px_{self.train_images}"
 
     def drawing(self) -> dict[str, int]:
-        """What draw_demo needs to know of it."""
+        """Return the keywords of `draw_demo` for this size."""
         return {"train_images": self.train_images, "test_images": self.test_images, "size": self.scene_size}
 
     def options(self) -> dict[str, Any]:
-        """The options that this size sets, by name."""
+        """Return the options that this size sets, by name."""
         return {
             "data_dir": self.folder,
             "image_size": self.image_size,
@@ -71,7 +71,7 @@ def nominal_rate(multiprocessors: int, clock_hertz: float, capability: tuple[int
 
 
 def fit_demo(*, name: str, memory: int, rate: float, runs: int, workers: int) -> DemoSize:
-    """The demo for a GPU of `memory` bytes and `rate` nominal FP32 FLOP/s, which `runs` trainings are to share.
+    """Return the demo for a GPU of `memory` bytes and `rate` nominal FP32 FLOP/s, shared by `runs` trainings.
 
     The drawing stays within 20 seconds on `workers` cores, and drawing and trainings within three minutes; within
     that the images are as large, as many and in as large a batch as the memory holds. A run in FP32 counts once,
@@ -106,12 +106,12 @@ def draw_demo(
     workers: int = 1,
     exact: bool = True,
 ) -> None:
-    """Draws six balanced classes of scenes, `size` pixels square, in the Intel layout below `root`.
+    """Draw six balanced classes of scenes, `size` pixels square, in the Intel layout below `root`.
 
-    Every picture depends on (seed, split, class, index, size) alone, not on how many processes draw. Returns at once
+    Every picture depends on (seed, split, class, index, size) alone, not on how many processes draw. Return at once
     if `root` holds these scenes already, or, unless `exact`, others of this version; an interrupted drawing starts
-    anew. Raises UserError if `root` holds
-    other data or cannot be written, RunError if the disk is full or a process died.
+    anew. Raise UserError if `root` holds other data or cannot be written, RunError if the disk is full or a process
+    died.
     """
     settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
     if size != SIZE:
@@ -139,7 +139,7 @@ def draw_demo(
 
 
 def _holds(manifest: Path, settings: dict[str, int], exact: bool) -> bool:
-    """Whether the scenes that a manifest describes are those of `settings`, or at least of their version."""
+    """Return True if a manifest describes the scenes of `settings`, or, unless `exact`, others of their version."""
     try:
         found = json.loads(manifest.read_text())
         return found == settings or (not exact and found["scenes"] == settings["scenes"])
@@ -151,7 +151,7 @@ Job = tuple[Path, str, tuple[int, int, int, int], int]  # file, class, seeds, pi
 
 
 def _draw_all(scenes: list[Job], workers: int) -> Iterator[int]:
-    """Draws scenes, in processes if there are several `workers`; yields how many more are done."""
+    """Draw scenes, in processes if there are several `workers`; yield how many more are done."""
     if workers <= 1:
         for scene in scenes:
             yield _draw([scene])
@@ -174,5 +174,5 @@ def _draw(scenes: list[Job]) -> int:
 
 
 def _leave_signals_alone() -> None:
-    """Ctrl-C reaches the whole group: the first process ends the others."""
+    """Ignore Ctrl-C, which reaches the whole group: the first process ends the others."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What is on disk: class folders, their images and the parts of a data set. Imports no torch."""
+"""Find class folders, their images and the parts of a data set on disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ class ImageSet:
 
     @property
     def parts(self) -> dict[str, Listing]:
-        """The parts that are there by their names, in the order in which they are counted and decoded."""
+        """Return the parts that are there by their names, in the order in which they are counted and decoded."""
         parts = {"train": self.train, "test": self.test, "validation": self.validation}
         return {name: listing for name, listing in parts.items() if listing}
 
     def remarks(self) -> list[str]:
-        """The sentences about what was passed over, missing or taken for something else."""
+        """Return the sentences about what was passed over, missing or taken for something else."""
         return [*self.notes, *([counted(self.passed_over)] if self.passed_over else [])]
 
 
 def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) -> ImageSet:
-    """Lists the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
+    """List the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
 
-    With `known`, the classes of a trained model, only these are listed, nothing needs to be there to train on, and
-    a folder of class folders is listed as `train`. Raises UserError if there is no data, fewer than two classes,
+    With `known`, the classes of a trained model, list only these; training images may be missing, and
+    a folder of class folders is listed as `train`. Raise UserError if there is no data, fewer than two classes,
     an empty class, or a class in another part that the training images lack.
     """
     root = Path(data_dir)
@@ -106,14 +106,14 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
 
 
 def part_of(name: str) -> str | None:
-    """The part of a data set that a name means ("Training set": "train"); None if it means none."""
+    """Return the part of a data set that a name means ("Training set": "train"); None if it means none."""
     plain = re.sub(r"[\W_]+", "", name.casefold())
     plain = re.sub(r"(?<=.)(dataset|data|set|images|imgs)$", "", plain)
     return next((part for part, names in PART_NAMES.items() if plain in names), None)
 
 
 def _find_parts(root: Path) -> dict[str, Path]:
-    """The folders of class folders that are called after a part. Raises UserError if two claim the same one."""
+    """Return the folders of class folders that are called after a part. Raise UserError if two mean the same one."""
     found: dict[str, list[Path]] = {}
     for folder in subfolders(root):
         part = part_of(folder.name)
@@ -131,7 +131,7 @@ def _are_classes(root: Path, parts: dict[str, Path], known: Sequence[str] | None
     """Return True if the folders in `root` are classes, some of which have the name of a part, as a class of trains.
 
     The classes of a trained model decide. Without them parts are parts if they have classes in common, or if nothing
-    lies beside them, and classes if as many images lie beside them. Raises UserError for anything between.
+    lies beside them, and classes if as many images lie beside them. Raise UserError for anything between.
     """
     inner = [{same_name(name) for name in _class_names(folder)} for folder in parts.values()]
     if known:
@@ -168,7 +168,7 @@ def _outweigh(folders: Sequence[Path], others: Iterable[Path]) -> bool:
 
 
 def _without_doubling(folder: Path) -> Path:
-    """`train` of `train/train` and `seg_train/seg_train`: the inner folder where it is alone and means the same."""
+    """Return the inner folder of `train/train` or `seg_train/seg_train`, if it is alone and means the same."""
     inner = subfolders(folder)
     if len(inner) == 1 and (
         inner[0].name.casefold() == folder.name.casefold() or part_of(inner[0].name) == part_of(folder.name) is not None
@@ -178,7 +178,7 @@ def _without_doubling(folder: Path) -> Path:
 
 
 def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> Path:
-    """The folder of class folders, which is `root` itself or its double. Raises UserError if it is none."""
+    """Return the folder of class folders: `root`, or its double in it. Raise UserError if that holds no classes."""
     folder = _without_doubling(root) if root.is_dir() else root
     names = [path.name for path in subfolders(folder) if _has_images(path)] if folder.is_dir() else []
     if known and names:
@@ -189,14 +189,14 @@ def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | Non
             f"it knows {some(known)}."
         )
     flat = [folder / name for name in names if part_of(name)]  # train/ and test/ full of images are no classes
-    whole = [name for name in names if _find_parts(folder / name)]  # a data set by itself is no class
+    whole = [name for name in names if _find_parts(folder / name)]  # a data set by itself is not a class
     if not parts and not whole and len(names) > 1 and (len(flat) < 2 or _outweigh(_beside(folder), flat)):
         return folder
     raise UserError(_nothing_fits(root, folder, parts))
 
 
 def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
-    """What was looked for, what is there instead, and what of it would be taken for what."""
+    """Say what was looked for, what is there instead, and what each folder would be taken for."""
     lines = [f"no training images in {printable(root)}: looked for train/ and test/ or val/, or for class folders."]
     if not folder.is_dir():
         return lines[0] + WAYS
@@ -222,9 +222,9 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Alphabetical names of the class folders; a lone inner folder of the same name is not a class.
+    """Return the names of the class folders by alphabet; a lone inner folder of the same name is not a class.
 
-    Of names that are the same in another spelling the first is the class's.
+    Of several spellings of a name return the first.
     """
     names = {same_name(path.name): path.name for path in reversed(subfolders(folder))}
     return [] if set(names.values()) == {folder.name} else sorted(names.values())
@@ -235,7 +235,7 @@ def _has_images(folder: Path) -> bool:
 
 
 def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, *, alone: bool = False) -> Listing:
-    """The images of one part by class. `part` is None if unknown classes are only noted, not refused.
+    """Return the images of one part by class. `part` is None if unknown classes are only noted, not refused.
 
     A class may be absent from all parts but the training images. `seen` gathers the folders that were read.
     """

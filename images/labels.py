@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from images.folders import ImageSet, Listing, find_image_set, part_of, some
 from images.lookup import Index
 from images.naming import augmented_copies, groups_by_pattern, odd_names
-from images.tables import Row, read_rows, read_table
+from images.tables import Row, read_rows
 from images.walk import composed, relative_name, same_name, subfolders
+from system.files import read_text, reading
 from utils import UserError, amount, printable
 
 
@@ -24,7 +28,7 @@ def list_images(
     """Return the images of a data set, labelled by a table if one is named or found, or else by their class folders.
 
     `group` is a column of the table, or a regular expression whose find in a file's path names its group. `known` are
-    the classes of a trained model. Raises UserError if there are none to train on, or to test.
+    the classes of a trained model. Raise UserError if there are none to train on, or to test.
     """
     tables = [labels] if labels else find_metadata(Path(data_dir))
     if tables:
@@ -54,8 +58,17 @@ def find_metadata(root: Path) -> list[Path]:
     folders = [root] if root.is_dir() else []
     folders += [folder for place in folders for folder in subfolders(place) if part_of(folder.name)]
     files = [folder / f"metadata.{kind}" for folder in folders for kind in ("jsonl", "csv")]
-    tables = [file for file in files if file.is_file() and {"file_name", "label"} <= set(read_table(file)[0])]
+    tables = [file for file in files if file.is_file() and _has_labels(file)]
     return [file for file in tables if file.parent == root] or tables
+
+
+def _has_labels(file: Path) -> bool:
+    """Return True if the first line of a metadata file names files and labels."""
+    with suppress(UserError), reading(file):
+        first = read_text(file).lstrip().partition("\n")[0]
+        keys = json.loads(first) if file.suffix == ".jsonl" else next(csv.reader([first]))
+        return {"file_name", "label"} <= {key.strip() for key in keys}
+    return False
 
 
 def find_labelled(
@@ -96,7 +109,7 @@ def _located(table: str | Path, root: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 class _Found:
-    """What the rows of a table came to: an entry for each image, and the rows that mean none."""
+    """Hold what the rows of tables came to: an entry for each image, and the rows without one."""
 
     def __init__(self, index: Index):
         self.file = Path()  # the table whose rows are entered
@@ -113,7 +126,7 @@ class _Found:
             self._add(row)
 
     def _add(self, row: Row) -> None:
-        """Enter a row. Raises UserError if it may mean two images, or says another thing than an earlier one."""
+        """Enter a row. Raise UserError if it may mean two images, or says another thing than an earlier one."""
         paths = self.index.find(row.image) if row.image else []
         file = printable(self.file)
         if len(paths) > 1:
@@ -128,7 +141,7 @@ class _Found:
             return
         part = part_of(row.part) or ""
         if row.part and not part:
-            raise UserError(f"{file}: {printable(row.part)!r} is no part of a data set: use train, val and test.")
+            raise UserError(f"{file}: {printable(row.part)!r} is not a part of a data set: use train, val and test.")
         entry = (composed(row.label), part, row.group)
         earlier = self.entries.setdefault(path, entry)
         for what, one, other in zip(("labels", "parts", "groups"), earlier, entry, strict=True):
@@ -162,7 +175,7 @@ class _Found:
 
 
 def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
-    """Sort the entries into parts and say what is missing or left out. Raises UserError if too little is left."""
+    """Sort the entries into parts and say what is missing or left out. Raise UserError if too little is left."""
     file = printable(found.file)
     image_set.notes += found.notes(image_set.root)
     labels = {label for label, *_ in found.entries.values()}

@@ -1,4 +1,4 @@
-"""The images below a folder, found again by what a table says of them. Imports no torch."""
+"""Find the images below a folder by what a table says of them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from images.walk import composed, find_images, relative_name
 
 
 class Index:
-    """The images below a folder, found again by path, by name, by stem, or by a number that lost its zeros."""
+    """Find the images below a folder by path, by name, by stem, or by a number that lost its zeros."""
 
     def __init__(self, root: Path):
         folders: list[str] = []
@@ -59,9 +59,9 @@ class Index:
         return folder, last
 
     def _lying(self, table: dict[str, list[Path]], key: str, folder: str) -> list[Path]:
-        """Return the images of a table's key that lie where a cell says: in the longest end of `folder` on disk.
+        """Return the images of a key that lie in the longest end of `folder` that is on disk.
 
-        If no end is on disk, the folder was perhaps renamed. Then the key alone decides, but it takes no image from a
+        If no end is on disk, the folder was perhaps renamed. Then return the images of the key alone, but none from a
         folder that other cells name.
         """
         if not folder:
@@ -84,12 +84,12 @@ def _ends(folder: str) -> list[str]:
 
 
 def _keys(name: str, stem: str) -> tuple[str, str, str]:
-    """Return what an image is found by: its name, its stem, and its stem as a number without leading zeros."""
+    """Return the keys of an image: its name, its stem, and its stem as a number without leading zeros."""
     return name, stem, str(int(stem)) if stem.isascii() and stem.isdigit() else stem
 
 
 def _folding(names: list[str]) -> Callable[[str], str]:
-    """Return how to compare names: case, and the Unicode form of accents, count only if two names differ by them."""
+    """Return how to compare names: by case and Unicode form only if two of them differ by nothing else."""
     different = len(set(names))
     for fold in (lambda name: composed(name).casefold(), composed):
         if len({fold(name) for name in names}) == different:

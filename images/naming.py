@@ -1,4 +1,4 @@
-"""What names look like: classes that are perhaps mistakes, and augmented copies of one picture. Imports no torch."""
+"""Judge names: classes that are perhaps mistakes, augmented copies of one picture, groups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BETWEEN = re.compile(r"[\s,;|+&/]+")  # labels that stand together in one cell
 
 
 def odd_names(image_set: ImageSet) -> list[str]:
-    """Return sentences about names of classes that are perhaps not what the user means."""
+    """Return sentences about names of classes that are perhaps mistakes."""
     images = Counter(image_set.classes[label] for listing in image_set.parts.values() for _, label in listing)
     folded: dict[str, str] = {}
     notes = []
@@ -59,12 +59,14 @@ def augmented_copies(names: list[str]) -> str | None:
 
 
 def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
-    """The group of each name: what the first bracket of a pattern finds in it, or else all that it finds."""
+    """Return the group of each name: what the first bracket of a pattern finds in it, or else all that it finds."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise UserError(f"--group {pattern!r} is no column of --labels and no regular expression ({error}).") from None
+        raise UserError(
+            f"--group {pattern!r} is neither a column of --labels nor a regular expression ({error})."
+        ) from None
     found = [compiled.search(name) for name in names]
     if not any(found):
-        raise UserError(f"--group {pattern!r} is no column of --labels and fits no file name, such as {names[0]!r}.")
+        raise UserError(f"--group {pattern!r} is not a column of --labels and fits no file name, such as {names[0]!r}.")
     return [match and (match[1] if compiled.groups else match[0]) for match in found]

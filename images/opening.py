@@ -1,4 +1,4 @@
-"""A data set, opened: its files listed, decoded and divided into training, validation and test images."""
+"""Open a data set: list and decode its files, and divide them into training, validation and test images."""
 
 from __future__ import annotations
 
@@ -36,12 +36,11 @@ def open_data_set(
     skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
-    """Finds, decodes and divides the images below `data_dir`.
+    """Find, decode and divide the images below `data_dir`.
 
     `labels` and `group` are those of `list_images`; `split` is shares, or a split.csv to follow; `recorded` is the
-    split of a run that goes on. `keep_larger` keeps up to 1.5
-    times `image_size` pixels of training images, for random crops to choose from. Raises UserError for anything wrong
-    with the data.
+    split of a run that goes on. `keep_larger` keeps training images of up to 1.5 times `image_size` pixels, for random
+    crops. Raise UserError if anything is wrong with the data.
     """
     image_set = list_images(data_dir, labels=labels, group=group)
     shares, follow = _asked(split, recorded)
@@ -74,11 +73,11 @@ def open_test_set(
     skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
-    """The images to test a trained model on, whose classes are `known`.
+    """Return the images to test a trained model on, whose classes are `known`.
 
-    These are the test images of the run's split `recorded`, if `data_dir` is where it was trained (`same_place`), or if
-    all of them are there, nothing else is called a test part, and the files have the run's `checksum`. Else they are
-    the test part, or all images.
+    Return the test images of the run's split `recorded` if `data_dir` is where it was trained (`same_place`), or if all
+    of them are there, nothing else is called a test part, and the files have the run's `checksum`. Else return the
+    test part, or all images.
     """
     image_set = list_images(data_dir, labels=labels, known=known)
     listing = image_set.test or image_set.train
@@ -114,7 +113,7 @@ def open_test_set(
 
 
 def _asked(split: str | None, recorded: Split | None) -> tuple[tuple[float, ...] | None, Split | None]:
-    """What --split says, as shares or as a split to follow; a run's own goes before either."""
+    """Return --split as shares or as a split to follow; the split of a run that goes on replaces both."""
     if split and not is_split_file(split):
         return parse_shares(split), recorded
     return None, recorded or (read_split(Path(split)) if split else None)
@@ -131,7 +130,7 @@ def _merge(image_set: ImageSet) -> None:
 
 
 def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
-    """Leaves out what a split leaves out: files without a part, and `strictly` those that it does not name."""
+    """Leave out files that a split gives no part, and, if `strictly`, those that it does not name."""
     names = {path: split_name(path, image_set.root) for listing in image_set.parts.values() for path, _ in listing}
     gone = sorted(follow.keys() - set(names.values()))
     if gone and strictly:
@@ -181,7 +180,7 @@ def _say_relabelled(image_set: ImageSet, split: Split, listing: Listing) -> None
 
 @dataclass
 class _Opened:
-    """The stores of a data set's parts, and what can be read of them."""
+    """Hold the stores of a data set's parts, and what can be read of them."""
 
     image_set: ImageSet
     opening: Opening
@@ -192,7 +191,7 @@ class _Opened:
     compared: dict[str, np.ndarray] = field(default_factory=dict)  # checksums at the training images' limit
 
     def divide(self, parts: np.ndarray, missing: list[str], image_size: int) -> None:
-        """Makes subsets of the training images by `parts`, indices of PARTS. What is not trained on is kept smaller."""
+        """Make subsets of the training images by `parts`, indices of PARTS. Images of other parts are kept smaller."""
         pool = self.subsets["train"]
         for number, name in enumerate(PARTS):
             if name != "train" and name not in missing:
@@ -223,7 +222,7 @@ class _Opened:
         return found.hexdigest()[:16]
 
     def data_set(self) -> DataSet:
-        """What was opened, parts in the order of PARTS."""
+        """Return what was opened, its parts in the order of PARTS."""
         image_set = self.image_set
         return DataSet(
             image_set.root,
@@ -239,9 +238,9 @@ class _Opened:
 def _open_parts(
     image_set: ImageSet, opening: Opening, image_size: int, train_limit: int, skip_unreadable: bool
 ) -> _Opened:
-    """A store for each part. The windows of deep pictures come from the first one, the training images.
+    """Open a store for each part. The windows of deep pictures come from the first one, the training images.
 
-    Says what was passed over. Raises UserError for unreadable images unless `skip_unreadable` leaves them out.
+    Say what was passed over. Raise UserError if images are unreadable, unless `skip_unreadable` leaves them out.
     """
     for sentence in image_set.remarks():
         log.info(sentence)
@@ -272,7 +271,7 @@ def _open_parts(
 def _divided(
     opened: _Opened, follow: Split | None, shares: tuple[float, ...] | None, seed: int, *, with_test: bool
 ) -> np.ndarray:
-    """The part of each training image, an index of PARTS: as a split says, or by `seed` where it says nothing."""
+    """Return the part of each training image, an index of PARTS: as a split says, or drawn by `seed`."""
     pool = opened.subsets["train"]
     image_set = opened.image_set
     together = _joined(pool, image_set.groups)
@@ -284,7 +283,7 @@ def _divided(
 
 
 def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
-    """Which images of a pool must stay together: equal pictures, and those of one group."""
+    """Return lists of images of a pool that must stay together: equal pictures, and those of one group."""
     paths = pool.paths
 
     def look(place: int) -> bytes | None:
@@ -299,6 +298,6 @@ def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
 
 
 def _parts(pool: Subset, image_set: ImageSet, follow: Split | None) -> np.ndarray:
-    """The part of each image of the pool, an index of PARTS, as a split says; -1 where it says nothing."""
+    """Return the part of each image of the pool, an index of PARTS, as a split says; -1 if it does not name it."""
     said = [(follow or {}).get(split_name(path, image_set.root), ("", ""))[1] for path in pool.paths]
     return np.array([PARTS.index(part) if part else -1 for part in said], np.int64)

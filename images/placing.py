@@ -1,4 +1,4 @@
-"""A data set is put on disk whole or not at all: one writer at a time, moved into place when it is complete."""
+"""Put a data set on disk whole or not at all: one writer at a time, moved into place when it is complete."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from utils import RunError, UserError, printable
 
 @contextlib.contextmanager
 def one_writer(data_dir: Path) -> Iterator[None]:
-    """One builder of a data set at a time on this machine; the others wait, and then find it built."""
+    """Let one process of this machine fill a folder at a time; the others wait, and then find it filled."""
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
         folder = os.open(data_dir, os.O_RDONLY)
@@ -34,9 +34,9 @@ def one_writer(data_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def building(data_dir: Path, source: str) -> Iterator[Path]:
-    """A hidden folder for a data set to grow in; what it holds is moved into place when the block succeeds.
+    """Yield a hidden folder for a data set to grow in; move its contents into place when the block succeeds.
 
-    What a killed process left there is thrown away; until then dataset.py refuses a folder that holds `.partial`.
+    Delete what a killed process left there; until then a folder that holds `.partial` is refused as a data set.
     """
     stage = data_dir / ".partial"
     if stage.exists():
@@ -53,9 +53,9 @@ def building(data_dir: Path, source: str) -> Iterator[Path]:
 
 
 def finish_interrupted(data_dir: Path) -> str | None:
-    """Moves a whole data set into place, its training images last, and returns its source; None if there is none.
+    """Move a whole data set into place, its training images last, and return its source; None if there is none.
 
-    Also called first of all, to end what a stop between two moves left undone.
+    Call it before anything else, too: it ends what a stop between two moves left undone.
     """
     stage = data_dir / ".partial"
     if not (stage / ".complete").exists():
@@ -71,7 +71,7 @@ def finish_interrupted(data_dir: Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
-    """Turns what the disk, or a damaged archive, raises into one clear message."""
+    """Turn what the disk, or a damaged archive, raises into one clear message."""
     try:
         yield
     except Exception as error:  # zipfile, tarfile and the decompressors raise nearly every type on damage
@@ -112,7 +112,7 @@ def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
 def put_in_place(data_dir: Path, source: Path, fill: Callable[[Path], object]) -> None:
     """Let `fill` write a data set into a hidden folder, and move it into `data_dir` when it is whole.
 
-    Folders that hold all the rest are left out, unless they are called after a part.
+    Leave out a folder that holds everything else, unless it is called after a part.
     """
     key = str(source.absolute())
     with one_writer(data_dir):

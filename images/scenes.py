@@ -1,4 +1,4 @@
-"""Draws one small landscape or town scene, from a class name and a random generator.
+"""Draw one small landscape or town scene, from a class name and a random generator.
 
 The demo data must be a real problem that needs no download: six classes that share light, colours and parts.
 Knows nothing of files, folders or splits: prepare.py writes what this module draws.
@@ -49,13 +49,13 @@ LAMP = (250, 215, 140)
 
 @cache
 def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A column [size, 1] and a row [1, size] from 0 to 1."""
+    """Return a column [size, 1] and a row [1, size] from 0 to 1."""
     column, row = (part.astype(np.float32) / size for part in np.ogrid[:size, :size])
     return column, row
 
 
 class Scene:
-    """A picture being drawn. Coordinates run from 0 to 1, x to the right and y downwards."""
+    """Draw a picture. Coordinates run from 0 to 1, x to the right and y downwards."""
 
     def __init__(self, random: np.random.Generator, size: int):
         self.size = size
@@ -75,7 +75,7 @@ class Scene:
         return options[self.count(len(options))]
 
     def colour(self, colour: tuple, depth: float = 0.0, shade: float = 1.0) -> tuple[int, ...]:
-        """The colour under this light, a little varied, lost in haze with depth (0 near, 1 at the horizon)."""
+        """Return the colour under this light, a little varied, lost in haze with depth (0 near, 1 at the horizon)."""
         mist = depth * self.haze
         shift = 24 * self.random() - 12
         return tuple(
@@ -84,14 +84,14 @@ class Scene:
         )
 
     def below(self, line: np.ndarray | float) -> np.ndarray:
-        """The mask [size, size] of what lies under a line [size] or a height, with a smooth edge."""
+        """Return the mask [size, size] of the area under a line [size] or a height, with a smooth edge."""
         return np.clip((self.y + 0 * self.x - line) * self.size, 0, 1)
 
     def polygon(self, colour: tuple, *points: tuple[float, float]) -> None:
         self.pen.polygon([(x * self.size, y * self.size) for x, y in points], fill=colour)
 
     def box(self, colour: tuple, x: float, y: float, width: float, height: float, *, round: bool = False) -> None:
-        """A rectangle, or the ellipse in it; x is its middle and y its foot."""
+        """Return the mask of a rectangle, or of the ellipse in it; x is its middle and y its foot."""
         draw = self.pen.ellipse if round else self.pen.rectangle
         draw(
             [(x - width / 2) * self.size, (y - height) * self.size, (x + width / 2) * self.size, y * self.size],
@@ -99,27 +99,27 @@ class Scene:
         )
 
     def noise(self, columns: int, rows: int) -> np.ndarray:
-        """Smooth noise [size, size] from 0 to 1 with so many cells across and down, and a finer octave."""
+        """Return smooth noise [size, size] from 0 to 1 with so many cells across and down, and a finer octave."""
         cells = [Image.fromarray(self.count(0, 256, (rows * size, columns * size), np.uint8)) for size in (1, 3)]
         blend = Image.blend(cells[0].resize(cells[1].size, BILINEAR), cells[1], 0.4)
         blend = blend.resize((self.size, self.size), BILINEAR)
         return np.clip(np.asarray(blend, np.float32) * (1.7 / 255) - 0.35, 0, 1)
 
     def profile(self, points: int) -> np.ndarray:
-        """A broken line [size] from 0 to 1: four octaves, each with twice the points and half the height."""
+        """Return a broken line [size] from 0 to 1: four octaves, each with twice the points and half the height."""
         counts = [points * 2**octave for octave in range(4)]
         total = sum(np.interp(self.x[0] * n, np.arange(n + 1), self.random(n + 1)) / n for n in counts)
         return ((total - total.min()) / np.ptp(total)).astype(np.float32)
 
     def fill(self, mask: np.ndarray, dark: tuple, bright: tuple, mix: np.ndarray) -> None:
-        """Covers the picture where `mask` [size, size] is 1 with two colours mixed by `mix`."""
+        """Cover the picture where `mask` [size, size] is 1 with two colours mixed by `mix`."""
         top = int(mask.any(1).argmax())
         for colour, cover in ((dark, mask), (bright, mask * mix)):
             self.image.paste(colour, (0, top), Image.fromarray((cover[top:] * 255).astype(np.uint8)))
 
     # ------------------------------------------------------------ parts that several classes share
     def sky(self, horizon: float) -> None:
-        """A gradient and, by chance, sun or moon, clouds, a distant ridge."""
+        """Draw a gradient and, by chance, sun or moon, clouds, a distant ridge."""
         top, low = np.array((self.top, self.low))[:, None, None]
         column = top + (low - top) * np.clip(self.y[..., None] / max(horizon, 0.3), 0, 1) ** self.uniform(0.6, 1.6)
         self.image.paste(
@@ -137,7 +137,7 @@ class Scene:
             self.ridge(horizon + 0.05, self.uniform(0.1, 0.5), self.uniform(0.3, 0.9), self.uniform(-0.4, 0.5))
 
     def ridge(self, base: float, height: float, depth: float, snow: float) -> None:
-        """A mountain chain: lit and shaded faces run down from the crest, snow lies on the upper part."""
+        """Draw a mountain chain: lit and shaded faces run down from the crest, snow lies on the upper part."""
         crest = base - height * self.profile(self.count(2, 6))
         grain = self.noise(8, 8)
         rock = self.choose(ROCKS)
@@ -152,18 +152,18 @@ class Scene:
             self.fill(mask * white, self.colour(SHADOW, depth), self.colour(SNOW, depth), lit)
 
     def ground(self, line: np.ndarray | float, colour: tuple, shade: float = 0.72) -> None:
-        """Patchy ground below a line [size] or a height."""
+        """Draw patchy ground below a line [size] or a height."""
         self.fill(self.below(line), self.colour(colour, 0.2, shade), self.colour(colour), self.noise(9, 14))
 
     def water(self, top: float) -> None:
-        """Water from a horizon down, the sky in it, its waves growing towards the viewer."""
+        """Draw water from a horizon down, the sky in it, its waves growing towards the viewer."""
         near = np.sqrt(np.clip((self.y[:, 0] - top) / (1 - top), 0, 1))
         waves = self.noise(self.count(3, 8), self.count(16, 36))[(near * (self.size - 1)).astype(np.intp)]
         colour = self.choose(WATERS)
         self.fill(self.below(top), self.colour(colour, 0, 0.75), self.colour(colour, 1), waves)
 
     def trees(self, foot: float, height: float, count: int, depth: float, leaf: tuple, conifer: bool) -> None:
-        """A row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
+        """Draw a row of conifers, lit from one side, or of trunks with crowns of blobs, lit from above."""
         bark = self.colour(ROCKS[5], depth)
         shades = [self.colour(leaf, depth, shade) for shade in (0.6, 0.85, 1.1)]
         for x, down, size in self.random((count, 3)).tolist():
@@ -181,7 +181,7 @@ class Scene:
                 self.box(shades[place // 3], middle, low, tall * (0.22 + wide / 5), tall * 0.28, round=True)
 
     def facade(self, corners: list, depth: float = 0.0, shade: float = 1.0) -> None:
-        """A wall seen as a quadrilateral (top left, top right, bottom right, bottom left) with its windows."""
+        """Draw a wall seen as a quadrilateral (top left, top right, bottom right, bottom left) with its windows."""
         self.polygon(self.colour(self.choose(WALLS), depth, shade), *corners)
         (a, b, c, d) = np.array(corners)
         size = self.count(2, (6, 9))
@@ -196,7 +196,7 @@ class Scene:
 
     # ---------------------------------------------------------------------------- the six classes
     def buildings(self) -> None:
-        """Blocks and towers with two walls each, from one close by to a skyline; no road."""
+        """Draw blocks and towers with two walls each, from one close by to a skyline; no road."""
         foot = self.uniform(0.65, 1.02)
         count = self.count(1, 6)
         self.sky(foot)
@@ -212,7 +212,7 @@ class Scene:
         self.trees(foot, self.uniform(0.15, 0.5), self.count(6), 0.0, self.choose(LEAVES), self.random() < 0.3)
 
     def forest(self) -> None:
-        """Rows of conifers or of broad-leaved trees, up a slope or around the viewer."""
+        """Draw rows of conifers or of broad-leaved trees, up a slope or around the viewer."""
         leaf = self.choose(LEAVES)
         horizon = self.uniform(0, 0.7)
         conifer = self.random() < 0.5
@@ -225,7 +225,7 @@ class Scene:
             self.trees(foot, height, 20 - int(14 * near), 1 - near, leaf, conifer)
 
     def mountain(self) -> None:
-        """Ridges behind each other over a lake, a meadow, scree or snow, perhaps with woods."""
+        """Draw ridges behind each other over a lake, a meadow, scree or snow, perhaps with woods."""
         base = self.uniform(0.45, 0.92)
         snow = self.uniform(-0.4, 0.9)
         self.sky(base)
@@ -239,7 +239,7 @@ class Scene:
             self.trees(base + self.uniform(0, 0.15), self.uniform(0.06, 0.4), 15, 0.2, self.choose(LEAVES), True)
 
     def glacier(self) -> None:
-        """A river of ice between ridges, or the broken front of the ice over water with bergs."""
+        """Draw a river of ice between ridges, or the broken front of the ice over water with bergs."""
         base = self.uniform(0.3, 0.6)
         level = self.uniform(0.5, 0.85)
         blue = self.colour(SHADOW)
@@ -268,7 +268,7 @@ class Scene:
             self.polygon(blue, split, peak, (x + wide * 0.7, y - tall * 0.5), (x + wide, y))
 
     def sea(self) -> None:
-        """Open water with a level horizon, sometimes with a path of light, boats or a beach."""
+        """Draw open water with a level horizon, sometimes with a path of light, boats or a beach."""
         horizon = self.uniform(0.15, 0.7)
         white = self.colour(SNOW)
         self.sky(horizon)
@@ -287,7 +287,7 @@ class Scene:
             self.polygon(white, (x, y - size * 1.1), (x, y - size * 0.2), (x + size * 0.45, y - size * 0.2))
 
     def street(self) -> None:
-        """A road that runs away between two rows of houses, with traffic and trees."""
+        """Draw a road that runs away between two rows of houses, with traffic and trees."""
         x = self.uniform(0.3, 0.7)
         y = self.uniform(0.35, 0.62)
         reach = self.uniform(0.4, 0.9)
@@ -315,7 +315,7 @@ class Scene:
 
 
 def draw_scene(name: str, random: np.random.Generator, size: int = SIZE) -> Image.Image:
-    """Draws one RGB picture of `size` pixels square of the class `name`; `random` is the only source of variation."""
+    """Draw one RGB picture of `size` pixels square of the class `name`; `random` is the only source of variation."""
     scene = Scene(random, size)
     getattr(scene, name)()
     side = size * random.uniform(0.6, 1)

@@ -1,7 +1,4 @@
-"""Whether a data set is fit to train and test on: unreadable files, empty classes, images on both sides.
-
-What makes a result worthless is refused (UserError) or warned of; the rest is told. Knows nothing of how to divide.
-"""
+"""Refuse or warn of a data set that is unfit to train and test on: unreadable files, empty classes, shared images."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from utils import UserError, amount, log, printable
 
 
 def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
-    """Names unreadable files, each with its reason. Raises UserError unless `skip` leaves them out."""
+    """Name unreadable files, each with its reason. Raise UserError unless `skip` leaves them out."""
     if not bad:
         return
     lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
@@ -32,7 +29,7 @@ def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
 
 
 def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Raises UserError for an empty part or a class without training images; says which classes are absent."""
+    """Raise UserError if a part is empty or a class has no training image; say which classes other parts lack."""
     for name, subset in subsets.items():
         if not len(subset):
             raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
@@ -43,9 +40,9 @@ def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
 
 
 def say_uneven(train: Subset, classes: list[str], *, balanced: bool, best_by: str | None) -> None:
-    """Say if one class has more than ten times the training images of another, and what helps that is not done yet.
+    """Say if one class has more than ten times the training images of another, and which options help.
 
-    `balanced` is True if rare classes are sampled or weighted more already.
+    `balanced` is True if rare classes are already sampled or weighted more.
     """
     counts = Counter(train.labels.tolist()).most_common()
     (most, large), (least, small) = counts[0], counts[-1]
@@ -62,7 +59,7 @@ def say_uneven(train: Subset, classes: list[str], *, balanced: bool, best_by: st
 
 
 def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Says which classes have no image in a part."""
+    """Say which classes have no image in a part."""
     for name, subset in subsets.items():
         absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if absent:
@@ -97,9 +94,9 @@ def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet, crc32: dict[s
 
 
 def _copies(train: Subset, other: Subset, crc32: np.ndarray) -> list[Path]:
-    """The images of another part whose picture is one of all that the training images were taken from.
+    """Return the images of another part that are also training images.
 
-    `crc32` holds the checksums of the other part's listing. Equal ones may be chance: the files are looked at again.
+    `crc32` holds the checksums of the other part's listing. Equal ones may be chance, so the files are compared.
     """
     theirs = crc32[other.positions]
     both = np.intersect1d(train.store.crc32, theirs)

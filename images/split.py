@@ -1,7 +1,4 @@
-"""Who trains, who validates, who is tested: stratified, written down, equal pictures kept together.
-
-Imports no torch.
-"""
+"""Divide images into training, validation and test images, stratified, with equal pictures on one side."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ TEST_SEED = 0  # of what is tested: the same images whatever --seed, so that run
 
 
 def united(pairs: Iterable[Sequence[int]], count: int) -> np.ndarray:
-    """The unit of each of `count` images, named by its first one: images that any list in `pairs` joins are one."""
+    """Return the unit of each of `count` images, named by its first; each list in `pairs` joins its images."""
     unit = np.arange(count)
 
     def first(place: int) -> int:
@@ -40,7 +37,7 @@ def united(pairs: Iterable[Sequence[int]], count: int) -> np.ndarray:
 
 
 def in_groups(keys: Iterable[Hashable]) -> list[list[int]]:
-    """Positions of equal keys, where there are at least two; None is equal to nothing."""
+    """Return lists of the positions of equal keys, if there are at least two; None equals nothing."""
     places: dict[Hashable, list[int]] = defaultdict(list)
     for place, key in enumerate(keys):
         if key is not None:
@@ -49,7 +46,7 @@ def in_groups(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def same_pictures(crc32: np.ndarray, look: Callable[[int], bytes | None]) -> list[list[int]]:
-    """Positions of pictures that are the same: equal checksums, then equal in what `look` returns of each."""
+    """Return lists of the positions of equal pictures: of equal checksum, and equal in what `look` returns."""
     return [
         [candidates[place] for place in group]
         for candidates in in_groups(int(value) if value else None for value in crc32)
@@ -81,7 +78,7 @@ def divide(
 
     `shares` are percentages of training, validation and test (of training and validation if nothing is to be
     tested); `together` lists images that must stay on one side. Without such lists each part, and each class within
-    it, is within one image of its share. Raises UserError if nothing can be held out.
+    it, is within one image of its share. Raise UserError if nothing can be held out.
     """
     shares = shares or (SHARES if with_test else (80.0, 20.0))
     if with_test and len(shares) < 3:
@@ -198,7 +195,7 @@ def _nearest(units: list[int], sizes: np.ndarray, images: int, most: int) -> lis
 
 
 def extend(recorded: np.ndarray, divided: np.ndarray, together: Iterable[Sequence[int]]) -> np.ndarray:
-    """`recorded` parts, and for -1 the one that an equal or grouped image has, or else that of `divided`."""
+    """Return `recorded` parts; instead of -1 the part of an equal or grouped image, or else that of `divided`."""
     parts = recorded.copy()
     units = united(together, len(recorded))
     known = {int(unit): int(part) for unit, part in zip(units[recorded >= 0], recorded[recorded >= 0], strict=True)}
@@ -208,7 +205,7 @@ def extend(recorded: np.ndarray, divided: np.ndarray, together: Iterable[Sequenc
 
 
 def read_split(file: Path) -> dict[str, tuple[str, str]]:
-    """A split.csv as {path: (class, part)}; a part may be empty: left out. Raises UserError if it is damaged."""
+    """Return a split.csv as {path: (class, part)}; an empty part leaves the file out. Raise UserError if damaged."""
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         rows = {
             composed(from_cell(row["path"])): (from_cell(row["class"]), row["part"]) for row in csv.DictReader(lines)

@@ -1,7 +1,7 @@
-"""Decode once: image files of any mode to uint8 arrays, mapped from a cache file or streamed by workers.
+"""Give batches of uint8 images, mapped from a cache file or streamed by workers.
 
-Decoding is the slowest thing a loader does, so it is done once and kept; what is kept is checked against
-checksums. Knows nothing of classes, labels, splits or the device.
+Decoding is the slowest part of loading, so it is done once and kept; what is kept is checked against checksums.
+Knows nothing of classes, labels, splits or the device.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from images.decode import Rules, ahead, try_decode
 from system.machine import available_memory, cores, startable
 from utils import STOP_SIGNALS, RunError, amount, log, printable
 
-# uint8 (count, height, width, 3); images smaller than that lie in its upper left corner, and `shapes` (count, 2) says
-# how high and wide each is. None: all fill it.
+# uint8 (count, height, width, 3), with smaller images in the upper left corner, and their heights and widths `shapes`
+# (count, 2); None if all images fill it
 Batch = tuple[torch.Tensor, np.ndarray | None]
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as the user asked for
@@ -53,7 +53,7 @@ EACH_TAKES = 6, 3  # files, and threads or processes, that one worker takes
 
 @dataclass
 class DecodedImages:
-    """All images decoded, in one array (count, height, width, 3), usually mapped from a cache file."""
+    """Hold all images decoded, in one array (count, height, width, 3), usually mapped from a cache file."""
 
     array: np.ndarray
     crc32: np.ndarray
@@ -64,7 +64,7 @@ class DecodedImages:
     deep: list[str] = field(default_factory=list)
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """One uint8 tensor (len(batch), height, width, 3), and its shapes, for each array of listing positions."""
+        """Yield a uint8 tensor (len(batch), height, width, 3), and its shapes, for each array of listing positions."""
         if not self.pin:  # the CPU computes the step itself: a thread would only take a core from it
             yield from map(self._gather, batches)
             return
@@ -78,10 +78,10 @@ class DecodedImages:
 
 
 class StreamedImages:
-    """Images decoded when they are asked for, by DataLoader workers; memory is a few batches.
+    """Decode images on request by DataLoader workers; hold a few batches in memory.
 
     The workers are forked, and write into memory that they share with this process (an anonymous mapping), slot by
-    slot. So a batch needs neither an open file nor room in /dev/shm, of which containers give little. On systems
+    slot. So a batch needs neither an open file nor room in /dev/shm, which is small in containers. On systems
     without fork batches come through pipes.
     """
 
@@ -100,7 +100,7 @@ class StreamedImages:
         self._pin = pin
 
     def batches(self, batches: Sequence[np.ndarray]) -> Iterator[Batch]:
-        """As `DecodedImages.batches`. Raises RunError if a file can no longer be read, or no batch comes."""
+        """Yield as `DecodedImages.batches` does. Raise RunError if a file can no longer be read, or no batch comes."""
         largest = max(map(len, batches), default=0)
         if self._loader is None or largest > self._largest:
             self._loader = self._started(largest)
@@ -143,7 +143,7 @@ class StreamedImages:
         return loader
 
     def _tried(self, workers: int) -> torch.utils.data.DataLoader | None:
-        """Return a loader whose workers run; None if they cannot be started."""
+        """Return a loader whose workers run; None if they do not start."""
         forked = sys.platform.startswith("linux")
         shape = (workers * PREFETCH + PINNING + 2, self._largest, *self._files.box, 3)
         self._memory = _shared(math.prod(shape)) if workers and forked else None
@@ -188,10 +188,10 @@ class _Files(torch.utils.data.Dataset):
     slots: np.ndarray | None = None
 
     def __getitem__(self, item: tuple[int, list[int]]) -> np.ndarray | str | None:
-        """Decode a batch, which is (its number in the epoch, positions in the listing).
+        """Decode a batch, given (its number in the epoch, positions in the listing).
 
-        Returns the batch, or None if it is in its slot, or why it cannot be made and what to do: an exception would
-        bring its worker's traceback along.
+        Return the batch, None if it is in its slot, or a sentence that says why it cannot be made: an exception would
+        bring the traceback of its worker along.
         """
         try:
             return self._batch(*item)
@@ -220,7 +220,7 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _shared(size: int) -> mmap.mmap | None:
-    """Return `size` bytes that forked processes share; None if there are not so many."""
+    """Return `size` bytes that forked processes share; None if there is too little memory."""
     try:
         return mmap.mmap(-1, size)
     except (OSError, ValueError, OverflowError):
@@ -239,7 +239,7 @@ def _without_half_made() -> Iterator[None]:
 
 
 def _quiet_worker(_worker: int) -> None:
-    """Signals to the whole group are the main process's to handle; a second SIGTERM still ends a worker."""
+    """Leave signals to the main process; a second SIGTERM still ends a worker."""
     for number in STOP_SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
@@ -247,7 +247,7 @@ def _quiet_worker(_worker: int) -> None:
 
 @dataclass
 class Opening:
-    """How files are opened: what is kept decoded and where, and by which rules they become pixels."""
+    """Say how files are opened: what is kept decoded and where, and by which rules they become pixels."""
 
     cache: str = "auto"  # auto, memory or none
     workers: int | None = None  # None: one a core, at most 8
@@ -317,7 +317,7 @@ def _kept(paths: list[Path], root: Path, limit: int, opening: Opening, part: str
 
 
 def _is_streamed(cache: str, size: int, room: float) -> bool:
-    """Whether images are decoded anew in each epoch: asked for, or too many bytes for memory or the room for caches."""
+    """Return True if images are decoded in each epoch: on request, or if memory or the room for caches is too small."""
     memory = available_memory()
     memory = 4 * 2**30 if memory is None else memory
     return cache == "none" or (cache == "auto" and size > min(0.6 * memory, room))

@@ -1,4 +1,4 @@
-"""An opened data set: training, validation and test images as positions in stores, and the rows of split.csv."""
+"""Hold an opened data set: training, validation and test images as positions in stores, and the rows of split.csv."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Split = dict[str, tuple[str, str]]  # path in one Unicode form: (class, part), a
 
 @dataclass
 class Subset:
-    """Some images of a store: listing positions and their labels, in evaluation order."""
+    """Hold some images of a store: listing positions and their labels, in evaluation order."""
 
     store: ImageStore
     listing: Listing
@@ -36,7 +36,7 @@ class Subset:
         return len(self.positions)
 
     def keep(self, count: int) -> None:
-        """Cuts the subset to at most `count` images, spread evenly over it."""
+        """Cut the subset to at most `count` images, spread evenly over it."""
         chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         self.positions = self.positions[chosen]
         self.labels = self.labels[chosen]
@@ -48,7 +48,7 @@ class Subset:
 
 @dataclass
 class DataSet:
-    """Train, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
+    """Hold training, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
 
     root: Path
     classes: list[str]
@@ -72,11 +72,11 @@ class DataSet:
         return self.subsets["test"]
 
     def names(self, subset: Subset) -> list[str]:
-        """The files of a subset, relative to the data folder, with slashes on every system."""
+        """Return the files of a subset, relative to the data folder, with slashes on every system."""
         return [relative(path, self.root) for path in subset.paths]
 
     def split(self) -> Iterator[list[str]]:
-        """The rows of split.csv: path, class and part of every file; one that cannot be read has no part."""
+        """Yield the rows of split.csv: path, class and part of every file; an unreadable file has no part."""
         yield ["path", "class", "part"]
         parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
         for path, label in self.listed:
@@ -93,7 +93,7 @@ def split_name(path: Path, root: Path) -> str:
 
 
 def files_checksum(paths: Iterable[Path], root: Path) -> str:
-    """Return what tells these files from others: their names, sizes, and first and last 4,096 bytes."""
+    """Return a checksum of files: of their names, sizes, and first and last 4,096 bytes."""
     found = hashlib.sha256()
     for name, path in sorted((split_name(path, root), path) for path in paths):
         size = 0

@@ -84,7 +84,7 @@ def read_table(file: Path) -> list[list[str]]:
         best = [line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip()]  # "my photos/1.png cat"
     if not best or len(best[0]) < 2:
         shown = f"; its first line is {printable(text.strip().splitlines()[0])[:80]!r}" if text.strip() else ""
-        raise UserError(f"{printable(file)} is no table of at least two columns (path or id, and label){shown}.")
+        raise UserError(f"{printable(file)} is not a table of at least two columns (path or id, and label){shown}.")
     return best
 
 

@@ -1,4 +1,4 @@
-"""Image files below a folder, and how their names are compared. Imports no torch."""
+"""Find image files below a folder, and compare their names. Imports no torch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ CAMERA_RAW = {
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw"),
     *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
 }
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures whether their plugin is installed or not
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures even without their plugin
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
 def find_images(
     folder: Path, passed_over: Counter[str] | None = None, folders: list[str] | None = None
 ) -> Iterator[Path]:
-    """Every image below `folder`, in the order of names, files before subfolders; linked folders are followed.
+    """Return every image below `folder`, in the order of names, files before subfolders; follow linked folders.
 
-    Hidden files are passed over, and what is no image is counted in `passed_over` by its suffix. `folders` gathers
-    the folders that were walked, `folder` first.
+    Pass over hidden files, and count files that are no images in `passed_over` by suffix. Append the folders that
+    were walked to `folders`, `folder` first.
     """
     passed_over = Counter() if passed_over is None else passed_over
     return map(Path, walk(str(folder), passed_over, [] if folders is None else folders, set()))
@@ -49,17 +49,17 @@ def relative_name(path: Path | str, root: Path) -> str:
 
 
 def composed(name: str) -> str:
-    """Return a name in the one Unicode form: an accent is a letter's own or, as macOS writes it, a sign behind it."""
+    """Return a name in one Unicode form (NFC): macOS writes an accent as a sign behind its letter."""
     return unicodedata.normalize("NFC", name)
 
 
 def same_name(name: str) -> str:
-    """Return a class's name as it is compared: in one Unicode form, without blanks at its ends."""
+    """Return a class's name for comparison: in one Unicode form, without blanks at its ends."""
     return composed(name).strip()
 
 
 def counted(passed_over: Counter[str], most: int = 12) -> str:
-    """A sentence about the files that are no images, by suffix."""
+    """Return a sentence about the files that are no images, by suffix."""
     kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
     shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
     rest = sum(count for _, count in kinds[most:])
@@ -80,7 +80,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder; a link that leads to itself is none."""
+    """Return True if an entry is a folder; a link that leads to itself is not."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -90,7 +90,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_wanted(name: str) -> bool:
-    """Whether a file or folder is the user's own, not what a desktop leaves behind."""
+    """Return True if a file or folder is the user's own, not one that a desktop left behind."""
     return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
 
@@ -121,7 +121,7 @@ def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen)
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file's suffix is that of a kind of picture that Pillow opens."""
+    """Return True if a file has the suffix of a kind of picture that Pillow opens."""
     return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
 
 
@@ -136,14 +136,14 @@ def picture_formats() -> list[str]:
 
 @cache
 def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
-    """The suffixes of pictures, and of each kind the function that knows it by its first bytes."""
+    """Return the suffixes of pictures, and of each kind the function that knows it by its first bytes."""
     kinds = {*picture_formats()}
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
     return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
 
 
 def _is_image(path: str) -> bool:
-    """Whether Pillow opens a file whose suffix says nothing: asked by its first bytes, then by opening it."""
+    """Return True if Pillow opens a file whose suffix says nothing: try its first bytes, then open it."""
     if os.path.splitext(path)[1].lower() in CAMERA_RAW:
         return False
     try:

@@ -125,7 +125,7 @@ def test_names_that_some_system_takes_for_one_are_refused(one, other, order, tmp
 @pytest.mark.parametrize("name", ["a.jpg:hidden.exe", "train/sea/1.png:x", "train/sea/1.png.", "train/sea /1.png"])
 def test_streams_and_names_that_windows_changes_are_refused_there(name, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "WINDOWS", True)
-    with pytest.raises(UserError, match="no file name on Windows"):
+    with pytest.raises(UserError, match="not a file name on Windows"):
         unpacked(tmp_path, named("sea", "forest") | {name: b"x"})
 
 

@@ -351,6 +351,9 @@ def test_metadata_of_an_image_folder_is_found_by_itself(tmp_path, kind):
 def test_metadata_without_labels_leave_class_folders_alone(tmp_path):
     draw(tmp_path, *PETS)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/1.png", "text": "a cat"}))
+    (tmp_path / "metadata.csv").write_text("one column\n")
+    assert list_images(tmp_path).classes == ["cat", "dog"]
+    (tmp_path / "metadata.jsonl").write_text("no json")
     assert list_images(tmp_path).classes == ["cat", "dog"]
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "cat/1.png", "label": ["cat", "dog"]}))
     assert "several labels at once, cat and dog" in tiny.refused(list_images, tmp_path)

@@ -273,7 +273,7 @@ def test_groups_stay_together(tmp_path):
     assert len(sides) == 10
     with pytest.raises(UserError, match="fits no file name, such as"):
         opened(tmp_path, group="video")
-    with pytest.raises(UserError, match="no regular expression"):
+    with pytest.raises(UserError, match="nor a regular expression"):
         opened(tmp_path, group="(")
 
 
@@ -356,7 +356,7 @@ def test_parts_and_groups_of_a_table(tmp_path):
         ("id,label\n0001,a\n0002,a\n", "labels one class, a: two are needed"),
         ("id,height,width\n0001,1,0\n0002,0,7\n", "which column is the label, of height, width.*t.csv:id,NAME"),
         ("id,healthy,rust\n0001,1,0\n0002,1,1\n", "'0002' several labels at once, healthy and rust .1 such row"),
-        ("id,label,split\n0001,a,train\n0002,b,somewhere\n", "'somewhere' is no part"),
+        ("id,label,split\n0001,a,train\n0002,b,somewhere\n", "'somewhere' is not a part"),
         ("only\n0001\n", "at least two columns"),
         ("", "at least two columns"),
         (b"PK\x03\x04 xlsx", "save it as CSV"),

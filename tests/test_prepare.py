@@ -200,8 +200,8 @@ def test_damaged_and_wrong_archives(tmp_path):
         "flipped.zip": (bytes(flipped), "damaged"),
         "locked.zip": (bytes(locked), "password"),
         "page.zip": (b"<!DOCTYPE html><title>Sign in</title>", "web page"),
-        "empty.zip": (b"", "no .zip archive"),
-        "image.zip": (picture(0), "no .zip archive"),
+        "empty.zip": (b"", "not a .zip archive"),
+        "image.zip": (picture(0), "not a .zip archive"),
     }
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
