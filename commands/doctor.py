@@ -25,7 +25,6 @@ from measuring.probe import (
     ROUNDS,
     Probe,
     endless,
-    joules_per_image,
     update_seconds,
     updates_of_a_round,
     what_may_help,
@@ -171,5 +170,4 @@ def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int
         "phase_seconds": phases,
         "phase_shares": {name: seconds / sum(phases.values()) for name, seconds in phases.items()},
         "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
-        "joules_per_image": joules_per_image(rounds, batch_size),
     }

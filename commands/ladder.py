@@ -13,16 +13,7 @@ from typing import Any
 import torch
 
 from ampscope.roofline import Operator, beyond, roofline, why_it_ends
-from measuring.probe import (
-    PATIENCE,
-    PRODUCT_SIZE,
-    ROUNDS,
-    Probe,
-    joules_per_image,
-    update_seconds,
-    updates_of_a_round,
-    what_may_help,
-)
+from measuring.probe import PATIENCE, PRODUCT_SIZE, ROUNDS, Probe, update_seconds, updates_of_a_round, what_may_help
 from measuring.rungs import FIRST, Rung, RungBench, rungs_for, step_up
 from model import build_model
 from precision import cpu_instructions, sensible_precisions
@@ -162,7 +153,6 @@ class _Ladder:
             "speedup_before": self._ratio("best", mine, against),
             "speedup_first": self._ratio("first", mine, against) or 1.0,
             "training_mb": memory["peak_memory_mb"] - memory["before_mb"],
-            "joules_per_image": joules_per_image(rounds, batch),
         }
 
     def _ratio(self, name: str, mine: list[float], against: dict[str, list[dict[str, Any]]]) -> float | None:

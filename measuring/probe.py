@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import re
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +28,6 @@ from dataset import Batches
 from features.cpu_layers import adapt_to_cpu
 from images.stores import DecodedImages
 from images.subsets import Subset
-from measuring.energy import energy_counter
 from model import build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
@@ -96,12 +94,6 @@ def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:
     return [turn["seconds"] / turn["updates"] for turn in rounds]
 
 
-def joules_per_image(rounds: list[dict[str, Any]], batch_size: int) -> float | None:
-    """The median over rounds; None if nothing counts joules."""
-    counted = [turn["joules"] / turn["updates"] for turn in rounds if turn.get("joules") is not None]
-    return statistics.median(counted) / batch_size if counted else None
-
-
 def endless(batches: Batches) -> Iterator[Iterator]:
     """The updates of epoch after epoch."""
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
@@ -126,7 +118,6 @@ class Bench:
         model = model.to(self.device).to(memory_format=torch.channels_last)
         self.update = update = Update(model, named_precision(precision, self.device))
         self.updates = endless(_random_batches(self.device, image_size, batch_size))
-        self.joules = energy_counter(self.device)
         # The update itself says when it passes from phase to phase, so that training's own code is timed.
         self.moments: list[tuple[str, Any]] = []
         unscale = update.scaler.unscale_
@@ -155,9 +146,8 @@ class Bench:
         return self.round(1)
 
     def round(self, updates: int) -> dict[str, Any]:
-        """Times some updates in a row: seconds in all and by phase, and joules where the machine counts them."""
+        """Time some updates in a row; return the seconds in all and by phase."""
         wait(self.device)
-        joules = self.joules() if self.joules else 0.0
         started = time.perf_counter()
         self.moments.clear()
         self._mark("start")
@@ -170,8 +160,7 @@ class Bench:
         phases = dict.fromkeys(PHASES, 0.0)
         for (_, begin), (phase, end) in itertools.pairwise(self.moments):
             phases[phase] += begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
-        used = self.joules() - joules if self.joules else None
-        return {"seconds": seconds, "updates": updates, "phases": phases, "joules": used}
+        return {"seconds": seconds, "updates": updates, "phases": phases}
 
     def memory(self) -> dict[str, Any]:
         """Peak memory in MB over all rounds so far, and what was held before there was a model."""

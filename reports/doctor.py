@@ -21,7 +21,6 @@ def doctor_text(findings: dict[str, Any]) -> str:
         *_machine_lines(findings["machine"]),
         "",
         *_update_lines(findings),
-        *_energy_lines(findings["measured"]),
         "",
         "The same by kind of operator, and what faster products would give by themselves",
         *_ceiling_lines(findings),
@@ -62,15 +61,6 @@ def _update_lines(findings: dict[str, Any]) -> list[str]:
     if loader:
         remark += f" The loader by itself feeds {loader:,.0f} images/s."
     return [*paragraph(title), *table("<>>>>>>>", cells), *paragraph(remark, "  ")]
-
-
-def _energy_lines(measured: dict[str, Any]) -> list[str]:
-    """What an image costs in joules; nothing where nothing counts them."""
-    counted = {name: row.get("joules_per_image") for name, row in measured.items()}
-    if None in counted.values():
-        return []
-    text = ", ".join(f"{joules:.3g} J in {label_of(name)}" for name, joules in counted.items())
-    return paragraph(f"Energy of one image, by the machine's own counter: {text}.", "  ")
 
 
 def _ceiling_lines(findings: dict[str, Any]) -> list[str]:

@@ -14,9 +14,8 @@ HEADER = ["rung", "images/s", "÷ before", "÷ first", "memory, MB", "bound", "o
 
 
 def rows(found: dict[str, Any]) -> list[list[str]]:
-    """The table's cells, a header first; energy has a column if the machine counts it."""
-    energy = any(rung.get("joules_per_image") is not None for rung in found["rungs"])
-    cells = [[*HEADER, *(["J/image"] if energy else [])]]
+    """Return the table's cells, a header first."""
+    cells = [HEADER]
     for rung in found["rungs"]:
         if rung["skipped"]:
             continue
@@ -31,8 +30,7 @@ def rows(found: dict[str, Any]) -> list[list[str]]:
             _number(bound) if bound else "",
             f"{share:.2f}" if share else "",
         ]
-        joules = rung.get("joules_per_image")
-        cells.append([*line, *([f"{joules:.3g}" if joules is not None else ""] if energy else [])])
+        cells.append(line)
     return cells
 
 

@@ -199,17 +199,6 @@ def test_the_row_of_a_device_is_shown_and_reasoned_with(findings):
     assert "--amp picks" in text and all(len(line) <= 80 for line in text.splitlines())
 
 
-def test_energy_is_shown_where_it_is_counted_and_only_there(findings):
-    assert "Energy" not in doctor_text(advised(findings))
-    for row_, joules in zip(findings["measured"].values(), (0.5, 0.25), strict=True):
-        row_["joules_per_image"] = joules
-    text = " ".join(doctor_text(advised(findings)).split())
-    assert "0.5 J in FP32, 0.25 J in AMP bfloat16" in text
-    turns = [{"joules": 30.0, "updates": 2}, {"joules": 10.0, "updates": 1}, {"joules": 40.0, "updates": 2}]
-    assert probe.joules_per_image(turns, 10) == 1.5
-    assert probe.joules_per_image([{"joules": None, "updates": 1}], 10) is None
-
-
 def test_machine_is_plain_values():
     found = hardware.machine(CPU)
     assert found["torch"] == str(torch.__version__) and found["torch_threads"] >= 1 and found["memory_gb"] > 0
