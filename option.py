@@ -207,7 +207,7 @@ OPTIONS = {
         ),
         "tf32": Option(SWITCH, False, "without --amp, let CUDA round the factors of products to TF32", PRECISION),
         "channels_last": Option(SWITCH, True, "store images and convolutions with channels last, which is faster"),
-        "compile": Option(SWITCH, False, "compile the model with torch.compile; compare --ladder says if it pays"),
+        "compile": Option(SWITCH, False, "compile the model with torch.compile; doctor --ladder says if it pays"),
         "cuda_graphs": Option(SWITCH, False, "compile the model and replay its kernels as CUDA graphs"),
     },
     "training": {
@@ -328,7 +328,7 @@ OPTIONS = {
             CALL,
         ),
         "seeds": Option(COUNT, 1, "number of runs per precision, each with another seed", CALL),
-        "ladder": Option(FLAG, False, "time each step from the 2020 loop to this package's, and its bound", CALL),
+        "ladder": Option(FLAG, False, "moved: python main.py doctor --ladder", CALL),
         "report_only": Option(FLAG, False, "draw table and picture again from finished runs", CALL),
         "runs": Option({**DIR, "nargs": "+"}, None, "report on these run folders instead", CALL),
     },
@@ -339,6 +339,8 @@ OPTIONS = {
         "batch_size": Option(COUNT, None, "number of images in one update (default: what fits on a GPU, 32 on a CPU)"),
         "data_dir": Option(DIR, None, "also measure how fast this data set can be loaded", PLACE),
         "json": Option(FILE, None, "write all findings as JSON", CALL),
+        "ladder": Option(FLAG, False, "time each step from the 2020 loop to this package's, and its bound", CALL),
+        "out": Option(DIR, "ladder", "folder for the table and the picture of --ladder", CALL),
     },
     "inspection": {
         "device": DEVICE,

@@ -168,7 +168,7 @@ def bfloat16_products(on: bool) -> None:
     """Lets a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
 
     oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
-    gradients of weights. `compare --ladder` measures it; no option uses it.
+    gradients of weights. `doctor --ladder` measures it; no option uses it.
     """
     mkldnn: Any = torch.backends.mkldnn  # whose types do not know these switches
     for part in (mkldnn.conv, mkldnn.matmul):

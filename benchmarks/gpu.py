@@ -52,8 +52,8 @@ def main() -> None:
                 f"--train_images={arguments.images}",
                 f"--test_images={arguments.images // 5}",
             ],
-            ["main.py", "compare", "--ladder", *shape, *kept, "--checkpoint_name=gpu_ladder18"],
-            ["main.py", "compare", "--ladder", "--model=resnet50", *shape, *kept, "--checkpoint_name=gpu_ladder50"],
+            ["main.py", "doctor", "--ladder", *shape, f"--out={arguments.checkpoint_dir}/ladder18"],
+            ["main.py", "doctor", "--ladder", "--model=resnet50", *shape, f"--out={arguments.checkpoint_dir}/ladder50"],
             ["benchmarks/peers.py", data, *shape, f"--updates={arguments.updates}"],
             [
                 "benchmarks/throughput.py",

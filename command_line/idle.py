@@ -79,14 +79,15 @@ def _of_a_training(command: str) -> Iterator[Idle]:
 def _of_a_mode() -> Iterator[Idle]:
     """Of commands that do one of several things, the options of the others."""
     folder = ("checkpoint_dir", "checkpoint_name")
-    climbed = ("device", "model", "image_size", "batch_size", "preset", "demo", "config")
     compared: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("runs", folder, "only reports"),
         ("report_only", folder, "only reports"),
-        ("ladder", (*folder, *climbed), "trains no run"),
     )
     for mode, acting, does in compared:
         yield Idle("compare", _all_but("compare", mode, *acting), f"--{mode} {does}", itemgetter(mode))
+    measured = frozenset({"json", "data_dir"})
+    yield Idle("doctor", measured, "--ladder writes its own files and loads no images", itemgetter("ladder"))
+    yield Idle("doctor", frozenset({"out"}), "only --ladder writes there", lambda values: not values["ladder"])
     yield Idle(
         "evaluate",
         frozenset({"amp", "amp_dtype", "tf32"}),

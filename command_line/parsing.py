@@ -173,10 +173,6 @@ def _check_together(options: argparse.Namespace) -> None:
             "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
         ),
         (
-            get("ladder") and (get("runs") or get("report_only") or get("precisions")),
-            "--ladder trains no run: leave out --runs, --report_only and --precisions.",
-        ),
-        (
             get("cuda_graphs") and get("accumulate", 1) > 1,
             "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
         ),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from command_line.kinds import images_asked, seconds_of
+from command_line.kinds import seconds_of
 from command_line.parsing import parse, precision_words
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
@@ -69,9 +69,6 @@ def compare(
     demo: bool,
     device: str,
     ladder: bool,
-    model: str,
-    image_size: int,
-    batch_size: int | str,
     precisions: list[str] | None,
     seed: int,
     seeds: int,
@@ -83,10 +80,7 @@ def compare(
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
     if ladder:
-        from commands.ladder import climb_and_report  # with matplotlib, which no training should wait for
-
-        climb_and_report(device, folder, model_name=model, image_size=image_size, batch_size=images_asked(batch_size))
-        return
+        raise UserError("the ladder trains no run and is measured by: python main.py doctor --ladder")
     if runs:
         report_runs([Path(run) for run in runs], folder)
         return

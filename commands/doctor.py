@@ -24,6 +24,7 @@ from measuring.probe import (
     PRODUCT_SIZE,
     ROUNDS,
     Probe,
+    batch_that_fits,
     endless,
     update_seconds,
     updates_of_a_round,
@@ -33,15 +34,25 @@ from model import known_model
 from precision import sensible_precisions
 from reports.doctor import doctor_text
 from system.files import json_text, refuse_missing_folders, write_text
-from system.machine import images_that_fit
 from transforms import Preprocess
-from utils import RunError, choose_device
+from utils import RunError, UserError, choose_device, printable
 
 
 def doctor(
-    *, device: str, model: str, image_size: int | None, batch_size: int | None, data_dir: str | None, json: str | None
+    *,
+    device: str,
+    model: str,
+    image_size: int | None,
+    batch_size: int | None,
+    data_dir: str | None,
+    json: str | None,
+    ladder: bool,
+    out: str,
 ) -> None:
-    """The command: prints what this machine can do, and what to expect of AMP on it."""
+    """Print what this machine can do and what to expect of AMP on it, or with `ladder` what each step brings."""
+    if ladder:
+        climb_and_report(choose_device(device), Path(out), model, image_size or 256, batch_size or 256)
+        return
     refuse_missing_folders(json)
     findings = examine(
         choose_device(device), image_size=image_size, batch_size=batch_size, model_name=model, data_dir=data_dir
@@ -68,10 +79,8 @@ def examine(
     started = time.perf_counter()
     known_model(model_name)  # an unknown name is refused before anything is measured
     image_size = image_size or (128 if device.type == "cpu" else 256)
-    if batch_size is None and device.type == "cuda":
-        fits = images_that_fit(0.6 * torch.cuda.mem_get_info(device)[0], image_size)
-        batch_size = min(256, 2 ** (fits.bit_length() - 1))
-    setting: dict[str, Any] = {"model_name": model_name, "image_size": image_size, "batch_size": batch_size or 32}
+    batch_size = batch_size or batch_that_fits(device, image_size, 256)
+    setting: dict[str, Any] = {"model_name": model_name, "image_size": image_size, "batch_size": batch_size}
     findings = {"machine": machine(device), "setting": setting, **_measure(device, setting)}
     slowdown = findings["measured"]["fp32"]["float16_slowdown"]
     if slowdown is not None:  # instructions such as avx512_fp16 alone do not make float16 the faster type
@@ -82,6 +91,28 @@ def examine(
         findings |= {"data_dir": str(data_dir), "loader_images_per_second": rate, "loader_streams": streamed}
     findings["ceiling"] = ceilings(findings["measured"])
     return {**findings, **advise(findings), "seconds": round(time.perf_counter() - started, 1)}
+
+
+def climb_and_report(device: torch.device, folder: Path, model_name: str, image_size: int, batch_size: int) -> None:
+    """Measure the ladder, print its table, and write ladder.json, ladder.md and ladder.png into `folder`.
+
+    Raises:
+        UserError: for an unknown model, or a folder that cannot be written.
+    """
+    from measuring.ladder import climb
+    from reports.ladder import ladder_markdown, ladder_picture, ladder_text  # matplotlib takes a second
+
+    known_model(model_name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{printable(folder)} cannot be made ({error.strerror}): name another with --out.") from None
+    found = climb(device, model_name=model_name, image_size=image_size, batch_size=batch_size)
+    print("\n" + ladder_text(found))
+    write_text(folder / "ladder.json", json_text(found, indent=1))
+    write_text(folder / "ladder.md", ladder_markdown(found))
+    ladder_picture(found, folder / "ladder.png")
+    print(f"\nresults: {folder}")
 
 
 def loader_rate(

@@ -31,7 +31,7 @@ from images.subsets import Subset
 from model import build_model
 from optimizer import make_optimizer
 from precision import Precision, named_precision
-from system.machine import GPUS, peak_memory, reset_peak_memory
+from system.machine import GPUS, images_that_fit, peak_memory, reset_peak_memory
 from train import update_weights
 from transforms import Preprocess
 from utils import RunError, choose_device, keep_freed_memory
@@ -87,6 +87,17 @@ class Update:
 def updates_of_a_round(seconds: float) -> int:
     """How many updates fill a round, if one takes so many `seconds`."""
     return int(min(50, max(1, ROUND_SECONDS / seconds)))
+
+
+def batch_that_fits(device: torch.device, image_size: int, wanted: int) -> int:
+    """Return how many images an update is measured with: `wanted`, or fewer.
+
+    A GPU gets a power of two that takes three fifths of its free memory at most, a CPU 32: more keep it no busier.
+    """
+    if device.type != "cuda":
+        return min(wanted, 32)
+    fits = images_that_fit(0.6 * torch.cuda.mem_get_info(device)[0], image_size)
+    return int(min(wanted, 2 ** (fits.bit_length() - 1)))
 
 
 def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:

@@ -127,10 +127,7 @@ MODES = {
     ("prepare", "--clean"): ("data_dir",),
     ("compare", "--runs=a"): ("checkpoint_dir", "checkpoint_name"),
     ("compare", "--report_only"): ("checkpoint_dir", "checkpoint_name"),
-    ("compare", "--ladder"): (
-        *("checkpoint_dir", "checkpoint_name", "device", "model", "image_size", "batch_size"),
-        *("preset", "demo", "config"),
-    ),
+    ("doctor", "--ladder"): ("device", "model", "image_size", "batch_size", "out"),
     ("inspect", "--module=m.py"): ("device", "precisions", "diary", "out", "full", "strict"),
 }
 

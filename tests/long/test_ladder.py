@@ -11,10 +11,9 @@ from tiny import SMALL
 from torch import nn
 
 from ampscope.roofline import Operator
-from commands import ladder
 from distributed import Ranks
 from features.cpu_layers import SmallMapConv2d
-from measuring import probe
+from measuring import ladder, probe
 from measuring.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
 from model import Network
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
@@ -63,8 +62,7 @@ def test_older_cards_and_processors_say_what_they_leave_out():
 )
 def test_a_batch_that_fits(device, free, asked, batch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, free * 2**30))
-    found, remark = ladder.fitting_batch(device, 256, asked)
-    assert found == batch and bool(remark) == (batch != asked)
+    assert probe.batch_that_fits(device, 256, asked) == batch
 
 
 # ------------------------------------------------------------------------------------------ climbing
@@ -175,14 +173,7 @@ def test_bounds_by_hand(climb):
 def test_the_table_the_page_and_the_picture(climb, tmp_path):
     found = climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 3.0)
     text = ladder_text(found)
-    for part in (
-        "÷ before",
-        "÷ first",
-        "of bound",
-        "--compile *",
-        "left out of what follows",
-        found["why"][:40],
-    ):
+    for part in ("÷ before", "÷ first", "of bound", "--compile *", "left out of what follows", found["why"][:40]):
         assert part in text
     page = ladder_markdown(found)
     assert page.startswith("| rung |") and page.count("\n|") == 12
@@ -281,13 +272,15 @@ def test_cuda_graphs_need_a_gpu(run, scenes_folder, tmp_path):
 def test_the_command_writes_its_files_and_refuses_what_makes_no_sense(run, tmp_path, monkeypatch, climb):
     found = climb(8.0, 7.0, 6.9, 4.0, 3.5, 2.0, 3.0)
     monkeypatch.setattr(ladder, "climb", lambda device, **asked: found if asked["model_name"] == "resnet18" else None)
-    status, out, err = run(["compare", "--ladder", "--model=resnet18", f"--checkpoint_dir={tmp_path}"])
+    status, out, err = run(["doctor", "--ladder", "--model=resnet18", f"--out={tmp_path / 'new'}"])
     assert status == 0, err
     assert "of bound" in out and found["why"][:30] in out
-    assert {file.name for file in (tmp_path / "comparison").iterdir()} == {"ladder.json", "ladder.md", "ladder.png"}
-    assert json.loads((tmp_path / "comparison" / "ladder.json").read_text())["why"] == found["why"]
-    status, _, err = run(["compare", "--ladder", "--model=resnet19"])
+    assert {file.name for file in (tmp_path / "new").iterdir()} == {"ladder.json", "ladder.md", "ladder.png"}
+    assert json.loads((tmp_path / "new" / "ladder.json").read_text())["why"] == found["why"]
+    status, _, err = run(["doctor", "--ladder", "--model=resnet19", f"--out={tmp_path}"])
     assert status == 2 and "resnet18" in err
+    status, _, err = run(["compare", "--ladder"])
+    assert status == 2 and "python main.py doctor --ladder" in err
 
 
 def test_images_kept_on_the_device_are_the_same_ones():

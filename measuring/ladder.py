@@ -1,4 +1,4 @@
-"""compare --ladder: what each step since the 2020 loop brings on this machine, and why the gain ends where it ends.
+"""doctor --ladder: what each step since the 2020 loop brings on this machine, and why the gain ends where it ends.
 
 Each rung is the update of one training, timed in a process of its own beside the rung that it builds on and the
 first one; the bound is a roofline of this machine's own rates. Knows nothing of accuracy: no run is trained.
@@ -7,24 +7,28 @@ first one; the bound is a roofline of this machine's own rates. Knows nothing of
 from __future__ import annotations
 
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ampscope.roofline import Operator, beyond, roofline, why_it_ends
-from measuring.probe import PATIENCE, PRODUCT_SIZE, ROUNDS, Probe, update_seconds, updates_of_a_round, what_may_help
+from measuring.probe import (
+    PATIENCE,
+    PRODUCT_SIZE,
+    ROUNDS,
+    Probe,
+    batch_that_fits,
+    update_seconds,
+    updates_of_a_round,
+    what_may_help,
+)
 from measuring.rungs import FIRST, Rung, RungBench, rungs_for, step_up
-from model import build_model
 from precision import cpu_instructions, sensible_precisions
-from reports.ladder import ladder_markdown, ladder_picture, ladder_text
-from system.files import json_text, write_text
-from system.machine import device_name, images_that_fit
-from utils import RunError, choose_device, log
+from system.machine import device_name
+from utils import RunError, log
 
 LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
 COMPILING_SECONDS = 900  # that torch.compile may take before the rung is given up
-CPU_IMAGES = 32  # in an update at most: more only take longer on a CPU
 
 
 def climb(
@@ -35,7 +39,9 @@ def climb(
     Batches that the device's memory or a CPU's patience would not hold are made smaller, with a remark.
     Raises RunError if not even the first rung runs.
     """
-    batch, remark = fitting_batch(device, image_size, batch_size)
+    batch = batch_that_fits(device, image_size, batch_size)
+    remark = f"{batch} images in an update, not {batch_size}: more would not fit, or keep a CPU no busier."
+    remark = remark if batch < batch_size else ""
     request = {"device": str(device), "model_name": model_name, "image_size": image_size, "batch_size": batch}
     flags = cpu_instructions() if device.type == "cpu" else set()
     ladder = _Ladder(device, request)
@@ -51,39 +57,6 @@ def climb(
         "rungs": ladder.rungs,
     }
     return {**found, **bounds(ladder.rungs, ladder.evidence, batch)}
-
-
-def fitting_batch(device: torch.device, image_size: int, batch_size: int) -> tuple[int, str]:
-    """The images in one update, and a remark if they are fewer than `batch_size`.
-
-    Three fifths of a GPU's free memory may be used.
-    """
-    fits = CPU_IMAGES
-    why = "a CPU needs no more to be busy"
-    if device.type == "cuda":
-        fits = images_that_fit(0.6 * torch.cuda.mem_get_info(device)[0], image_size)
-        fits = 2 ** (fits.bit_length() - 1)
-        why = "no more fit into the free memory"
-    if batch_size <= fits:
-        return batch_size, ""
-    return fits, f"{fits} images in an update instead of --batch_size {batch_size}: {why}."
-
-
-def climb_and_report(device_name: str, folder: Path, *, model_name: str, image_size: int, batch_size: int) -> None:
-    """Climbs, prints the table and writes ladder.json, ladder.md and ladder.png into `folder`.
-
-    Raises UserError for an unknown model or device, and if the folder cannot be written.
-    """
-    device = choose_device(device_name)
-    with torch.device("meta"):
-        build_model(model_name, 2, pretrained=False)  # an unknown name is refused before anything is measured
-    folder.mkdir(parents=True, exist_ok=True)
-    found = climb(device, model_name=model_name, image_size=image_size, batch_size=batch_size)
-    print("\n" + ladder_text(found))
-    write_text(folder / "ladder.json", json_text(found, indent=1))
-    write_text(folder / "ladder.md", ladder_markdown(found))
-    ladder_picture(found, folder / "ladder.png")
-    print(f"\nresults: {folder}")
 
 
 class _Ladder:
