@@ -20,7 +20,7 @@ from ampscope.ranges import SCALES, Watch, is_product_module, records
 from ampscope.running import Ended
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import Functions, Operators, Trace, eager, place_of_error
-from ampscope.updates import ScriptSubject, Updates
+from ampscope.updates import Listener, ScriptSubject, Updates
 
 EARLY = 2  # updates that are traced whatever was asked for: a fault of the recipe often shows in the second
 AFTER = ("scaler.update", "zero_grad", "schedule")  # what ends an update after its optimizer has stepped
@@ -86,7 +86,7 @@ class ScriptOperators(Operators):
         return super().__torch_dispatch__(operator, types, args, kwargs)
 
 
-class ScriptTrace:
+class ScriptTrace(Listener):
     """Trace update `number`, and look at the gradients of the next one, which computes in float32.
 
     The first updates are traced, too: if one leaves weights that are not finite, or fails, it is the one to report.
@@ -94,6 +94,8 @@ class ScriptTrace:
     been seen, Ended is raised in the program at the end of each further update. With `finished` the program goes on
     instead, so that no update computes in float32; it is called with this object.
     """
+
+    eager = True
 
     def __init__(self, number: int, finished: Callable[[ScriptTrace], None] | None = None):
         self.number = number
@@ -138,8 +140,8 @@ class ScriptTrace:
         if self._execution is not None:
             self._execution.after_step(optimizer)
 
-    def called(self) -> None:
-        """The program calls a model: the first one to be called is known now."""
+    def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The first model that is called is known now."""
         if self._current is not None and not self._following and torch.is_grad_enabled():
             self._follow(inside=True)
 
@@ -306,7 +308,7 @@ class ScriptTrace:
 
     def _finish(self) -> None:
         self.done = True
-        self.updates.listener = None
+        self.updates.listener = Listener()
         if self.finished is None:
             raise Ended
         self.finished(self)

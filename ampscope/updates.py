@@ -5,6 +5,7 @@ An update ends when each optimizer that takes part in it has stepped. Which ones
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
@@ -30,6 +31,37 @@ from ampscope.subject import Subject, core
 FRAMES = 40  # up to which the owner of a called module is looked for
 
 
+class Listener:
+    """Who wants to know more than the ends of updates: these methods are called as things happen.
+
+    With `eager` models of torch.compile run as they were written.
+    """
+
+    eager = False
+
+    def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A module with parameters is called from outside of any other; not told without Updates' `modules`."""
+
+    def going_back(self, losses: Any) -> None:
+        """A backward pass begins."""
+
+    def before_step(self, optimizer: Any) -> None:
+        """An optimizer is about to step."""
+
+    def after_step(self, optimizer: Any) -> None:
+        """An optimizer has stepped."""
+
+    def scaler_stepped(self, scaler: Any, optimizer: Any, *, skipped: bool) -> None:
+        """A call of scaler.step is about to return."""
+
+    def paused(self) -> Any:
+        """Return a context in which a batch is loaded."""
+        return contextlib.nullcontext()
+
+    def loaded(self, batch: Any) -> None:
+        """A batch was loaded."""
+
+
 class Updates:
     """Count a program's updates and tell `at_end(self)` at the end of each, from the second one on.
 
@@ -42,7 +74,7 @@ class Updates:
     def __init__(self, at_end: Callable[[Updates], None], *, modules: bool = True):
         self.at_end = at_end
         self.modules = modules
-        self.listener: Any = None
+        self.listener = Listener()
         self.count = 0
         self.seconds: list[float] = []
         self.loading: list[float] = []
@@ -105,21 +137,25 @@ class Updates:
 
     # What is seen
 
-    def _enter(self, module: nn.Module, _: Any) -> None:
+    def _enter(self, module: nn.Module, args: Any) -> None:
         self._depth += 1
         if self._depth == 1 and torch._C._current_autograd_node() is None:
             self.forwards[type(core(module)).__name__] += 1
             if id(module) not in self.roots and next(module.parameters(), None) is not None:
                 self.roots[id(module)] = _named(module)
-            if self.listener is not None and id(module) in self.roots:
-                self.listener.called()
+            if id(module) in self.roots:
+                # PyTorch hands keywords on to hooks of a single module alone; here they are the caller's variable.
+                kwargs = sys._getframe(1).f_locals.get("kwargs")
+                self.listener.called(module, args, kwargs or {})
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
 
     def _backward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         outer, self._going_back = self._going_back, True
-        self.backwards += not outer  # a trace hands the call on to itself
+        if not outer:  # a trace hands the call on to itself, and a checkpoint has backward passes of its own
+            self.backwards += 1
+            self.listener.going_back(args[:1] or kwargs.get("tensors"))
         try:
             return original(*args, **kwargs)
         finally:
@@ -131,7 +167,7 @@ class Updates:
 
     def _compile(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if self.listener is not None:
+        if self.listener.eager:
             self.compiled = True
             torch.compiler.set_stance("force_eager")
         return result
@@ -145,13 +181,9 @@ class Updates:
     def _next_batch(self, original: Callable, loader: Any) -> Any:
         """A batch is loaded: what the data set computes belongs to no model."""
         started = time.perf_counter()
-        listener = self.listener
-        if listener is None:
+        with self.listener.paused():
             batch = original(loader)
-        else:
-            with listener.paused():
-                batch = original(loader)
-            listener.loaded(batch)
+        self.listener.loaded(batch)
         self._loading += time.perf_counter() - started
         return batch
 
@@ -166,19 +198,18 @@ class Updates:
             result = original(scaler, optimizer, *args, **kwargs)
         finally:
             self._scaling = outer
-        if not self._entered:
-            self.skipped += 1
+        skipped = not self._entered or (_fused(optimizer) and _found_inf(scaler, optimizer))
+        self.skipped += skipped
+        self.listener.scaler_stepped(scaler, optimizer, skipped=skipped)
         self._step_ended(optimizer)
         return result
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         self._entered += 1
-        if self.listener is not None:
-            self.listener.before_step(optimizer)
+        self.listener.before_step(optimizer)
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
-        if self.listener is not None:
-            self.listener.after_step(optimizer)
+        self.listener.after_step(optimizer)
         if not self._scaling:
             self._step_ended(optimizer)
 
@@ -207,6 +238,16 @@ class Updates:
         self.at_end(self)
         self._last = time.perf_counter()
         self._loading = 0.0
+
+
+def _fused(optimizer: Any) -> bool:
+    """Whether an optimizer is called at skipped updates, too, and skips them itself."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
+
+
+def _found_inf(scaler: Any, optimizer: Any) -> bool:
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+    return any(bool(value.item()) for value in found)
 
 
 def _named(module: nn.Module) -> tuple[str, nn.Module, nn.Module | None]:
