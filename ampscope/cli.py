@@ -13,6 +13,7 @@ from ampscope.errors import InspectError
 USAGE = f"""ampscope {__version__}: what mixed precision does in a PyTorch training
 
 ampscope run SCRIPT.py [its arguments]      trace one update of a program as it is, and report
+ampscope watch SCRIPT.py [its arguments]    let a program run to its end, and note each update
 ampscope inspect FILE.py:make               inspect one step that make() returns: (model, batch, loss)
 
 ampscope VERB --help lists the options of a verb."""
@@ -55,7 +56,14 @@ def run(words: Sequence[str]) -> int:
     return script_commands.run(words)
 
 
-VERBS = {"run": run, "inspect": inspect}
+def watch(words: Sequence[str]) -> int:
+    """Let a program run to its end and note each update; return its exit status."""
+    from ampscope import script_commands
+
+    return script_commands.watch(words)
+
+
+VERBS = {"run": run, "watch": watch, "inspect": inspect}
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 from ampscope.running import Ended, Outcome, Program, show_traceback
 from ampscope.script_report import ScriptReport, nothing_traced, script_report, uses_amp
 from ampscope.script_trace import ScriptTrace
+from ampscope.script_watch import ScriptWatch
 from ampscope.trial import will_it_pay
 from ampscope.updates import Updates
 
@@ -79,6 +80,36 @@ def run(words: Sequence[str]) -> int:
         show(seen, pay)
     broken = options.strict and not reports[0].ok
     return outcome.status or int(broken)
+
+
+def watch(words: Sequence[str]) -> int:
+    """Let a program run to its end, with a line for each update; returns the program's exit status."""
+    parser = argparse.ArgumentParser(
+        prog="ampscope watch",
+        usage="ampscope watch [options] SCRIPT.py [its arguments]\n"
+        "       ampscope watch [options] -m MODULE [its arguments]",
+        description="Run a training program to its end, note each update, and say which went wrong, where and why.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", default="diary.jsonl", metavar="FILE", help="file of the lines (diary.jsonl)")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="write a line for every N updates (1)")
+    options, program = parse(parser, words)
+    if options.every < 1:
+        parser.error("--every: a line is for one update or more.")
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        watcher = ScriptWatch(Path(options.out if first else os.devnull), options.every)
+    except OSError as error:
+        parser.error(f"{options.out} cannot be written ({error.strerror}).")
+    with watcher:
+        outcome = program.run()
+    if outcome.error is not None:
+        show_traceback(outcome.error)
+    if not watcher.updates.count:
+        print(f"ampscope: {nothing_traced(watcher.updates, 1)}", file=sys.stderr)
+    elif first:
+        print(f"ampscope: {watcher.summary()}", file=sys.stderr)
+    return outcome.status
 
 
 def trace(

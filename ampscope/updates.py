@@ -93,9 +93,10 @@ class Updates:
         self._loading = 0.0
         self._last: float | None = None
         self._going_back = False
-        self._scaling = False  # inside scaler.step
+        self.scaling = False  # inside scaler.step
         self._entered = 0  # optimizer steps since scaler.step began
         self._pid = os.getpid()
+        self._followed: list[Any] = []
         self._undo: list[Callable[[], Any]] = []
 
     def __enter__(self) -> Updates:
@@ -104,13 +105,14 @@ class Updates:
         self._undo += [pre.remove, post.remove]
         if self.modules:
             self._follow_modules()
-        self._wrap(torch.amp.GradScaler, "step", self._scaler_step)
-        self._wrap(torch.optim.Optimizer, "__init__", self._optimizer_made)
-        self._wrap(torch.autograd, "backward", self._backward)
-        self._wrap(torch, "compile", self._compile)
-        self._wrap(dataloader._BaseDataLoaderIter, "__next__", self._next_batch)
-        self._wrap(BaseProcess, "start", self._child)
-        self._wrap(subprocess.Popen, "__init__", self._child)
+        self.wrap(torch.amp.GradScaler, "step", self._scaler_step)
+        self.wrap(torch.amp.GradScaler, "__init__", self._scaler_made)
+        self.wrap(torch.optim.Optimizer, "__init__", self._optimizer_made)
+        self.wrap(torch.autograd, "backward", self._backward)
+        self.wrap(torch, "compile", self._compile)
+        self.wrap(dataloader._BaseDataLoaderIter, "__next__", self._next_batch)
+        self.wrap(BaseProcess, "start", self._child)
+        self.wrap(subprocess.Popen, "__init__", self._child)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -122,9 +124,15 @@ class Updates:
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
         enter = module_hooks.register_module_forward_pre_hook(self._enter)
         leave = module_hooks.register_module_forward_hook(self._leave, always_call=True)
+        self._followed = [enter, leave]
         self._undo += [enter.remove, leave.remove]
 
-    def _wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+    def forget_modules(self) -> None:
+        """Notice it no longer, which takes time at each call of a module."""
+        for handle in self._followed:
+            handle.remove()
+
+    def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
         """Put `around(original, *args, **kwargs)` in the place of a function until the end."""
         original = getattr(owner, name)
 
@@ -165,6 +173,10 @@ class Updates:
         original(optimizer, *args, **kwargs)
         self._made.add(optimizer)
 
+    def _scaler_made(self, original: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
+        original(scaler, *args, **kwargs)
+        self.scalers[id(scaler)] = scaler
+
     def _compile(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         if self.listener.eager:
@@ -192,12 +204,12 @@ class Updates:
     def _scaler_step(self, original: Callable, scaler: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         optimizer = getattr(optimizer, "optimizer", optimizer) if not hasattr(optimizer, "param_groups") else optimizer
         self.scalers[id(scaler)] = scaler
-        outer, self._scaling = self._scaling, True
+        outer, self.scaling = self.scaling, True
         self._entered = 0
         try:
             result = original(scaler, optimizer, *args, **kwargs)
         finally:
-            self._scaling = outer
+            self.scaling = outer
         skipped = not self._entered or (_fused(optimizer) and _found_inf(scaler, optimizer))
         self.skipped += skipped
         self.listener.scaler_stepped(scaler, optimizer, skipped=skipped)
@@ -210,7 +222,7 @@ class Updates:
 
     def _after_step(self, optimizer: Any, *_: Any) -> None:
         self.listener.after_step(optimizer)
-        if not self._scaling:
+        if not self.scaling:
             self._step_ended(optimizer)
 
     def _step_ended(self, optimizer: Any) -> None:

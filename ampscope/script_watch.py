@@ -1,0 +1,407 @@
+"""Watch a program to its end: a line for each update, and a warning at each one that goes wrong, with its cause.
+
+While nothing happens, the loss is looked at, and the gradients as often as stays below one percent of the time. When
+an update goes wrong, the forward passes that led to it are repeated under a trace, before its weights are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import clip_grad
+from torch.utils.hooks import RemovableHandle
+
+from ampscope.finite import Lineage, Origin
+from ampscope.memory import of_this_process
+from ampscope.places import Place, place_of_caller
+from ampscope.script_trace import ScriptExecution, ScriptFunctions, ScriptOperators
+from ampscope.tensors import address, tensors_in
+from ampscope.tracing import Trace
+from ampscope.updates import Listener, ScriptSubject, Updates
+
+SHARE = 0.01  # of an update, which looking at the gradients may cost
+RARELY = 100  # updates between two looks at the loss scale on a GPU, and at most between two at the gradients
+KNOWN = 2  # updates after which every model has been called
+WRITTEN = 1.0  # seconds between two writes of the file
+
+
+class ScriptWatch(Listener):
+    """Note each update of a program in `file`, a line for every so many (`every`), and say what goes wrong.
+
+    `events` are the updates that went wrong.
+    """
+
+    def __init__(self, file: Path, every: int = 1):
+        self.every = every
+        self.updates = Updates(self._at_end)
+        self.events: list[dict[str, Any]] = []
+        self._file = file.open("w")
+        self._lines = 0
+        self._said: set[tuple] = set()
+        self._calls: list[tuple[nn.Module, Any, Any, bool, Any]] = []  # module, arguments, autocast and its type
+        self._losses: list[torch.Tensor] = []
+        self._backward: Place | None = None
+        self._batch: Any = None
+        self._skips: list[dict[str, Any]] = []
+        self._order: dict[int, int] = {}
+        self._handles: list[RemovableHandle] = []
+        self._norm: torch.Tensor | None = None
+        self._end: torch.Tensor | None = None
+        self._later: tuple[int, Any, torch.Tensor] | None = None
+        self._device = torch.device("cpu")
+        self._interval = 1
+        self._scale = 1.0
+        self._good = 0  # updates since the scale last changed
+        self._poisoned = False
+        self._wrong = False  # this update has been spoken of
+        self._repeating = False
+        self._written = time.perf_counter()
+
+    def __enter__(self) -> ScriptWatch:
+        self.updates.__enter__()
+        self.updates.listener = self
+        for owner in (nn.utils, clip_grad):
+            self.updates.wrap(owner, "clip_grad_norm_", self._clip)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.updates.__exit__()
+        if self.updates.count > self._lines * self.every or self._skips:
+            self._write_line()
+        self._file.close()
+
+    def summary(self) -> str:
+        """What was seen, in a sentence."""
+        skipped = sum(event["scale"] is not None for event in self.events)
+        wrong = len(self.events) - skipped
+        text = f"{self.updates.count:,} updates, {skipped:,} skipped"
+        return f"{text}, {wrong} not finite." if wrong else f"{text}."
+
+    # What Updates tells
+
+    def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._device = next(module.parameters()).device
+        if self._repeating or not torch.is_grad_enabled():
+            return
+        device = self._device.type
+        enabled = torch.is_autocast_enabled(device)
+        self._calls.append((module, args, kwargs, enabled, torch.get_autocast_dtype(device)))
+
+    def going_back(self, losses: Any) -> None:
+        self._losses += [loss for loss in tensors_in(losses) if loss.numel() == 1]
+        self._backward = self._backward or place_of_caller()
+
+    def loaded(self, batch: Any) -> None:
+        self._batch = batch
+
+    def before_step(self, optimizer: Any) -> None:
+        if not self.updates.scaling:
+            self._look(optimizer)
+
+    def after_step(self, optimizer: Any) -> None:
+        if not self.updates.scaling:
+            self._losses.clear()
+
+    def scaler_stepped(self, scaler: Any, optimizer: Any, *, skipped: bool) -> None:
+        self._read_scale(scaler, skipped=skipped)
+        if skipped:
+            self._say(optimizer, scaler)
+        self._losses.clear()
+
+    # Looking
+
+    def _clip(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Clipping makes every gradient NaN if one is: it is looked at before."""
+        scaler = self._at_work()
+        if scaler is None:
+            self._look(None)
+        else:
+            states = scaler._per_optimizer_states.values()
+            if any(value.item() for state in states for value in state["found_inf_per_device"].values()):
+                self._say(None, scaler)
+        norm = original(*args, **kwargs)
+        if isinstance(norm, torch.Tensor):
+            self._norm = norm.detach()
+        return norm
+
+    def _at_work(self) -> Any:
+        """The scaler that has scaled a loss, if there is one."""
+        scalers = self.updates.scalers.values()
+        return next((scaler for scaler in scalers if scaler.is_enabled() and scaler._scale is not None), None)
+
+    def _look(self, optimizer: Any) -> None:
+        """Without a scaler nobody else does: is the loss finite, and, as often as is cheap, are the gradients?"""
+        if self._poisoned or self._wrong:
+            return
+        if self._device.type != "cpu":
+            self._look_later()
+        elif not all(map(_finite, self._losses)) or not _finite(self._last_gradient(optimizer)):
+            self._say(optimizer, None)
+        elif self.updates.count % self._interval == 0 and self._norm is None:
+            started = time.perf_counter()
+            self._norm = _norm(self._parameters(optimizer))
+            bad = self._norm is not None and not math.isfinite(self._norm.item())
+            cost = time.perf_counter() - started
+            if self.updates.seconds:
+                self._interval = min(max(1, round(cost / self.updates.seconds[-1] / SHARE)), RARELY)
+            if bad:
+                self._say(optimizer, None)
+
+    def _last_gradient(self, optimizer: Any) -> torch.Tensor | None:
+        """The gradient that arrives last on the way back: what is not finite before it most often reaches it."""
+        if self._end is None or self._end.grad is None:
+            parameters = self._parameters(optimizer)
+            self._end = max(parameters, key=lambda part: self._order.get(id(part), 0), default=None)
+        return None if self._end is None else self._end.grad
+
+    def _look_later(self) -> None:
+        """On a GPU the loss is looked at one update later, so that nothing waits; its weights are gone then."""
+        losses, update = self._losses, self.updates.count + 1
+        if self._later is not None and self._later[0] != update:
+            before, event, finite = self._later
+            self._later = None
+            event.synchronize()
+            if not bool(finite):
+                self._say(None, None, update=before)
+        if losses and self._later is None:
+            finite = torch.isfinite(torch.stack([loss.detach().float().sum() for loss in losses])).all()
+            event = torch.Event(self._device)
+            finite = finite.to("cpu", non_blocking=True)
+            event.record()
+            self._later = update, event, finite
+
+    def _parameters(self, optimizer: Any) -> list[torch.Tensor]:
+        optimizers = [optimizer] if optimizer is not None else [*self.updates.optimizers.values()]
+        groups = [group for one in optimizers for group in one.param_groups]
+        parameters = [part for group in groups for part in group["params"]]
+        if not optimizers:
+            parameters = ScriptSubject(self.updates).parameters()
+        return [part for part in parameters if part.grad is not None]
+
+    # An update that went wrong
+
+    def _read_scale(self, scaler: Any, *, skipped: bool) -> None:
+        """The scale is read when it can have changed: on a GPU each read waits."""
+        if not scaler.is_enabled():
+            return
+        self._good = 0 if skipped else self._good + 1
+        interval = scaler.get_growth_interval()
+        if skipped or self._good % interval < 2 or self._good % RARELY == 1 or self._device.type == "cpu":
+            self._scale = scaler.get_scale()
+
+    def _say(self, optimizer: Any, scaler: Any, *, update: int | None = None) -> None:
+        """Note what was wrong, once for each update, and print it the first time it is seen."""
+        if self._wrong:
+            return
+        self._wrong = True
+        subject = ScriptSubject(self.updates)
+        names = {id(part): name for name, part in subject.named_parameters()}
+        parameters = self._parameters(optimizer)
+        if scaler is None:
+            self._poisoned = True  # what comes later is this one's doing
+        bad = [part for part in parameters if not _finite(part.grad)]
+        # Until the order of their arrival is known, the last to be made is the first on the way back.
+        places = {id(part): -index for index, part in enumerate(parameters)} | self._order
+        bad.sort(key=lambda part: places[id(part)])
+        first = names.get(id(bad[0]), "a parameter of no model") if bad else None
+        event: dict[str, Any] = {
+            "update": update or self.updates.count + 1,
+            "parameter": first,
+            "module": first.rpartition(".")[0] if first else None,
+            "scale": self._scale if scaler is not None else None,
+            "bad": len(bad),
+            "of": len(parameters),
+            "loss_finite": update is None and all(map(_finite, self._losses)),
+            "batch": _wrong_in_batch(self._batch),
+            "weights": [name for name, part in subject.named_parameters() if not _finite(part)][:3],
+            "origin": None,
+        }
+        if not event["loss_finite"] and not event["weights"]:
+            origin = self._repeat(subject)
+            if origin is not None:
+                event["origin"] = {**origin.record(), "where": str(origin.place) if origin.place else None}
+        self.events.append(event)
+        self._skips.append(event)
+        text = in_words(event, self._backward)
+        key = (event["loss_finite"], event["module"], event["origin"] and event["origin"]["module"])
+        if key not in self._said:
+            self._said.add(key)
+            print(f"ampscope: {text}", file=sys.stderr, flush=True)
+
+    def _repeat(self, subject: ScriptSubject) -> Origin | None:
+        """The operator at which the forward pass stopped being finite; None if that was not in a model."""
+        self._repeating = True
+        try:
+            with _kept(subject):
+                for call in self._calls:
+                    with contextlib.suppress(Exception):
+                        origin = _first_bad(subject, *call)
+                        if origin is not None:
+                            return origin
+        finally:
+            self._repeating = False
+        return None
+
+    # The end of an update
+
+    def _at_end(self, updates: Updates) -> None:
+        if updates.count == KNOWN:
+            self._attach()
+        if updates.count // self.every > self._lines:
+            self._write_line()
+        self._calls.clear()
+        self._losses.clear()
+        self._backward = None
+        self._wrong = False
+
+    def _attach(self) -> None:
+        """Follow the models that are known by now, instead of every module; and the order of their gradients, once."""
+        self.updates.forget_modules()
+        for _, module, _ in self.updates.roots.values():
+            self._handles.append(module.register_forward_pre_hook(self.called, with_kwargs=True))
+        parameters = [part for group in self.updates.optimizers.values() for part in group.param_groups]
+        for part in [part for group in parameters for part in group["params"]]:
+            if part.requires_grad and part.is_leaf:
+                self._follow(part)
+
+    def _follow(self, parameter: torch.Tensor) -> None:
+        def arrived(_: Any) -> None:
+            self._order[id(parameter)] = len(self._order)
+            self._end = parameter
+            handle.remove()
+
+        handle = parameter.register_post_accumulate_grad_hook(arrived)
+        self._handles.append(handle)
+
+    def _write_line(self) -> None:
+        updates = self.updates
+        self._lines += 1
+        line = {
+            "epoch": self._lines,
+            "updates": updates.count,
+            "loss_scale": self._scale,
+            "skipped_updates": len([skip for skip in self._skips if skip["scale"] is not None]),
+            "skips": self._skips,
+            "gradient_norm": self._read_norm(),
+            "seconds": sum(updates.seconds[-self.every :]) / max(1, len(updates.seconds[-self.every :])),
+            "memory": _memory(),
+        }
+        del updates.seconds[: -self.every]
+        del updates.loading[: -self.every]
+        self._skips = []
+        self._file.write(json.dumps(line) + "\n")
+        if time.perf_counter() - self._written > WRITTEN:
+            self._file.flush()
+            self._written = time.perf_counter()
+
+    def _read_norm(self) -> float | str | None:
+        """JSON has no number for what is not finite. On a GPU reading waits, so it is done rarely."""
+        norm, self._norm = self._norm, None
+        if norm is None or (norm.device.type != "cpu" and self._lines % RARELY):
+            return None
+        value = norm.item()
+        return value if math.isfinite(value) else str(value)
+
+
+def _finite(tensor: torch.Tensor | None) -> bool:
+    if tensor is None or not tensor.is_floating_point():
+        return True
+    values = tensor.detach()
+    values = values.coalesce().values() if values.is_sparse else values
+    return bool(torch.isfinite(values).all())
+
+
+def _norm(parameters: list[torch.Tensor]) -> torch.Tensor | None:
+    gradients = [part.grad for part in parameters if part.grad is not None and not part.grad.is_sparse]
+    if not gradients:
+        return None
+    with torch.no_grad():
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def _memory() -> int | None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return of_this_process("VmRSS")
+
+
+def _wrong_in_batch(batch: Any) -> str | None:
+    """Which tensor of the batch is not finite, and how many of its values."""
+    for index, tensor in enumerate(tensors_in(batch)):
+        if tensor.is_floating_point() and not _finite(tensor):
+            count = int((~torch.isfinite(tensor)).sum())
+            return f"tensor {index} of the batch holds {count:,} values of {tensor.numel():,} that are not finite"
+    return None
+
+
+@contextlib.contextmanager
+def _kept(subject: ScriptSubject) -> Iterator[None]:
+    """Put buffers and random numbers back as they were."""
+    buffers = [buffer for model in subject.models.values() for buffer in model.buffers()]
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
+    devices = [subject.device] if subject.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+def _first_bad(
+    subject: ScriptSubject, module: nn.Module, args: Any, kwargs: Any, enabled: bool, dtype: torch.dtype
+) -> Origin | None:
+    """Call a model once more under a trace."""
+    execution = ScriptExecution(subject)
+    trace = Trace(execution, Lineage())
+    functions = ScriptFunctions(trace)
+    operators = ScriptOperators(trace, functions, subject)
+    try:
+        region = torch.autocast(subject.device.type, dtype, enabled=enabled, cache_enabled=False)
+        with torch.no_grad(), region, execution._patches(), functions, operators:
+            outputs = module(*args, **kwargs)
+    finally:
+        for hook in operators.hooks:
+            hook.remove()
+    bad = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point() and not _finite(tensor)]
+    found = [trace.lineage.origins[address(tensor)] for tensor in bad if address(tensor) in trace.lineage.origins]
+    return next((origin for origin in found if not origin.intended), None)
+
+
+def in_words(event: dict[str, Any], backward: Place | None) -> str:
+    """One event in a few sentences."""
+    scale = event["scale"]
+    what = "was not finite" if scale is None else f"was skipped at loss scale {scale:,.10g}"
+    text = f"update {event['update']:,} {what}: "
+    if event["weights"]:
+        return text + f"the weights were not finite before it, the first of them {event['weights'][0]}."
+    origin = event["origin"]
+    if event["loss_finite"]:
+        text += f"the loss was finite; {event['parameter']} had the first bad gradient on the way back, "
+        text += f"of {event['bad']} among {event['of']}."
+        if event["bad"] == event["of"] > 1:
+            text += " None is good, so it began in the loss or in the last layer."
+        if scale is not None and scale > 1:
+            text += " The scaler halves its scale and goes on."
+    elif origin is not None:
+        where = f" at {origin['where']}" if origin["where"] else ""
+        text += f"the first {origin['kind']} came out of {origin['op']} in {origin['module'] or 'the model'}{where}"
+        text += f", in {origin['output']}."
+    else:
+        where = f" ({backward})" if backward is not None else ""
+        text += f"the loss was not finite, but what the models put out was: look at the loss{where}."
+    if event["batch"]:
+        text += f" {event['batch'][:1].upper()}{event['batch'][1:]}."
+    return text
