@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from ampscope.finite import Lineage, Origin
 from ampscope.memory import of_this_process
 from ampscope.places import Place, place_of_caller
+from ampscope.precisions import Precision
 from ampscope.script_trace import ScriptExecution, ScriptFunctions, ScriptOperators
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import Trace
@@ -32,6 +33,7 @@ SHARE = 0.01  # of an update, which looking at the gradients may cost
 RARELY = 100  # updates between two looks at the loss scale on a GPU, and at most between two at the gradients
 KNOWN = 2  # updates after which every model has been called
 WRITTEN = 1.0  # seconds between two writes of the file
+REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
 
 
 class ScriptWatch(Listener):
@@ -47,7 +49,7 @@ class ScriptWatch(Listener):
         self._file = file.open("w")
         self._lines = 0
         self._said: set[tuple] = set()
-        self._calls: list[tuple[nn.Module, Any, Any, bool, Any]] = []  # module, arguments, autocast and its type
+        self._calls: list[tuple[nn.Module, Any, Any, Any]] = []  # module, arguments, autocast's type
         self._losses: list[torch.Tensor] = []
         self._backward: Place | None = None
         self._batch: Any = None
@@ -96,7 +98,7 @@ class ScriptWatch(Listener):
             return
         device = self._device.type
         enabled = torch.is_autocast_enabled(device)
-        self._calls.append((module, args, kwargs, enabled, torch.get_autocast_dtype(device)))
+        self._calls.append((module, args, kwargs, torch.get_autocast_dtype(device) if enabled else None))
 
     def going_back(self, losses: Any) -> None:
         self._losses += [loss for loss in tensors_in(losses) if loss.numel() == 1]
@@ -223,7 +225,7 @@ class ScriptWatch(Listener):
             "bad": len(bad),
             "of": len(parameters),
             "loss_finite": update is None and all(map(_finite, self._losses)),
-            "batch": _wrong_in_batch(self._batch),
+            "batch": _wrong_inputs(self._batch, self._calls),
             "weights": [name for name, part in subject.named_parameters() if not _finite(part)][:3],
             "origin": None,
         }
@@ -336,12 +338,15 @@ def _memory() -> int | None:
     return of_this_process("VmRSS")
 
 
-def _wrong_in_batch(batch: Any) -> str | None:
-    """Which tensor of the batch is not finite, and how many of its values."""
-    for index, tensor in enumerate(tensors_in(batch)):
-        if tensor.is_floating_point() and not _finite(tensor):
+def _wrong_inputs(batch: Any, calls: list[tuple]) -> str | None:
+    """Which tensor of the batch, or of what went into the models, is not finite, and how many of its values."""
+    for what, tensors in [("the batch", tensors_in(batch)), *(("the input", tensors_in(call[1:3])) for call in calls)]:
+        for index, tensor in enumerate(tensors):
+            if not tensor.is_floating_point() or _finite(tensor):
+                continue
             count = int((~torch.isfinite(tensor)).sum())
-            return f"tensor {index} of the batch holds {count:,} values of {tensor.numel():,} that are not finite"
+            if count != int((tensor == -torch.inf).sum()):  # a mask of -inf is meant
+                return f"{what} holds {count:,} values of {tensor.numel():,} that are not finite (its tensor {index})"
     return None
 
 
@@ -361,7 +366,7 @@ def _kept(subject: ScriptSubject) -> Iterator[None]:
 
 
 def _first_bad(
-    subject: ScriptSubject, module: nn.Module, args: Any, kwargs: Any, enabled: bool, dtype: torch.dtype
+    subject: ScriptSubject, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None
 ) -> Origin | None:
     """Call a model once more under a trace."""
     execution = ScriptExecution(subject)
@@ -369,8 +374,8 @@ def _first_bad(
     functions = ScriptFunctions(trace)
     operators = ScriptOperators(trace, functions, subject)
     try:
-        region = torch.autocast(subject.device.type, dtype, enabled=enabled, cache_enabled=False)
-        with torch.no_grad(), region, execution._patches(), functions, operators:
+        precision = Precision(REGIONS.get(dtype, "fp32"), subject.device, "")
+        with torch.no_grad(), precision.autocast(), execution._patches(), functions, operators:
             outputs = module(*args, **kwargs)
     finally:
         for hook in operators.hooks:

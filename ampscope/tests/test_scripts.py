@@ -10,7 +10,7 @@ import torch
 from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.running import Program
-from ampscope.script_commands import run, trace
+from ampscope.script_commands import run, trace, watch
 from ampscope.script_report import script_report
 
 HEAD = """
@@ -241,3 +241,46 @@ def test_nothing_stays_patched(tmp_path):
     assert [getattr(owner, name) for owner, name in names] == before
     assert not torch.nn.modules.module._global_forward_pre_hooks
     assert not optimizer_hooks._global_optimizer_post_hooks
+
+
+def watched(file, tmp_path, *words, capsys):
+    diary = tmp_path / "diary.jsonl"
+    status = watch(["--out", str(diary), *words, str(file)])
+    printed = capsys.readouterr()
+    said = [line for line in printed.err.splitlines() if line.startswith("ampscope: update ")]
+    return status, [json.loads(line) for line in diary.read_text().splitlines()], said
+
+
+def test_watch_writes_a_line_an_update_and_leaves_the_results(tmp_path, capsys):
+    file = write(tmp_path, SCALED + "print(loss.item())\n")
+    own = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=True).stdout
+    status = watch(["--out", str(tmp_path / "diary.jsonl"), str(file)])
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (0, own)
+    lines = [json.loads(line) for line in (tmp_path / "diary.jsonl").read_text().splitlines()]
+    assert [line["updates"] for line in lines] == [*range(1, 9)]
+    assert {(line["loss_scale"], line["skipped_updates"]) for line in lines} == {(1024.0, 0)}
+    assert all(0 < line["gradient_norm"] < 100 for line in lines)
+    assert printed.err == "ampscope: 8 updates, 0 skipped.\n"
+    _, fewer, _ = watched(file, tmp_path, "--every", "4", capsys=capsys)
+    assert [line["updates"] for line in fewer] == [4, 8]
+
+
+BAD = {  # what is wrong in update 5, and the words that name it
+    "overflow": (SCALED.replace("model(inputs)", "model(inputs * (1e5 if step == 4 else 1))"), "_to_copy in 0 at"),
+    "input": (SCALED.replace("model(inputs)", "model(inputs / (step != 4))"), "The input holds 128 values of 128"),
+    "loss": (PLAIN.replace("labels)\n", "labels) / (step != 4)\n"), "look at the loss ("),
+    "backward": (PLAIN.replace("loss.backward()", "(loss * (step != 4)).sqrt().backward()"), "the loss was finite"),
+    "scale": (SCALED.replace("scaler.scale(loss)", "(scaler.scale(loss) * (1e9 if step == 4 else 1))"), "2."),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_watch_names_the_update_that_goes_wrong_and_its_cause_once(tmp_path, capsys, kind):
+    loop, words = BAD[kind]
+    status, lines, said = watched(write(tmp_path, loop), tmp_path, capsys=capsys)
+    assert status == 0
+    assert len(said) == 1 and said[0].startswith("ampscope: update 5 ") and words in said[0]
+    events = [skip for line in lines for skip in line["skips"]]
+    assert [event["update"] for event in events] == [5]
+    assert events[0]["weights"] == []
