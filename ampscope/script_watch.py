@@ -374,7 +374,7 @@ def _first_bad(
     functions = ScriptFunctions(trace)
     operators = ScriptOperators(trace, functions, subject)
     try:
-        precision = Precision(REGIONS.get(dtype, "fp32"), subject.device, "")
+        precision = Precision(REGIONS.get(dtype, "fp32"), subject.device)
         with torch.no_grad(), precision.autocast(), execution._patches(), functions, operators:
             outputs = module(*args, **kwargs)
     finally:
