@@ -16,10 +16,20 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from choices import AUGMENTATIONS, BEFORE_RESIZING, NORMALIZED, RESIZED
 from distributed import Ranks
 from images.opening import Opening, open_data_set, open_test_set
 from images.subsets import DataSet, Subset
-from transforms import RANDOM, Preprocess, each, growing_sizes, mix, random_flip, random_resized_crop, smallest_crop
+from transforms import (
+    Preprocess,
+    each,
+    growing_sizes,
+    mix,
+    random_flip,
+    random_resized_crop,
+    random_transform,
+    smallest_crop,
+)
 from utils import fold
 
 __all__ = ["Batches", "DataSet", "MicroBatch", "Opening", "Subset", "open_data_set", "open_test_set"]
@@ -40,7 +50,7 @@ class Batches:
     seed: int = 0
     accumulate: int = 1
     sampler: str = "shuffle"  # shuffle: each image once an epoch; balanced: each class equally often
-    augment: str = "flip"  # none, or some of transforms.AUGMENTATIONS, separated by commas
+    augment: str = "flip"  # none, or some of choices.AUGMENTATIONS, separated by commas
     mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
     cutmix: float = 0.0
     start_size: int = 0  # side of the first epoch's images, which grow to full size; 0: all are of that
@@ -218,8 +228,8 @@ class Batches:
             images = preprocess.unified(images, shapes, self._room(images, preprocess.image_size))
         images = self._augmented(images, draws[places], epoch, places, preprocess)
         images = preprocess.normalized(images)
-        if "erasing" in self._steps:
-            images = each(RANDOM["erasing"], images, self._seeds(epoch, places, "erasing"))
+        for name in self._random_steps(NORMALIZED):
+            images = each(random_transform(name), images, self._seeds(epoch, places, name))
         if self._mixes:  # drawn once for all micro-batches of an update
             random = np.random.default_rng(fold(self.seed, epoch, update))
             labels = F.one_hot(labels, self.class_count).float()
@@ -237,10 +247,9 @@ class Batches:
         """Distorts, flips and crops each image by its own row of `draws` or its own seed; resizes; values 0 to 255."""
         cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
         draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
-        for name in ("trivial", "randaugment", "augmix"):
-            if name in self._steps:
-                images = images if images.dtype == torch.uint8 else images.round().byte()
-                images = each(RANDOM[name], images, self._seeds(epoch, places, name))
+        for name in self._random_steps(BEFORE_RESIZING):
+            images = images if images.dtype == torch.uint8 else images.round().byte()
+            images = each(random_transform(name), images, self._seeds(epoch, places, name))
         if "upright" in self._steps:
             draws[:, 0] = 1.0
         if "crop" in self._steps:
@@ -248,9 +257,13 @@ class Batches:
             images = random_resized_crop(preprocess.shrunk(images), draws, preprocess.image_size, smallest)
         else:
             images = preprocess.resized(images if self.augment == "none" else random_flip(images, draws[:, 0]))
-        if "jitter" in self._steps:
-            images = 255 * each(RANDOM["jitter"], images / 255, self._seeds(epoch, places, "jitter"))
+        for name in self._random_steps(RESIZED):
+            images = 255 * each(random_transform(name), images / 255, self._seeds(epoch, places, name))
         return images
+
+    def _random_steps(self, stage: str) -> list[str]:
+        """Return the names in `augment` of torchvision's random transforms that act at this stage."""
+        return [name for name, kind in AUGMENTATIONS.items() if name in self._steps and kind.stage == stage]
 
     def _seeds(self, epoch: int, places: np.ndarray, name: str) -> list[int]:
         """A seed for each image and kind of augmentation."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from choices import METRICS
 from distributed import Ranks
 from evaluate import Evaluation, NotFinite, way_out
 from model import Forward
@@ -21,31 +22,24 @@ from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
 from utils import RunError, amount, log, typed
 
-# The figures by which the best epoch is chosen: their column in the metrics, and whether larger is better.
-FIGURES = {
-    "accuracy": ("val_acc", 1),
-    "balanced_accuracy": ("val_balanced_acc", 1),
-    "macro_f1": ("val_macro_f1", 1),
-    "loss": ("val_loss", -1),
-}
-
 
 def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
-    """Return the epochs (from 1) that none surpasses by the figure `name`: one, or more if nothing tells them apart.
+    """Return the epochs (from 1) that are the best by the metric `name`: one, or more if nothing tells them apart.
 
-    Of equal figures that of the lower validation loss is better: on few validation images accuracies are often equal,
-    while the loss still falls. Larger images begin anew: only epochs of the last one's size count. An epoch whose
-    figure or loss is NaN is never the best.
+    Of equal values the one with the lower validation loss is better: on few validation images accuracies are often
+    equal, while the loss still falls. Only epochs with the image size of the last one count. An epoch whose value or
+    loss is NaN is never the best.
     """
-    column, sign = FIGURES[name]
-    size = history[-1].get("image_size") if history else None
-    ranks = {
-        line["epoch"]: (sign * line[column], -line["val_loss"])
-        for line in history
-        if line.get("image_size", size) == size and not math.isnan(line[column] + line["val_loss"])
+    metric = METRICS[name]
+    sign = 1 if metric.larger_is_better else -1
+    same_size = [line for line in history if line.get("image_size") == history[-1].get("image_size")]
+    scores = {
+        line["epoch"]: (sign * line[metric.validation_key], -line["val_loss"])
+        for line in same_size
+        if not math.isnan(line[metric.validation_key] + line["val_loss"])
     }
-    best = max(ranks.values(), default=None)
-    return [epoch for epoch, rank in ranks.items() if rank == best]
+    best = max(scores.values(), default=None)
+    return [epoch for epoch, score in scores.items() if score == best]
 
 
 class UpdateRecord:
@@ -251,17 +245,13 @@ class Meter:
         memory = peak_memory(device)
         at.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming)
         sums = at.sums
-        macro = found.macro()
         busy = self.waiting.share()
         return {
             "epoch": at.epoch + 1,
             "updates": (at.epoch + 1) * self.updates_per_epoch,
             "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
             "train_acc": 100 * sums["correct"] / sums["images"],
-            "val_loss": found.loss,
-            "val_acc": found.accuracy,
-            "val_balanced_acc": 100 * macro["recall"],
-            "val_macro_f1": 100 * macro["f1"],
+            **{metric.validation_key: metric.compute(found) for metric in METRICS.values()},
             "learning_rate": at.learning_rate,
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
             "skipped_updates": len(at.skips),

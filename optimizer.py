@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from warmup_scheduler import GradualWarmupScheduler
 
+from choices import OPTIMIZERS, SCHEDULES
 from pretrained.fitting import belongs
 from utils import UserError
 
@@ -133,19 +134,22 @@ def _is_attention(module: nn.Module) -> bool:
 def make_optimizer(
     groups: Iterable[Any], name: str, *, learning_rate: float, weight_decay: float, fused: bool
 ) -> torch.optim.Optimizer:
-    """Adam (betas 0.9 and 0.999, eps 1e-8), AdamW, or SGD with momentum 0.9.
+    """Return the optimizer that `choices.OPTIMIZERS` calls `name`.
 
-    `groups` are parameters, or what `parameter_groups` gave; a group's own rate and decay win.
-    A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it.
+    `groups` are parameters, or the result of `parameter_groups`; a group's own learning rate and weight decay win.
+    A fused optimizer reads the scaler's verdict on the device; others make `scaler.step` wait for it. An optimizer that
+    PyTorch does not fuse ignores `fused`.
     """
-    common: dict[str, Any] = {"lr": learning_rate, "weight_decay": weight_decay, "fused": fused}
-    if name == "SGD":
-        optimizer = torch.optim.SGD(groups, momentum=0.9, **common)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:  # the fused kernel cannot begin some later than others
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-        return optimizer
-    return {"ADAM": torch.optim.Adam, "ADAMW": torch.optim.AdamW}[name](groups, **common)
+    rule = OPTIMIZERS[name]
+    optimizer_class = getattr(torch.optim, rule.class_name)
+    arguments = {"lr": learning_rate, "weight_decay": weight_decay, **rule.arguments}
+    if "fused" in inspect.signature(optimizer_class).parameters:
+        arguments["fused"] = fused
+    optimizer: torch.optim.Optimizer = optimizer_class(groups, **arguments)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter].update({key: torch.zeros_like(parameter) for key in rule.zero_state})
+    return optimizer
 
 
 def make_scheduler(
@@ -157,36 +161,30 @@ def make_scheduler(
     warmup_epochs: float | None = None,
     done: int = 0,
 ) -> LRScheduler:
-    """The learning rate as a function of attempted updates t = 0 .. T-1, with W updates of warmup.
+    """Return the schedule `decay_type`, of `choices.SCHEDULES`, as it is after `done` updates, which are replayed.
 
-    Warmup is (t+1)/W, so no update runs at rate 0; then, for `cosine_warmup`, (1+cos(pi (t-W+1)/(T-W+1)))/2
-    (Loshchilov and Hutter 2017), so the peak is one update; for `linear_warmup`, 1-(t-W+1)/(T-W+1) (Defazio et al.
-    2023); `step` and `step_warmup` divide by 10 at epochs 30, 60 and 90, counted from the end of warmup. `done`
-    updates are replayed, which restores a resumed run.
+    The learning rate is a function of attempted updates t = 0 .. T-1, with W updates of warmup. Warmup is (t+1)/W, so
+    no update runs at rate 0; then, for `cosine_warmup`, (1+cos(pi (t-W+1)/(T-W+1)))/2, so the peak is one update; for
+    `linear_warmup`, 1-(t-W+1)/(T-W+1); `step` and `step_warmup` divide by 10 at epochs 30, 60 and 90, counted from the
+    end of warmup.
     """
+    schedule = SCHEDULES[decay_type]
     if warmup_epochs is None:
-        warmup_epochs = {"step_warmup": 5, "step": 0}.get(decay_type, epochs / 10)
+        warmup_epochs = epochs / 10 if schedule.warmup_epochs is None else schedule.warmup_epochs
     total = epochs * updates_per_epoch
     warmup = min(max(1, round(warmup_epochs * updates_per_epoch)), total)
     for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
         group["lr"] = group.pop("initial_lr", group["lr"])
 
-    def cosine(step: int) -> float:  # step = t - W: warmup itself ends on the peak
-        return 0.5 * (1 + math.cos(math.pi * (step + 1) / (total - warmup + 1)))
+    def factor(step: int) -> float:
+        return schedule.factor(step, total - warmup, updates_per_epoch)
 
-    def linear(step: int) -> float:
-        return 1 - (step + 1) / (total - warmup + 1)
-
-    def stairs(step: int) -> float:
-        return 0.1 ** sum(step >= milestone * updates_per_epoch for milestone in (30, 60, 90))
-
-    curve = {"cosine_warmup": cosine, "linear_warmup": linear}.get(decay_type, stairs)
-    scheduler: LRScheduler = _Curve(optimizer, curve)
+    scheduler: LRScheduler = _Curve(optimizer, factor)
     # A schedule wants an optimizer step before its own. Without gradients that step changes nothing, and
     # a first update that the scaler skips draws no warning.
     optimizer.zero_grad(set_to_none=True)
     optimizer.step()
-    if decay_type != "step":
+    if schedule.warms_up:
         scheduler = GradualWarmupScheduler(optimizer, multiplier=1.0, total_epoch=warmup, after_scheduler=scheduler)
         scheduler.step()  # leaves the rate of 0 that it starts with
     for _ in range(done):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from choices import METRICS, OPTIMIZERS, SCHEDULES
 from command_line.kinds import (
     ALL,
     ALPHA,
@@ -39,6 +40,7 @@ from command_line.kinds import (
     SWITCH,
     TIME,
     Option,
+    key_of,
     one_of,
     path,
     split,
@@ -225,7 +227,7 @@ OPTIONS = {
             COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
         ),
         "epochs": Option(COUNT, 120, "number of passes over the training images"),
-        "optimizer": Option(one_of("ADAM", "SGD", "ADAMW", type=str.upper), "ADAM", "optimizer that updates weights"),
+        "optimizer": Option(key_of(OPTIMIZERS, type=str.upper), "ADAM", "optimizer that updates weights"),
         "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
         "weight_decay": Option(RATE, 1e-4, "weight of the L2 penalty; with ADAMW it is decoupled from the gradient"),
         "decay_norms": Option(SWITCH, True, "apply the weight decay to norms and biases, too"),
@@ -234,9 +236,7 @@ OPTIONS = {
             FACTOR, 1.0, "factor of the learning rate for each transformer block between a layer and the head"
         ),
         "decay_type": Option(
-            one_of("cosine_warmup", "linear_warmup", "step", "step_warmup"),
-            "cosine_warmup",
-            "learning rate schedule; step: divide by 10 at epochs 30, 60 and 90",
+            key_of(SCHEDULES), "cosine_warmup", "learning rate schedule; step: divide by 10 at epochs 30, 60 and 90"
         ),
         "warmup_epochs": Option(
             {**RATE, "metavar": "N"}, None, "epochs of warmup (default: 5 for step_warmup, else epochs/10)"
@@ -252,7 +252,7 @@ OPTIONS = {
             "shuffle: each image once in an epoch; balanced: images of each class equally often",
         ),
         "best_by": Option(
-            one_of("accuracy", "balanced_accuracy", "macro_f1", "loss"),
+            key_of(METRICS),
             "accuracy",
             "validation figure that chooses the best epoch, also for --patience; of equal ones the lower loss",
         ),

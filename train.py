@@ -82,7 +82,7 @@ class Trainer:
     seed: int
     label_smoothing: InitVar[float] = 0.0
     class_weights: InitVar[torch.Tensor | None] = None  # (classes,), on the device
-    best_by: str = "accuracy"  # a key of metrics.FIGURES
+    best_by: str = "accuracy"  # a key of choices.METRICS
     clip_grad_norm: float | None = None
     log_interval: int = 20
     checkpoint_every: str | None = None

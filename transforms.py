@@ -9,11 +9,12 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from choices import AUGMENTATIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -129,37 +130,21 @@ def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int, sm
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
 
 
-def _torchvision(name: str, **options: Any) -> Callable[[], Callable[[torch.Tensor], torch.Tensor]]:
-    """Makes one of torchvision's transforms when it is first needed: its import takes a while."""
+@functools.cache
+def random_transform(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return torchvision's transform that `choices.AUGMENTATIONS` calls `name`; it draws its own random numbers."""
+    from torchvision.transforms import v2  # an import that takes a while, and that few trainings need
 
-    @functools.cache
-    def make() -> Callable[[torch.Tensor], torch.Tensor]:
-        from torchvision.transforms import v2
-
-        return getattr(v2, name)(**options)
-
-    return make
+    augmentation = AUGMENTATIONS[name]
+    return getattr(v2, augmentation.class_name)(**augmentation.arguments)
 
 
-# Those that draw their random numbers themselves, with torchvision's defaults where no number is given.
-RANDOM = {
-    "trivial": _torchvision("TrivialAugmentWide"),
-    "randaugment": _torchvision("RandAugment"),
-    "augmix": _torchvision("AugMix"),
-    "jitter": _torchvision("ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1),
-    "erasing": _torchvision("RandomErasing", p=0.25),
-}
+def each(transform: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+    """Apply a random transform to images (count, 3, height, width), each with its own seed; keep the images' layout.
 
-
-def each(
-    make: Callable[[], Callable[[torch.Tensor], torch.Tensor]], images: torch.Tensor, seeds: Sequence[int]
-) -> torch.Tensor:
-    """A random transform of images (count, 3, height, width), each by its own seed, in the images' layout.
-
-    The transforms draw from the default generators. These are put back as they were, because dropout draws from them,
-    too; their states lie in the host's memory, so that no device is waited for.
+    The transform draws from the default generators. These are put back as they were, because dropout draws from them,
+    too. Their states are in the host's memory, so nothing waits for the device.
     """
-    transform = make()
     distorted = torch.empty_like(images)
     generators = default_generators(images.device)
     states = [generator.get_state() for generator in generators]

@@ -11,15 +11,15 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
+from choices import AUGMENTATIONS
 from precision_table import PRECISIONS
+from runs.logs import LOGS
 from utils import UserError
-
-LOGS = ("tensorboard", "wandb", "mlflow")
 
 # The role of an option: what it says about a run, from which follows where it may differ.
 CALL = "call"  # about this call alone: no other run takes it from a config
@@ -233,10 +233,14 @@ def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
     return {"choices": choices, **more}
 
 
+def key_of(table: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """A key of a table, which is read when an option is: an entry that is added later counts, too."""
+    return {"choices": table, **more}
+
+
 ALL = "all"
 AUTO = "auto"
 COUNT_OR_AUTO = {"metavar": "N|auto", "type": count_or_auto}
-AUGMENTATIONS = ("none", "flip", "upright", "crop", "trivial", "randaugment", "augmix", "jitter", "erasing")
 AUGMENT = {"metavar": "LIST", "type": augmentations}
 EPOCHS = {"metavar": "N|all", "type": epochs_or_all}
 FLAG = {"action": "store_true"}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from choices import METRICS
 from dataset import Batches
 from evaluate import NO_PREDICTION, Evaluation, evaluate
 from precision import named_precision
@@ -109,19 +110,16 @@ def predictions(data: DataSet, found: Evaluation) -> Iterator[list[Any]]:
 
 
 def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any]:
-    """What result.json says of a test, before anything about the training."""
-    macro = found.macro()
+    """Return the part of result.json that is about the test."""
     return {
-        "test_acc": found.accuracy,
-        "test_loss": found.loss,
+        **{metric.test_key: metric.compute(found) for metric in METRICS.values()},
         **peak_memory(setup.device),
         "precision": setup.precision.name,
         "tta": setup.options.tta,
         "device": setup.device.type,
         "device_name": device_name(setup.device),
         "classes": data.classes,
-        "balanced_acc": 100 * macro["recall"],
-        "macro": macro,
+        "macro": found.macro(),
         "per_class": found.per_class(data.classes),
         **confusion_entry(found.cells(), len(data.classes)),
         "calibration_error": calibration(found.confidence, found.right)["ece"],

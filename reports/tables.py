@@ -8,6 +8,7 @@ from typing import Any
 from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 
 from ampscope.text import WIDTH
+from choices import METRICS
 from reports.results import wilson
 from reports.text import align, duration, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
@@ -26,12 +27,12 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
         (
-            "Test accuracy",
+            METRICS["accuracy"].title,
             f"{result['test_acc']:.2f} %",
             f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
         ),
         *([flip] if result.get("tta") == "flip" else []),
-        *_balanced(result),
+        *_other_figures(result),
         (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),
         ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
         *_busy(result),
@@ -40,10 +41,13 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _balanced(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return the figures in which every class counts alike."""
-    remark = f"mean recall of the classes; macro F1 {100 * result['macro']['f1']:.2f} %"
-    return [("Balanced", f"{result['balanced_acc']:.2f} %", remark)]
+def _other_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return a row for each metric that has a title, but for the accuracy; an older result may lack some."""
+    return [
+        (metric.title, f"{result[metric.test_key]:.2f}{metric.unit}", metric.remark)
+        for name, metric in METRICS.items()
+        if metric.title and name != "accuracy" and metric.test_key in result
+    ]
 
 
 def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,6 @@ from utils import UserError, printable
 
 PROJECT = "amp-train"  # of W&B, and the experiment of MLflow, unless their own variables name another
 STATE = "logs.json"  # in the run's folder: which epochs each log has, and under which name it knows this run
-PACKAGES = {"tensorboard": ("tensorboard",), "wandb": ("wandb",), "mlflow": ("mlflow", "mlflow-skinny")}
 
 
 class Adapter(Protocol):
@@ -59,7 +59,7 @@ class Logs:
         for name in names:
             own = self._state.setdefault(name, {"epoch": 0})
             with self._guarded(name):
-                self._adapters[name] = _ADAPTERS[name](folder, options, own)
+                self._adapters[name] = LOGS[name].adapter(folder, options, own)
         self.epochs(history)
 
     def epochs(self, history: list[dict[str, Any]]) -> None:
@@ -106,9 +106,8 @@ class Logs:
 def refuse_missing_packages(names: Iterable[str]) -> None:
     """Raises UserError if a log needs a package that is not installed: before the work, not after it."""
     for name in names:
-        imported, *instead = PACKAGES[name]
-        if importlib.util.find_spec(imported) is None:
-            raise UserError(f"--log {name} needs a package: pip install {(instead or [imported])[0]}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"--log {name} needs a package: pip install {LOGS[name].package}")
 
 
 def _read_state(file: Path) -> dict[str, dict[str, Any]]:
@@ -244,8 +243,16 @@ class MLflow:
         self._client.set_terminated(self._id, self._STATUS[ending])
 
 
-_ADAPTERS: dict[str, Callable[[Path, dict[str, Any], dict[str, Any]], Adapter]] = {
-    "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "mlflow": MLflow,
+@dataclass(frozen=True)
+class Log:
+    """One name of `--log`, which is also the name of the module that its adapter imports."""
+
+    adapter: Callable[[Path, dict[str, Any], dict[str, Any]], Adapter]
+    package: str  # to install if there is no such module
+
+
+LOGS = {
+    "tensorboard": Log(TensorBoard, "tensorboard"),
+    "wandb": Log(WeightsAndBiases, "wandb"),
+    "mlflow": Log(MLflow, "mlflow-skinny"),
 }

@@ -1,10 +1,11 @@
 """What result.json holds: its fields, its writer, its reader and its check. Imports no torch.
 
-Of the test: test_acc, balanced_acc (percent), test_loss (nats), macro and per_class (shares: precision, recall, f1;
-support), classes, confusion (true by predicted class; or `confusion_cells`), calibration_error. Of the training:
-best_epoch, best_val_acc (percent; None: not validated), total_seconds, train_seconds (None: only tested),
-images_per_second, busy_share (of the time, lost to other programs; None: unknown), skipped_updates. Of the machine:
-precision, device, device_name, peak_memory_mb, reserved_memory_mb, memory_kind.
+Of the test: a number for each of choices.METRICS (test_acc, balanced_acc and macro_f1 in percent, test_loss in nats),
+macro and per_class (shares: precision, recall, f1; support), classes, confusion (true by predicted class; or
+`confusion_cells`), calibration_error. Of the training: best_epoch, best_val_acc (percent; None: not validated),
+total_seconds, train_seconds (None: only tested), images_per_second, busy_share (of the time, lost to other programs;
+None: unknown), skipped_updates. Of the machine: precision, device, device_name, peak_memory_mb, reserved_memory_mb,
+memory_kind.
 """
 
 from __future__ import annotations

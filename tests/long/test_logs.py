@@ -263,7 +263,15 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     lines = metrics(tmp_path / "run")
     tags = found.Tags()
     assert set(tags["images"]) == {"learning_curve", "confusion_matrix", "mistakes"}
-    of_the_test = {"test_acc", "balanced_acc", "test_loss", "best_epoch", "best_val_acc", "calibration_error"}
+    of_the_test = {
+        "test_acc",
+        "balanced_acc",
+        "macro_f1",
+        "test_loss",
+        "best_epoch",
+        "best_val_acc",
+        "calibration_error",
+    }
     assert set(tags["scalars"]) == METRICS - {"epoch", "skips"} | of_the_test | {"total_seconds", "train_seconds"}
     for name in ("learning_rate", "loss_scale", "val_acc"):
         values = [(event.step, event.value) for event in found.Scalars(name)]
