@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from images.walk import composed, is_image_name, is_wanted
-from utils import RunError, UserError, log, printable, progress
+from utils import RunError, UserError, amount, log, printable, progress
 
 MAX_MEMBERS = 1_000_000
 MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
@@ -101,9 +101,9 @@ def unpack(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], stage: Path) 
     taken = {info.filename for info in infos}
     hidden = [name for name in archive.namelist() if name not in taken and is_image_name(name) and "._" not in name]
     inner = [name for name in taken if name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"))]
-    for names, what in (
-        (hidden, "hidden images"),
-        (inner, "archives in the archive, which are to be unpacked by hand"),
-    ):
-        if names:
-            log.warning(f"{len(names):,} {what}: not unpacked, such as {printable(names[0])}")
+    if hidden:
+        images = amount(len(hidden), "hidden image is", "hidden images are")
+        log.warning(f"{images} not unpacked, such as {printable(hidden[0])}")
+    if inner:
+        archives = amount(len(inner), "archive in it is", "archives in it are")
+        log.warning(f"{archives} to be unpacked by hand, such as {printable(inner[0])}")

@@ -90,10 +90,12 @@ def open_test_set(
     if there and (same_place or (is_same and not image_set.test)):
         chosen = set(there.values())
         listing = [entry for entry in everything if entry[0] in chosen]
-        image_set.notes.append(f"tested: the {len(listing):,} images that the run's split.csv calls its test part")
+        tested_images = amount(len(listing), "image", "images")
+        image_set.notes.append(f"tested: the {tested_images} of the test part in the run's split.csv")
         gone = tested - there.keys()
         if gone:
-            image_set.notes.append(f"{len(gone):,} of its test images are gone, such as {printable(min(gone))}")
+            are = amount(len(gone), "of its test images is", "of its test images are")
+            image_set.notes.append(f"{are} gone, such as {printable(min(gone))}")
         elif checksum and not is_same:
             image_set.notes.append("files of the run's test part were changed after its training")
         _say_relabelled(image_set, recorded or {}, listing)

@@ -160,15 +160,16 @@ def _chosen(row: list[str], columns: dict[int, str]) -> list[str]:
 def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None, named: tuple[str, ...]) -> _Columns:
     """Return what the columns of a table are for. Files on disk decide which one names images."""
     header = [_plain(cell) for cell in rows[0]]
-    if named:
-        return _named_columns(file, rows, group, named)
     image = _image_column(file, rows, header, index)
+    if named:
+        image, asked = _places_of(file, rows[0], named)
     others = [place for place in range(len(header)) if place != image]
-    if index.find(rows[0][image].strip()) and header[image] not in _IMAGE:  # the first row names an image, too
-        part, grouped = _unnamed(rows, others[1:])
-        found = _Columns(image, others[0] if others else None, part, grouped, has_header=False)
-    else:
-        found = _of_header(rows, header, image, others, _plain(group) if group else None)
+    if not named and index.find(rows[0][image].strip()) and header[image] not in _IMAGE:
+        part, grouped = _unnamed(rows, others[1:])  # the first row names an image: there is no header
+        return _Columns(image, others[0], part, grouped, has_header=False)
+    found = _of_header(rows, header, image, others, (_plain(group),) if group else _GROUP)
+    if named:
+        found.label, found.classes = asked, {}
     if found.label is None and not found.classes:
         names = ", ".join(printable(rows[0][place]) for place in others if place not in found.parts)
         raise UserError(
@@ -178,20 +179,15 @@ def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None,
     return found
 
 
-def _named_columns(file: Path, rows: list[list[str]], group: str | None, named: tuple[str, ...]) -> _Columns:
-    """Return the columns that --labels FILE:IMAGE,LABEL names, and those of part and group."""
-    header = [_plain(cell) for cell in rows[0]]
-    missing = [name for name in named if _plain(name) not in header]
-    if missing or len(named) != 2:
+def _places_of(file: Path, first: list[str], named: tuple[str, ...]) -> tuple[int, int]:
+    """Return the columns of images and labels that --labels FILE:IMAGE,LABEL names."""
+    header = [cell.strip() for cell in first]
+    if len(named) != 2 or not set(named) <= set(header):
         raise UserError(
-            f"{printable(file)} has no column {printable(', '.join(missing or named))!r}, but "
-            f"{printable(', '.join(rows[0]))}. Name two, of images and labels: FILE:path,label"
+            f"{printable(file)} has the columns {printable(', '.join(header))}, not {printable(', '.join(named))}. "
+            "Name two, of images and labels: FILE:path,label"
         )
-    image, label = (header.index(_plain(name)) for name in named)
-    others = [place for place in range(len(header)) if place not in (image, label)]
-    found = _of_header(rows, header, image, others, _plain(group) if group else None)
-    found.label, found.classes = label, {}
-    return found
+    return header.index(named[0]), header.index(named[1])
 
 
 def _image_column(file: Path, rows: list[list[str]], header: list[str], index: Index) -> int:
@@ -200,35 +196,33 @@ def _image_column(file: Path, rows: list[list[str]], header: list[str], index: I
     hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(len(header))]
     if not any(hits):
         shown = ", ".join(repr(printable(cell)) for cell in sample[0][:6])
+        images = amount(len(index.paths), "image is", "images are")
         raise UserError(
-            f"{printable(file)}: no cell names an image below {printable(index.root)}, where {len(index.paths):,} "
-            f"images are; its second row is {shown}. Name the folder of the images with --data_dir."
+            f"{printable(file)}: no cell names an image below {printable(index.root)}, where {images}; its second row "
+            f"is {shown}. Name the folder of the images with --data_dir."
         )
     best = [place for place, count in enumerate(hits) if count == max(hits)]
     named = _named(header, best, _IMAGE)
     return best[0] if named is None else named
 
 
-def _of_header(rows: list[list[str]], header: list[str], image: int, others: list[int], group: str | None) -> _Columns:
+def _of_header(
+    rows: list[list[str]], header: list[str], image: int, others: list[int], group_names: tuple[str, ...]
+) -> _Columns:
     """Return the columns that a header names, or that their cells give away."""
+    cells = {place: {_cell(row, place).casefold() for row in rows[1:]} for place in others}
+    binary = [place for place in others if cells[place] <= {*_ONES, *_ZEROS}]
     part = _part_column(rows, header, others)
-    groups = _named(header, others, (group,) if group else _GROUP)
-    binary = [place for place in others if {_cell(row, place).casefold() for row in rows[1:]} <= {*_ONES, *_ZEROS}]
-    means = {place: part_of(header[place].removeprefix("is")) for place in binary} if part is None else {}
-    parts = {place: meaning for place, meaning in means.items() if meaning and _says_something(rows, place)}
-    left = [place for place in others if place not in (part, groups, *parts)]
-    label = _named(header, left, _LABEL)
-    if label is None and len(left) == 1:
-        label = left[0]
-    classes = {place: from_cell(rows[0][place].strip()) for place in left if place in binary} if label is None else {}
+    group = _named(header, others, group_names)
+    means = {place: part_of(header[place].removeprefix("is")) for place in binary if cells[place] != {""}}
+    parts = {place: meaning for place, meaning in means.items() if meaning and part is None}
+    left = [place for place in others if place not in (part, group, *parts)]
+    label = left[0] if len(left) == 1 else _named(header, left, _LABEL)
+    classes = {place: from_cell(rows[0][place].strip()) for place in left if place in binary}
     once = sum(len(_chosen(row, classes)) == 1 for row in rows[1:])
-    if len(classes) < 2 or 2 * once < len(rows) - 1:  # more than one of them says nothing of a class
+    if label is not None or len(classes) < 2 or 2 * once < len(rows) - 1:  # such columns say other things
         classes = {}
-    return _Columns(image, label, part, groups, parts, classes)
-
-
-def _says_something(rows: list[list[str]], place: int) -> bool:
-    return any(_cell(row, place) for row in rows[1:])
+    return _Columns(image, label, part, group, parts, classes)
 
 
 def _part_column(rows: list[list[str]], header: list[str], places: list[int]) -> int | None:

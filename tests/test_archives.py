@@ -139,8 +139,8 @@ def test_what_is_not_unpacked_is_said(tmp_path, caplog):
     inner = make_zip(tmp_path / "inner.zip", named("sea", "forest")).read_bytes()
     hidden = {"train/.thumbs/1.png": picture(0), "__MACOSX/train/._1.png": b"x"}
     data = unpacked(tmp_path, named("sea", "forest") | hidden | {"more.zip": inner})
-    assert "1 hidden images: not unpacked, such as train/.thumbs/1.png" in caplog.text
-    assert "archives in the archive" in caplog.text and "more.zip" in caplog.text
+    assert "1 hidden image is not unpacked, such as train/.thumbs/1.png" in caplog.text
+    assert "1 archive in it is to be unpacked by hand" in caplog.text and "more.zip" in caplog.text
     assert (data / "more.zip").read_bytes() == inner
 
 

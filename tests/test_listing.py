@@ -366,7 +366,7 @@ def test_columns_are_named_after_a_colon(tmp_path):
     found = list_images(tmp_path, labels="t.csv:file,width")
     assert found.classes == ["0", "1"] and "classes from 'width'; not used: 'height'" in found.notes[0]
     assert list_images(tmp_path, labels=f"{tmp_path / 't.csv'}:file,height").classes == ["0", "1", "2"]
-    for wrong in ("file,depth", "file"):
+    for wrong in ("file,depth", "file", "file,width,height"):
         assert "Name two, of images and labels" in tiny.refused(list_images, tmp_path, labels=f"t.csv:{wrong}")
     assert "t.csv:file,NAME" in tiny.refused(list_images, tmp_path, labels="t.csv")
 

@@ -452,7 +452,7 @@ def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, t
     classes(grown, names=("cat", "dog", "emu"), count=24, first=0)
     shutil.rmtree(grown / ".cache", ignore_errors=True)
     out = evaluated(run, grown, runs, f"--csv={tmp_path / 'out.csv'}", f"--json={tmp_path / 'out.json'}")
-    assert "tested: the 9 images that the run's split.csv calls its test part" in out
+    assert "tested: the 9 images of the test part in the run's split.csv" in out
     expected = {row["path"]: row for row in rows_of(runs / "run" / "predictions.csv")}
     found = {row["path"]: row for row in rows_of(tmp_path / "out.csv")}
     assert found.keys() == expected.keys() == {row["path"] for row in rows if row["part"] == "test"}
