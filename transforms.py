@@ -1,4 +1,4 @@
-"""Resize, normalise and augment on the device: functions of images and of random numbers that somebody else drew.
+"""Resize, normalise and augment on the device, as functions of images and of random numbers that the caller draws.
 
 Knows nothing of files, order, seeds or models.
 """
@@ -23,7 +23,7 @@ SMALLEST_CROP = 0.25  # share of an image's area
 
 @dataclass
 class Preprocess:
-    """Makes a model's input on the device: resized to `image_size` square, normalised, float32.
+    """Make a model's input on the device: resized to `image_size` square, normalised, float32.
 
     `mean` and `std` are those of each channel, of values from 0 to 1; `interpolation` is bilinear or bicubic.
     """
@@ -38,26 +38,26 @@ class Preprocess:
     def __post_init__(self) -> None:
         deviation = torch.tensor(self.std, dtype=torch.float32)
         mean = torch.tensor(self.mean, dtype=torch.float32)
-        # A whole row of pixels: a last dimension of three would not be vectorised.
+        # Repeat them for a whole row of pixels: a last dimension of three would not be vectorised.
         self._factor = (1 / (255 * deviation)).repeat(self.image_size).to(self.device)
         self._offset = (-mean / deviation).repeat(self.image_size).to(self.device)
 
     def __call__(self, images: torch.Tensor, shapes: np.ndarray | None = None) -> torch.Tensor:
-        """uint8 (count, height, width, 3) to float32 (count, 3, size, size); `shapes` as `unified` takes them."""
+        """Turn uint8 (count, height, width, 3) into float32 (count, 3, size, size); `shapes` are those of `unified`."""
         images = images.permute(0, 3, 1, 2)
         return self.normalized(self.resized(images) if shapes is None else self.unified(images, shapes))
 
     def resized(self, images: torch.Tensor) -> torch.Tensor:
-        """(count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
+        """Resize (count, 3, height, width) to (count, 3, size, size), values 0 to 255, antialiased as Pillow does."""
         if images.shape[-2:] == (self.image_size, self.image_size):
             return images
         return self._resize(images, (self.image_size, self.image_size))
 
     def unified(self, images: torch.Tensor, shapes: np.ndarray, side: int | None = None) -> torch.Tensor:
-        """Images of several sizes to (count, 3, side, side), each as `resized` would alone; default: the model's side.
+        """Resize images of several sizes to (count, 3, side, side), each as `resized` does; default: the model's side.
 
-        images (count, 3, height, width) hold in their upper left corner what `shapes` (count, 2) give the height and
-        the width of.
+        Each of the images (count, 3, height, width) lies in the upper left corner, with its height and width in
+        `shapes` (count, 2).
         """
         resize = self if side is None else replace(self, image_size=side)
         kinds = np.unique(shapes, axis=0)
@@ -73,7 +73,7 @@ class Preprocess:
         return whole
 
     def shrunk(self, images: torch.Tensor) -> torch.Tensor:
-        """(count, 3, height, width), antialiased to at most one and a half of the size: enough to crop from."""
+        """Shrink (count, 3, height, width) to at most 1.5 times the size, antialiased: enough for random crops."""
         height, width = images.shape[-2:]
         most = self.image_size * 3 // 2
         if max(height, width) <= most:
@@ -86,7 +86,7 @@ class Preprocess:
         return resize(images.float(), size, self.interpolation)
 
     def normalized(self, images: torch.Tensor) -> torch.Tensor:
-        """(count, 3, size, size) of values 0 to 255 to the model's input, float32."""
+        """Turn (count, 3, size, size) of values 0 to 255 into the model's input, float32."""
         rows = images.permute(0, 2, 3, 1).flatten(2)
         rows = torch.addcmul(self._offset, rows.float(), self._factor)
         pixels = rows.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
@@ -105,15 +105,15 @@ def resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
 
 
 def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-    """Mirrors the images (count, 3, height, width) whose draw (count,), uniform in [0, 1), is below one half."""
+    """Mirror the images (count, 3, height, width) whose random number (count,) in [0, 1) is below one half."""
     return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
 
 
 def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int, smallest: float) -> torch.Tensor:
-    """A random part of each image at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
+    """Crop a random part of each image at an aspect ratio of 3/4 to 4/3, flipped half the time: (count, 3, side, side).
 
     The part is `smallest` to all of the image's area. `draws` (count, 5) are uniform in [0, 1): flip, area, aspect
-    ratio, horizontal and vertical place. Values stay 0 to 255, float32. After Szegedy et al. 2015, with a larger
+    ratio, horizontal and vertical position. Values stay 0 to 255, float32. After Szegedy et al. 2015, with a larger
     smallest area.
     """
     area = smallest + (1 - smallest) * draws[:, 1]
@@ -158,7 +158,7 @@ def each(transform: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor
 
 
 def default_generators(device: torch.device) -> list[torch.Generator]:
-    """Return those that functions without a generator draw from: the CPU's, and the one of `device`."""
+    """Return the default generators of the CPU and of `device`."""
     found = [torch.default_generator]
     if device.type in ("cuda", "xpu"):
         found.append(torch.get_device_module(device).default_generators[device.index])
@@ -168,11 +168,10 @@ def default_generators(device: torch.device) -> list[torch.Generator]:
 
 
 def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
-    """The side of the training images in each epoch: from `start` in even steps to `full`, which the last tenth has.
+    """Return the side of the training images in each epoch: even steps from `start` to `full` in the last tenth.
 
-    At most four sizes, those between the two in multiples of 32 pixels: each is compiled, or searched kernels for,
-    once. A few epochs of full size, at the end of the schedule, are enough to adapt the weights to it (Touvron et al.
-    2019).
+    There are at most four sizes, between the ends in multiples of 32 pixels, because each is compiled, or its kernels
+    searched, once. A few epochs of full size at the end adapt the weights to it (Touvron et al. 2019).
     """
     if not start:
         return [full] * epochs
@@ -183,7 +182,7 @@ def growing_sizes(start: int, full: int, epochs: int) -> list[int]:
 
 
 def smallest_crop(side: int, full: int) -> float:
-    """The smallest share of an image that a crop of `side` pixels shows while images grow to `full` pixels.
+    """Return the smallest share of an image that a crop of `side` pixels shows while images grow to `full` pixels.
 
     A quarter at full size, at most a half below it: small images are augmented less (Tan and Le 2021), because the
     network that learns from them still underfits.
@@ -194,9 +193,9 @@ def smallest_crop(side: int, full: int) -> float:
 def mix(
     images: torch.Tensor, labels: torch.Tensor, random: np.random.Generator, *, mixup: float, cutmix: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each image but the first mixed with the one before it, and their labels alike.
+    """Mix each image but the first with the previous one, and their labels alike.
 
-    images (count, 3, side, side), labels (count, classes) as probabilities; returns count - 1 of each. MixUp (Zhang
+    images (count, 3, side, side), labels (count, classes) as probabilities; return count - 1 of each. MixUp (Zhang
     et al. 2018) or CutMix (Yun et al. 2019), with a share from Beta(a, a); 0 turns one of the two off.
     """
     alphas = {"mixup": mixup, "cutmix": cutmix}
