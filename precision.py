@@ -6,17 +6,14 @@ scaler, so that the training step reads the same in every precision. Knows nothi
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from precision_table import PRECISIONS, Regime, name_of
 from system.cards import INTEL_GPU, NATIVE, Card, amd_card, apple_chip, nvidia_card, processor
+from system.machine import chip_name, cpu_instructions
 from utils import UserError
 
 
@@ -120,26 +117,6 @@ def card_of(device: torch.device) -> Card:
     return processor(cpu_instructions())
 
 
-def cpu_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The processor's instructions, as torch.cpu.get_capabilities names them; PyTorch 2.10 has no such function."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return {name for name, has in torch.cpu.get_capabilities().items() if has}
-    renamed = {"avx512f": "avx512_f", "asimd": "neon", "asimdhp": "fp16_arith"}  # what Linux calls them
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("flags", "Features")):  # on x86, on ARM
-                return {renamed.get(flag, flag) for flag in line.partition(":")[2].split()}
-    return set()
-
-
-def chip_name() -> str:
-    """The name of a Mac's chip (`Apple M2 Pro`); empty if the system does not say."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return ""
-
-
 def _set_float32_mode(tf32: bool) -> None:
     """Old switches first, then the new: torch.compile reads the old ones, which raise where the two disagree."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
@@ -162,36 +139,3 @@ def sensible_precisions(device: torch.device) -> list[str]:
     both = device.type == "cuda" and card.pick is not None and card.bfloat16 == NATIVE
     wanted = {"fp32", card.pick} | ({"tf32"} if card.tf32 else set()) | ({"amp-bf16"} if both else set())
     return [name for name in PRECISIONS if name in wanted]
-
-
-def bfloat16_products(on: bool) -> None:
-    """Lets a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
-
-    oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
-    gradients of weights. `doctor --ladder` measures it; no option uses it.
-    """
-    mkldnn: Any = torch.backends.mkldnn  # whose types do not know these switches
-    for part in (mkldnn.conv, mkldnn.matmul):
-        part.fp32_precision = "bf16" if on else "ieee"
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
-
-    On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
-    convolutions only. Other convolutions are faster in 16 bits.
-    """
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_autocast_enabled("cpu")):  # the forward pass alone is faster in 16 bits
-            return super().forward(images)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(images.float()).to(images.dtype)
-
-
-def keep_depthwise_float32(model: nn.Module) -> nn.Module:
-    """Makes each depthwise convolution of `model` a `DepthwiseConv2d`, in place."""
-    for module in model.modules():
-        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
-            module.__class__ = DepthwiseConv2d
-    return model

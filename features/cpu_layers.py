@@ -3,16 +3,18 @@
 Convolutions of small maps: oneDNN computes the gradient of a convolution's weights image by image, and each image goes
 through all weights once; with millions of weights a 3x3 convolution takes nearly as long for 2x2 pixels as for 4x4, and
 matrix products are faster (CHANGELOG.md, Decisions). In 16 bits: activations that write new tensors, and depthwise
-convolutions in float32 (`precision.DepthwiseConv2d`). Knows nothing of options.
+convolutions in float32 (`DepthwiseConv2d`). Knows nothing of options.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from precision import cpu_instructions, keep_depthwise_float32
+from system.machine import cpu_instructions
 
 WEIGHTS = 500_000  # that a convolution must have
 MANY_WEIGHTS = 1_000_000
@@ -147,3 +149,36 @@ def _can_pay(convolution: nn.Conv2d) -> bool:
         and not isinstance(convolution.padding, str)
     )
     return plain and convolution.weight.numel() >= WEIGHTS
+
+
+def bfloat16_products(on: bool) -> None:
+    """Lets a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
+
+    oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
+    gradients of weights. `doctor --ladder` measures it; no option uses it.
+    """
+    mkldnn: Any = torch.backends.mkldnn  # whose types do not know these switches
+    for part in (mkldnn.conv, mkldnn.matmul):
+        part.fp32_precision = "bf16" if on else "ieee"
+
+
+class DepthwiseConv2d(nn.Conv2d):
+    """A depthwise convolution that trains in float32 under autocast; what it returns has its input's type.
+
+    On CPUs the gradient of its inputs takes several times as long in 16 bits, where oneDNN has a kernel for dense
+    convolutions only. Other convolutions are faster in 16 bits.
+    """
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not (self.training and torch.is_autocast_enabled("cpu")):  # the forward pass alone is faster in 16 bits
+            return super().forward(images)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(images.float()).to(images.dtype)
+
+
+def keep_depthwise_float32(model: nn.Module) -> nn.Module:
+    """Makes each depthwise convolution of `model` a `DepthwiseConv2d`, in place."""
+    for module in model.modules():
+        if type(module) is nn.Conv2d and module.groups == module.in_channels > 1:
+            module.__class__ = DepthwiseConv2d
+    return model

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from precision import card_of, cpu_instructions
+from precision import card_of
 from precision_table import PRECISIONS
 from system.cards import Card
-from system.machine import device_name, linux_memory
+from system.machine import cpu_instructions, device_name, linux_memory
 
 INSTRUCTIONS = (
     "avx2",

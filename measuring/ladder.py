@@ -23,8 +23,8 @@ from measuring.probe import (
     what_may_help,
 )
 from measuring.rungs import FIRST, Rung, RungBench, rungs_for, step_up
-from precision import cpu_instructions, sensible_precisions
-from system.machine import device_name
+from precision import sensible_precisions
+from system.machine import cpu_instructions, device_name
 from utils import RunError, log
 
 LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow

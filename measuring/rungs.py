@@ -15,10 +15,10 @@ from torch import nn
 from ampscope.roofline import copy_bandwidth, count_step, matrix_rate, measured_groups
 from ampscope.tensors import dtype_name
 from ampscope.timing import wait
-from features.cpu_layers import SmallMapConv2d
+from features.cpu_layers import SmallMapConv2d, bfloat16_products
 from measuring.probe import Bench, Update
 from model import Forward
-from precision import Precision, bfloat16_products
+from precision import Precision
 from system.cards import NATIVE, processor
 
 

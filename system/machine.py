@@ -11,6 +11,7 @@ import math
 import multiprocessing
 import os
 import platform
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -276,3 +277,25 @@ def _number(file: Path) -> int | None:
         return int(_text(file))
     except ValueError:
         return None
+
+
+def cpu_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
+    """The processor's instructions, as torch.cpu.get_capabilities names them; PyTorch 2.10 has no such function."""
+    import torch
+
+    if hasattr(torch.cpu, "get_capabilities"):
+        return {name for name, has in torch.cpu.get_capabilities().items() if has}
+    renamed = {"avx512f": "avx512_f", "asimd": "neon", "asimdhp": "fp16_arith"}  # what Linux calls them
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):  # on x86, on ARM
+                return {renamed.get(flag, flag) for flag in line.partition(":")[2].split()}
+    return set()
+
+
+def chip_name() -> str:
+    """The name of a Mac's chip (`Apple M2 Pro`); empty if the system does not say."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""

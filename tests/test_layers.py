@@ -142,7 +142,8 @@ def test_precision_alone_configures_autocast_and_the_scaler():
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and any("fp32_precision" in ast.unparse(target) for target in node.targets)
     }
-    assert configuring == setting == {"precision", "ampscope.precisions"}  # of the program, and of the library
+    # Of the program, and of the library. Layers for CPUs leave autocast within one operator, and set oneDNN's mode.
+    assert configuring == setting == {"precision", "features.cpu_layers", "ampscope.precisions"}
 
 
 def test_nobody_below_main_touches_the_options():

@@ -12,9 +12,8 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
-from features.cpu_layers import SmallMapConv2d
+from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d, keep_depthwise_float32
 from model import Forward, WithMirrorImage, build_model
-from precision import DepthwiseConv2d, keep_depthwise_float32
 from pretrained.torchvision_models import names
 
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import precision
-from precision import bfloat16_products, card_of, choose_precision, named_precision, sensible_precisions
+from features.cpu_layers import bfloat16_products
+from precision import card_of, choose_precision, named_precision, sensible_precisions
 from precision_table import PRECISIONS
-from system import cards
+from system import cards, machine
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -121,8 +122,8 @@ def test_a_chip_without_a_name_is_an_old_one(monkeypatch):
     def missing(*_arguments, **_options):
         raise FileNotFoundError("sysctl")
 
-    monkeypatch.setattr(precision.subprocess, "run", missing)
-    assert precision.chip_name() == "" and card_of(torch.device("mps")).pick == "amp-fp16"
+    monkeypatch.setattr(machine.subprocess, "run", missing)
+    assert machine.chip_name() == "" and card_of(torch.device("mps")).pick == "amp-fp16"
 
 
 def test_xpu_trains_in_bfloat16_without_a_scaler():
@@ -161,8 +162,8 @@ def test_bfloat16_products_inside_float32_can_be_turned_on_and_off():
 def test_an_older_pytorch_learns_the_instructions_from_linux(line, expected, tmp_path, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{line}\nbugs : none\n")
-    assert precision.cpu_instructions(tmp_path / "cpuinfo") == expected
-    assert precision.cpu_instructions(tmp_path / "nowhere") == set()
+    assert machine.cpu_instructions(tmp_path / "cpuinfo") == expected
+    assert machine.cpu_instructions(tmp_path / "nowhere") == set()
 
 
 @pytest.mark.parametrize("tf32, mode", [(True, ("high", "tf32", True)), (False, ("highest", "ieee", False))])

@@ -191,7 +191,7 @@ def settings(**changes):
 @pytest.fixture(autouse=True)
 def _products_as_they_were():
     yield
-    from precision import bfloat16_products
+    from features.cpu_layers import bfloat16_products
 
     bfloat16_products(False)
 

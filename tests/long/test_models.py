@@ -7,9 +7,8 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
-from features.cpu_layers import SmallMapConv2d
+from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d
 from model import build_model, check_input_size, head_names
-from precision import DepthwiseConv2d
 
 FAMILIES = [
     ("alexnet", 64),
