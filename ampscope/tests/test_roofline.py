@@ -1,6 +1,6 @@
 """Operators counted, rates measured and bounds computed, against numbers worked out by hand.
 
-Run it alone: pytest tests/test_roofline.py
+Run it alone: pytest ampscope/tests/test_roofline.py
 """
 
 from types import SimpleNamespace
