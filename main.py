@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run() -> None:
-    """The console command `amp-train`."""
+    """Run this process's command line as `python main.py` does, and end the process."""
     end_with_parent()
     lost = open_streams()
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,13 @@ from utils import RunError, UserError
 if TYPE_CHECKING:
     from assemble import Setup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = str(Path(__file__).resolve().parent.parent)
+# Once the library is imported, this program's folder leaves the path: `import evaluate` in a user's file then finds
+# the package of that name. -P keeps the working folder, which may be the checkout, off the path.
+START = (
+    "import sys; root = sys.argv.pop(1); sys.path.insert(0, root); from ampscope.cli import main; "
+    "sys.path.remove(root); sys.exit(main())"
+)
 
 
 def inspect(
@@ -59,14 +64,12 @@ def inspect(
 
 
 def call_library(words: list[str]) -> None:
-    """Run `ampscope` in a process of its own, in which no module of this program stands before one of the user's.
+    """Run `ampscope` in a process of its own, in which no module of this program hides one of the user's.
 
-    Raise UserError or RunError with what it says if it fails.
+    Raise UserError or RunError with the library's message if it fails.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))}
-    done = subprocess.run(
-        [sys.executable, "-m", "ampscope", *words], env=environment, capture_output=True, text=True, errors="replace"
-    )
+    command = [sys.executable, "-P", "-c", START, ROOT, *words]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     print(done.stdout, end="")
     said, _, reason = done.stderr.rpartition("error: ") if done.returncode else (done.stderr, "", "")
     print(said, end="", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Faults planted in small steps, one for each rule: each is found, named and located; clean steps give no finding.
 
-The line that does wrong carries the comment `# here`. Run: pytest tests/long/test_inspection_faults.py
+The line that does wrong carries the comment `# here`. Run: pytest ampscope/tests/long/test_inspection_faults.py
 """
 
 import inspect as source

@@ -1,6 +1,6 @@
 """`inspect --module FILE.py:make`: the forms of make(), a user's own files of any name, and mistakes in one sentence.
 
-Run: pytest tests/long/test_inspection_module.py
+Run: pytest ampscope/tests/long/test_inspection_module.py
 """
 
 import json

@@ -1,6 +1,7 @@
 """`inspect_step` on models that others wrote, with random weights and small sizes: full reports, no false alarm.
 
-What is not installed is skipped. Large ones want a switch: INSPECTION_ZOO=1 pytest tests/long/test_inspection_zoo.py
+What is not installed is skipped. Large ones need a switch:
+INSPECTION_ZOO=1 pytest ampscope/tests/long/test_inspection_zoo.py
 """
 
 import copy
