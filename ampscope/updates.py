@@ -149,12 +149,14 @@ class Updates:
         self._depth += 1
         if self._depth == 1 and torch._C._current_autograd_node() is None:
             self.forwards[type(core(module)).__name__] += 1
-            if id(module) not in self.roots and next(module.parameters(), None) is not None:
+            first = next(module.parameters(), None)
+            if first is None or first.is_meta:  # a rehearsal that computes nothing
+                return
+            if id(module) not in self.roots:
                 self.roots[id(module)] = _named(module)
-            if id(module) in self.roots:
-                # PyTorch hands keywords on to hooks of a single module alone; here they are the caller's variable.
-                kwargs = sys._getframe(1).f_locals.get("kwargs")
-                self.listener.called(module, args, kwargs or {})
+            # PyTorch hands keywords on to hooks of a single module alone; here they are the caller's variable.
+            kwargs = sys._getframe(1).f_locals.get("kwargs")
+            self.listener.called(module, args, kwargs or {})
 
     def _leave(self, *_: Any) -> None:
         self._depth -= 1
@@ -258,6 +260,8 @@ def _fused(optimizer: Any) -> bool:
 
 
 def _found_inf(scaler: Any, optimizer: Any) -> bool:
+    if not scaler.is_enabled():
+        return False
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
     return any(bool(value.item()) for value in found)
 
