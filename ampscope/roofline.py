@@ -211,38 +211,3 @@ def beyond(shares: Iterable[float | None]) -> list[str]:
         "joined, as it counts what each operator moves from and to memory, or that its rates were measured while the "
         "machine was busier."
     ]
-
-
-def why_it_ends(
-    first: dict[str, Any], last: dict[str, Any], *, speedup: float, first_share: float, share: float
-) -> str:
-    """One sentence: why the gain from the step of `first` to that of `last` ends at `speedup`.
-
-    Both are what `roofline` gave; the shares are how much of its bound each step reaches.
-    """
-    groups = last["groups"]
-    memory = [name for name, row in groups.items() if row["limit"] == "memory"]
-    traffic = sum(groups[name]["share_of_bound"] for name in memory)
-    if traffic >= 0.4:
-        largest = " and ".join(sorted(memory, key=lambda name: -groups[name]["bound_seconds"])[:2])
-        reason = (
-            f"{traffic:.0%} of the last bound is memory traffic, most of it in {largest}, which faster products do "
-            "not shorten"
-        )
-    else:
-        largest = next(iter(groups))
-        products = max(last["rates"].values()) / first["rates"]["float32"]
-        reason = (
-            f"{groups[largest]['share_of_bound']:.0%} of the last bound is arithmetic in {largest}, and a matrix "
-            f"product runs {products:.1f} times as fast as in FP32"
-        )
-    reached = (
-        f"the bound itself became {first['bound_seconds'] / last['bound_seconds']:.2f} times as fast, and the share of "
-        f"it that is reached went from {first_share:.0%} to {share:.0%}"
-    )
-    known = {name: row for name, row in groups.items() if row["measured_seconds"]}
-    if share < 0.8 and known:
-        lost = max(known, key=lambda name: known[name]["measured_seconds"] - known[name]["bound_seconds"])
-        factor = known[lost]["measured_seconds"] / known[lost]["bound_seconds"]
-        reached += f" ({lost} took {factor:.1f} times their bound)"
-    return f"The gain ends at {speedup:.2f} times because {reason}; {reached}."

@@ -1,6 +1,7 @@
-"""What the doctor's measurements mean: how far a speed-up can go, a verdict, its reasons, a command to copy.
+"""What the measurements of doctor and its ladder mean: a verdict, its reasons, where the gain ends, a command to copy.
 
-Takes plain values, as `commands.doctor.examine` collects them. Knows nothing of how they were measured or are shown.
+Takes plain values, as `commands.doctor.examine` and `measuring.ladder` collect them. Knows nothing of how they were
+measured or are shown.
 """
 
 from __future__ import annotations
@@ -118,6 +119,41 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
             what += way if findings.get("loader_streams") else kept
         reasons.append(f"The loader feeds {loader:,.0f} images/s and AMP computes {rate:,.0f}: {what}")
     return reasons
+
+
+def why_it_ends(
+    first: dict[str, Any], last: dict[str, Any], *, speedup: float, first_share: float, share: float
+) -> str:
+    """Return a sentence on why the gain from the update of `first` to that of `last` ends at `speedup`.
+
+    Both come from `ampscope.roofline.roofline`; the shares are how much of its bound each update reaches.
+    """
+    groups = last["groups"]
+    memory = [name for name, row in groups.items() if row["limit"] == "memory"]
+    traffic = sum(groups[name]["share_of_bound"] for name in memory)
+    if traffic >= 0.4:
+        largest = " and ".join(sorted(memory, key=lambda name: -groups[name]["bound_seconds"])[:2])
+        reason = (
+            f"{traffic:.0%} of the last bound is memory traffic, most of it in {largest}, which faster products do "
+            "not shorten"
+        )
+    else:
+        largest = next(iter(groups))
+        products = max(last["rates"].values()) / first["rates"]["float32"]
+        reason = (
+            f"{groups[largest]['share_of_bound']:.0%} of the last bound is arithmetic in {largest}, and a matrix "
+            f"product runs {products:.1f} times as fast as in FP32"
+        )
+    reached = (
+        f"the bound itself became {first['bound_seconds'] / last['bound_seconds']:.2f} times as fast, and the share of "
+        f"it that is reached went from {first_share:.0%} to {share:.0%}"
+    )
+    known = {name: row for name, row in groups.items() if row["measured_seconds"]}
+    if share < 0.8 and known:
+        lost = max(known, key=lambda name: known[name]["measured_seconds"] - known[name]["bound_seconds"])
+        factor = known[lost]["measured_seconds"] / known[lost]["bound_seconds"]
+        reached += f" ({lost} took {factor:.1f} times their bound)"
+    return f"The gain ends at {speedup:.2f} times because {reason}; {reached}."
 
 
 def _command(findings: dict[str, Any], name: str) -> str:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ampscope.roofline import Operator, beyond, roofline, why_it_ends
+from ampscope.roofline import Operator, beyond, roofline
+from measuring.advice import why_it_ends
 from measuring.probe import (
     PATIENCE,
     PRODUCT_SIZE,

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from ampscope.roofline import OTHER, matrix_rate, measured_groups
 from ampscope.timing import timed, wait
 from dataset import Batches
 from features.cpu_layers import adapt_to_cpu
@@ -43,12 +43,12 @@ ROUND_SECONDS = 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
 GRACE = 5  # seconds that an idle process is given to end by itself
 PATIENCE = 240  # seconds for an answer: a hung driver must not hang the doctor
-# Operators of an update, by what autocast can do for them: the first pattern that matches counts.
-OPERATORS = {
-    "products": r"conv|::(add|b|badd)?mm$|::mv|::linear|::matmul|scaled_dot_product|attention",
-    "optimizer": r"_fused_|_foreach_|Optimizer|linalg_vector_norm|_amp_",
-    "casts": r"_to_copy|::copy_|::to$",
-    "activations": r"norm|relu|threshold|hard|silu|sigmoid|gelu|pool|::add_?$|::mul_?$|cat|mean|dropout|softmax|clamp",
+# The roofline's groups of operators, by what autocast can do for them; the rest is "other".
+KINDS = {
+    "products": ("convolutions", "matrix products"),
+    "optimizer": ("optimizer",),
+    "casts": ("casts and copies",),
+    "activations": ("normalization", "activations and sums", "pooling"),
 }
 
 
@@ -108,11 +108,6 @@ def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:
 def endless(batches: Batches) -> Iterator[Iterator]:
     """The updates of epoch after epoch."""
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
-
-
-def kind_of(operator: str) -> str:
-    """Which of OPERATORS an operator's name belongs to, or `other`."""
-    return next((kind for kind, pattern in OPERATORS.items() if re.search(pattern, operator)), "other")
 
 
 class Bench:
@@ -178,12 +173,10 @@ class Bench:
         return {**self.peak, "before_mb": self.memory_before}
 
     def details(self, size: int) -> dict[str, Any]:
-        """Memory in MB over all rounds, shares by kind of operator, and TFLOP/s of a square matrix product."""
+        """Return memory in MB over all rounds, shares by kind of operator, and TFLOP/s of a square matrix product."""
         memory = self.memory()
         shares, busy = self._shares()
-        left, right = (torch.randn(size, size, device=self.device).to(self.update.precision.dtype) for _ in range(2))
-        # The shortest of some runs: whatever else runs on the machine can only make one longer.
-        tflops = 2 * size**3 / min(timed(lambda: left @ right, self.device, 6)) / 1e12
+        tflops = matrix_rate(self.device, self.update.precision.dtype, size=size) / 1e12
         slowdown = None
         if self.device.type == "cpu" and not self.update.precision.amp:
             # What instructions promise for float16, PyTorch's kernels need not keep.
@@ -207,18 +200,18 @@ class Bench:
         ]
 
     def _shares(self) -> tuple[dict[str, float], float | None]:
-        """Shares of some updates by kind of operator, from torch.profiler; on CUDA also how busy the device is."""
+        """Return shares of some updates by kind of operator, and on CUDA how busy the device is."""
         cuda = self.device.type == "cuda"
         updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
-        totals = dict.fromkeys([*OPERATORS, "other"], 0.0)
-        for event in self._profiled(updates):
-            totals[kind_of(event.key)] += event.self_device_time_total if cuda else event.self_cpu_time_total
-        total = sum(totals.values())
-        shares = {kind: microseconds / total if total else 0.0 for kind, microseconds in totals.items()}
+        seconds = measured_groups(self._profiled(updates), cuda=cuda)
+        total = sum(seconds.values())
+        shares = {kind: sum(seconds.get(group, 0.0) for group in groups) for kind, groups in KINDS.items()}
+        shares["other"] = seconds.get(OTHER, 0.0)
+        shares = {kind: share / total if total else 0.0 for kind, share in shares.items()}
         if not cuda:
             return shares, None
         phases = self.round(len(updates))["phases"]  # by the device's clock, without what the profiler costs
-        return shares, min(1.0, total / 1e6 / (sum(phases.values()) - phases["data"]))
+        return shares, min(1.0, total / (sum(phases.values()) - phases["data"]))
 
 
 def _random_batches(device: torch.device, image_size: int, batch_size: int) -> Batches:

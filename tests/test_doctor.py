@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from ampscope.roofline import GROUPS
 from ampscope.timing import amdahl
 from commands import doctor
 from measuring import advice, hardware, probe
@@ -83,18 +84,38 @@ def test_ceilings_by_hand(findings):
     assert top["gained"] == pytest.approx(0.8 * 20 / (0.5 * 12.5))
 
 
-KINDS = {
-    "products": "mkldnn_convolution convolution_backward addmm mm",
-    "activations": "native_batch_norm threshold_backward cudnn_batch_norm add_",
-    "optimizer": "_fused_adam_ _foreach_norm linalg_vector_norm",
-    "casts": "copy_",
-    "other": "empty sum",
-}
+def lines(memory_share):
+    """A first and a last roofline of which so much is memory traffic."""
+    row = {"flops": 1, "bytes": 1, "calls": 1, "measured_seconds": None}
+    groups = {
+        "convolutions": {**row, "limit": "arithmetic", "share_of_bound": 1 - memory_share, "bound_seconds": 1.0},
+        "normalization": {**row, "limit": "memory", "share_of_bound": memory_share, "bound_seconds": 0.5},
+    }
+    first = {"bound_seconds": 6.0, "rates": {"float32": 1.0}, "groups": groups}
+    return first, {"bound_seconds": 2.0, "rates": {"float32": 1.0, "bfloat16": 8.0}, "groups": groups}
 
 
-def test_kind_of_operator():
-    found = {kind: {probe.kind_of(f"aten::{name}") for name in names.split()} for kind, names in KINDS.items()}
-    assert found == {kind: {kind} for kind in KINDS}
+def test_why_the_gain_ends_in_memory_traffic_or_in_arithmetic():
+    traffic = advice.why_it_ends(*lines(0.6), speedup=2.5, first_share=0.4, share=0.9)
+    assert traffic.startswith("The gain ends at 2.50 times") and ". " not in traffic
+    assert (
+        "60% of the last bound is memory traffic" in traffic and "normalization" in traffic and "3.00 times" in traffic
+    )
+    arithmetic = advice.why_it_ends(*lines(0.2), speedup=2.5, first_share=0.4, share=0.9)
+    assert "80% of the last bound is arithmetic in convolutions" in arithmetic and "8.0 times as fast" in arithmetic
+
+
+def test_what_misses_its_bound_by_most_is_named():
+    first, last = lines(0.6)
+    last["groups"]["convolutions"]["measured_seconds"] = 1.1
+    last["groups"]["normalization"]["measured_seconds"] = 2.0
+    why = advice.why_it_ends(first, last, speedup=1.5, first_share=0.4, share=0.5)
+    assert "went from 40% to 50% (normalization took 4.0 times their bound)" in why
+
+
+def test_each_group_of_operators_is_of_one_kind():
+    groups = [group for names in probe.KINDS.values() for group in names]
+    assert sorted(groups) == sorted(GROUPS)
 
 
 def test_summary_takes_medians_and_neighbouring_ratios():

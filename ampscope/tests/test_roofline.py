@@ -97,35 +97,6 @@ def test_a_type_without_a_rate_of_its_own_counts_as_float32():
     assert found["bound_seconds"] == 100
 
 
-def lines(memory_share):
-    """A first and a last roofline of which so much is memory traffic."""
-    row = {"flops": 1, "bytes": 1, "calls": 1, "measured_seconds": None}
-    groups = {
-        "convolutions": {**row, "limit": "arithmetic", "share_of_bound": 1 - memory_share, "bound_seconds": 1.0},
-        "normalization": {**row, "limit": "memory", "share_of_bound": memory_share, "bound_seconds": 0.5},
-    }
-    first = {"bound_seconds": 6.0, "rates": {"float32": 1.0}, "groups": groups}
-    return first, {"bound_seconds": 2.0, "rates": {"float32": 1.0, "bfloat16": 8.0}, "groups": groups}
-
-
-def test_why_the_gain_ends_in_memory_traffic_or_in_arithmetic():
-    traffic = roofline.why_it_ends(*lines(0.6), speedup=2.5, first_share=0.4, share=0.9)
-    assert traffic.startswith("The gain ends at 2.50 times") and ". " not in traffic
-    assert (
-        "60% of the last bound is memory traffic" in traffic and "normalization" in traffic and "3.00 times" in traffic
-    )
-    arithmetic = roofline.why_it_ends(*lines(0.2), speedup=2.5, first_share=0.4, share=0.9)
-    assert "80% of the last bound is arithmetic in convolutions" in arithmetic and "8.0 times as fast" in arithmetic
-
-
-def test_what_misses_its_bound_by_most_is_named():
-    first, last = lines(0.6)
-    last["groups"]["convolutions"]["measured_seconds"] = 1.1
-    last["groups"]["normalization"]["measured_seconds"] = 2.0
-    why = roofline.why_it_ends(first, last, speedup=1.5, first_share=0.4, share=0.5)
-    assert "went from 40% to 50% (normalization took 4.0 times their bound)" in why
-
-
 def test_rates_of_this_machine():
     rate = roofline.matrix_rate(CPU, torch.float32, size=64, repeats=2)
     bandwidth = roofline.copy_bandwidth(CPU, megabytes=1, repeats=2)
