@@ -6,12 +6,9 @@ It needs no script, no network and no other file, reads well in light and dark a
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-
-from PIL import Image
 
 from ampscope.text import printable
 
@@ -39,7 +36,6 @@ img{display:block;box-sizing:border-box;max-width:100%;margin:1rem 0;background:
  img{max-height:13cm;width:auto!important}
  table{font-size:8.5pt}.wide td,.wide th{font-size:6pt;padding:.1rem .2rem}}
 """
-LARGEST_CHART = 200_000  # bytes of a PNG without photographs
 
 
 def text(value: object) -> str:
@@ -61,20 +57,12 @@ def table(header: list[str], rows: Sequence[Sequence[object]], kind: str = "") -
 
 
 def picture(file: Path, name: str, width: int) -> str:
-    """Return a picture inside the page, or nothing if the file is missing.
+    """Return a PNG inside the page, or nothing if the file is missing."""
+    return embedded(file.read_bytes(), "png", name, width) if file.exists() else ""
 
-    A chart stands in it as it is. Photographs, whose PNG is large, become WebP of a tenth of it.
-    """
-    if not file.exists():
-        return ""
-    kind = "png"
-    content = file.read_bytes()
-    if len(content) > LARGEST_CHART:
-        kind = "webp"
-        buffer = io.BytesIO()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-            image.convert("RGB").save(buffer, "WEBP", quality=90, method=0)
-        content = buffer.getvalue()
+
+def embedded(content: bytes, kind: str, name: str, width: int) -> str:
+    """Return the content of a picture file inside the page; `kind` is its format, `width` in pixels."""
     data = base64.b64encode(content).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="{text(name)}" style="width:{width}px">\n'
 

@@ -11,6 +11,7 @@ import numpy as np
 from ampscope import html
 from images.decode import Rules
 from reports.doubt import Doubt, find_doubtful
+from reports.page import picture
 from reports.results import read_predictions, read_run, student
 from reports.sheets import labelled_sheet
 from reports.text import align, fit
@@ -143,7 +144,7 @@ def summary(report: dict[str, Any]) -> str:
 def write_page(report: dict[str, Any], rows: list[list[str]], folder: Path) -> None:
     """report.html: the summary, the sheet, the pairs, copies and the first 500 doubtful labels."""
     body = "".join(f"<p>{html.text(line)}</p>\n" for line in summary(report).split("\n\n")[0].splitlines())
-    body += "<h2>Most doubtful</h2>\n" + html.picture(folder / "doubtful.png", "The most doubtful labels", 1040)
+    body += "<h2>Most doubtful</h2>\n" + picture(folder / "doubtful.png", "The most doubtful labels", 1040)
     body += "<h2>Pairs of classes</h2>\n" + html.table(PAIR_HEADER, pair_table(report, 100))
     if report["copies_under_two_labels"]:
         copies = [[" = ".join(group)] for group in report["copies_under_two_labels"]]

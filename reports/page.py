@@ -6,15 +6,20 @@ that lie in the run folders; the numbers come from `results`. Knows nothing of t
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from ampscope.html import html_page, picture, table, text
+from PIL import Image
+
+from ampscope import html
+from ampscope.html import html_page, table, text
 from reports import pictures
 from reports.results import read_run
 from reports.tables import class_rows, conditions, facts, table_cells, verdict
 from system.files import write_text
 
+LARGEST_CHART = 200_000  # bytes of a PNG without photographs
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
     "learning_curve.png": ("Learning curve", 960),
     "confusion_matrix.png": ("Confusion matrix of the test images", 620),
@@ -25,6 +30,19 @@ PICTURES = {  # of a run's folder: heading, and width on the page in pixels
     "batch.png": ("The first training images as the network sees them", 960),
     "reliability.png": ("Calibration: a calibrated model is right in 80 % of the images it is 80 % sure of", 560),
 }
+
+
+def picture(file: Path, name: str, width: int) -> str:
+    """Return a picture inside the page, or nothing if the file is missing.
+
+    A chart stands in it as it is. Photographs, whose PNG is large, become WebP of a tenth of it.
+    """
+    if not file.exists() or file.stat().st_size <= LARGEST_CHART:
+        return html.picture(file, name, width)
+    buffer = io.BytesIO()
+    with Image.open(file, formats=["PNG"]) as image:
+        image.convert("RGB").save(buffer, "WEBP", quality=90, method=0)
+    return html.embedded(buffer.getvalue(), "webp", name, width)
 
 
 def run_parts(run: dict[str, Any], level: int) -> str:
