@@ -209,8 +209,9 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 
 def decode_rate(arguments: argparse.Namespace) -> float:
     """Images per second from files into a new cache on disk: the median of three passes over up to 4,000 images."""
+    from images.cache import Opening
     from images.folders import find_image_set
-    from images.stores import Opening, open_store
+    from images.stores import open_store
 
     paths = [path for path, _ in find_image_set(arguments.data_dir).train][:4000]
     seconds = []

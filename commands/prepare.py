@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from images.archive import checked, opened_zip, unpack
-from images.cache import clean_caches
+from images.cache_files import clean_caches
 from images.check import check, format_check
 from images.decode import Rules, windows_of
 from images.demo import draw_demo

@@ -1,28 +1,45 @@
-"""Decoded images kept in a file, checked against checksums, and built by one process at a time."""
+"""Decode a listing once and keep it, checked against checksums, or find it decoded earlier. Imports no torch."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
 import shutil
-import tempfile
 import time
 import zlib
-from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from images.cache_files import cache_folder, limit_caches, only_builder
 from images.decode import Header, Rules, ahead, deep_mode, read_header, try_decode, value_range
-from system.files import atomic_write, json_text, lock, remove
+from system.files import atomic_write, json_text, remove
+from system.machine import available_memory, cores
 from utils import log, progress
+
+
+@dataclass
+class Opening:
+    """Say how files are opened: what is kept decoded and where, and by which rules they become pixels."""
+
+    cache: str = "auto"  # auto, memory or none
+    workers: int | None = None  # None: one a core, at most 8
+    pin: bool = False  # prepare batches in page-locked memory for a CUDA device
+    cache_limit: float = math.inf  # GB
+    rules: Rules = field(default_factory=Rules)
+    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
+    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
+
+    def __post_init__(self) -> None:
+        if self.workers is None:
+            self.workers = min(8, cores())
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
@@ -67,41 +84,45 @@ class _OtherShape(Exception):
     """An image came out in another size than its header said."""
 
 
-def cache_folder(root: Path) -> Path:
-    """Return the folder for decoded images: in the data folder, or the user's cache if that is read-only.
+def make_room(root: Path, opening: Opening) -> None:
+    """Remove caches of other data sets and sizes beyond `opening.cache_limit`; call it when all parts are open."""
+    limit_caches(cache_folder(root), opening.cache_limit * 2**30, keep=opening.own)
 
-    If there is no home, or this process may not enter it, return one in the folder for temporary files.
+
+def checksums(paths: list[Path], root: Path, limit: int, opening: Opening) -> np.ndarray:
+    """Return the CRC-32 of each image (count,) as `open_store` would keep it with that limit; keep no pixels."""
+    return decoded(paths, root, limit, replace(opening, cache="none", own_window=False)).crc32
+
+
+def decoded(paths: list[Path], root: Path, limit: int, opening: Opening, part: str = "") -> Kept:
+    """Return what is known of a listing's images: found in the cache folder, or decoded now.
+
+    `part` begins the sentences that say so.
     """
-    inside = root / ".cache"
-    places = [inside]
-    if os.environ.get("XDG_CACHE_HOME"):
-        places.append(Path(os.environ["XDG_CACHE_HOME"], "amp-train"))
-    with suppress(RuntimeError):  # no HOME, and no entry for this user
-        places.append(Path.home() / ".cache" / "amp-train")
-    with suppress(OSError):
-        places.append(Path(tempfile.gettempdir(), f"amp-train-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"))
-    for place in places:
-        with suppress(OSError):
-            place.mkdir(mode=0o700 if place is places[-1] else 0o777, parents=place is not inside, exist_ok=True)
-            own = not hasattr(os, "getuid") or place is inside or place.stat().st_uid == os.getuid()
-            if own and os.access(place, os.W_OK | os.X_OK):
-                return place
-    return inside
+    workers = opening.workers or 0
+    states = [file_state(path) for path in paths]
+    identity = [opening.rules.identity, opening.own_window, limit, [str(root.resolve()), *map(str, paths)], states]
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
+    file = cache_folder(root) / f"{key}.npy"
+    with only_builder(file.with_suffix(".lock")):
+        kept = read_notes(file, len(paths))
+        plan = kept or survey(paths, limit, opening.rules, opening.own_window, workers)
+        others = sum(each.stat().st_size for each in opening.own - {file} if each.exists())
+        size = math.prod(plan.shape(len(paths)))
+        streamed = _is_streamed(opening.cache, size, opening.cache_limit * 2**30 - others)
+        if kept and not streamed:
+            kept.array = map_array(file, kept, workers, part)
+        if kept is None or (kept.array is None and not streamed):
+            kept = build_cache(file, paths, plan, limit, streamed=streamed, workers=workers, part=part)
+    opening.own.add(file)
+    return kept
 
 
-@contextmanager
-def only_builder(file: Path) -> Iterator[None]:
-    """Let one process of this machine build a cache at a time; the others wait, and then find it built."""
-    try:
-        handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
-    except OSError:  # where no lock can be written no cache can
-        yield
-        return
-    with handle:
-        if not lock(handle):
-            log.info("another process is decoding the images; waiting for it")
-            lock(handle, wait=True)
-        yield
+def _is_streamed(cache: str, size: int, room: float) -> bool:
+    """Return True if images are decoded in each epoch: on request, or if memory or the room for caches is too small."""
+    memory = available_memory()
+    memory = 4 * 2**30 if memory is None else memory
+    return cache == "none" or (cache == "auto" and size > min(0.6 * memory, room))
 
 
 def read_notes(file: Path, count: int) -> Kept | None:
@@ -297,68 +318,3 @@ def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, stre
 def described(shape: tuple[int, ...]) -> str:
     count, height, width, _ = shape
     return f"{count:,} of {width}x{height} pixels ({math.prod(shape) / 2**20:,.0f} MB)"
-
-
-@dataclass(frozen=True)
-class CacheFile:
-    """One listing's decoded images on disk: their size in bytes, and when they were last used (seconds, as time())."""
-
-    file: Path
-    size: int
-    used: float
-
-
-def caches(folder: Path) -> list[CacheFile]:
-    """Return the caches in a folder, the least recently used first."""
-    found = []
-    for stem in {path.stem for suffix in ("npy", "json") for path in folder.glob(f"{'[0-9a-f]' * 20}.{suffix}")}:
-        file = folder / f"{stem}.npy"
-        with suppress(OSError):
-            states = [path.stat() for path in (file, file.with_suffix(".json")) if path.exists()]
-            found.append(CacheFile(file, sum(state.st_size for state in states), max(s.st_mtime for s in states)))
-    return sorted(found, key=lambda cache: cache.used)
-
-
-def limit_caches(folder: Path, limit: float, *, keep: Path | Collection[Path]) -> None:
-    """Remove the least recently used caches until all take at most `limit` bytes.
-
-    Never remove those in `keep`: the caches of one data set would remove one another at every start.
-    """
-    kept = {keep} if isinstance(keep, Path) else set(keep)
-    there = caches(folder)
-    total = sum(cache.size for cache in there)
-    for cache in there:
-        if total > limit and cache.file not in kept:
-            remove_cache(cache)
-            total -= cache.size
-            log.info(f"removed the cache {cache.file} ({cache.size / 2**20:,.0f} MB): --cache_limit")
-
-
-def remove_cache(cache: CacheFile) -> bool:
-    """Remove a cache; return False if a process is building it."""
-    with contextlib.ExitStack() as opened:
-        with suppress(OSError):
-            handle = opened.enter_context(open(cache.file.with_suffix(".lock"), "w"))
-            if not lock(handle):
-                return False
-        remove(cache.file, cache.file.with_suffix(".json"))
-        remove(*cache.file.parent.glob(f".{cache.file.stem}.*.tmp"), cache.file.with_suffix(".lock"))
-    return True
-
-
-def clean_caches(root: Path) -> list[CacheFile]:
-    """Remove the caches of the images below `root`; return those that are gone.
-
-    If `root` is read-only, its caches are in a folder that all data sets share. Those of the others stay.
-    """
-    folder = cache_folder(root)
-    is_shared = folder != root / ".cache"
-    return [cache for cache in caches(folder) if (not is_shared or _is_of(cache, root)) and remove_cache(cache)]
-
-
-def _is_of(cache: CacheFile, root: Path) -> bool:
-    """Return True if a cache's notes say that its images lie below `root`."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        notes = json.loads(cache.file.with_suffix(".json").read_text())
-        return Path(notes["images_in"]).is_relative_to(root.absolute())
-    return False

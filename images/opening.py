@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from command_line.kinds import parse_shares
+from images.cache import Opening, checksums, make_room
 from images.decode import NO_DEEP, try_decode
 from images.folders import ImageSet, Listing
 from images.labels import list_images
 from images.soundness import refuse_empty, report_unreadable, say_absent, warn_of_leaks
 from images.split import PARTS, digest, divide, extend, in_groups, read_split, same_pictures
-from images.stores import Opening, checksums, make_room, open_store
+from images.stores import open_store
 from images.subsets import DataSet, Split, Subset, files_checksum, split_name
 from images.walk import composed
 from utils import UserError, amount, log, printable

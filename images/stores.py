@@ -7,8 +7,6 @@ Knows nothing of classes, labels, splits or the device.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import mmap
 import multiprocessing
@@ -17,27 +15,16 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from images.cache import (
-    Kept,
-    build_cache,
-    cache_folder,
-    described,
-    file_state,
-    limit_caches,
-    map_array,
-    only_builder,
-    read_notes,
-    survey,
-)
+from images.cache import Kept, Opening, decoded, described
 from images.decode import Rules, ahead, try_decode
-from system.machine import available_memory, cores, startable
+from system.machine import startable
 from utils import STOP_SIGNALS, RunError, amount, log, printable
 
 # uint8 (count, height, width, 3), with smaller images in the upper left corner, and their heights and widths `shapes`
@@ -245,23 +232,6 @@ def _quiet_worker(_worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
-@dataclass
-class Opening:
-    """Say how files are opened: what is kept decoded and where, and by which rules they become pixels."""
-
-    cache: str = "auto"  # auto, memory or none
-    workers: int | None = None  # None: one a core, at most 8
-    pin: bool = False  # prepare batches in page-locked memory for a CUDA device
-    cache_limit: float = math.inf  # GB
-    rules: Rules = field(default_factory=Rules)
-    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
-    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
-
-    def __post_init__(self) -> None:
-        if self.workers is None:
-            self.workers = min(8, cores())
-
-
 def open_store(
     paths: list[Path], root: Path, *, limit: int, opening: Opening | None = None, part: str = ""
 ) -> ImageStore:
@@ -275,7 +245,7 @@ def open_store(
     """
     opening = opening or Opening()
     part = f"{part} " if part else ""
-    kept = _kept(paths, root, limit, opening, part)
+    kept = decoded(paths, root, limit, opening, part)
     if kept.several:
         hold = amount(kept.several, f"{part}file holds", f"{part}files hold")
         log.info(f"{hold} several pictures: the first of each is used")
@@ -283,41 +253,3 @@ def open_store(
         return DecodedImages(kept.array, kept.crc32, kept.unreadable, opening.pin, kept.shapes, kept.rules, kept.deep)
     log.info(f"{part}images: {described(kept.shape(len(paths)))}, streamed through {opening.workers} workers")
     return StreamedImages(paths, kept, limit, workers=opening.workers or 0, pin=opening.pin)
-
-
-def make_room(root: Path, opening: Opening) -> None:
-    """Remove caches of other data sets and sizes beyond `opening.cache_limit`; call it when all parts are open."""
-    limit_caches(cache_folder(root), opening.cache_limit * 2**30, keep=opening.own)
-
-
-def checksums(paths: list[Path], root: Path, limit: int, opening: Opening) -> np.ndarray:
-    """Return the CRC-32 of each image (count,) as `open_store` would keep it with that limit; keep no pixels."""
-    return _kept(paths, root, limit, replace(opening, cache="none", own_window=False)).crc32
-
-
-def _kept(paths: list[Path], root: Path, limit: int, opening: Opening, part: str = "") -> Kept:
-    """Return what is known of a listing's images: found in the cache folder, or decoded now."""
-    workers = opening.workers or 0
-    states = [file_state(path) for path in paths]
-    identity = [opening.rules.identity, opening.own_window, limit, [str(root.resolve()), *map(str, paths)], states]
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:20]
-    file = cache_folder(root) / f"{key}.npy"
-    with only_builder(file.with_suffix(".lock")):
-        kept = read_notes(file, len(paths))
-        plan = kept or survey(paths, limit, opening.rules, opening.own_window, workers)
-        others = sum(each.stat().st_size for each in opening.own - {file} if each.exists())
-        size = math.prod(plan.shape(len(paths)))
-        streamed = _is_streamed(opening.cache, size, opening.cache_limit * 2**30 - others)
-        if kept and not streamed:
-            kept.array = map_array(file, kept, workers, part)
-        if kept is None or (kept.array is None and not streamed):
-            kept = build_cache(file, paths, plan, limit, streamed=streamed, workers=workers, part=part)
-    opening.own.add(file)
-    return kept
-
-
-def _is_streamed(cache: str, size: int, room: float) -> bool:
-    """Return True if images are decoded in each epoch: on request, or if memory or the room for caches is too small."""
-    memory = available_memory()
-    memory = 4 * 2**30 if memory is None else memory
-    return cache == "none" or (cache == "auto" and size > min(0.6 * memory, room))

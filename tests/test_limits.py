@@ -160,8 +160,8 @@ def test_a_second_start_decodes_nothing_however_small_the_limit(
         return open_data_set(folder, image_size=32, seed=1, keep_larger=keep_larger, opening=opening)
 
     first = opened()
-    monkeypatch.setattr(stores, "build_cache", lambda *_: pytest.fail("decoded again"))
-    monkeypatch.setattr(stores, "survey", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("images.cache.build_cache", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("images.cache.survey", lambda *_: pytest.fail("read again"))
     second = opened()
     assert second.fingerprint == first.fingerprint
     kinds = {name: type(subset.store).__name__ for name, subset in second.subsets.items()}
@@ -181,7 +181,7 @@ def test_what_is_kept_of_other_sizes_makes_room(data, tmp_path):
 
 def test_no_memory_left_is_not_unknown_memory(folder, monkeypatch):
     for left, kind in ((0, stores.StreamedImages), (None, stores.DecodedImages)):
-        monkeypatch.setattr(stores, "available_memory", lambda left=left: left)
+        monkeypatch.setattr("images.cache.available_memory", lambda left=left: left)
         assert type(open_store(sorted(folder.glob("*.png")), folder, limit=16, opening=Opening(workers=0))) is kind
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from commands import predict
 from dataset import Batches, balanced
 from distributed import Ranks
-from images.cache import caches
+from images.cache_files import caches
 from images.check import _sizes, check
 from images.decode import Rules, decode, try_decode
 from images.folders import find_image_set, part_of
@@ -579,8 +579,8 @@ def test_clean_touches_no_caches_if_the_folder_is_not_there(tmp_path, run, monke
 
 
 def test_clean_leaves_the_shared_caches_of_other_data(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("images.cache_files.cache_folder", lambda root: tmp_path)
     monkeypatch.setattr("images.cache.cache_folder", lambda root: tmp_path)
-    monkeypatch.setattr("images.stores.cache_folder", lambda root: tmp_path)
     roots = [classes(tmp_path / name, count=3) for name in ("data", "data2")]
     for root in roots:
         opened(root)

@@ -13,7 +13,8 @@ import torch
 
 from choices import AUGMENTATIONS
 from dataset import Batches
-from images.stores import Opening, open_store
+from images.cache import Opening
+from images.stores import open_store
 from images.subsets import Subset
 from model import Network
 from optimizer import make_optimizer, make_scheduler

@@ -16,7 +16,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from images.stores import Opening, open_store
+from images.cache import Opening
+from images.stores import open_store
 from runs.folder import RunDirectory
 
 EPOCHS = int(os.environ.get("ENDURANCE", "30"))

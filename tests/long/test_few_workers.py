@@ -13,7 +13,8 @@ import test_limits
 from test_limits import read, streamed
 
 from images import decode, stores
-from images.stores import Opening, open_store
+from images.cache import Opening
+from images.stores import open_store
 from system import machine
 from utils import RunError
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, features
 from test_pictures import classes, draw, opened
 
-from images.cache import caches, limit_caches
+from images.cache_files import caches, limit_caches
 from images.check import check, format_check
 from images.decode import Rules, decode, read_header, try_decode
 from images.folders import find_image_set
