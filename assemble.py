@@ -16,7 +16,7 @@ from torch import nn
 
 import option
 from command_line.idle import about_division
-from command_line.kinds import ALL, images_asked, seconds_of
+from command_line.kinds import ALL, images_asked, intervals, seconds_of
 from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
@@ -40,7 +40,7 @@ from model import (
     preprocessing,
     rebuild_model,
 )
-from optimizer import balanced_weights, make_optimizer, make_scheduler, parameter_groups
+from optimizer import SmoothedCrossEntropy, balanced_weights, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision, choose_precision, sensible_precisions
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.config import NOT_RECORDED, describe, read_config, versions
@@ -50,7 +50,7 @@ from system.machine import GPUS, cores, device_name
 from system.meeting import share_cores
 from train import Trainer
 from transforms import Preprocess
-from utils import UserError, choose_device, log, printable, seed_everything
+from utils import StopSignal, UserError, choose_device, log, printable, seed_everything
 
 
 def demo_size(device_name: str) -> DemoSize | None:
@@ -391,13 +391,12 @@ class Setup:
             run,
             epochs,
             options.seed,
-            label_smoothing=options.label_smoothing,
-            class_weights=self._class_weights(data),
+            SmoothedCrossEntropy(options.label_smoothing, self._class_weights(data)),
             best_by=options.best_by,
-            max_seconds=seconds_of(options.max_time) if options.max_time else None,
+            stop=StopSignal(seconds_of(options.max_time) if options.max_time else None),
             clip_grad_norm=options.clip_grad_norm,
             log_interval=options.log_interval,
-            checkpoint_every=options.checkpoint_every,
+            **intervals(options.checkpoint_every),
             patience=options.patience,
             record=self._identity(data, model),
         )

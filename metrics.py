@@ -1,26 +1,26 @@
-"""An epoch's numbers: left on the device by each update, read back now and then, summed, and turned into a line.
+"""The numbers of an epoch: left on the device by each update, read now and then, summed, and turned into a line.
 
-Also the alarms: a loss or gradient that is not finite, a loss scale that falls. Knows nothing of files or options.
+Also the alarms: a loss or gradient that is not finite, a loss scale that falls (their words are in runs/failures.py).
+Knows nothing of files or options.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from choices import METRICS
 from distributed import Ranks
-from evaluate import Evaluation, NotFinite, way_out
-from model import Forward
-from precision import Precision, wider_range
+from evaluate import Evaluation
+from model import StepModel
 from runs.checkpoint import Progress
+from runs.failures import Failures
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
-from utils import RunError, amount, log, typed
+from utils import amount, log
 
 
 def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
@@ -42,47 +42,59 @@ def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
     return [epoch for epoch, score in scores.items() if score == best]
 
 
+class UpdateStats(NamedTuple):
+    """Numbers of one update, on the device until `Meter.read`: a tensor of shape () each."""
+
+    loss_sum: torch.Tensor  # over this rank's images
+    correct: torch.Tensor  # predictions for this rank's images
+    gradient_norm: torch.Tensor  # L2, of all ranks
+    last_bad: torch.Tensor  # index of the last trained parameter whose gradient is not finite
+    loss_scale: torch.Tensor
+
+
 class UpdateRecord:
-    """What one update leaves on the device: nothing here waits for it."""
+    """Collect the `UpdateStats` of one update without waiting for the device."""
 
     def __init__(self) -> None:
         self.loss_sum = torch.zeros(())
         self.correct = torch.zeros(())
-        self.gradients: list[torch.Tensor] = []
+        self.gradients: tuple[torch.Tensor, ...] = ()
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weight: int) -> None:
-        """Adds a micro-batch: its loss (a sum), logits (count, classes), and labels or their probabilities."""
+        """Add a micro-batch: its loss (a sum), logits (count, classes), and class indices or probabilities."""
         self.loss_sum = self.loss_sum.to(loss.device) + loss.detach()
         right = (logits.argmax(1) == class_indices(labels)) & logits.isfinite().all(1)
         self.correct = self.correct.to(loss.device) + weight * right.sum()
 
-    def gradient_norm(self, model: Forward, scaler: torch.amp.GradScaler) -> torch.Tensor:
-        """The L2 norm of all gradients; notes which parameter's is bad, and the loss scale before it changes."""
+    def gradient_norm(self, model: StepModel, scaler: torch.amp.GradScaler) -> torch.Tensor:
+        """Return the L2 norm of all gradients; note which one is bad, and the loss scale before it changes."""
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         found = iter(torch._foreach_norm([parameter.grad for parameter in trained if parameter.grad is not None]))
-        none = torch.zeros_like(self.loss_sum)  # of a parameter that the forward pass does not use
-        norms = torch.stack([none if parameter.grad is None else next(found) for parameter in trained])
+        zero = torch.zeros_like(self.loss_sum)  # of a parameter that the forward pass does not use
+        norms = torch.stack([zero if parameter.grad is None else next(found) for parameter in trained])
         norm = torch.linalg.vector_norm(norms)
-        last_bad = len(norms) - 1 - norms.isfinite().logical_not().flip(0).float().argmax()
+        # The backward pass reaches the last parameter first, so the last bad gradient is where the overflow began.
+        # argmax finds the first True: it searches the reversed list.
+        bad = norms.isfinite().logical_not()
+        last_bad = len(norms) - 1 - bad.flip(0).float().argmax()
         loss_scale = scaler.scale(torch.ones_like(self.loss_sum))  # on the device: get_scale() would wait for it
-        self.gradients = [norm, last_bad.float(), loss_scale.float()]
+        self.gradients = (norm, last_bad.float(), loss_scale.float())
         return norm
 
-    def row(self) -> torch.Tensor:
-        """(5,): loss sum, correct predictions, gradient norm, index of the last trained parameter whose gradient is
-        not finite (the first that the backward pass reached), loss scale."""
-        return torch.stack([self.loss_sum.float(), self.correct.float(), *self.gradients])
+    def stats(self) -> UpdateStats:
+        """Return the numbers of the whole update."""
+        return UpdateStats(self.loss_sum.float(), self.correct.float(), *self.gradients)
 
 
 def class_indices(labels: torch.Tensor) -> torch.Tensor:
-    """Class indices of labels that may be probabilities (count, classes) after MixUp or CutMix."""
+    """Return the class indices of labels, which are probabilities (count, classes) after MixUp or CutMix."""
     return labels.argmax(1) if labels.ndim > 1 else labels
 
 
 class UnusedParameters:
-    """Names the trained parameters that have no gradient when `optimizer` makes the next step that is `due`.
+    """Warn of the trained parameters that have no gradient in the next step of `optimizer` while this is `due`.
 
-    The forward pass does not use them, so that they stay as they are. Nothing waits for the device.
+    The forward pass does not use them, so they never change. Nothing waits for the device.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module):
@@ -106,168 +118,112 @@ class UnusedParameters:
             )
 
 
-def what_caused(best: Path | None, *, first: bool) -> str:
-    """Return the usual cause of a loss that is not finite, and what helps; `best` are weights to go on from.
-
-    Before the `first` update no learning rate can be the cause. A resume keeps its options, so another run is needed.
-    """
-    if first:
-        return (
-            "No update was made before it, so the weights that the run began from are the usual cause: begin from "
-            "others (--pretrained_path, --weights, --pretrained 0), or with their own --normalize."
-        )
-    begin = "Begin another run with a lower --learning_rate, more --warmup_epochs or --clip_grad_norm"
-    weights = f", from the best epoch: {typed('--pretrained_path', best)}" if best else ""
-    return f"A learning rate that is too high is the usual cause. {begin}{weights}."
-
-
 class Meter:
-    """Sums up what updates recorded, in the `Progress` of the run in `folder`."""
+    """Sum up the numbers of an epoch's updates in a run's `Progress`, and stop a run that cannot go on."""
 
-    def __init__(
-        self, folder: Path, precision: Precision, scaler: torch.amp.GradScaler, ranks: Ranks, updates_per_epoch: int
-    ):
-        self.folder = folder
-        self.precision = precision
+    def __init__(self, failures: Failures, scaler: torch.amp.GradScaler, ranks: Ranks):
+        self.failures = failures
         self.scaler = scaler
         self.ranks = ranks
-        self.updates_per_epoch = updates_per_epoch
-        self.warming = True  # this epoch's peak memory holds what comes once, such as cuDNN's searches
+        self.warming = True  # this epoch's peak memory includes what is taken once, such as cuDNN's searches
         self.waiting = Waiting()  # since the epoch began
-        self._unread: list[torch.Tensor] = []
+        self._unread: list[UpdateStats] = []
         self._scale_warned = False
 
-    def add(self, row: torch.Tensor) -> None:
-        """Keeps the row (5,) of an update, on the device, until `read`."""
-        self._unread.append(row)
-
-    def read(self, at: Progress, parameters: list[str], batch_sizes: list[int]) -> None:
-        """Reads what the updates since the last reading left on the device: the only wait for it.
-
-        `parameters` names those that are trained, `batch_sizes` are the images of each update that was not read.
-        Raises RunError if the run cannot go on.
-        """
-        begun = at.update - len(self._unread)
-        records = torch.stack(self._unread)
-        totals = records[:, :2].contiguous()
-        self.ranks.sum(totals)  # loss and correct predictions are per rank, the rest is the same on all
-        rows = torch.cat([totals, records[:, 2:]], 1).tolist()
-        self._unread.clear()
-        for update, (row, count) in enumerate(zip(rows, batch_sizes, strict=True), begun + 1):
-            loss, correct, norm, bad, scale = row
-            finite = math.isfinite(norm)
-            if not finite and not self.scaler.is_enabled():
-                raise self.not_finite("gradient" if math.isfinite(loss) else "loss", at, update)
-            at.sums["images"] += count
-            at.sums["correct"] += correct
-            if finite:
-                at.sums["loss"] += loss
-                at.sums["norm"] += norm
-                at.sums["updates"] += 1
-                at.sums["counted"] += count
-            else:
-                number = at.epoch * self.updates_per_epoch + update
-                at.skips.append({"update": number, "parameter": parameters[int(bad)], "scale": scale})
-        self._watch_scale(at)
+    def add(self, stats: UpdateStats) -> None:
+        """Keep the numbers of an update on the device until `read`."""
+        self._unread.append(stats)
 
     @property
     def unread(self) -> int:
-        """How many updates were not read yet."""
+        """Return the number of updates that were not read yet."""
         return len(self._unread)
 
-    def readings(self, at: Progress) -> dict[str, str]:
-        """What a bar shows: no more than fits 80 columns."""
+    def read(self, state: Progress, parameters: list[str], image_counts: list[int]) -> None:
+        """Read the numbers of all updates since the last reading, the only wait for the device, and add them up.
+
+        `parameters` are the names of those that are trained, `image_counts` the images of each unread update. Raise
+        RunError if the run cannot go on.
+        """
+        begun = state.update - len(self._unread)
+        stats = torch.stack([torch.stack(update) for update in self._unread])
+        of_ranks = stats[:, :2].contiguous()
+        self.ranks.sum(of_ranks)  # loss and correct predictions; the rest is the same on all ranks
+        rows = torch.cat([of_ranks, stats[:, 2:]], 1).tolist()
+        self._unread.clear()
+        for update, (row, image_count) in enumerate(zip(rows, image_counts, strict=True), begun + 1):
+            loss_sum, correct, norm, last_bad, loss_scale = row
+            finite = math.isfinite(norm)
+            if not finite and not self.scaler.is_enabled():
+                raise self.failures.not_finite("gradient" if math.isfinite(loss_sum) else "loss", state, update)
+            state.sums["images"] += image_count
+            state.sums["correct"] += correct
+            if finite:
+                state.sums["loss"] += loss_sum
+                state.sums["norm"] += norm
+                state.sums["updates"] += 1
+                state.sums["counted"] += image_count
+            else:
+                number = state.epoch * self.failures.updates_per_epoch + update
+                skip = {"update": number, "parameter": parameters[int(last_bad)], "scale": loss_scale}
+                state.skips.append(skip)
+        self._watch_scale(state)
+
+    def readings(self, state: Progress) -> dict[str, str]:
+        """Return what the progress bar shows, short enough for 80 columns."""
+        sums = state.sums
         shown = {
-            "loss": f"{at.sums['loss'] / max(1, at.sums['counted']):.3f}",
-            "acc": f"{100 * at.sums['correct'] / max(1, at.sums['images']):.1f}%",
+            "loss": f"{sums['loss'] / max(1, sums['counted']):.3f}",
+            "acc": f"{100 * sums['correct'] / max(1, sums['images']):.1f}%",
         }
         if self.scaler.is_enabled():
-            shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(at.skips))}
+            shown |= {"scale": f"{self.scaler.get_scale():g}", "skipped": str(len(state.skips))}
         return shown
 
-    def bad_validation(self, at: Progress, found: Evaluation, spoiled: list[str]) -> RunError:
-        """Return the end of a run whose validation is not finite after an epoch that trained well.
-
-        `spoiled` names the buffers that hold NaN.
-        """
-        what = "logits are" if math.isfinite(found.loss_sum) else "loss is"
-        if spoiled:
-            best = self.folder / "best_model.pt"
-            way = f"from the best epoch: {typed('--pretrained_path', best)}" if at.epoch else "with --overwrite"
-            return RunError(
-                f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}), because buffers "
-                f"of the model hold NaN, such as {spoiled[0]}: a forward pass overflowed into its statistics. No "
-                f"precision mends them.\nBegin another run {way}."
-            )
-        last = self.folder / "last.pt"
-        precisions = f"fp32,{self.precision.name}"
-        return NotFinite(
-            f"the validation {what} not finite in epoch {at.epoch + 1} ({self.precision.label}). The epoch's training "
-            f"is saved; a resume begins with this validation.\n"
-            f"{way_out(self.precision, 'go on with --resume')}\nWhat each precision makes of the weights: "
-            + typed("python", "main.py", "evaluate", "--checkpoint", last, "--precisions", precisions)
-        )
-
-    def not_finite(self, what: str, at: Progress, update: int) -> RunError:
-        """The end of a run whose `what` is not finite, in words."""
-        kept = f"best_model.pt of epoch {at.best_epoch}" if at.epoch else "none is of a finished epoch"
-        best = self.folder / "best_model.pt" if at.epoch else None
-        way = what_caused(best, first=at.epoch == 0 and update == 1)
-        return RunError(
-            f"the {what} is not finite in epoch {at.epoch + 1}, update {update} of {self.updates_per_epoch} "
-            f"({self.precision.label}). Last good checkpoint: {kept} ({self.folder}).\n{way}"
-        )
-
-    def _watch_scale(self, at: Progress) -> None:
+    def _watch_scale(self, state: Progress) -> None:
+        """Warn once of a loss scale below 1; raise RunError if it is so small that every update overflows."""
         if not self.scaler.is_enabled():
             return
         scale = self.scaler.get_scale()
         if scale < 1 and not self._scale_warned:
             self._scale_warned = True
-            where = f" The backward pass met it first at {at.skips[0]['parameter']}." if at.skips else ""
-            log.warning(
-                f"the loss scale fell to {scale:g}. Below 1 float16 gradients overflow whatever the scale: "
-                f"the run has probably diverged.{where} Begin another with a lower --learning_rate, or with "
-                f"{wider_range(self.precision)}."
-            )
+            log.warning(self.failures.scale_below_one(scale, state))
         if scale < 2.0**-20:
-            raise RunError(
-                f"every update overflows in float16 (loss scale {scale:g}, epoch {at.epoch + 1}): the run "
-                f"has diverged. What was saved before is intact in {self.folder}. Begin another run with a lower "
-                f"--learning_rate, or with {wider_range(self.precision)}."
-            )
+            raise self.failures.scale_exhausted(scale, state)
 
-    def line(self, at: Progress, found: Evaluation, device: torch.device, *, size: int, trained: int) -> dict[str, Any]:
-        """Return a line of metrics.jsonl; losses are means in nats, accuracies percent, times seconds, memory MB.
+    def line(
+        self, state: Progress, validation: Evaluation, device: torch.device, *, size: int, trained: int
+    ) -> dict[str, Any]:
+        """Return a line of metrics.jsonl: mean losses in nats, accuracies in percent, times in seconds, memory in MB.
 
-        The epoch had images of `size` pixels, and trained so many tensors.
+        The epoch had images of `size` pixels and trained `trained` tensors.
         """
         memory = peak_memory(device)
-        at.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming)
-        sums = at.sums
+        state.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming)
+        sums = state.sums
         busy = self.waiting.share()
         return {
-            "epoch": at.epoch + 1,
-            "updates": (at.epoch + 1) * self.updates_per_epoch,
+            "epoch": state.epoch + 1,
+            "updates": (state.epoch + 1) * self.failures.updates_per_epoch,
             "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
             "train_acc": 100 * sums["correct"] / sums["images"],
-            **{metric.validation_key: metric.compute(found) for metric in METRICS.values()},
-            "learning_rate": at.learning_rate,
+            **{metric.validation_key: metric.compute(validation) for metric in METRICS.values()},
+            "learning_rate": state.learning_rate,
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
-            "skipped_updates": len(at.skips),
+            "skipped_updates": len(state.skips),
             "grad_norm": sums["norm"] / max(1, sums["updates"]),
-            "images_per_second": round(sums["images"] / at.epoch_seconds, 2),
-            "data_wait_share": round(at.epoch_waited / at.epoch_seconds, 4),
+            "images_per_second": round(sums["images"] / state.epoch_seconds, 2),
+            "data_wait_share": round(state.epoch_waited / state.epoch_seconds, 4),
             "busy_share": None if busy is None else round(busy, 4),
-            "seconds": round(at.epoch_seconds, 3),
-            "elapsed": round(at.elapsed, 3),
+            "seconds": round(state.epoch_seconds, 3),
+            "elapsed": round(state.elapsed, 3),
             "peak_memory_mb": memory["peak_memory_mb"],
-            "skips": at.skips,
+            "skips": state.skips,
             "image_size": size,
         }
 
     def next_epoch(self, device: torch.device) -> None:
-        """After an epoch that warmed up, peak memory is measured anew; after each, the waiting for processors."""
+        """Measure the waiting for processors anew and, after an epoch that warmed up, the peak memory."""
         self.waiting = Waiting()
         if self.warming:
             self.warming = False

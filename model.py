@@ -153,7 +153,7 @@ def _advice(file: Weights, fit: Fit, key: str) -> str:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
     """Moves `average` towards `model`, buffers included: decay * average + (1 - decay) * model.
 
     While few `updates` were done the decay is smaller, (1 + updates) / (10 + updates), so that the average does
@@ -238,14 +238,14 @@ class Network:
         self.compile = compile or graphs
         self.graphs = graphs
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
-        self.forward = Forward(self._fed(model), sizes, self.compile, graphs)
+        self.forward = StepModel(self._fed(model), sizes, self.compile, graphs)
         # No graphs here: what it returns is kept.
-        self.evaluate = Forward(self._fed(self.evaluated), {evaluation_size}, self.compile)
+        self.validation_forward = StepModel(self._fed(self.ema_or_model), {evaluation_size}, self.compile)
         self._frozen: bool | None = None
 
     @property
-    def evaluated(self) -> nn.Module:
-        """The model whose weights are validated and kept: the moving average if there is one."""
+    def ema_or_model(self) -> nn.Module:
+        """Return the model whose weights are validated and kept: the moving average if there is one."""
         return self.model if self.average is None else self.average
 
     def _fed(self, model: nn.Module) -> nn.Module:
@@ -262,7 +262,7 @@ class Network:
                 parameter.requires_grad_(not frozen or belongs(name, self.heads))
             fed = self._fed(self.model)
             wrapped = nn.parallel.DistributedDataParallel(fed) if self.ranks.size > 1 else fed
-            self.forward = Forward(wrapped, self.sizes, self.compile, self.graphs)
+            self.forward = StepModel(wrapped, self.sizes, self.compile, self.graphs)
         self.model.train()
         if frozen:  # a frozen layer's batch statistics stay as they were trained, too
             for layer in self.model.children():
@@ -274,15 +274,15 @@ class Network:
     def after_update(self, updates: int) -> None:
         """Moves the average, `updates` being those done before this one."""
         if self.average is not None:
-            update_average(self.average, self.model, self.ema, updates)
+            update_ema(self.average, self.model, self.ema, updates)
 
-    def ready_to_evaluate(self) -> Forward:
+    def ready_to_evaluate(self) -> StepModel:
         """The evaluated model in evaluation mode, its buffers those of the first rank."""
-        model = self.evaluated.eval()
+        model = self.ema_or_model.eval()
         if self.ranks.size > 1:  # batch statistics were each rank's own since the last update
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
-        return self.evaluate
+        return self.validation_forward
 
     def trained_names(self) -> list[str]:
         """Names of the parameters that are trained now, in the order of `parameters()`."""
@@ -293,7 +293,7 @@ class Network:
 
         An infinity may be meant: in a mask.
         """
-        return [name for name, buffer in self.evaluated.named_buffers() if buffer.isnan().any()]
+        return [name for name, buffer in self.ema_or_model.named_buffers() if buffer.isnan().any()]
 
     def state(self) -> dict[str, Any]:
         """The weights, and those of the average, for a checkpoint."""
@@ -314,7 +314,7 @@ class BuffersBefore:
     evaluation. A disabled scaler skips nothing: then nothing is kept. Nothing here waits for the device.
     """
 
-    def __init__(self, model: Forward, scaler: torch.amp.GradScaler):
+    def __init__(self, model: StepModel, scaler: torch.amp.GradScaler):
         kinds: dict[torch.dtype, list[torch.Tensor]] = {}
         for buffer in model.buffers() if scaler.is_enabled() else ():
             kinds.setdefault(buffer.dtype, []).append(buffer)
@@ -348,7 +348,7 @@ class WithMirrorImage(nn.Module):
         return (self.model(images).float() + self.model(images.flip(3)).float()) / 2  # a sum may overflow in float16
 
 
-class Forward:
+class StepModel:
     """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling.
 
     With `graphs` what it returns is overwritten by the next call: the update has used it by then.

@@ -136,6 +136,13 @@ def checkpoint_every(text: str) -> str:
     return text
 
 
+def intervals(text: str | None) -> dict[str, Any]:
+    """Return `--checkpoint_every` as the keyword `save_every_updates` or `save_every_seconds`."""
+    if text is None:
+        return {}
+    return {"save_every_updates": int(text[:-1])} if text[-1] == "u" else {"save_every_seconds": 60 * float(text[:-1])}
+
+
 def augmentations(text: str) -> str:
     """Names of augmentations in one order and spelling: `jitter, crop` is `crop,jitter`."""
     names = {name.strip() for name in text.split(",") if name.strip()}

@@ -17,7 +17,7 @@ from ampscope.tensors import dtype_name
 from ampscope.timing import wait
 from features.cpu_layers import SmallMapConv2d, bfloat16_products
 from measuring.probe import Bench, Update
-from model import Forward
+from model import StepModel
 from precision import Precision
 from system.cards import NATIVE, processor
 
@@ -122,7 +122,7 @@ class RungBench(Bench):
             self.update = Loop2020(update)
         elif self.compiled:
             self.data_hook.remove()  # the compiler would trace it and break its graph there
-            update.model = Forward(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
+            update.model = StepModel(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
         if on_device:
             self.updates = _kept(self.updates)
         if not channels_last:

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import models
 
 from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d, keep_depthwise_float32
-from model import Forward, WithMirrorImage, build_model
+from model import StepModel, WithMirrorImage, build_model
 from pretrained.torchvision_models import names
 
 
@@ -143,7 +143,7 @@ def test_cuda_graphs_are_asked_for_only_where_they_are_wanted(graphs, monkeypatc
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
-    forward = Forward(nn.Identity(), {2}, compiled=True, graphs=graphs)
+    forward = StepModel(nn.Identity(), {2}, compiled=True, graphs=graphs)
     forward(torch.zeros(2, 3))
     assert asked == (["reduce-overhead", "step"] if graphs else [None])
 

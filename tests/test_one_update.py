@@ -12,7 +12,7 @@ from assemble import Setup
 from command_line.parsing import parse
 from dataset import Batches
 from distributed import Ranks
-from model import Forward
+from model import StepModel
 from optimizer import SmoothedCrossEntropy, make_optimizer
 from precision import Precision
 from runs.folder import RunDirectory
@@ -69,7 +69,7 @@ def words_of(options: dict) -> list[str]:
     return words
 
 
-def one_update(forward: Forward, batches: Batches, criterion, optimizer, precision=FP32, clip=None) -> None:
+def one_update(forward: StepModel, batches: Batches, criterion, optimizer, precision=FP32, clip=None) -> None:
     scaler = precision.grad_scaler()
     if scaler.is_enabled():
         scaler.load_state_dict({**scaler.state_dict(), "scale": 256.0})  # at which no update is skipped
@@ -135,7 +135,7 @@ def test_any_cut_of_a_batch_gives_the_mean_gradient_of_its_images(seed):
     model = tiny.network()
     start = copy.deepcopy(dict(model.named_parameters()))
     plain = make_optimizer(model.parameters(), "SGD", learning_rate=1.0, weight_decay=0, fused=True)
-    one_update(Forward(model, set(), False), pieces, criterion, plain)
+    one_update(StepModel(model, set(), False), pieces, criterion, plain)
 
     reference = tiny.network()
     for batch, labels, *_ in next(iter(whole.epoch(0, 0))):

@@ -17,7 +17,7 @@ from images.cache import Opening
 from images.stores import open_store
 from images.subsets import Subset
 from model import Network
-from optimizer import make_optimizer, make_scheduler
+from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import load_checkpoint, snapshot
 from runs.folder import RunDirectory
@@ -61,7 +61,19 @@ def trainer(folder, store, *, precision=FP32, optimizer="ADAM", decay="cosine_wa
     network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, **kept)
     validation = Batches(subset(store, [11, 12, 13]), Preprocess(CPU, 12), 3, 3)
     record = tiny.identity(image_size=12)
-    made = Trainer(network, rule, schedule, precision, fed, validation, RunDirectory(folder), 2, 5, record=record)
+    made = Trainer(
+        network,
+        rule,
+        schedule,
+        precision,
+        fed,
+        validation,
+        RunDirectory(folder),
+        2,
+        5,
+        SmoothedCrossEntropy(),
+        record=record,
+    )
     made.run.open()
     return made
 

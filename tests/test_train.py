@@ -18,9 +18,9 @@ from torch import nn
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
-from model import Forward, update_average
 from model import Network as Watched
-from optimizer import make_optimizer, make_scheduler
+from model import StepModel, update_ema
+from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
@@ -50,7 +50,9 @@ def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, 
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
     options = {"log_interval": 2, "record": tiny.identity(image_size=side)} | options
     validation = batches(subset(9, seed=1, side=side), side=side)
-    made = Trainer(watched, rule, schedule, precision, fed, validation, RunDirectory(folder), epochs, 3, **options)
+    criterion = SmoothedCrossEntropy(options.pop("label_smoothing", 0.0))
+    run = RunDirectory(folder)
+    made = Trainer(watched, rule, schedule, precision, fed, validation, run, epochs, 3, criterion, **options)
     made.run.open()
     return made
 
@@ -352,7 +354,7 @@ def test_saving_is_no_training_time(tmp_path, monkeypatch):
         original(self)
 
     monkeypatch.setattr(Trainer, "_save", slowly)
-    trained(tmp_path, epochs=1, checkpoint_every="1u")
+    trained(tmp_path, epochs=1, save_every_updates=1)
     (line,) = metrics(tmp_path)
     assert line["elapsed"] - line["seconds"] > 0.4
 
@@ -421,7 +423,7 @@ def test_ema_follows_buffers_and_counts():
     model = nn.BatchNorm1d(2)
     average = nn.BatchNorm1d(2)
     model(torch.randn(8, 2))
-    update_average(average, model, 0.9, 10**6)
+    update_ema(average, model, 0.9, 10**6)
     torch.testing.assert_close(average.running_mean, 0.1 * model.running_mean)
     assert average.num_batches_tracked == model.num_batches_tracked == 1
 
@@ -430,7 +432,7 @@ def test_compiled_sizes_are_those_of_full_batches(monkeypatch):
     """A ragged batch that comes first, as after a resume, does not take the compiled graph's place."""
     calls = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: lambda images: calls.append(len(images)) or model(images))
-    forward = Forward(network(), batches(batch_size=10, accumulate=3).full_sizes, True)
+    forward = StepModel(network(), batches(batch_size=10, accumulate=3).full_sizes, True)
     for count in (2, 4, 3, 4, 1):
         assert forward(torch.zeros(count, 3, 9, 9)).shape == (count, 3)
     assert calls == [4, 3, 4]

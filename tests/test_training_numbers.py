@@ -22,7 +22,7 @@ from dataset import Batches
 from distributed import Ranks
 from evaluate import Evaluation
 from metrics import UnusedParameters, best_epochs
-from model import update_average
+from model import update_ema
 from optimizer import make_optimizer, make_scheduler
 from runs.checkpoint import Progress, load_checkpoint
 from transforms import Preprocess, growing_sizes
@@ -126,7 +126,7 @@ def test_an_update_waits_for_nothing_and_keeps_its_buffers_only_with_a_scaler():
         with Operators() as seen:
             update(model, optimizer, [images(), images(1)], precision=precision, clip=clip)
             schedule.step()
-            update_average(average, model, 0.9, 3)
+            update_ema(average, model, 0.9, 3)
         assert seen.waits == []
         counts[precision.name] = sum("aten.cat" in name or "aten.where" in name for name in seen.called)
     assert counts == {"fp32": 0, "amp-bf16": 0, "amp-fp16": 6}  # two types: before, after, the choice

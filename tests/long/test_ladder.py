@@ -259,7 +259,7 @@ def test_cuda_graphs_ask_the_compiler_and_mark_each_step(monkeypatch):
     assert [options["mode"] for options in asked] == ["reduce-overhead", None]
     network.forward(torch.ones(4, 2))
     assert asked[2:] == ["step"]
-    network.evaluate(torch.ones(4, 2))
+    network.validation_forward(torch.ones(4, 2))
     assert asked[3:] == []
 
 

@@ -4,7 +4,7 @@ import tiny
 import torch
 from torch import nn
 
-from model import Forward
+from model import StepModel
 from optimizer import make_optimizer
 from precision import Precision
 from train import update_weights
@@ -19,7 +19,7 @@ def two_updates(rank: int, folder: str) -> None:
     model = tiny.Classifier(3)
     optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    forward = Forward(nn.parallel.DistributedDataParallel(model), set(), False)
+    forward = StepModel(nn.parallel.DistributedDataParallel(model), set(), False)
     states = []
     for bright in (False, True):
         images = torch.randn(6, 3, 12, 12, generator=torch.Generator().manual_seed(rank))
