@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from ampscope.execution import Event, Execution
 from ampscope.finite import Lineage
@@ -19,7 +20,7 @@ from ampscope.precisions import Precision
 from ampscope.ranges import SCALES, Watch, is_product_module, records
 from ampscope.running import Ended
 from ampscope.tensors import address, tensors_in
-from ampscope.tracing import Functions, Operators, Trace, eager, place_of_error
+from ampscope.tracing import TO_PYTHON, WAITS, Functions, Operators, Trace, eager, place_of_error
 from ampscope.updates import Listener, ScriptSubject, Updates
 
 EARLY = 2  # updates that are traced whatever was asked for: a fault of the recipe often shows in the second
@@ -65,15 +66,24 @@ class ScriptExecution(Execution):
 class ScriptFunctions(Functions):
     """Calls as they are written, but for those that load a batch."""
 
+    def __init__(self, trace: Trace, live: Live):
+        super().__init__(trace)
+        self._live = live
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         execution: Any = self.trace.execution
-        if execution.paused:
+        if execution.paused or (function in TO_PYTHON and not self._live.holds(args[:1])):
             return function(*args, **(kwargs or {}))
         return super().__torch_function__(function, types, args, kwargs)
 
 
 class ScriptOperators(Operators):
     """Operators below autocast, but for those that load a batch."""
+
+    def __init__(self, trace: Trace, functions: Functions, subject: ScriptSubject, live: Live):
+        super().__init__(trace, functions, subject)
+        self._live = live
+        live.add(subject.parameters())
 
     def enter(self, name: str) -> None:
         """A module is being called that had no hook yet."""
@@ -83,7 +93,37 @@ class ScriptOperators(Operators):
         execution: Any = self.trace.execution
         if execution.paused:
             return operator(*args, **(kwargs or {}))
-        return super().__torch_dispatch__(operator, types, args, kwargs)
+        live = self._live.holds((args, kwargs))
+        result = super().__torch_dispatch__(operator, types, args, kwargs)
+        if live:
+            self._live.add(result)
+        else:
+            self._live.drop(result)
+        return result
+
+    def _notice(self, op: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        if op not in WAITS or self._live.holds(given):
+            super()._notice(op, place, given, made)
+
+
+class Live:
+    """The tensors that would be on the GPU: weights, what goes into models, and all that is computed from it.
+
+    What a program does to its data before, and how it draws the order of it, waits for nothing.
+    """
+
+    def __init__(self) -> None:
+        self._places: set[int] = set()
+
+    def holds(self, tree: Any) -> bool:
+        return any(address(leaf) in self._places for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+    def add(self, tree: Any) -> None:
+        self._places |= {address(tensor) for tensor in tensors_in(tree)} - {0, -1}
+
+    def drop(self, tree: Any) -> None:
+        """The same memory may be used again."""
+        self._places -= {address(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
 
 
 class ScriptTrace(Listener):
@@ -117,6 +157,7 @@ class ScriptTrace(Listener):
         self._kept: Any = None
         self._watch: Watch | None = None
         self._skips = 0
+        self._live = Live()
         self._before: list[Event] = []
         os.register_at_fork(after_in_child=self._in_child)
 
@@ -142,6 +183,7 @@ class ScriptTrace(Listener):
 
     def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """The first model that is called is known now."""
+        self._live.add((args, kwargs))
         if self._current is not None and not self._following and torch.is_grad_enabled():
             self._follow(inside=True)
 
@@ -159,6 +201,7 @@ class ScriptTrace(Listener):
 
     def loaded(self, batch: Any) -> None:
         if self._current is not None:
+            self._live.add(batch)
             self.batches += tensors_in(batch)
             known: Any = SimpleNamespace(batch=batch, named_parameters=list)
             with self.paused():
@@ -180,7 +223,8 @@ class ScriptTrace(Listener):
         else:
             if self._current is not None:
                 self._end(updates.count)
-            if self.trace is None and (updates.count < EARLY or updates.count >= self.number - 1):
+            # One more than was asked for, because what is read first was computed in the update before.
+            if self.trace is None and (updates.count < EARLY or updates.count >= self.number - 2):
                 self._begin()
                 self._follow()
             elif self.trace is not None and (self.poisoned or self.finished is not None):
@@ -211,8 +255,8 @@ class ScriptTrace(Listener):
         elif not self.subject.called:
             execution.phase = "forward"
         trace.lineage.expect(self.subject)
-        functions = ScriptFunctions(trace)
-        operators = ScriptOperators(trace, functions, self.subject)
+        functions = ScriptFunctions(trace, self._live)
+        operators = ScriptOperators(trace, functions, self.subject, self._live)
         if inside:
             operators.enter("")
         for hook in operators.hooks:

@@ -24,7 +24,7 @@ from ampscope.finite import Lineage, Origin
 from ampscope.memory import of_this_process
 from ampscope.places import Place, place_of_caller
 from ampscope.precisions import Precision
-from ampscope.script_trace import ScriptExecution, ScriptFunctions, ScriptOperators
+from ampscope.script_trace import Live, ScriptExecution, ScriptFunctions, ScriptOperators
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import Trace
 from ampscope.updates import Listener, ScriptSubject, Updates
@@ -371,8 +371,9 @@ def _first_bad(
     """Call a model once more under a trace."""
     execution = ScriptExecution(subject)
     trace = Trace(execution, Lineage())
-    functions = ScriptFunctions(trace)
-    operators = ScriptOperators(trace, functions, subject)
+    live = Live()
+    functions = ScriptFunctions(trace, live)
+    operators = ScriptOperators(trace, functions, subject, live)
     try:
         precision = Precision(REGIONS.get(dtype, "fp32"), subject.device)
         with torch.no_grad(), precision.autocast(), execution._patches(), functions, operators:

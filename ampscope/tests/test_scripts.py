@@ -162,6 +162,24 @@ FAIL = ("scaler-not-updated", "step-around-scaler")  # PyTorch itself raises an 
 MEANT = {"step-in-autocast": {"backward-in-autocast"}} | dict.fromkeys(FAIL, {"fails"})
 
 
+def test_a_read_is_found_in_a_later_update_and_none_where_batches_are_made(tmp_path):
+    head = HEAD.replace("for step in range(8)", "held = torch.empty(8, 16)\nfor step in range(20)")
+    loop = """
+    order = torch.randperm(8).numpy()
+    if torch.empty(1).uniform_().item() < 2:
+        held.numpy()[:] = inputs[torch.from_numpy(order)].numpy()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = cross_entropy(model(held.clone()), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    """
+    loop = textwrap.dedent(loop)
+    assert report_of(write(tmp_path, loop, head), update=9)[1].everything == []
+    _, report = report_of(write(tmp_path, loop + "total = loss.item()\n", head), update=9)
+    assert [finding.place.code for finding in report.findings] == ["total = loss.item()"]
+
+
 @pytest.mark.parametrize("rule", FAULTS)
 def test_a_planted_fault_is_found_on_its_line(tmp_path, rule):
     file = write(tmp_path, FAULTS[rule])
