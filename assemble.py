@@ -23,7 +23,7 @@ from distributed import Ranks
 from features.cpu_layers import adapt_to_cpu
 from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
-from images.demo import DemoSize, draw_demo, fit_demo, nominal_rate
+from images.demo import draw_demo
 from images.opening import Opening, open_data_set, open_test_set
 from images.soundness import say_uneven
 from images.split import read_split
@@ -41,7 +41,7 @@ from model import (
     rebuild_model,
 )
 from optimizer import SmoothedCrossEntropy, balanced_weights, make_optimizer, make_scheduler, parameter_groups
-from precision import Precision, choose_precision, sensible_precisions
+from precision import Precision, choose_precision
 from runs.checkpoint import as_tested, identity, load_checkpoint
 from runs.config import NOT_RECORDED, describe, read_config, versions
 from runs.fitting import micro_batch_that_fits
@@ -53,20 +53,10 @@ from transforms import Preprocess
 from utils import StopSignal, UserError, choose_device, log, printable, seed_everything
 
 
-def demo_size(device_name: str) -> DemoSize | None:
-    """The demo that fits a CUDA device, from its memory and its rate on paper; None elsewhere: option.DEMO holds."""
-    device = choose_device(device_name, use=False)
-    if device.type != "cuda":
-        return None
-    card = torch.cuda.get_device_properties(device)
-    clock = 1000 * getattr(card, "clock_rate", 0) or 1.5e9  # PyTorch gives kHz, older ones nothing
-    return fit_demo(
-        name=card.name,
-        memory=card.total_memory,
-        rate=nominal_rate(card.multi_processor_count, clock, (card.major, card.minor)),
-        runs=len(sensible_precisions(device)),
-        workers=cores(),
-    )
+def draw_scenes(data_dir: str, device_name: str) -> None:
+    """Draw the demo's scenes below `data_dir` if they are missing, as many and as large as suit the device."""
+    is_cuda = choose_device(device_name, use=False).type == "cuda"
+    draw_demo(Path(data_dir), exact=False, workers=cores(), **(option.SCENES_ON_CUDA if is_cuda else {}))
 
 
 def _data_of(config: Path) -> dict[str, Any]:
@@ -98,16 +88,6 @@ class Setup:
         if device.type == "cpu":
             share_cores(self.ranks)
         return device
-
-    @cached_property
-    def demo(self) -> DemoSize | None:
-        """The size of the demo on this device; None without --demo, and where it is option.DEMO."""
-        return demo_size(self.options.device) if self.options.demo else None
-
-    def draw_demo(self) -> None:
-        """Draws the demo's scenes where they are missing."""
-        own = self.demo.drawing() if self.demo else {}
-        draw_demo(Path(self.options.data_dir), exact=False, workers=cores(), **own)
 
     @cached_property
     def precision(self) -> Precision:
@@ -185,7 +165,7 @@ class Setup:
         checkpoint.
         """
         options = self.options
-        self._draw_demo()
+        self._prepare_folder()
         recorded = self._recorded(self.run.path) if resuming else None
         data = open_data_set(
             options.data_dir,
@@ -211,7 +191,7 @@ class Setup:
     def test_data(self) -> DataSet:
         """The images to test the checkpoint on: its run's test images, a test part, or a folder of class folders."""
         options = self.options
-        self._draw_demo()
+        self._prepare_folder()
         folder = self.checkpoint_file.parent
         was = self.ranks.share(lambda: _data_of(folder / "config.json"))
         return self._agreed(
@@ -244,10 +224,10 @@ class Setup:
         pin = self.device.type == "cuda"
         return Opening(options.cache, options.num_workers, pin, options.cache_limit, rules, own_window)
 
-    def _draw_demo(self) -> None:
+    def _prepare_folder(self) -> None:
         options = self.options
         if options.demo:
-            self.ranks.share(self.draw_demo)  # the others wait for the first
+            self.ranks.share(lambda: draw_scenes(options.data_dir, options.device))  # the others wait for the first
         elif "data_dir" in options.recorded and not Path(options.data_dir).is_dir():
             raise UserError(
                 f"{printable(Path(options.data_dir).absolute())} does not exist, but the images of this run were in "

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     children = set(multiprocessing.active_children())
     try:
         ranks = Ranks.from_environment()
-        options = parse(argv, fit_demo=demo_that_fits)
+        options = parse(argv, is_cuda=is_cuda)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
         utils.start_logging(quiet=getattr(options, "quiet", False))
@@ -158,13 +158,10 @@ def log_names(options: Namespace) -> list[str]:
     return list(dict.fromkeys([*(options.log or []), *(["tensorboard"] if options.tensorboard else [])]))
 
 
-def demo_that_fits(device: str) -> dict[str, Any]:
-    """What --demo changes on the device of that name: nothing on a CPU."""
+def is_cuda(device: str) -> bool:
+    """Return True if the device of that name, which may be auto, is a CUDA device."""
     with utils.importing():
-        from assemble import demo_size
-
-    size = demo_size(device)
-    return size.options() if size else {}
+        return utils.choose_device(device, use=False).type == "cuda"
 
 
 def explain(error: BaseException, options: Namespace) -> tuple[int, str]:

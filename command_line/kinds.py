@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(unknown.split("=")[0], [f"--{name}" for name in self.known], 1, 0.6)
             if close:
                 message += f" (did you mean {close[0]}?)"
-        raise UserError(f"{message}\nSee: python main.py --help")
+        raise UserError(f"{message}\nSee: python {self.prog} --help")
 
 
 def number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:

@@ -15,7 +15,18 @@ from typing import Any
 
 from command_line.idle import never_acts
 from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT, Parser
-from option import COMMANDS, DEMO, FIRST_STEPS, GROUPS, OPTIONS, OWN_DEFAULTS, PRESETS, VERSION, options_of
+from option import (
+    COMMANDS,
+    DEMO,
+    DEMO_ON_CUDA,
+    FIRST_STEPS,
+    GROUPS,
+    OPTIONS,
+    OWN_DEFAULTS,
+    PRESETS,
+    VERSION,
+    options_of,
+)
 from precision_table import PRECISIONS
 from runs.config import read_config
 from utils import UserError
@@ -36,7 +47,7 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
     inputs = " PATH ..." if command == "predict" else ""
     parser = Parser(
         [*options_of(command), *hidden],
-        prog=f"main.py {command}",
+        prog="main.py" if command == "train" else f"main.py {command}",
         description=f"{about[0].upper()}{about[1:]}.",
         usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]{inputs}",
     )
@@ -70,10 +81,10 @@ def _with_underscores(word: str) -> str:
     return name + equals + value
 
 
-def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | None = None) -> Options:
-    """The options of one command line. Raises UserError for anything that is not a valid one.
+def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device: False) -> Options:
+    """Return the options of one command line; raise UserError if it is not valid.
 
-    `fit_demo` says what --demo changes on the device of that name, beyond DEMO.
+    `is_cuda` answers, for the sizes of --demo, if the device of that name is a CUDA device.
     """
     end = argv.index("--") if "--" in argv else len(argv)  # what follows are files, whatever they look like
     words = [*map(_with_underscores, argv[:end]), *argv[end:]]
@@ -97,7 +108,7 @@ def parse(argv: Sequence[str], *, fit_demo: Callable[[str], dict[str, Any]] | No
     stored = {name: value for name, value in stored.items() if name not in preset}
     demo = {}
     if typed.get("demo") and command != "prepare":
-        wanted = DEMO | (fit_demo(typed.get("device", "auto")) if fit_demo else {})
+        wanted = DEMO | (DEMO_ON_CUDA if is_cuda(typed.get("device", "auto")) else {})
         demo = {name: value for name, value in wanted.items() if name in known and defaults[name] is not None}
     merged = defaults | preset | demo | stored | {name: value for name, value in typed.items() if name in known}
     if "start_size" in preset and "start_size" not in typed:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from assemble import draw_scenes
 from command_line.kinds import seconds_of
 from command_line.parsing import precision_words
 from commands.compare import plan, train_all
@@ -50,7 +51,7 @@ def audit(
     """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "audit")
     if demo:
-        setup.draw_demo()
+        draw_scenes(data_dir, setup.options.device)
     image_set = list_images(data_dir, labels=labels, group=group)
     if len(image_set.classes) > PROBABILITIES:
         raise UserError(

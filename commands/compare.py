@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from assemble import draw_scenes
 from command_line.kinds import seconds_of
 from command_line.parsing import parse, precision_words
 from images.labels import list_images
@@ -86,9 +87,7 @@ def compare(
         return
     if not report_only:
         if demo:
-            if setup.demo:
-                log.info(setup.demo.why)
-            setup.draw_demo()
+            draw_scenes(setup.options.data_dir, device)
         run_all(
             folder,
             precisions or sensible_precisions(choose_device(device, use=False)),

@@ -42,8 +42,6 @@ def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) ->
     if safetensors:
         require_safetensors()
     precision = setup.precision
-    if setup.demo:
-        log.info(setup.demo.why)
     log.info(f"{model} on {setup.device}: {precision.label} ({precision.reason})")
     if precision.name == "amp-fp16" and setup.device.type == "cpu":
         log.warning("on CPUs float16 is many times slower than FP32: fit for tiny tests only")

@@ -225,18 +225,18 @@ def test_demo_sets_defaults_and_explicit_options_win():
     assert parse("--demo", "--batch_size", "256").batch_size == 256  # even where the value is the usual default
 
 
-def test_a_demo_that_fits_the_device_stands_above_the_usual_one():
+def test_on_cuda_a_demo_has_other_sizes():
     asked = []
 
-    def fit(device):
+    def is_cuda(device):
         asked.append(device)
-        return {"data_dir": "data/larger", "batch_size": 128, "epochs": 11}
+        return True
 
-    options = parsing.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], fit_demo=fit)
-    assert (options.data_dir, options.batch_size, options.epochs) == ("data/larger", 128, 3) and asked == ["cuda:1"]
-    assert options.learning_rate == option.DEMO["learning_rate"]
-    parsing.parse(["prepare", "--demo"], fit_demo=fit)
-    parsing.parse(["--epochs", "3"], fit_demo=fit)
+    options = parsing.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], is_cuda=is_cuda)
+    sizes = option.DEMO | option.DEMO_ON_CUDA | {"epochs": 3}
+    assert {name: getattr(options, name) for name in sizes} == sizes and asked == ["cuda:1"]
+    parsing.parse(["prepare", "--demo"], is_cuda=is_cuda)
+    parsing.parse(["--epochs", "3"], is_cuda=is_cuda)
     assert len(asked) == 1, "only a demo asks for the device"
 
 
@@ -284,6 +284,10 @@ def test_a_comparisons_training_words_give_its_options_back():
     own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
     first, second = ({k: v for k, v in vars(found).items() if k not in own} for found in (options, again))
     assert first == second
+
+
+def test_an_error_names_the_help_of_its_command():
+    assert refused("predict", "x.jpg", "--top", "3").endswith("See: python main.py predict --help")
 
 
 def test_main_answers_a_wrong_option_with_two_lines_and_status_2():
