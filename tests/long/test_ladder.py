@@ -208,8 +208,9 @@ def test_the_first_rung_is_the_loop_of_2020():
 
 
 @pytest.mark.parametrize("habits", [False, True])
-def test_small_maps_are_multiplied_with_the_habits_of_this_package_alone(habits):
-    bench = RungBench(**settings(model_name="resnet18") | {"habits": habits})
+def test_small_maps_are_multiplied_with_the_habits_of_this_package_alone(habits, monkeypatch):
+    monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: {"amx_bf16"})
+    bench = RungBench(**settings(model_name="resnet18") | {"habits": habits, "precision": "amp-bf16"})
     kinds = {type(module) for module in bench.update.model.modules()}
     assert nn.Conv2d in kinds and (SmallMapConv2d in kinds) == habits
 
