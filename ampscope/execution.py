@@ -19,7 +19,7 @@ from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.places import Place, outermost, place_of_caller
 from ampscope.precisions import Precision
-from ampscope.subject import Subject, losses_in, restore
+from ampscope.subject import Subject, losses_in, restore, takes_hooks
 from ampscope.tensors import tensors_in
 
 SCALER_CALLS = ("scale", "unscale_", "step", "update")
@@ -120,6 +120,7 @@ class Execution:
         entered = [
             hook
             for model in self.subject.models.values()
+            if takes_hooks(model)
             for hook in (
                 model.register_forward_pre_hook(self._enter),
                 model.register_forward_hook(self._leave, always_call=True),

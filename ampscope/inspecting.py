@@ -21,7 +21,7 @@ from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
 from ampscope.subject import Subject, core
 from ampscope.tensors import buffers_not_finite, dtype_name
-from ampscope.tracing import Trace, trace_step
+from ampscope.tracing import Trace, place_of_error, trace_step
 
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)  # that a scaler which starts at the first would come down to
 
@@ -76,6 +76,16 @@ class Inspection:
         self.everything: list[Finding] = []
 
     def run(self, *, speed: bool) -> Report:
+        if not self.subject.parameters():
+            names = ", ".join(type(core(model)).__name__ for model in self.subject.models.values())
+            raise InspectError(f"{names} has no parameters, so that there is nothing to train.")
+        try:
+            return self._run(speed=speed)
+        except StopIteration as error:
+            raise _ended(error) from None
+
+    def _run(self, *, speed: bool) -> Report:
+        self.subject.materialise()
         written = self._as_written()
         self._trace_all(written)
         ranges = self._ranges()
@@ -94,7 +104,7 @@ class Inspection:
         subject = self.subject
         with subject.kept():
             written = trace_step(subject, None)
-        if written.error is not None and isinstance(written.error, InspectError):
+        if isinstance(written.error, (InspectError, StopIteration)):
             raise written.error
         regions = [event for event in written.execution.events if event.kind == "autocast"]
         on = [event for event in regions if event.details["enabled"] and event.details["device"] == subject.device.type]
@@ -112,8 +122,8 @@ class Inspection:
             self.traces[name] = self._trace(name)
         failed = [name for name, trace in self.traces.items() if trace.error is not None]
         if len(failed) == len(names) and not self.everything:
-            trace = self.traces[failed[0]]
-            raise InspectError(f"the step fails in every precision: {_in_words(trace)}")
+            trace = next(trace for trace in (written, *self.traces.values()) if trace.error is not None)
+            raise InspectError(f"the step fails in every precision: {_in_words(trace)}.{self.subject.misfit}")
         if written.error is not None:
             self.everything.append(failure(written, "as written"))
         for name in failed:
@@ -286,6 +296,15 @@ class Inspection:
             "first_overflow": self.scales[name]["first_overflow"],
             "first_nonfinite": origin.record() if origin is not None else None,
         }
+
+
+def _ended(error: StopIteration) -> InspectError:
+    place = place_of_error(error)
+    where = f" ({place})" if place else ""
+    return InspectError(
+        f"an iterator of the step has no more batches{where}: the step is run some forty times. Let it use the batch "
+        "that it is given, or itertools.cycle."
+    )
 
 
 def _in_words(trace: Trace) -> str:

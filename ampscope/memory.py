@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ampscope.execution import Execution
 from ampscope.precisions import Precision
 from ampscope.subject import Subject
-from ampscope.tensors import address, tensors_in
+from ampscope.tensors import address, bytes_of, tensors_in
 from ampscope.tracing import eager
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
@@ -54,7 +54,13 @@ class KeptForBackward(TorchDispatchMode):
 
 def nbytes(tensors: Any) -> int:
     """Bytes of distinct storages."""
-    return sum({address(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum({_memory(tensor): bytes_of(tensor) for tensor in tensors}.values())
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Return what tells two tensors apart: their memory, or the object if it has none that can be named."""
+    place = address(tensor)
+    return place if place > 0 else -id(tensor)
 
 
 def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = True) -> dict[str, Any]:
@@ -74,15 +80,21 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
     gradients: dict[int, int] = {}
     watched = [
         parameter.register_post_accumulate_grad_hook(
-            lambda parameter: gradients.update({id(parameter): parameter.grad.nbytes})
+            lambda parameter: gradients.update({id(parameter): bytes_of(parameter.grad)})
         )
         for parameter in parameters
         if parameter.requires_grad and parameter.is_leaf
     ]
     kept = KeptForBackward(parameters)
     execution.run(update=True)  # the optimizers' state is made in the first update
+    followed = True
     with eager():
-        execution.run(update=True, modes=kept)
+        try:
+            execution.run(update=True, modes=kept)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            followed = False  # torch.func's transforms allow no hooks on what backward keeps
     for hook in watched:
         hook.remove()
     optimizers = [*subject.update_optimizers()] if not execution.full else [*subject.optimizers.values()]
@@ -94,14 +106,19 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
         "gradients": sum(gradients.values()),
         "optimizer_state": nbytes(tensors_in([optimizer.state for optimizer in optimizers])),
         "batch": nbytes(batch),
-        "activations": sum(size for place, size in kept.bytes.items() if place not in known | kept.copies),
-        "weight_copies": sum(size for place, size in kept.bytes.items() if place in kept.copies - known),
+        "activations": None,
+        "weight_copies": None,
     }
+    if followed:
+        sizes["activations"] = sum(size for at, size in kept.bytes.items() if at not in known | kept.copies)
+        sizes["weight_copies"] = sum(size for at, size in kept.bytes.items() if at in kept.copies - known)
     fixed = sum(sizes[part] for part in ("parameters", "buffers", "optimizer_state", "batch"))
     old = nbytes(parameter.grad for parameter in parameters if parameter.grad is not None)
     peak, outside = _peak(lambda: execution.run(update=True), device, fixed + old)
     execution.put_back()
-    rest = None if peak is None else max(0, peak - fixed - sizes["activations"] - sizes["weight_copies"])
+    rest = None
+    if peak is not None and followed:
+        rest = max(0, peak - fixed - sizes["activations"] - sizes["weight_copies"])
     return {"precision": precision.name, **sizes, "workspace": rest, "peak": peak, **outside}
 
 

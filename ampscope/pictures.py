@@ -20,7 +20,7 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
         axes = figure.add_subplot()
         ends = [0.0] * len(ledger)
         for part, (color, _, _, hatch) in zip(PARTS, STYLES, strict=False):
-            sizes = [row[part] / 2**20 for row in ledger]
+            sizes = [(row[part] or 0) / 2**20 for row in ledger]
             axes.barh(
                 range(len(ledger)),
                 sizes,

@@ -56,6 +56,26 @@ def _boundaries(scales: tuple[float, ...]) -> tuple[torch.Tensor, list[tuple[str
     return torch.tensor([value for value, _ in found]), [key for _, key in found]
 
 
+def _magnitudes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sizes of the values that a tensor holds, in one dimension: of sparse and nested ones, those stored."""
+    values = tensor.detach()
+    if values.is_nested:
+        values = values.values() if values.layout is torch.jagged else torch.cat([part.flatten() for part in values])
+    elif values.layout is torch.sparse_coo:
+        values = values._values()
+    elif values.layout is not torch.strided:
+        values = values.values()
+    if values.is_complex():
+        values = torch.view_as_real(values.resolve_conj())
+    return values.float().abs().flatten()
+
+
+def _is_counted(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor has values that can be read: inside torch.func's transforms there are none."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return (tensor.is_floating_point() or tensor.is_complex()) and not wrapped and not tensor.is_meta
+
+
 class Fates:
     """Adds up, for tensors of one layer, how many of their nonzero values each format turns into what."""
 
@@ -72,7 +92,7 @@ class Fates:
 
     def add(self, tensor: torch.Tensor, factor: float = 1.0, *, exponents: bool = True) -> None:
         """Counts the values of `tensor` times `factor`; without `exponents` the histogram is left out."""
-        sizes = tensor.detach().float().abs().mul_(factor).flatten()
+        sizes = _magnitudes(tensor).mul_(factor)
         self.values += sizes.numel()
         if not sizes.numel():
             return
@@ -148,7 +168,7 @@ class Watch:
         # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
         for tensor in tensors_in(output):
             key = id(tensor), tensor._version  # an in-place module puts out the tensor it was given, changed
-            if key in self._seen or not tensor.is_floating_point() or self._execution.phase == "backward":
+            if key in self._seen or not _is_counted(tensor) or self._execution.phase == "backward":
                 continue
             self._seen.add(key)
             self._kept.append(tensor)
@@ -157,7 +177,7 @@ class Watch:
                 tensor.register_hook(lambda gradient: self._gradient("activation", name, gradient))
 
     def _gradient(self, group: str, name: str, gradient: Any) -> None:
-        if isinstance(gradient, torch.Tensor) and gradient.is_floating_point():
+        if isinstance(gradient, torch.Tensor) and _is_counted(gradient):
             self.gradients[group, name].add(gradient, 1 / self._execution.scale)
 
 

@@ -19,7 +19,8 @@ from ampscope.errors import InspectError
 from ampscope.precisions import Precision
 from ampscope.tensors import tensors_in
 
-MODEL_WORDS = ("model", "models", "net", "nets", "network", "networks", "module", "modules", "step")
+MODEL_WORDS = ("m", "model", "models", "net", "nets", "network", "networks", "module", "modules", "step")
+MISFITS = (TypeError, AttributeError, ValueError, IndexError, KeyError)  # of a function that is called as another form
 
 
 def core(wrapped: nn.Module) -> nn.Module:
@@ -34,6 +35,11 @@ def core(wrapped: nn.Module) -> nn.Module:
             return model
 
 
+def takes_hooks(module: nn.Module) -> bool:
+    """Return whether hooks can be put on a module, which torch.jit refuses for its own."""
+    return not isinstance(module, torch.jit.ScriptModule)
+
+
 def parameters_of(function: Callable) -> list[inspect.Parameter] | None:
     """The parameters of a function; None if it has no signature to be read."""
     try:
@@ -43,11 +49,17 @@ def parameters_of(function: Callable) -> list[inspect.Parameter] | None:
 
 
 def looks_like_a_step(function: Callable) -> bool:
-    """Whether a function is a step(model, batch) rather than a loss(outputs, batch), by the names in it."""
-    if "step" in getattr(function, "__name__", ""):
-        return True
+    """Return whether a function is a step(model, batch) rather than a loss(outputs, batch), by the names in it."""
     parameters = parameters_of(function) or []
-    return bool(parameters) and parameters[0].name in MODEL_WORDS
+    if parameters and parameters[0].name in MODEL_WORDS:
+        return True
+    name = getattr(function, "__name__", "")
+    return "step" in name and "loss" not in name
+
+
+def is_criterion(function: Any) -> bool:
+    """Return whether a loss takes (outputs, targets), as PyTorch's own losses do, and not (outputs, batch)."""
+    return isinstance(function, nn.Module) or getattr(function, "__module__", "") == "torch.nn.functional"
 
 
 class Subject:
@@ -76,7 +88,8 @@ class Subject:
             raise InspectError(
                 f"inspect needs a torch.nn.Module, or a dictionary of them by name, not {_kind_of(wrong or model)}."
             )
-        if step is None and loss is not None and looks_like_a_step(loss):
+        self._guessed = step is None and loss is not None and not is_criterion(loss)
+        if self._guessed and loss is not None and looks_like_a_step(loss):
             step, loss = loss, None
         for function in (step, loss):
             if function is not None and not callable(function):
@@ -88,6 +101,7 @@ class Subject:
         self.step = step
         self.optimizers = _named_optimizers(optimizers)
         self.scaler = scaler
+        self.misfit = ""  # says as what a function was called that fails in both forms
         self._call: Callable | None = None
         self._own: torch.optim.Optimizer | None = None
         self._scalers: dict[str, Any] = {}
@@ -100,10 +114,11 @@ class Subject:
         return first[0].device if first else torch.device("cpu")
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Every module with the name of its model before its own; wrappers are left out."""
+        """Yield every module with the name of its model before its own, without wrappers and scripted modules."""
         for prefix, model in self.models.items():
             for name, module in core(model).named_modules():
-                yield ".".join(part for part in (prefix, name) if part), module
+                if takes_hooks(module):
+                    yield ".".join(part for part in (prefix, name) if part), module
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for prefix, model in self.models.items():
@@ -114,11 +129,67 @@ class Subject:
         return list(dict.fromkeys(parameter for _, parameter in self.named_parameters()))
 
     def run(self) -> Any:
-        """One call of the step, or forward and loss; returns what the user's function returned."""
-        if self.step is not None:
-            return self.step(*self._arguments(self.step))
+        """Call the step, or the model and the loss; return what the user's function returned.
+
+        A function of unknown form that fails in its first call is tried as the other form, too.
+        """
+        if not self._guessed:
+            return self._run(self.step, self.loss)
+        self._guessed = False
+        try:
+            return self._run(self.step, self.loss)
+        except MISFITS as error:
+            if not self.single:
+                raise
+            forms = self.step, self.loss
+            self.loss, self.step = forms
+            try:
+                return self._run(self.step, self.loss)
+            except Exception:
+                self.step, self.loss = forms
+                self.misfit = self._taken_for()
+                raise error from None
+
+    def _run(self, step: Callable | None, loss: Callable | None) -> Any:
+        if step is not None:
+            return step(*self._arguments(step))
         outputs = self.call_model(self.models[""])
-        return outputs if self.loss is None else self.loss(outputs, self.batch)
+        return outputs if loss is None else loss(outputs, self._targets() if is_criterion(loss) else self.batch)
+
+    def _targets(self) -> Any:
+        """Return the part of the batch that a loss of PyTorch's compares the outputs with."""
+        if isinstance(self.batch, Mapping):
+            names = [name for name in self.batch if str(name).startswith(("label", "target"))]
+            return self.batch[names[0]] if names else self.batch
+        pair = isinstance(self.batch, Sequence) and len(self.batch) > 1
+        return self.batch[-1] if pair else self.batch
+
+    def _taken_for(self) -> str:
+        """Say as what the user's function was called."""
+        function = self.step or self.loss
+        name = getattr(function, "__name__", type(function).__name__)
+        form = "step(model, batch)" if self.step is not None else "loss(outputs, batch)"
+        return f" {name} was taken for a {form}; as the other form it fails, too."
+
+    def materialise(self) -> None:
+        """Run lazy modules once, because they have no weights before. Raises InspectError if they stay without."""
+        if not any(nn.parameter.is_lazy(parameter) for _, parameter in self.named_parameters()):
+            return
+        failure: Exception | None = None
+        try:
+            if self.step is None:
+                with torch.no_grad():
+                    self.call_model(self.models[""])
+            else:
+                self.run()
+        except Exception as error:
+            failure = error
+        lazy = [name for name, parameter in self.named_parameters() if nn.parameter.is_lazy(parameter)]
+        if lazy:
+            reason = f" ({type(failure).__name__}: {failure})" if failure else ""
+            raise InspectError(
+                f"{lazy[0]} has no shape yet: call the model once with a batch before it is inspected{reason}."
+            )
 
     def _arguments(self, step: Callable) -> list[Any]:
         known = {
@@ -186,8 +257,10 @@ class Subject:
         """The optimizers handed over, or one made here: Adam, or SGD if gradients are sparse."""
         if not self.optimizers and self._own is None:
             some = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            if not some:
+                return []
             sparse = any(getattr(module, "sparse", False) for _, module in self.named_modules())
-            fused = self.device.type in ("cpu", "cuda")
+            fused = self.device.type in ("cpu", "cuda") and all(part.is_floating_point() for part in some)
             self._own = torch.optim.SGD(some, lr=1e-4) if sparse else torch.optim.Adam(some, lr=1e-4, fused=fused)
         return list(self.optimizers.values()) or ([self._own] if self._own is not None else [])
 

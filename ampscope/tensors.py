@@ -44,6 +44,15 @@ def address(tensor: torch.Tensor) -> int:
         return -1
 
 
+def bytes_of(tensor: torch.Tensor) -> int:
+    """Return the bytes of the values that a tensor stores, and of the indices of a sparse one."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    if tensor.layout is torch.strided:
+        return tensor.nbytes
+    return tensor.values().nbytes
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As a report writes it, such as float16."""
     return str(dtype).removeprefix("torch.")

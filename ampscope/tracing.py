@@ -215,7 +215,8 @@ class Operators(TorchDispatchMode):
         output = dtype_name(made[0].dtype) if made else ""
         cast = None
         if op == "_to_copy" and given and made and given[0].dtype != made[0].dtype:
-            cast = (tuple(given[0].shape), _strides(given[0]))
+            stored = given[0].values() if given[0].is_nested else given[0]
+            cast = (tuple(stored.shape), _strides(stored))
             self._round_trip(given[0], made[0], phase)
         key = (phase, module, op, inputs, output, cast, operator.is_view)
         self.trace.rows[key] += 1
