@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as module_hooks
+from torch.nn.parameter import is_lazy
 from torch.optim import optimizer as optimizer_hooks
 from torch.utils.data import dataloader
 
@@ -153,6 +154,8 @@ class Updates:
             if first is None or first.is_meta:  # a rehearsal that computes nothing
                 return
             if id(module) not in self.roots:
+                if any(is_lazy(parameter) for parameter in module.parameters()):  # this call makes its weights
+                    return
                 self.roots[id(module)] = _named(module)
             # PyTorch hands keywords on to hooks of a single module alone; here they are the caller's variable.
             kwargs = sys._getframe(1).f_locals.get("kwargs")

@@ -104,6 +104,13 @@ def test_accumulation_is_one_update(tmp_path):
     assert report.everything == []
 
 
+def test_the_call_that_makes_lazy_weights_is_the_programs_own(tmp_path):
+    """In it there is nothing to trace: the weights have no shape yet."""
+    head = HEAD.replace("nn.Linear(32, 8))", "nn.LazyLinear(8))\nmodel(torch.randn(2, 16))")
+    _, report = report_of(write(tmp_path, PLAIN, head))
+    assert report.everything == [] and "(808 parameters)" in report.text()
+
+
 def test_an_update_of_two_optimizers_is_traced_whole(tmp_path):
     head = HEAD.replace(
         "for step", "critic = nn.Linear(8, 1)\nsecond = torch.optim.Adam(critic.parameters())\nfor step"
