@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import option
+from command_line.groups import grouped
 from command_line.idle import about_division
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
 from command_line.parsing import training_words
@@ -68,20 +69,20 @@ class Setup:
     """What one command line asks for, built piece by piece when it is first used."""
 
     def __init__(self, options: Namespace, ranks: Ranks):
-        self.options = options
+        self.asked = grouped(options)
         self.ranks = ranks
         # The shapes of full batches never change; a single pass would not pay for the search.
-        torch.backends.cudnn.benchmark = options.command not in ("evaluate", "predict")
+        torch.backends.cudnn.benchmark = self.asked.command not in ("evaluate", "predict")
 
     @cached_property
     def device(self) -> torch.device:
-        name = self.options.device
+        name = self.asked.computing.device
         if self.ranks.size > 1 and name not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {name}: under torchrun each process takes its own GPU; use cuda or cpu.")
         try:
             device = choose_device(name, self.ranks.local_rank)
         except UserError:
-            if "device" not in self.options.recorded:
+            if "device" not in self.asked.recorded:
                 raise
             device = choose_device("auto", self.ranks.local_rank)
             log.info(f"note: {name}, which was recorded, is not available here: computing on {device}")
@@ -91,59 +92,67 @@ class Setup:
 
     @cached_property
     def precision(self) -> Precision:
-        options = self.options
-        asked = {"amp": options.amp, "amp_dtype": options.amp_dtype, "tf32": options.tf32}
-        recorded = self._uses_checkpoint and {name for name in asked if asked[name] not in (False, "auto")}
-        advice = recorded and recorded <= options.recorded
-        if advice and self.device.type == "cpu" != options.recorded_on and options.amp_dtype == "float16":
-            asked["amp_dtype"] = "auto"  # on CPUs float16 takes many times as long
+        wanted = self.asked.computing
+        amp_dtype = wanted.amp_dtype
+        recorded = {name for name in ("amp", "tf32") if getattr(wanted, name)}
+        recorded |= {"amp_dtype"} if amp_dtype != "auto" else set()
+        advice = self._uses_checkpoint and recorded and recorded <= self.asked.recorded
+        if advice and self.device.type == "cpu" != self.asked.recorded_on and amp_dtype == "float16":
+            amp_dtype = "auto"  # on CPUs float16 takes many times as long
         try:
-            precision = choose_precision(self.device, **asked)
+            precision = choose_precision(self.device, amp=wanted.amp, amp_dtype=amp_dtype, tf32=wanted.tf32)
         except UserError:
             if not advice:
                 raise
-            precision = choose_precision(self.device, amp=options.amp and self.device.type != "cuda")
-        if advice and (asked["amp_dtype"] != options.amp_dtype or options.tf32 and precision.name != "tf32"):
+            precision = choose_precision(self.device, amp=wanted.amp and self.device.type != "cuda")
+        if advice and (amp_dtype != wanted.amp_dtype or (wanted.tf32 and precision.name != "tf32")):
             log.info(f"note: the precision that was recorded is for another device: computing in {precision.label}")
         return precision
 
     @cached_property
     def run(self) -> RunDirectory:
         """The run's folder; a run without a name is called after its model and precision."""
-        options = self.options
-        own_name = f"{known_model(options.model)}_{self.precision.name}".replace(":", "_")  # timm:NAME, on Windows
-        name = options.checkpoint_name or own_name
-        return RunDirectory(Path(options.checkpoint_dir) / name, writes=self.ranks.is_first)
+        asked = self.asked
+        own_name = f"{known_model(asked.model.model)}_{self.precision.name}".replace(":", "_")  # timm:NAME, on Windows
+        name = asked.place.checkpoint_name or own_name
+        return RunDirectory(Path(asked.place.checkpoint_dir) / name, writes=self.ranks.is_first)
 
     @property
     def checkpoint_file(self) -> Path:
         """--checkpoint FILE, or best_model.pt of the named run."""
-        options = self.options
-        return Path(options.checkpoint or Path(options.checkpoint_dir) / options.checkpoint_name / "best_model.pt")
+        asked = self.asked
+        return Path(
+            asked.place.checkpoint or Path(asked.place.checkpoint_dir) / asked.place.checkpoint_name / "best_model.pt"
+        )
 
     @cached_property
     def checkpoint(self) -> dict[str, Any]:
         """The checkpoint to use. UserError if there is none."""
         file = self.checkpoint_file
         if not file.exists():
-            runs = sorted(path.parent.name for path in Path(self.options.checkpoint_dir).glob("*/best_model.pt"))
+            runs = sorted(path.parent.name for path in Path(self.asked.place.checkpoint_dir).glob("*/best_model.pt"))
             known = f"Runs there: {', '.join(map(printable, runs))}." if runs else "No run is there yet."
             raise UserError(f"{printable(file)} does not exist. Name a run with --checkpoint_name. {known}")
         return as_tested(load_checkpoint(file))
 
     @property
     def _uses_checkpoint(self) -> bool:
-        options = self.options
-        if options.command in ("train", "compare"):
+        asked = self.asked
+        if asked.command in ("train", "compare"):
             return False
-        return options.command != "inspect" or bool(options.checkpoint or options.checkpoint_name)
+        return asked.command != "inspect" or bool(asked.place.checkpoint or asked.place.checkpoint_name)
 
     def _as_trained(self, name: str) -> Any:
         """An option that says how images are read; where it was left open, as the checkpoint says."""
-        asked = getattr(self.options, name)
-        if asked is not None:
-            return asked
+        found = getattr(self.asked.reading, name)
+        if found is not None:
+            return found
         return self.checkpoint[name] if self._uses_checkpoint else option.options_of("train")[name].default
+
+    @property
+    def image_size(self) -> int:
+        """Return the side of the images that the model sees."""
+        return int(self._as_trained("image_size"))
 
     @cached_property
     def reading(self) -> dict[str, Any]:
@@ -151,12 +160,12 @@ class Setup:
         normalize = self._as_trained("normalize")
         if self._uses_checkpoint and normalize == self.checkpoint["normalize"]:
             return {name: self.checkpoint[name] for name in ("mean", "std", "interpolation")}
-        own = preprocessing(self.checkpoint["model_name"] if self._uses_checkpoint else self.options.model)
+        own = preprocessing(self.checkpoint["model_name"] if self._uses_checkpoint else self.asked.model.model)
         return own if normalize == "imagenet" else {**own, "mean": [0.0] * 3, "std": [1.0] * 3}
 
     def training_words(self) -> list[str]:
         """The training options as words of a command line, less what each run of a comparison sets itself."""
-        return training_words(self.options)
+        return training_words(self.asked.flat)
 
     def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
         """The data set, decoded; the demo's scenes are drawn first if they are missing.
@@ -164,46 +173,52 @@ class Setup:
         A run that goes on keeps its split. Raises UserError if there are others than `classes`, those of a
         checkpoint.
         """
-        options = self.options
+        asked = self.asked
         self._prepare_folder()
+        window = asked.reading.window or "data"
         recorded = self._recorded(self.run.path) if resuming else None
         data = open_data_set(
-            options.data_dir,
-            image_size=self._as_trained("image_size"),
-            seed=options.seed,
-            labels=options.labels,
-            group=options.group,
-            split=options.split,
+            asked.data.data_dir,
+            image_size=self.image_size,
+            seed=asked.model.seed,
+            labels=asked.data.labels,
+            group=asked.data.group,
+            split=asked.data.split,
             recorded=recorded,
-            keep_larger="crop" in options.augment.split(","),
-            skip_unreadable=options.skip_unreadable,
-            opening=self._opening(self._rules(windows_of(options.window)), options.window == "data"),
+            keep_larger="crop" in asked.training.augment.split(","),
+            skip_unreadable=asked.data.skip_unreadable,
+            opening=self._opening(self._rules(windows_of(window)), own_window=window == "data"),
         )
-        balanced = options.sampler == "balanced" or getattr(options, "class_weights", "none") == "balanced"
-        say_uneven(data.train, data.classes, balanced=balanced, best_by=getattr(options, "best_by", None))
-        for sentence in about_division(options.typed, options.split, data.divided):
+        balanced = asked.training.sampler == "balanced" or asked.training.class_weights == "balanced"
+        say_uneven(
+            data.train,
+            data.classes,
+            balanced=balanced,
+            best_by=asked.training.best_by if asked.command == "train" else None,
+        )
+        for sentence in about_division(asked.typed, asked.data.split, data.divided):
             log.warning(sentence)
-        batch_size = images_asked(options.batch_size)
+        batch_size = images_asked(asked.training.batch_size)
         if len(data.train) < batch_size:
             log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")
         return self._agreed(data, classes)
 
     def test_data(self) -> DataSet:
         """The images to test the checkpoint on: its run's test images, a test part, or a folder of class folders."""
-        options = self.options
+        asked = self.asked
         self._prepare_folder()
         folder = self.checkpoint_file.parent
         was = self.ranks.share(lambda: _data_of(folder / "config.json"))
         return self._agreed(
             open_test_set(
-                options.data_dir,
-                image_size=self._as_trained("image_size"),
+                asked.data.data_dir,
+                image_size=self.image_size,
                 known=self.checkpoint["classes"],
-                labels=options.labels,
+                labels=asked.data.labels,
                 recorded=self._recorded(folder),
-                same_place=was.get("folder") == str(Path(options.data_dir).resolve()),
+                same_place=was.get("folder") == str(Path(asked.data.data_dir).resolve()),
                 checksum=was.get("tested"),
-                skip_unreadable=options.skip_unreadable,
+                skip_unreadable=asked.data.skip_unreadable,
                 opening=self._opening(self.rules, own_window=False),
             ),
             self.checkpoint["classes"],
@@ -212,26 +227,26 @@ class Setup:
     @property
     def rules(self) -> Rules:
         """By which a trained model's images are read: as it was trained, unless asked otherwise."""
-        options = self.options
-        windows = windows_of(options.window) if options.window else self.checkpoint.get("windows", {})
+        asked = self.asked
+        windows = windows_of(asked.reading.window) if asked.reading.window else self.checkpoint.get("windows", {})
         return self._rules(windows)
 
     def _rules(self, windows: dict[str, tuple[float, float]]) -> Rules:
-        return Rules(self.options.max_megapixels, windows, self.reading["interpolation"])
+        return Rules(self.asked.reading.max_megapixels, windows, self.reading["interpolation"])
 
     def _opening(self, rules: Rules, own_window: bool) -> Opening:
-        options = self.options
+        asked = self.asked
         pin = self.device.type == "cuda"
-        return Opening(options.cache, options.num_workers, pin, options.cache_limit, rules, own_window)
+        return Opening(asked.data.cache, asked.data.num_workers, pin, asked.data.cache_limit, rules, own_window)
 
     def _prepare_folder(self) -> None:
-        options = self.options
-        if options.demo:
-            self.ranks.share(lambda: draw_scenes(options.data_dir, options.device))  # the others wait for the first
-        elif "data_dir" in options.recorded and not Path(options.data_dir).is_dir():
+        asked = self.asked
+        if asked.data.demo:
+            self.ranks.share(lambda: draw_scenes(asked.data.data_dir, asked.computing.device))  # the others wait
+        elif "data_dir" in asked.recorded and not Path(asked.data.data_dir).is_dir():
             raise UserError(
-                f"{printable(Path(options.data_dir).absolute())} does not exist, but the images of this run were in "
-                f"{printable(options.data_dir)}. Name the folder that holds them now with --data_dir."
+                f"{printable(Path(asked.data.data_dir).absolute())} does not exist, but the images of this run were in "
+                f"{printable(asked.data.data_dir)}. Name the folder that holds them now with --data_dir."
             )
 
     def _recorded(self, folder: Path) -> Split | None:
@@ -241,43 +256,44 @@ class Setup:
 
     def _agreed(self, data: DataSet, classes: list[str] | None) -> DataSet:
         """The data set, if all ranks see the same and it has the classes that were asked for."""
-        options = self.options
+        asked = self.asked
         if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
             raise UserError(
-                f"the images in {options.data_dir} are not those of the first process: give all processes the same."
+                f"the images in {asked.data.data_dir} are not those of the first process: give all processes the same."
             )
-        if options.num_classes not in (None, len(data.classes)):
+        if asked.data.num_classes not in (None, len(data.classes)):
             raise UserError(
-                f"--num_classes {options.num_classes}: {options.data_dir} holds {len(data.classes)} class folders."
+                f"--num_classes {asked.data.num_classes}: {asked.data.data_dir} holds {len(data.classes)} "
+                "class folders."
             )
         if classes not in (None, data.classes):
-            raise UserError(f"{options.data_dir} holds the classes {data.classes}, the checkpoint {classes}.")
+            raise UserError(f"{asked.data.data_dir} holds the classes {data.classes}, the checkpoint {classes}.")
         return data
 
     @property
     def preprocess(self) -> Preprocess:
-        size = self._as_trained("image_size")
-        return Preprocess(self.device, size, channels_last=self.options.channels_last, **self.reading)
+        size = self.image_size
+        return Preprocess(self.device, size, channels_last=self.asked.computing.channels_last, **self.reading)
 
     @cached_property
     def update_shape(self) -> tuple[int, int]:
         """Images in one update, and its micro-batches: as asked; for auto as this run chose before, or as fit."""
-        options = self.options
-        count = images_asked(options.batch_size)
-        if count == options.batch_size:
-            return count, getattr(options, "accumulate", 1)
+        asked = self.asked
+        count = images_asked(asked.training.batch_size)
+        if count == asked.training.batch_size:
+            return count, asked.training.accumulate
         return count, self.ranks.share(lambda: self._chosen_before() or self._micro_batches(count))
 
     def _chosen_before(self) -> int | None:
         """What a run that is resumed recorded."""
-        if self.options.resume is None or not self.run.file("last.pt").exists():
+        if self.asked.place.resume is None or not self.run.file("last.pt").exists():
             return None
         return read_config(self.run.file("config.json"))["options"].get("accumulate")
 
     def _micro_batches(self, count: int) -> int:
         share = -(-count // self.ranks.size)
-        model = self.model(self.options.num_classes or 1000)
-        size = self.options.image_size
+        model = self.model(self.asked.data.num_classes or 1000)
+        size = self.image_size
         fits = micro_batch_that_fits(model, size, share, self.precision, self.device, processes=self.ranks.size)
         number = -(-share // fits)
         log.info(f"--batch_size auto: {count} images in an update, in {number} micro-batches of at most {fits}")
@@ -285,59 +301,54 @@ class Setup:
 
     def batches(self, data: DataSet, subset: Subset, *, train: bool = False, **more: Any) -> Batches:
         size, micro_batches = self.update_shape
-        own = ("seed", "sampler", "augment", "mixup", "cutmix", "start_size", "epochs") if train else ()
         if train:
-            more["accumulate"] = micro_batches
+            own = self.asked.training
+            more |= {"accumulate": micro_batches, "seed": self.asked.model.seed, "epochs": own.epochs}
+            more |= {"sampler": own.sampler, "augment": own.augment, "mixup": own.mixup, "cutmix": own.cutmix}
+            more["start_size"] = own.start_size
         else:  # what does not fit at once in training is not tried here
             size = -(-size // micro_batches)
-        return Batches(
-            subset,
-            self.preprocess,
-            size,
-            len(data.classes),
-            ranks=self.ranks,
-            **{name: getattr(self.options, name) for name in own} | more,
-        )
+        return Batches(subset, self.preprocess, size, len(data.classes), ranks=self.ranks, **more)
 
     def model(self, class_count: int, classes: list[str] | None = None) -> nn.Module:
         """Return the model to train, on the device, with the weights it starts from."""
-        options = self.options
-        seed_everything(options.seed)  # of the new head, or of all weights
+        asked = self.asked
+        seed_everything(asked.model.seed)  # of the new head, or of all weights
         return self.placed(
             build_model(
-                options.model,
+                asked.model.model,
                 class_count,
-                pretrained=bool(options.pretrained),
-                pretrained_path=options.pretrained_path,
-                weights=options.weights,
-                image_size=self._as_trained("image_size"),
+                pretrained=bool(asked.model.pretrained),
+                pretrained_path=asked.model.pretrained_path,
+                weights=asked.model.weights,
+                image_size=self.image_size,
                 classes=classes,
             )
         )
 
     def placed(self, model: nn.Module) -> nn.Module:
-        layout = torch.channels_last if self.options.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.asked.computing.channels_last else torch.contiguous_format
         if self.device.type == "cpu":
-            adapt_to_cpu(model, amp=self.options.amp)
+            adapt_to_cpu(model, amp=self.asked.computing.amp)
         return model.to(self.device).to(memory_format=layout)
 
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:
         """The model of a checkpoint, on the device, in evaluation mode."""
         model = self.placed(rebuild_model(checkpoint)).eval()
-        return WithMirrorImage(model) if getattr(self.options, "tta", "none") == "flip" else model
+        return WithMirrorImage(model) if self.asked.reading.tta == "flip" else model
 
     def trainer(self, data: DataSet, run: RunDirectory, *, resumed: dict[str, Any] | None = None) -> Trainer:
         """Everything a training needs, wired together.
 
         A run that is `resumed`, from what its config.json says, needs no weights to start from: last.pt holds them.
         """
-        options = self.options
-        epochs = options.epochs
+        asked = self.asked
+        epochs = asked.training.epochs
         model = self._trainable(data, resumed)
         batches = self.batches(data, data.train, train=True)
         validation = self.batches(data, data.validation)
         heads = head_names(model)
-        frozen = epochs if options.freeze_epochs == ALL else options.freeze_epochs
+        frozen = epochs if asked.training.freeze_epochs == ALL else int(asked.training.freeze_epochs)
         kept = keep_outputs(model, heads, batches, validation, self.precision) if frozen == epochs else None
         batches, validation = kept or (batches, validation)
         network = Network(
@@ -347,18 +358,18 @@ class Setup:
             ranks=self.ranks,
             heads=heads,
             freeze_epochs=frozen,
-            ema=options.ema,
-            compile=options.compile,
-            graphs=options.cuda_graphs,
+            ema=asked.training.ema,
+            compile=asked.computing.compile,
+            graphs=asked.computing.cuda_graphs,
             only_head=kept is not None,
         )
         optimizer = self._optimizer(model, heads)
         schedule = partial(
             make_scheduler,
             optimizer,
-            options.decay_type,
+            asked.training.decay_type,
             epochs=epochs,
-            warmup_epochs=options.warmup_epochs,
+            warmup_epochs=asked.training.warmup_epochs,
             updates_per_epoch=batches.updates_per_epoch,
         )
         return Trainer(
@@ -370,46 +381,46 @@ class Setup:
             validation,
             run,
             epochs,
-            options.seed,
-            SmoothedCrossEntropy(options.label_smoothing, self._class_weights(data)),
-            best_by=options.best_by,
-            stop=StopSignal(seconds_of(options.max_time) if options.max_time else None),
-            clip_grad_norm=options.clip_grad_norm,
-            log_interval=options.log_interval,
-            **intervals(options.checkpoint_every),
-            patience=options.patience,
+            asked.model.seed,
+            SmoothedCrossEntropy(asked.training.label_smoothing, self._class_weights(data)),
+            best_by=asked.training.best_by,
+            stop=StopSignal(seconds_of(asked.recording.max_time) if asked.recording.max_time else None),
+            clip_grad_norm=asked.training.clip_grad_norm,
+            log_interval=asked.recording.log_interval,
+            **intervals(asked.recording.checkpoint_every),
+            patience=asked.training.patience,
             record=self._identity(data, model),
         )
 
     def _optimizer(self, model: nn.Module, heads: tuple[str, ...]) -> torch.optim.Optimizer:
         """The optimizer of all weights, in groups by --decay_norms, --backbone_lr and --layer_decay."""
-        options = self.options
+        asked = self.asked
         groups = parameter_groups(
             model,
             heads,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
-            decay_norms=options.decay_norms,
-            backbone_lr=options.backbone_lr,
-            layer_decay=options.layer_decay,
+            learning_rate=asked.training.learning_rate,
+            weight_decay=asked.training.weight_decay,
+            decay_norms=asked.training.decay_norms,
+            backbone_lr=asked.training.backbone_lr,
+            layer_decay=asked.training.layer_decay,
         )
         return make_optimizer(
             groups,
-            options.optimizer,
-            learning_rate=options.learning_rate,
-            weight_decay=options.weight_decay,
+            asked.training.optimizer,
+            learning_rate=asked.training.learning_rate,
+            weight_decay=asked.training.weight_decay,
             fused=self.device.type in ("cpu", *GPUS),
         )
 
     def _class_weights(self, data: DataSet) -> torch.Tensor | None:
         """Return the weight of each class in the loss; None if all weigh the same."""
-        if self.options.class_weights == "none":
+        if self.asked.training.class_weights == "none":
             return None
         return balanced_weights(torch.from_numpy(data.train.labels), len(data.classes)).to(self.device)
 
     def _trainable(self, data: DataSet, resumed: dict[str, Any] | None) -> nn.Module:
         """The model to train. Raises UserError where it cannot be trained with these batches on these processes."""
-        options = self.options
+        asked = self.asked
         ranks = self.ranks.size
         batch_size, accumulate = self.update_shape
         if batch_size < ranks * accumulate:
@@ -423,13 +434,13 @@ class Setup:
             told = resumed.get("model_options")
             if not isinstance(told, dict):
                 raise UserError(f"{printable(self.run.path / 'config.json')} does not say how the model was built.")
-            model = self.placed(empty_model(options.model, len(data.classes), told))
+            model = self.placed(empty_model(asked.model.model, len(data.classes), told))
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
-        check_input_size(model, options.image_size, batches.smallest_piece, options.start_size)
-        if options.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
+        check_input_size(model, self.image_size, batches.smallest_piece, asked.training.start_size)
+        if asked.computing.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
             raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
-        if not options.sync_batchnorm or ranks == 1:
+        if not asked.training.sync_batchnorm or ranks == 1:
             return model
         if self.device.type != "cuda":
             raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
@@ -445,10 +456,10 @@ class Setup:
     def _identity(self, data: DataSet, model: nn.Module) -> dict[str, Any]:
         return identity(
             classes=data.classes,
-            model_name=self.options.model,
+            model_name=self.asked.model.model,
             model_options=constructor_options(model),
-            image_size=self.options.image_size,
-            normalize=self.options.normalize,
+            image_size=self.image_size,
+            normalize=self._as_trained("normalize"),
             reading=self.reading,
             precision=self.precision.name,
             fingerprint=data.fingerprint,
@@ -457,10 +468,10 @@ class Setup:
 
     def config(self, data: DataSet, model_options: dict[str, Any]) -> dict[str, Any]:
         """What config.json records: every option, versions, device and data."""
-        options = {name: value for name, value in vars(self.options).items() if name not in NOT_RECORDED}
-        if self.options.command == "train":
+        options = {name: value for name, value in self.asked.flat.items() if name not in NOT_RECORDED}
+        if self.asked.command == "train":
             options["batch_size"], options["accumulate"] = self.update_shape
-            options["checkpoint_name"] = self.run.path.relative_to(self.options.checkpoint_dir).as_posix()
+            options["checkpoint_name"] = self.run.path.relative_to(self.asked.place.checkpoint_dir).as_posix()
         else:
             options["model"] = self.checkpoint["model_name"]
         return {

@@ -135,27 +135,24 @@ def train(setup: Setup) -> None:
     from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
     from runs.resume import find_earlier
 
-    options = setup.options
-    announce(setup, model=options.model, logs=log_names(options), safetensors=options.safetensors)
-    with opened(setup, partial(explain, options=options)) as run:
-        asked = {name: getattr(options, name) for name in ("resume", "overwrite", "config")}
-        earlier = setup.ranks.share(lambda: find_earlier(run, vars(options), **asked))  # others may not see the folder
-        started_from = options.typed & {"pretrained", "pretrained_path", "weights"}
+    asked = setup.asked
+    place = asked.place
+    recording = asked.recording
+    announce(setup, model=asked.model.model, logs=recording.logs, safetensors=recording.safetensors)
+    with opened(setup, partial(explain, options=Namespace(**asked.flat))) as run:
+        search = partial(find_earlier, run, asked.flat, resume=place.resume, overwrite=place.overwrite)
+        earlier = setup.ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
+        started_from = asked.typed & {"pretrained", "pretrained_path", "weights"}
         if earlier.resuming and started_from:
             utils.log.warning(idle.no_effect(started_from, "the run goes on from its last.pt"))
         data = setup.data(resuming=earlier.resuming)
         trainer = setup.trainer(data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
-        with opened_logs(log_names(options), trainer, vars(options)) as logs:
+        with opened_logs(recording.logs, trainer, asked.flat) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)
             trainer.train()
-            finish(setup, trainer, data, safetensors=options.safetensors)
+            finish(setup, trainer, data, safetensors=recording.safetensors)
             show(run, logs)
-
-
-def log_names(options: Namespace) -> list[str]:
-    """What --log names, and --tensorboard."""
-    return list(dict.fromkeys([*(options.log or []), *(["tensorboard"] if options.tensorboard else [])]))
 
 
 def is_cuda(device: str) -> bool:

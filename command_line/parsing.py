@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,8 @@ def _stored_options(command: str, config: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: {error}") from None
 
 
-def training_words(options: argparse.Namespace) -> list[str]:
-    """A comparison's training options as words of `train`'s command line, less what each run sets itself."""
-    values = vars(options)
+def training_words(values: Mapping[str, Any]) -> list[str]:
+    """Return the options of a comparison's trainings as arguments of `train`, less those that each run sets itself."""
     shared = {
         name: option
         for name, option in options_of("train").items()

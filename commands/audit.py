@@ -51,7 +51,7 @@ def audit(
     """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
     folder = Path(checkpoint_dir) / (checkpoint_name or "audit")
     if demo:
-        draw_scenes(data_dir, setup.options.device)
+        draw_scenes(data_dir, setup.asked.computing.device)
     image_set = list_images(data_dir, labels=labels, group=group)
     if len(image_set.classes) > PROBABILITIES:
         raise UserError(

@@ -87,7 +87,7 @@ def compare(
         return
     if not report_only:
         if demo:
-            draw_scenes(setup.options.data_dir, device)
+            draw_scenes(setup.asked.data.data_dir, device)
         run_all(
             folder,
             precisions or sensible_precisions(choose_device(device, use=False)),

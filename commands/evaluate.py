@@ -115,7 +115,7 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         **{metric.test_key: metric.compute(found) for metric in METRICS.values()},
         **peak_memory(setup.device),
         "precision": setup.precision.name,
-        "tta": setup.options.tta,
+        "tta": setup.asked.reading.tta,
         "device": setup.device.type,
         "device_name": device_name(setup.device),
         "classes": data.classes,

@@ -280,7 +280,7 @@ def test_evaluate_may_stand_behind_a_trainings_own_options(config):
 def test_a_comparisons_training_words_give_its_options_back():
     words = "--epochs=3 --no-channels_last --ema=0.5 --clip_grad_norm=1.0 --checkpoint_every=5u --optimizer=SGD"
     options = parse("compare", *words.split(), "--data_dir=a folder", "--precisions", "fp32")
-    again = parse("train", *parsing.training_words(options))
+    again = parse("train", *parsing.training_words(vars(options)))
     own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
     first, second = ({k: v for k, v in vars(found).items() if k not in own} for found in (options, again))
     assert first == second

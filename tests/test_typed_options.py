@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import inspect
 
@@ -9,7 +10,7 @@ import pytest
 import tiny
 
 import main
-from command_line import idle, parsing
+from command_line import groups, idle, parsing
 from command_line.kinds import CALL, PRECISION, REPEAT
 from option import COMMANDS, OWN_DEFAULTS, options_of
 from utils import UserError
@@ -28,6 +29,26 @@ def acting(command: str) -> set[str]:
 def said(*words: str, processes: int = 1) -> str:
     options = parsing.parse([str(word) for word in words])
     return " ".join(idle.said(options.command, options.typed, vars(options), processes=processes))
+
+
+GROUPS = (groups.Place, groups.Data, groups.Reading, groups.Model, groups.Computing, groups.Training, groups.Recording)
+
+
+def test_the_typed_groups_are_the_options_of_a_training_and_of_a_finished_run():
+    """But those that parse() uses up, and --quiet."""
+    names = [field.name for group in GROUPS for field in dataclasses.fields(group)]
+    assert sorted(names) == sorted({*options_of("train"), "checkpoint"} - {"preset", "evaluate", "quiet"})
+
+
+def read_from_groups(patch: pytest.MonkeyPatch) -> None:
+    """Let the typed groups note which of their options are read."""
+
+    def note(group, name):
+        Recorder.read.add(name)
+        return object.__getattribute__(group, name)
+
+    for group in GROUPS:
+        patch.setattr(group, "__getattribute__", note)
 
 
 class Recorder(parsing.Options):
@@ -50,6 +71,7 @@ def trained(data, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         tiny.leave_out_pictures(patch)
         patch.setattr(Recorder, "read", set())
+        read_from_groups(patch)
         patch.setattr(main, "parse", lambda *words, **more: Recorder(parsing.parse(*words, **more)))
         assert tiny.train(data, runs) == 0
         yield data, runs, set(Recorder.read)
@@ -184,7 +206,7 @@ def test_several_processes_share_batch_statistics():
 
 
 def test_the_trainings_of_a_comparison_say_nothing_that_nobody_typed():
-    words = parsing.training_words(parsing.parse(["compare"]))
+    words = parsing.training_words(vars(parsing.parse(["compare"])))
     assert said("train", *words) == ""
 
 

@@ -1,0 +1,170 @@
+"""The options of one command line as frozen, typed groups. A misspelled option is an error of mypy.
+
+Names, defaults and help are in option.py; a test compares the fields with that table.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+from option import OPTIONS
+
+Group = TypeVar("Group")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run or the checkpoint to use."""
+
+    checkpoint_dir: str
+    checkpoint_name: str
+    checkpoint: str | None
+    config: str | None
+    resume: str | None
+    overwrite: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images, how they are divided, and where they are kept."""
+
+    data_dir: str
+    demo: bool
+    labels: str | None
+    group: str | None
+    split: str | None
+    num_classes: int | None
+    skip_unreadable: bool
+    cache: str
+    cache_limit: float
+    num_workers: int | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file becomes the input of the model; None: as the checkpoint says."""
+
+    image_size: int | None
+    normalize: str | None
+    window: str | None
+    max_megapixels: float
+    tta: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model and the weights from which it starts."""
+
+    model: str
+    pretrained: int
+    weights: str | None
+    pretrained_path: str | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Computing:
+    """The device, the precision and the layout."""
+
+    device: str
+    amp: bool
+    amp_dtype: str
+    tf32: bool
+    channels_last: bool
+    compile: bool
+    cuda_graphs: bool
+
+
+@dataclass(frozen=True)
+class Training:
+    """The updates: batches, optimizer, schedule, loss, augmentation."""
+
+    batch_size: int | str
+    accumulate: int
+    epochs: int
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    decay_norms: bool
+    backbone_lr: float
+    layer_decay: float
+    decay_type: str
+    warmup_epochs: float | None
+    class_weights: str
+    sampler: str
+    best_by: str
+    clip_grad_norm: float | None
+    label_smoothing: float
+    augment: str
+    mixup: float
+    cutmix: float
+    start_size: int
+    ema: float
+    freeze_epochs: int | str
+    patience: int | None
+    sync_batchnorm: bool
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is written during a training, and when it stops."""
+
+    log_interval: int
+    max_time: str | None
+    checkpoint_every: str | None
+    log: list[str] | None
+    tensorboard: bool
+    safetensors: bool
+
+    @property
+    def logs(self) -> list[str]:
+        """Return the names in --log, and tensorboard for --tensorboard, each once."""
+        return list(dict.fromkeys([*(self.log or []), *(["tensorboard"] if self.tensorboard else [])]))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Everything that one command line asks for."""
+
+    command: str
+    place: Place
+    data: Data
+    reading: Reading
+    model: Model
+    computing: Computing
+    training: Training
+    recording: Recording
+    typed: frozenset[str]  # names of the options that were typed
+    recorded: frozenset[str]  # names of those that a config.json gave
+    recorded_on: str | None  # the type of the device that it names
+    flat: dict[str, Any]  # every option by name, as config.json holds them
+
+
+_DEFAULTS = {name: each.default for options in reversed(OPTIONS.values()) for name, each in options.items()}
+
+
+def take(group: type[Group], options: argparse.Namespace) -> Group:
+    """Return the group's options; one that the command does not have has its default."""
+    values = vars(options)
+    names = [field.name for field in fields(group)]  # type: ignore[arg-type]
+    return group(**{name: values.get(name, _DEFAULTS[name]) for name in names})
+
+
+def grouped(options: argparse.Namespace) -> Asked:
+    """Return the options that `command_line.parsing.parse` found, in groups."""
+    return Asked(
+        command=options.command,
+        place=take(Place, options),
+        data=take(Data, options),
+        reading=take(Reading, options),
+        model=take(Model, options),
+        computing=take(Computing, options),
+        training=take(Training, options),
+        recording=take(Recording, options),
+        typed=options.typed,
+        recorded=options.recorded,
+        recorded_on=options.recorded_on,
+        flat=dict(vars(options)),
+    )
