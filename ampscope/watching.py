@@ -1,15 +1,14 @@
 """`watch(model, scaler)`: which layer was first, at each update of a real training that is skipped or not finite.
 
-While nothing happens, one fused reduction over the gradients is all there is, and only as often as stays below one
-percent of an update. Everything else (reading back, running the forward pass once more) is done when it happened.
+While nothing happens, the loss and one gradient are looked at, and all gradients only as often as stays below one
+percent of an update. Everything else (repeating the calls of the model under a trace) is done when it happened.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-import time
-from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,17 @@ from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.errors import InspectError
+from ampscope.events import SHOWN, finding, in_words
 from ampscope.files import json_text
-from ampscope.finite import ranged
-from ampscope.precisions import Precision
+from ampscope.gradients import Gradients, Late
+from ampscope.places import Place, place_of_caller
+from ampscope.repeating import Call, Calls, finite
 from ampscope.subject import core
 from ampscope.tensors import buffers_not_finite, tensors_in
 
 log = logging.getLogger("ampscope")
-SHARE = 0.01  # of an update, which the reduction may cost
-KEPT = 8  # updates whose ranges are remembered
-SHOWN = 4  # of them in a message
 WINDOW = 100  # updates that share a line of the diary, if nobody marks epochs
+LEARNT = 2  # updates after which it is known which modules the loop calls, and in which order gradients arrive
 
 
 def watch(
@@ -39,23 +38,27 @@ def watch(
     diary: str | Path | None = None,
     every: int = WINDOW,
 ) -> Watcher:
-    """A context around a training loop of any shape; nothing in the loop changes.
+    """Return a context for a training loop of any shape; nothing in the loop changes.
 
     `model` is one model or a dictionary of several, `scaler` the GradScaler (None or a disabled one: each optimizer
-    that trains the model is watched instead). At each update that is skipped or has a gradient that is not finite, a
-    warning says which layer was first, in the forward pass if it began there, and how its gradients moved in the
-    updates before; a second one names the buffers that the update left not finite. `diary` is a file of lines that
-    `inspect --diary` draws, one for every so many updates, or for each epoch if the loop calls `watcher.epoch()`.
-    Raises InspectError if the diary cannot be written.
+    that trains the model is watched instead). At the first update that is skipped or has a gradient that is not finite,
+    and whenever another layer is the first, a warning names the layer, the operator and the line, and how its gradients
+    moved in the updates before; a second one names the buffers that the update left not finite. `events` has each
+    update that was skipped. `diary` is a file of lines that `inspect --diary` draws, one for every so many updates, or
+    for each epoch if the loop calls `watcher.epoch()`.
+
+    Raises:
+        InspectError: if the diary cannot be written, or nothing of the model is trained.
     """
     return Watcher(model, scaler, diary=diary, every=every)
 
 
 class Watcher:
-    """What `watch` gives: `events` are the updates that went wrong, `updates` counts all of them."""
+    """Watch a training; `events` are the updates that went wrong, `updates` counts all of them."""
 
     def __init__(self, model: nn.Module | Mapping[str, nn.Module], scaler: Any, *, diary: Any, every: int):
         models = model if isinstance(model, Mapping) else {"": model}
+        self._given = dict(models)
         self.models = {name: core(part) for name, part in models.items()}
         self.parameters = {
             ".".join(word for word in (prefix, name) if word): parameter
@@ -66,20 +69,27 @@ class Watcher:
         if not self.parameters:
             raise InspectError("watch needs a model with at least one trained parameter.")
         self.scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
+        self.device = next(iter(self.parameters.values())).device
+        self.later = self.device.type != "cpu"  # there nothing waits: what was measured is read one update later
         self.every = every
         self.updates = 0
         self.events: list[dict[str, Any]] = []
-        self.interval = 1
+        self.gradients = Gradients(self.parameters)
+        self.calls = Calls(self.models, self.device)
         self._diary = Path(diary) if diary is not None else None
-        self._ring: deque[tuple[int, list[str], torch.Tensor, Any]] = deque(maxlen=KEPT)
-        self._order: dict[str, int] = {}
-        self._inputs: dict[str, tuple[Any, ...]] = {}
-        self._waiting: deque[tuple[int, list[str], torch.Tensor, Any]] = deque()
+        self._losses: list[torch.Tensor] = []
+        self._line_of_backward: Place | None = None
+        self._pending: dict[str, Any] | None = None  # what went wrong in an update whose number is not known yet
+        self._measured: tuple[list[str], torch.Tensor] | None = None  # and what was measured in it
+        self._begun = False
+        self._unscaled: dict[int, tuple[list[str], torch.Tensor | None]] = {}
+        self._late: Late | None = None
+        self._kept: list[torch.Tensor] = []
+        self._poisoned = False
+        self._said: set[tuple] = set()
         self._line = 1
         self._line_start = (0, 0)
-        self._last: float | None = None
-        self._handles: list[Any] = []
-        self._arrivals: list[Any] = []
+        self._undo: list[Any] = []
         self._trains: dict[int, list[str]] = {}
         self._stepped: set[int] = set()
         self._suspect: dict[str, Any] | None = None  # the event whose buffers were not looked at yet
@@ -91,161 +101,266 @@ class Watcher:
                 self._diary.write_text("")
             except OSError as error:
                 raise InspectError(f"{self._diary} cannot be written ({error.strerror}).") from None
-        for name, part in self.models.items():
-            keep = part.register_forward_pre_hook(
-                lambda _, args, kwargs, name=name: self._keep(name, args, kwargs), with_kwargs=True
-            )
-            self._handles.append(keep)
-        self._arrivals = [
-            parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))
-            for name, parameter in self.parameters.items()
-            if parameter.is_leaf
-        ]
+        self.calls.before = self._look_at_buffers
+        self._undo += [self.calls.remove, self.gradients.forget_arrivals]
+        self.calls.follow(self._given)
+        self.gradients.follow_arrivals()
+        self._put(torch.autograd, "backward", self._backward)
         if self.scaler is not None:
-            self._step = self.scaler.step
-            self.scaler.step = self._scaler_step
+            self._put(self.scaler, "step", self._scaler_step)
+            self._put(self.scaler, "unscale_", self._unscale)
         else:
-            self._handles.append(optimizer_hooks.register_optimizer_step_pre_hook(self._before_step))
+            pre = optimizer_hooks.register_optimizer_step_pre_hook(self._before_step)
+            post = optimizer_hooks.register_optimizer_step_post_hook(self._after_step)
+            self._undo += [pre.remove, post.remove]
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in (*self._handles, *self._arrivals):
-            handle.remove()
-        if self.scaler is not None:
-            del self.scaler.step  # the class's own shows again
-        self._read_waiting(all_of_them=True)
+        while self._undo:
+            self._undo.pop()()
+        self._read_late()
+        self._settle()
         self._look_at_buffers()
         if self.updates > self._line_start[0]:
             self._write_line()
-        self._inputs.clear()
+        self.calls.end(keep=False)
+        self.calls.end(keep=False)
+
+    def _put(self, owner: Any, name: str, around: Any) -> None:
+        """Put `around(original, *args, **kwargs)` in the place of a function until the end."""
+        original = getattr(owner, name)
+        own = name in vars(owner)
+
+        @functools.wraps(original)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return around(original, *args, **kwargs)
+
+        def restore() -> None:
+            if vars(owner).get(name) is call:
+                setattr(owner, name, original) if own else delattr(owner, name)
+
+        setattr(owner, name, call)
+        self._undo.append(restore)
 
     def epoch(self) -> None:
-        """Ends a line of the diary; once called, lines are epochs and not windows of updates."""
+        """End a line of the diary; once called, lines are epochs and not windows of updates."""
         self.every = 0
         self._write_line()
 
-    def _keep(self, name: str, args: Any, kwargs: Any) -> None:
-        """What the model was called with, so that the call can be repeated if its update goes wrong."""
-        self._look_at_buffers()
-        if torch.is_grad_enabled():
-            device = next(iter(self.parameters.values())).device.type
-            enabled = torch.is_autocast_enabled(device)
-            self._inputs[name] = (args, kwargs, torch.get_autocast_dtype(device) if enabled else None)
+    # What the loop does
 
-    def _arrived(self, name: str) -> None:
-        """The order in which gradients arrive on the way back: known after the first update."""
-        self._order.setdefault(name, len(self._order))
-
-    def _scaler_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
-        names = self._names(optimizer)
-        if not names:
-            return self._step(optimizer, *args, **kwargs)
-        self._begin(optimizer)
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        measured = self._measure(names, always=fused)
-        state = self.scaler._per_optimizer_states[id(optimizer)]
-        scaled = state["stage"].name == "READY"
-        result = self._step(optimizer, *args, **kwargs)
-        scale = self.scaler._scale if scaled else None
-        if measured is not None and fused and measured.device.type != "cpu":
-            self._later(names, measured, scale)
-        elif any(found.item() for found in state["found_inf_per_device"].values()):
-            if measured is None:
-                measured = self._norms(names)
-            self._ring.append((self.updates, names, measured, _copied(scale)))
-            self._report(names, measured, scale)
-        elif measured is not None:
-            self._ring.append((self.updates, names, measured, _copied(scale)))
-        self._end()
+    def _backward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        """Look after each backward pass, before anybody clips, and before an optimizer that calls it steps."""
+        if self.calls.busy or torch._C._current_autograd_node() is not None:
+            return original(*args, **kwargs)
+        losses = [loss for loss in tensors_in(args[:1] or kwargs.get("tensors")) if loss.is_floating_point()]
+        place = place_of_caller()
+        result = original(*args, **kwargs)
+        if self.scaler is None and self.calls.of_update():
+            self._losses += [loss.detach() for loss in losses]
+            self._line_of_backward = self._line_of_backward or place
+            if not self.later and self._pending is None:
+                self._look()
+        elif self._line_of_backward is None:
+            self._line_of_backward = place
         return result
+
+    def _look(self) -> None:
+        """On the CPU: is the loss finite, and what arrives last, and, as often as is cheap, are all gradients?"""
+        good = all(map(finite, self._losses))
+        if self._poisoned:
+            self._poisoned = not good
+            return
+        names = self.gradients.present(self.parameters)
+        if not names:
+            return
+        ends = [self.gradients.present(trained) for trained in self._trains.values()] or [names]
+        bad = not good or not all(finite(self.gradients.last(end)) for end in ends if end)
+        measured = self.gradients.measure(names, self.updates + 1, always=bad)
+        if measured is not None and not torch.isfinite(measured).all():
+            self._pending = self._finding(names, measured, good=good)
+        elif measured is not None:
+            self._measured = names, measured
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         names = self._names(optimizer)
-        if not names:
+        self._begun = bool(names or (self._trains[id(optimizer)] and self._losses))
+        if not self._begun:
             return
         self._begin(optimizer)
-        measured = self._measure(names)
-        if measured is not None:
-            self._later(names, measured, None)
+        if self.later:
+            self._read_late()
+            self._look_late(self.gradients.present(self.parameters))
+        elif names and self._pending is None and not self._poisoned:
+            self._look_at_step(names)
+        self._settle()
+
+    def _look_at_step(self, names: list[str]) -> None:
+        """Look again at what the loop did to the gradients after its backward pass."""
+        if self._measured is None and finite(self.gradients.last(names)):
+            return
+        measured = self.gradients.norms(names)
+        if not torch.isfinite(measured).all():
+            calls: list[Call] | None = None if self._measured is None else []  # the backward pass had left them finite
+            self._pending = self._finding(names, measured, good=True, calls=calls)
+
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        """End the update of an optimizer; one that took a closure has called backward by now."""
+        if self._trains.get(id(optimizer)):
+            if not self._begun and self._names(optimizer):
+                self._begin(optimizer)
+            self._settle()
+            self._end()
+
+    def _look_late(self, names: list[str]) -> None:
+        """On a GPU nothing waits for this update's loss: it is read in the next one, with copies of these weights."""
+        last = self.gradients.last(names) if names else None
+        if last is None:
+            return
+        sums = [tensor.detach().float().sum() for tensor in (*self._losses, last)]
+        measured = None if self._poisoned else self.gradients.measure(names, self.updates)
+        calls = self.calls.of_update()
+        self._late = Late(self.updates, names, calls, sums=torch.stack(sums), measured=measured)
+        parameters = [part.detach() for part in self.parameters.values()]
+        if not self._kept:
+            self._kept = [part.clone() for part in parameters]
+        else:
+            torch._foreach_copy_(self._kept, parameters)
+
+    def _read_late(self) -> None:
+        """Read what was measured at the update before; if it went wrong, repeat it with the weights that it had."""
+        late, self._late = self._late, None
+        if late is None:
+            return
+        values = late.read()
+        measured, scale = values.get("measured"), values.get("scale")
+        sums = torch.isfinite(values["sums"])
+        wrong = not sums.all() or (measured is not None and not torch.isfinite(measured).all())
+        if self._poisoned or not wrong:
+            self._poisoned = self._poisoned and wrong
+            if measured is not None and not wrong:
+                self._remember(late.update, late.names, measured, scale)
+            return
+        with self._weights_then():
+            good = None if scale is not None else bool(sums[:-1].all())
+            found = self._finding(late.names, measured, good=good, calls=late.calls)
+        self._report(found, late.update, scale=scale.item() if scale is not None else None)
+
+    @contextlib.contextmanager
+    def _weights_then(self) -> Iterator[None]:
+        """Put the weights in that the update began with; one that the scaler skipped has changed none."""
+        parameters = [part.detach() for part in self.parameters.values()] if self._kept else []
+        now = [part.clone() for part in parameters]
+        if parameters:
+            torch._foreach_copy_(parameters, self._kept)
+        try:
+            yield
+        finally:
+            if parameters:
+                torch._foreach_copy_(parameters, now)
+
+    def _unscale(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        """Measure after the scaler has divided and before anybody clips, which spreads one NaN to all gradients."""
+        result = original(optimizer, *args, **kwargs)
+        names = self._names(optimizer)
+        if names:
+            bad = self.later or self._found(optimizer)
+            self._unscaled[id(optimizer)] = names, self.gradients.measure(names, self.updates + 1, always=bad)
+        return result
+
+    def _found(self, optimizer: Any) -> bool:
+        found = self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values()
+        return any(bool(value.item()) for value in found)
+
+    def _scaler_step(self, original: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        plain = optimizer if hasattr(optimizer, "param_groups") else getattr(optimizer, "optimizer", optimizer)
+        names = self._names(plain)
+        if not names:
+            return original(optimizer, *args, **kwargs)
+        self._read_late()
+        self._begin(plain)
+        scaled = self.scaler._per_optimizer_states[id(optimizer)]["stage"].name == "READY"
+        fused = getattr(plain, "_step_supports_amp_scaling", False)
+        measured = self.gradients.measure(names, self.updates, always=True) if fused and scaled else None
+        result = original(optimizer, *args, **kwargs)
+        scale = self.scaler._scale.detach().clone()
+        if id(optimizer) in self._unscaled:
+            names, measured = self._unscaled.pop(id(optimizer))
+        if fused and self.later and measured is not None:  # such an optimizer skips on the device
+            calls = self.calls.of_update()
+            self._late = Late(self.updates, names, calls, sums=measured, measured=measured, scale=scale)
+        elif self._found(optimizer):
+            measured = measured if measured is not None else self.gradients.norms(names)
+            self._report(self._finding(names, measured, good=None), self.updates, scale=scale.item())
+        elif measured is not None:
+            self._remember(self.updates, names, measured, scale if fused and scaled else None)
         self._end()
+        return result
 
     def _names(self, optimizer: Any) -> list[str]:
-        """The watched parameters that this optimizer trains, and that have a gradient."""
+        """Return the watched parameters that this optimizer trains, and that have a gradient."""
         if id(optimizer) not in self._trains:
-            owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            owned = {id(part) for group in getattr(optimizer, "param_groups", ()) for part in group["params"]}
             self._trains[id(optimizer)] = [name for name, part in self.parameters.items() if id(part) in owned]
-        return [name for name in self._trains[id(optimizer)] if self.parameters[name].grad is not None]
+        return self.gradients.present(self._trains[id(optimizer)])
 
     def _begin(self, optimizer: Any) -> None:
         """An update begins when an optimizer steps that has stepped in the one before, or the first one does."""
         if not self._stepped or id(optimizer) in self._stepped:
             self.updates += 1
             self._stepped.clear()
+            self.gradients.begin()
         self._stepped.add(id(optimizer))
-        self._started = time.perf_counter()
-        if self._arrivals and len(self._order) and self.updates > 1:
-            for handle in self._arrivals:
-                handle.remove()
-            self._arrivals = []
-
-    def _measure(self, names: list[str], *, always: bool = False) -> torch.Tensor | None:
-        """The largest magnitude of each gradient, on the device, unless this update is one to leave out."""
-        if not always and self.updates % self.interval:
-            return None
-        started = time.perf_counter()
-        measured = self._norms(names)
-        self._pace(time.perf_counter() - started)
-        return measured
-
-    @torch.no_grad()
-    def _norms(self, names: list[str]) -> torch.Tensor:
-        found = [self.parameters[name].grad for name in names]
-        gradients = [part.coalesce().values() if part.is_sparse else part for part in found if part is not None]
-        return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)])
-
-    def _pace(self, cost: float) -> None:
-        """How often the reduction may run, from what it cost and how long an update takes."""
-        if self._last is not None and self.updates > 2:
-            update = (self._started - self._last) / self.interval
-            self.interval = min(max(1, round(cost / max(update, 1e-9) / SHARE)), 50)
-        self._last = self._started
-
-    def _later(self, names: list[str], measured: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Reads on the CPU at once, elsewhere when the next update comes, so that nothing waits for the device."""
-        self._waiting.append((self.updates, names, measured, _copied(scale)))
-        self._read_waiting(all_of_them=measured.device.type == "cpu")
-
-    def _read_waiting(self, *, all_of_them: bool = False) -> None:
-        while self._waiting and (all_of_them or len(self._waiting) > 2):
-            update, names, measured, scale = self._waiting.popleft()
-            self._ring.append((update, names, measured, scale))
-            if not torch.isfinite(measured).all():
-                self._report(names, measured, scale, update=update)
 
     def _end(self) -> None:
+        self._losses.clear()
+        self._line_of_backward = None
+        several = sum(bool(names) for names in self._trains.values()) > 1
+        self.calls.end(keep=several)
+        if self.updates == LEARNT:
+            self.calls.learnt()
+            self.gradients.forget_arrivals()
         if self.every and self.updates - self._line_start[0] >= self.every:
             self._write_line()
 
-    def _report(self, names: list[str], measured: torch.Tensor, scale: Any, *, update: int | None = None) -> None:
-        """Notes one update that went wrong, and says so."""
-        values = dict(zip(names, measured.tolist(), strict=True))
-        bad = [name for name, value in values.items() if not value < float("inf")]
-        if not bad:
-            return
-        first = min(bad, key=lambda name: self._order.get(name, len(self._order)))
-        event = {
-            "update": update or self.updates,
-            "parameter": first,
-            "scale": scale.item() if scale is not None else self.scaler.get_scale() if self.scaler else 1.0,
-            "bad": len(bad),
-            "of": len(names),
-            "forward": self._forward() if update in (None, self.updates) else None,
-            "before": self._before(first),
-            "buffers": [],
-        }
+    # What is said
+
+    def _finding(
+        self, names: list[str], measured: torch.Tensor | None, *, good: bool | None, calls: list[Call] | None = None
+    ) -> dict[str, Any]:
+        line = str(self._line_of_backward) if self._line_of_backward is not None else None
+        after: bool = good is True and calls == []
+        calls = self.calls.of_update() if calls is None else calls
+        found = finding(self.calls, calls, self.gradients, names, measured, good=good)
+        return {**found, "line": line, "after_backward": after}
+
+    def _settle(self) -> None:
+        """Report what a backward pass found, now that the number of its update is known."""
+        found, self._pending = self._pending, None
+        measured, self._measured = self._measured, None
+        if measured is not None and found is None:
+            self._remember(self.updates, *measured, None)
+        if found is not None:
+            self._report(found, self.updates, scale=None)
+
+    def _remember(self, update: int, names: list[str], measured: torch.Tensor, scale: torch.Tensor | None) -> None:
+        self.gradients.remember(update, names, measured, scale)
+        drift = self.gradients.drift() if ("drift",) not in self._said else None
+        if drift is not None:
+            self._said.add(("drift",))
+            log.warning(f"update {update:,}: {drift}.")
+
+    def _report(self, found: dict[str, Any], update: int, *, scale: float | None) -> None:
+        """Note one update that went wrong, and say so unless the same was said before."""
+        event = {"update": update, "scale": 1.0 if scale is None else scale, **found}
         self._suspect = event
+        self._poisoned = scale is None
         self.events.append(event)
-        log.warning(in_words(event, skipped=self.scaler is not None))
+        origin = event["forward"] or event["backward"] or {}
+        key = (event["parameter"], origin.get("module"), origin.get("where"), bool(event["weights"]))
+        if key not in self._said:
+            self._said.add(key)
+            log.warning(in_words(event, skipped=scale is not None))
 
     def _look_at_buffers(self) -> None:
         """Names the buffers that an update that went wrong has left not finite, once each.
@@ -265,30 +380,6 @@ class Watcher:
                 "with them is not finite. Put the buffers back if an update is skipped."
             )
 
-    def _before(self, name: str) -> list[dict[str, float]]:
-        """The largest magnitude of one gradient in the updates before, without the loss scale."""
-        moved = []
-        for update, names, measured, scale in self._ring:
-            if name in names:
-                value = measured[names.index(name)].item() / (scale.item() if scale is not None else 1.0)
-                moved.append({"update": update, "largest": value})
-        return [entry for entry in moved[:-1] if entry["largest"] < float("inf")]
-
-    def _forward(self) -> dict[str, Any] | None:
-        """The first module of the forward pass whose output is not finite; None if all are, or if it cannot be told.
-
-        The call is repeated without gradients; buffers and random numbers are put back.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None  # one rank alone must not begin a collective operation
-        for prefix, part in self.models.items():
-            if prefix in self._inputs:
-                with contextlib.suppress(Exception):
-                    found = _first_bad_module(part, *self._inputs[prefix])
-                    if found is not None:
-                        return found | {"module": ".".join(word for word in (prefix, found["module"]) if word)}
-        return None
-
     def _write_line(self) -> None:
         skipped = self.events[self._line_start[1] :]
         line = {
@@ -303,69 +394,3 @@ class Watcher:
         if self._diary is not None:
             with self._diary.open("a") as file:
                 file.write(json_text(line) + "\n")
-
-
-def _copied(scale: torch.Tensor | None) -> torch.Tensor | None:
-    """The scale as it is now; the scaler changes it in place."""
-    return None if scale is None else scale.detach().clone()
-
-
-@contextlib.contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = [buffer.device for buffer in model.parameters() if buffer.device.type == "cuda"][:1]
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
-def _first_bad_module(model: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None) -> dict[str, Any] | None:
-    """Runs the forward pass once more and looks at what each module puts out."""
-    found: list[dict[str, Any]] = []
-
-    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        outputs = [tensor for tensor in tensors_in(output) if tensor.is_floating_point()]
-        if not found and not all(torch.isfinite(tensor).all() for tensor in outputs):
-            ranges = [ranged(tensor) for tensor in tensors_in(inputs) if tensor.is_floating_point()]
-            found.append({"module": name, "kind": type(module).__name__, "inputs": ranges})
-
-    hooks = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: look(name, module, inputs, output))
-        for name, module in model.named_modules()
-    ]
-    device = next(model.parameters()).device
-    names: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
-    name = names.get(dtype, "fp32")
-    try:
-        with _kept_buffers(model), torch.no_grad(), Precision(name, device).autocast():
-            model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found[0] if found else None
-
-
-def in_words(event: dict[str, Any], *, skipped: bool) -> str:
-    """One event in a sentence or three."""
-    what = f"skipped at loss scale {event['scale']:,.10g}" if skipped else "not finite"
-    text = f"update {event['update']:,} was {what}: "
-    forward = event["forward"]
-    if forward is not None:
-        ranges = ", ".join(
-            f"{entry['min']:.3g} to {entry['max']:.3g}" for entry in forward["inputs"] if entry["min"] is not None
-        )
-        text += f"the forward pass was not finite from {forward['module'] or 'the model'} ({forward['kind']}) on"
-        text += f", whose inputs range from {ranges}. " if ranges else ". "
-    else:
-        text += (
-            f"{event['parameter']} had the first bad gradient on the way back, of {event['bad']} among {event['of']}. "
-        )
-    before = event["before"][-SHOWN:]
-    if before:
-        moved = ", ".join(f"{entry['largest']:.3g} ({entry['update']:,})" for entry in before)
-        text += f"The largest gradient there in the updates before: {moved}."
-    return text.strip()

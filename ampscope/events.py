@@ -1,0 +1,114 @@
+"""What went wrong in an update of a watched training: find it by repeating the update's calls, say it in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ampscope.finite import Origin
+from ampscope.gradients import Gradients
+from ampscope.repeating import Call, Calls, finite, wrong_inputs
+
+SHOWN = 4  # looks, or names, in a message
+
+
+def finding(
+    repeated: Calls,
+    calls: list[Call],
+    gradients: Gradients,
+    names: list[str],
+    measured: torch.Tensor | None,
+    *,
+    good: bool | None,
+) -> dict[str, Any]:
+    """Return what went wrong in an update, while the models have the weights that it began with.
+
+    `measured` are the gradients called `names`; `good` says if the loss was finite, None if nobody looked.
+    """
+    models = repeated.models
+    values = measured.tolist() if measured is not None else [float("nan") for _ in names]
+    bad = [name for name, value in zip(names, values, strict=True) if not value < float("inf")]
+    weights = [name for name, part in _parameters(models).items() if not finite(part)]
+    first = gradients.first(bad) if bad and measured is not None else None
+    first = weights[0] if weights else first
+    forward = backward = None
+    if not weights and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        # One rank alone must not begin a collective operation.
+        forward = repeated.origin(calls, backward=False) if good is not True else None
+        backward = repeated.origin(calls, backward=True) if forward is None and good is not False else None
+    came_back = [gradient for call in calls for gradient in call.gradients.values()]
+    return {
+        "parameter": first,
+        "bad": len(bad),
+        "of": len(names),
+        "forward": _described(models, forward),
+        "backward": _described(models, backward),
+        "loss": good,
+        "from_loss": good is False or not all(map(finite, came_back)),
+        "weights": weights[:SHOWN],
+        "batch": wrong_inputs(calls),
+        "before": gradients.before(first) if first else [],
+        "buffers": [],
+    }
+
+
+def _parameters(models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
+    """Return all parameters, those that are not trained, too."""
+    return {
+        ".".join(word for word in (prefix, name) if word): parameter
+        for prefix, part in models.items()
+        for name, parameter in part.named_parameters()
+    }
+
+
+def _described(models: Mapping[str, nn.Module], origin: Origin | None) -> dict[str, Any] | None:
+    if origin is None:
+        return None
+    prefix = next((name for name in models if name and f"{origin.module}.".startswith(f"{name}.")), "")
+    module = models[prefix].get_submodule(origin.module[len(prefix) :].lstrip(".")) if prefix in models else None
+    record = origin.record()
+    kept = {key: record[key] for key in ("module", "op", "output", "inputs", "place")}
+    where = str(origin.place) if origin.place is not None else None
+    return {**kept, "kind": type(module).__name__, "value": origin.kind, "where": where}
+
+
+def in_words(event: dict[str, Any], *, skipped: bool) -> str:
+    """Return one event in a sentence or four."""
+    what = f"skipped at loss scale {event['scale']:,.10g}" if skipped else "not finite"
+    text = f"update {event['update']:,} was {what}: "
+    if event["weights"]:
+        return text + (
+            f"weights were not finite before it, the first of them {event['weights'][0]}: "
+            f"look at the step of the update before."
+        )
+    if event["batch"]:
+        text += f"{event['batch']}. "
+    if event["forward"] is not None:
+        text += f"the forward pass was not finite from {_origin_in_words(event['forward'])}. "
+    elif event["backward"] is not None:
+        text += f"the loss was finite, the way back was not from {_origin_in_words(event['backward'])}. "
+    elif event["from_loss"]:
+        line = f" ({event['line']})" if event["line"] else ""
+        text += f"what the model put out was finite, and what came back from the loss{line} was not. "
+    if event["after_backward"]:
+        text += f"{event['parameter']} had a bad gradient, which the backward pass had left finite. "
+    elif event["forward"] is None and event["parameter"] is not None:
+        text += (
+            f"{event['parameter']} had the first bad gradient on the way back, of {event['bad']} among {event['of']}. "
+        )
+    before = event["before"][-SHOWN:]
+    if before:
+        moved = ", ".join(f"{entry['largest']:.3g} ({entry['update']:,})" for entry in before)
+        text += f"The largest gradient there in the updates before: {moved}."
+    return text.strip()
+
+
+def _origin_in_words(origin: dict[str, Any]) -> str:
+    text = f"{origin['module'] or 'the model'} ({origin['kind']}) on"
+    text += f", {origin['op']} at {origin['where']}" if origin["where"] else f", {origin['op']}"
+    ranges = [f"{entry['min']:.3g} to {entry['max']:.3g}" for entry in origin["inputs"] if entry["min"] is not None]
+    text += f", whose inputs range from {', '.join(ranges)}" if ranges else ""
+    return f"{text}; it gave {origin['value']} in {origin['output']}"
