@@ -437,7 +437,7 @@ class Setup:
             model = self.placed(empty_model(asked.model.model, len(data.classes), told))
         batches = self.batches(data, data.train, train=True)
         left_over = batches.images_in(batches.updates_per_epoch - 1)
-        check_input_size(model, self.image_size, batches.smallest_piece, asked.training.start_size)
+        check_input_size(model, self.image_size, batches.smallest_micro_batch, asked.training.start_size)
         if asked.computing.cuda_graphs and (self.device.type != "cuda" or ranks > 1):
             raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
         if not asked.training.sync_batchnorm or ranks == 1:

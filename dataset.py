@@ -1,11 +1,12 @@
-"""A data set's images to batches on the device: order, sampling, ranks, copies, augmentation.
+"""Batches of a data set on the device: order, sampling, ranks, copies, augmentation.
 
-Resize, flip and normalise run batch-wise on the device, and all randomness depends on (seed, epoch,
-position) alone, so that runs repeat, resume and spread over ranks. Knows nothing of models or precision.
+Resizing, flips and normalisation run on whole batches on the device. All random numbers depend on (seed, epoch,
+position) alone, so that runs can be repeated, resumed and divided among ranks. Knows nothing of models or precision.
 """
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import deque
@@ -18,8 +19,7 @@ from torch.nn import functional as F
 
 from choices import AUGMENTATIONS, BEFORE_RESIZING, NORMALIZED, RESIZED
 from distributed import Ranks
-from images.opening import Opening, open_data_set, open_test_set
-from images.subsets import DataSet, Subset
+from images.subsets import Subset
 from transforms import (
     Preprocess,
     each,
@@ -32,16 +32,14 @@ from transforms import (
 )
 from utils import fold
 
-__all__ = ["Batches", "DataSet", "MicroBatch", "Opening", "Subset", "open_data_set", "open_test_set"]
-
 # uint8 images (count, height, width, 3) and labels on the device, and shapes as in images.stores.Batch
 Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray | None]
-MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, whether it is its update's last
+MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, True for the last of its update
 
 
 @dataclass
 class Batches:
-    """Feeds one subset to a device: float32 images (count, 3, size, size) from `preprocess`, and labels."""
+    """Feed one subset to a device: float32 images (count, 3, size, size) from `preprocess`, and labels."""
 
     subset: Subset
     preprocess: Preprocess
@@ -53,7 +51,7 @@ class Batches:
     augment: str = "flip"  # none, or some of choices.AUGMENTATIONS, separated by commas
     mixup: float = 0.0  # Beta(a, a) of the mixing weight; 0: off
     cutmix: float = 0.0
-    start_size: int = 0  # side of the first epoch's images, which grow to full size; 0: all are of that
+    start_size: int = 0  # side of the first epoch's images, which grow to full size; 0: all have full size
     epochs: int = 1
     ranks: Ranks = Ranks()
 
@@ -62,111 +60,131 @@ class Batches:
         self._steps = set(self.augment.split(","))
         self.sizes = growing_sizes(self.start_size, self.preprocess.image_size, self.epochs)  # of each epoch
         self._input = {size: replace(self.preprocess, image_size=size) for size in set(self.sizes)}
-        self.seconds_waited = 0.0  # in which the step had to wait for its batch
+        self.seconds_waited = 0.0  # that updates had to wait for their micro-batches
         self._copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     @property
     def updates_per_epoch(self) -> int:
-        """A last batch of one image joins the one before it: alone it would have no batch statistics."""
+        """Return the number of updates in an epoch.
+
+        A last batch of one image joins the one before it, because it would have no batch statistics.
+        """
         count = len(self.subset)
-        joins = 1 < self.batch_size < count and count % self.batch_size == 1
-        return -(-count // self.batch_size) - joins
+        if 1 < self.batch_size < count and count % self.batch_size == 1:
+            return count // self.batch_size
+        return math.ceil(count / self.batch_size)
 
     def images_in(self, update: int) -> int:
-        """How many images the update at this position of an epoch holds, on all ranks together."""
+        """Return the number of images in an update of an epoch, on all ranks together."""
         return len(self._places(update))
 
     def _places(self, update: int) -> range:
-        """The places in an epoch's order that an update takes."""
+        """Return the places in an epoch's order that an update takes."""
         last = update == self.updates_per_epoch - 1
         return range(update * self.batch_size, len(self.subset) if last else (update + 1) * self.batch_size)
 
     def size_in(self, epoch: int) -> int:
-        """The side of an epoch's images in pixels."""
+        """Return the side of an epoch's images in pixels."""
         return self.sizes[min(epoch, len(self.sizes) - 1)]
 
     def grows_in(self, epoch: int) -> bool:
-        """Whether an epoch's images are larger than those of the epoch before."""
+        """Return True if an epoch's images are larger than those of the epoch before."""
         return epoch > 0 and self.size_in(epoch - 1) < self.size_in(epoch)
 
     def _full(self, rank: int) -> list[int]:
-        """Return how many images each micro-batch of a full batch holds on a rank."""
+        """Return the number of images in each micro-batch of a full batch on a rank."""
         share = np.array_split(np.arange(self.batch_size), self.ranks.size)[rank]
         return [len(piece) for piece in np.array_split(share, self.accumulate)]
 
     @property
     def full_sizes(self) -> set[int]:
-        """How many images this rank's micro-batches of a full batch hold."""
+        """Return the numbers of images in this rank's micro-batches of a full batch."""
         return set(self._full(self.ranks.rank))
 
     @property
-    def smallest_piece(self) -> int:
-        """How few images a micro-batch holds, in any update and on any rank. A rank without a share computes one."""
+    def smallest_micro_batch(self) -> int:
+        """Return the smallest number of images in a micro-batch of any update on any rank; at least one."""
         updates = {0, self.updates_per_epoch - 1}  # all between are full, as the first is
         pieces = [self._pieces(update, rank) for update in updates for rank in range(self.ranks.size)]
         return min(max(1, len(piece)) for some in pieces for piece in some)
 
     def _pieces(self, update: int, rank: int) -> list[np.ndarray]:
-        """Return the places that each micro-batch of a rank takes: one without places if the rank has no share.
+        """Return the places of each micro-batch of a rank. A rank without a share has one micro-batch without places.
 
-        A full batch makes `accumulate` of them. Those of a ragged one keep that size, because BatchNorm's statistics
-        depend on it; a single image that is left over joins the micro-batch before.
+        A full batch is divided into `accumulate` micro-batches. Those of a ragged batch keep that size, because
+        BatchNorm's statistics depend on it; a single remaining image joins the micro-batch before it.
         """
         mine = np.array_split(np.array(self._places(update)), self.ranks.size)[rank]
         sizes = self._full(rank)
         if self.images_in(update) == self.batch_size:
             return np.split(mine, np.cumsum(sizes)[:-1])
         size = max(sizes)
-        single = size > 1
-        return np.split(mine, range(size, len(mine) - single, size))
+        end = len(mine) - 1 if size > 1 else len(mine)
+        return np.split(mine, range(size, end, size))
 
     def epoch(self, epoch: int, first_update: int = 0, end: int | None = None) -> Iterator[Iterator[MicroBatch]]:
-        """The updates of one epoch from `first_update` on, up to `end`, each an iterator of micro-batches.
+        """Yield the updates of one epoch from `first_update` on, up to `end`, each an iterator of micro-batches.
 
-        Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last
-        batch is empty gets one image with weight 0, because every rank must take part in every update.
+        Order and augmentation depend on (seed, epoch, position) only. A rank whose share of a ragged last batch is
+        empty gets one image with weight 0, because every rank must take part in every update. All iterators share one
+        loader: use up the micro-batches of an update before you take the next update.
         """
         generator = torch.Generator().manual_seed(fold(self.seed, epoch))
         order = self._order(generator)
-        draws = torch.rand(len(self.subset), 5, generator=generator)  # by position in the epoch
+        random = torch.rand(len(self.subset), 5, generator=generator)  # by place in the epoch
         updates = []
         for update in range(first_update, self.updates_per_epoch if end is None else end):
             whole = np.array(self._places(update))
             parts = self._pieces(update, self.ranks.rank)
             weight = int(len(parts[0]) > 0)
             parts = parts if weight else [whole[:1]]
-            if self._mixes:  # each image is mixed with the one before it in the update, whoever else holds that
+            if self._mixes:
+                # Each image is mixed with the previous one of the update, which may belong to another rank. The first
+                # one is mixed with the last: its index is -1.
                 parts = [np.append(whole[part[0] - whole[0] - 1], part) for part in parts]
             updates.append([(part, update, weight, part is parts[-1]) for part in parts])
         loaded = self._on_device([order[places] for micro_batches in updates for places, *_ in micro_batches])
         for micro_batches in updates:
-            yield (self._timed(loaded, draws, epoch, *micro_batch) for micro_batch in micro_batches)
+            yield (self._next(loaded, random, epoch, *micro_batch) for micro_batch in micro_batches)
+
+    def _next(
+        self,
+        loaded: Iterator[Loaded],
+        random: torch.Tensor,
+        epoch: int,
+        places: np.ndarray,
+        update: int,
+        weight: int,
+        last: bool,
+    ) -> MicroBatch:
+        """Return the next micro-batch, and count the seconds that the update waited for it."""
+        started = time.perf_counter()
+        images, labels = self._micro_batch(next(loaded), random[places], epoch, places, update)
+        self.seconds_waited += time.perf_counter() - started
+        return images, labels, weight, last
 
     def _order(self, generator: torch.Generator) -> np.ndarray:
-        """Places in the subset, one for each place of an epoch."""
+        """Return a position in the subset for each place of an epoch."""
         order = torch.randperm(len(self.subset), generator=generator).numpy()
         return order if self.sampler == "shuffle" else balanced(order, self.subset.labels, self.class_count)
 
     def prepare(self) -> float | None:
-        """Compute what all epochs share, so that the first one takes no longer than the others.
-
-        Return the seconds that it took, which are training; None for images, which share nothing.
-        """
+        """Do work that all epochs share, and return its seconds. Images have none: `KeptBatches` overrides this."""
         return None
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
-        """This rank's stride of the subset as (images, labels, positions in the subset), never padded."""
+        """Yield this rank's stride of the subset as (images, labels, positions in the subset), never padded."""
         batches = self._evaluation_places()
         for (images, labels, shapes), batch in zip(self._on_device(batches), batches, strict=True):
             yield self.preprocess(images, shapes), labels, batch
 
     def _evaluation_places(self) -> list[np.ndarray]:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
-        size = -(-self.batch_size // self.accumulate)  # what fits at once in training
+        size = math.ceil(self.batch_size / self.accumulate)  # the size of a micro-batch in training
         return [mine[start : start + size] for start in range(0, len(mine), size)]
 
     def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
-        """Up to `most` images of the first update as the network sees them, and their labels.
+        """Return up to `most` images of the first update as the model gets them, and their labels.
 
         uint8 (count, side, side, 3) and class indices (count,), or probabilities (count, classes) after MixUp.
         """
@@ -182,7 +200,7 @@ class Batches:
         return torch.cat(shown)[:most].numpy(), torch.cat(targets)[:most]
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
-        """Images, labels and shapes of each batch, copied one batch ahead on a stream of their own on CUDA."""
+        """Yield images, labels and shapes of each batch. CUDA copies them one batch ahead, on a stream of its own."""
         ahead: deque = deque()
         for (images, shapes), batch in zip(
             self.subset.store.batches([self.subset.positions[batch] for batch in batches]), batches, strict=True
@@ -210,41 +228,33 @@ class Batches:
             tensor.record_stream(stream)
         return *pair, shapes
 
-    def _timed(
-        self,
-        loaded: Iterator[Loaded],
-        draws: torch.Tensor,
-        epoch: int,
-        places: np.ndarray,
-        update: int,
-        weight: int,
-        last: bool,
-    ) -> MicroBatch:
-        started = time.perf_counter()
-        images, labels, shapes = next(loaded)
+    def _micro_batch(
+        self, loaded: Loaded, random: torch.Tensor, epoch: int, places: np.ndarray, update: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images and labels as the model gets them: resized, augmented, normalised, mixed."""
+        images, labels, shapes = loaded
         preprocess = self._input[self.size_in(epoch)]
         images = images.permute(0, 3, 1, 2)
         if shapes is not None:
             images = preprocess.unified(images, shapes, self._room(images, preprocess.image_size))
-        images = self._augmented(images, draws[places], epoch, places, preprocess)
+        images = self._augmented(images, random, epoch, places, preprocess)
         images = preprocess.normalized(images)
         for name in self._random_steps(NORMALIZED):
             images = each(random_transform(name), images, self._seeds(epoch, places, name))
-        if self._mixes:  # drawn once for all micro-batches of an update
-            random = np.random.default_rng(fold(self.seed, epoch, update))
+        if self._mixes:  # with the same random numbers in all micro-batches of an update
+            generator = np.random.default_rng(fold(self.seed, epoch, update))
             labels = F.one_hot(labels, self.class_count).float()
-            images, labels = mix(images, labels, random, mixup=self.mixup, cutmix=self.cutmix)
-        self.seconds_waited += time.perf_counter() - started
-        return images, labels, weight, last
+            images, labels = mix(images, labels, generator, mixup=self.mixup, cutmix=self.cutmix)
+        return images, labels
 
     def _room(self, images: torch.Tensor, side: int) -> int:
-        """The side to which images of several sizes are brought: random crops choose from more than they show."""
+        """Return the side to resize images of several sizes to: random crops get up to 1.5 times the final side."""
         return min(side * 3 // 2, max(images.shape[-2:])) if "crop" in self._steps else side
 
     def _augmented(
         self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray, preprocess: Preprocess
     ) -> torch.Tensor:
-        """Distorts, flips and crops each image by its own row of `draws` or its own seed; resizes; values 0 to 255."""
+        """Distort, flip, crop and resize each image by its own row of `draws` or its own seed; values stay 0 to 255."""
         cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
         draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
         for name in self._random_steps(BEFORE_RESIZING):
@@ -266,7 +276,7 @@ class Batches:
         return [name for name, kind in AUGMENTATIONS.items() if name in self._steps and kind.stage == stage]
 
     def _seeds(self, epoch: int, places: np.ndarray, name: str) -> list[int]:
-        """A seed for each image and kind of augmentation."""
+        """Return a seed for each image and kind of augmentation."""
         more = [] if name == "trivial" else [zlib.crc32(name.encode())]
         return [fold(self.seed, epoch, place, *more) for place in places.tolist()]
 
@@ -276,10 +286,10 @@ class Batches:
 
 
 def balanced(order: np.ndarray, labels: np.ndarray, class_count: int) -> np.ndarray:
-    """As many places of a subset as `order` has, each class equally often, the images of a class in turn.
+    """Return as many positions as `order` has, each class equally often, the images of a class in turn.
 
-    `order` is a random permutation of all places, `labels` their classes; nothing else is drawn. Classes that cannot
-    have exactly as many differ by one.
+    `order` is a random permutation of all positions, `labels` are their classes; no other random numbers are drawn. The
+    classes differ by one image if they cannot have equally many.
     """
     places = order[np.argsort(labels[order], kind="stable")]  # one class after the other
     counts = np.bincount(labels, minlength=class_count)

@@ -168,26 +168,26 @@ def update_ema(average: nn.Module, model: nn.Module, decay: float, updates: int)
         state[name].copy_(new[name])
 
 
-def check_input_size(model: nn.Module, image_size: int, smallest_piece: int, start_size: int = 0) -> None:
-    """Raises UserError if `model` cannot train on `smallest_piece` images of `image_size` pixels, or of `start_size`.
+def check_input_size(model: nn.Module, image_size: int, smallest_micro_batch: int, start_size: int = 0) -> None:
+    """Raise UserError if `model` cannot train on `smallest_micro_batch` images of `image_size` or `start_size` pixels.
 
-    Tried on the meta device, which computes shapes only.
+    This is tried on the meta device, which computes shapes only.
     """
     twin = copy.deepcopy(model).to("meta").train()
     kind = type(model).__name__
-    reason = _objection(twin, image_size, smallest_piece)
+    reason = _objection(twin, image_size, smallest_micro_batch)
     if reason:
-        images = "image" if smallest_piece == 1 else "images"
+        images = "image" if smallest_micro_batch == 1 else "images"
         suits = timm_models.own_size(model) or 224
-        ways = [f"another --image_size ({suits} suits it)"] if not _objection(twin, suits, smallest_piece) else []
-        if not _objection(twin, image_size, 2 * smallest_piece):
+        ways = [f"another --image_size ({suits} suits it)"] if not _objection(twin, suits, smallest_micro_batch) else []
+        if not _objection(twin, image_size, 2 * smallest_micro_batch):
             ways.append("a --batch_size and --accumulate that make larger micro-batches")
         advice = f"\nUse {', or '.join(ways)}." if ways else ""
         raise UserError(
-            f"--image_size {image_size}: {kind} cannot train on a micro-batch of {smallest_piece} such {images} "
+            f"--image_size {image_size}: {kind} cannot train on a micro-batch of {smallest_micro_batch} such {images} "
             f"({reason}).{advice}"
         )
-    reason = _objection(twin, start_size, smallest_piece) if start_size else None
+    reason = _objection(twin, start_size, smallest_micro_batch) if start_size else None
     if reason:
         raise UserError(
             f"--start_size {start_size}: {kind} cannot train on images of that size ({reason}).\n"

@@ -1,6 +1,6 @@
-"""Batches for a head alone: what the frozen rest of a network makes of each image, computed once and kept.
+"""Batches for a head alone: the outputs of the frozen layers for each image, computed once and kept.
 
-A frozen layer gives the same output in every epoch, so only flips may change the images. Knows nothing of options.
+Frozen layers give the same output in every epoch, so only flips may change the images. Knows nothing of options.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dataset import Batches, Loaded, MicroBatch
+from dataset import Batches, Loaded
 from precision import Precision
 from system.machine import available_memory
 from utils import log, progress
@@ -32,7 +32,7 @@ def keep_outputs(
     if reason:
         log.info(f"only the head is trained, but every epoch computes the whole network: {reason}")
         return None
-    log.info("only the head is trained: what the frozen network makes of an image is computed once")
+    log.info("only the head is trained: the outputs of the frozen network are computed once")
     kept = []
     for images, mirrored in ((batches, batches.augment == "flip"), (validation, False)):
         same = {part.name: getattr(images, part.name) for part in fields(Batches) if part.init}
@@ -66,7 +66,7 @@ def _obstacle(model: nn.Module, heads: tuple[str, ...], batches: Batches, valida
 
 
 def _inputs_of(model: nn.Module, head: str, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the layer `head` is given for images (count, 3, side, side), and the logits that the model makes of it."""
+    """Return the input of the layer `head` for images (count, 3, side, side), and the logits of the model."""
     caught: list[torch.Tensor] = []
     hook = model.get_submodule(head).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
     try:
@@ -78,7 +78,7 @@ def _inputs_of(model: nn.Module, head: str, images: torch.Tensor) -> tuple[torch
 
 @dataclass
 class FrozenNetwork:
-    """Computes what `model`, but for its layer `head`, makes of the images of `batches`."""
+    """Computes the inputs of the layer `head` of `model` for the images of `batches`."""
 
     model: nn.Module
     head: str
@@ -117,7 +117,7 @@ class FrozenNetwork:
 
 @dataclass
 class KeptBatches(Batches):
-    """As Batches, but of the inputs of a head, float32 (count, features), in place of images."""
+    """Batches of the inputs of a head, float32 (count, features), instead of images."""
 
     source: FrozenNetwork = field(kw_only=True)
 
@@ -141,19 +141,11 @@ class KeptBatches(Batches):
             labels = torch.from_numpy(self.subset.labels[batch])
             yield self.source.outputs[torch.from_numpy(batch)].to(self.device), labels.to(self.device), None
 
-    def _timed(
-        self,
-        loaded: Iterator[Loaded],
-        draws: torch.Tensor,
-        epoch: int,
-        places: np.ndarray,
-        update: int,
-        weight: int,
-        last: bool,
-    ) -> MicroBatch:
-        started = time.perf_counter()
-        outputs, labels, _ = next(loaded)
-        view = (draws[places, 0] < 0.5).long() if outputs.shape[1] > 1 else torch.zeros(len(places), dtype=torch.long)
-        outputs = outputs[torch.arange(len(places)), view.to(outputs.device)]
-        self.seconds_waited += time.perf_counter() - started
-        return outputs, labels, weight, last
+    def _micro_batch(
+        self, loaded: Loaded, random: torch.Tensor, epoch: int, places: np.ndarray, update: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs, labels, _ = loaded
+        if outputs.shape[1] == 1:
+            return outputs[:, 0], labels
+        mirrored = (random[:, 0] < 0.5).long().to(outputs.device)
+        return outputs[torch.arange(len(places), device=outputs.device), mirrored], labels

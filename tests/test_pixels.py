@@ -98,6 +98,6 @@ def test_bright_stays_bright_where_an_augmentation_of_bytes_follows(monkeypatch)
     for kind in (Preprocess, OnCuda):
         batches = Batches(subset, Preprocess(CPU, SIDE, interpolation="bicubic"), 4, 3, augment="trivial,upright")
         batches._input = {SIDE: kind(CPU, SIDE, (0, 0, 0), (1 / 255,) * 3, "bicubic")}
-        loaded = iter([(torch.from_numpy(boxed), torch.zeros(4, dtype=torch.long), shapes)])
-        shown.append(batches._timed(loaded, torch.rand(4, 5), 0, np.arange(4), 0, 1, True)[0])
+        loaded = (torch.from_numpy(boxed), torch.zeros(4, dtype=torch.long), shapes)
+        shown.append(batches._micro_batch(loaded, torch.rand(4, 5), 0, np.arange(4), 0)[0])
     assert_close(*shown)

@@ -327,7 +327,7 @@ def test_every_image_is_in_one_micro_batch_and_the_smallest_is_known():
         assert all(size <= full + 1 for update in pieces for rank in update for size in rank)
         options = {"accumulate": accumulate, "ranks": Ranks(0, 0, ranks)}
         fed = Batches(tiny.subset(count), Preprocess(CPU, 9), batch_size, 3, **options)
-        assert fed.smallest_piece == max(1, min(size for update in pieces for rank in update for size in rank))
+        assert fed.smallest_micro_batch == max(1, min(size for update in pieces for rank in update for size in rank))
 
 
 def test_an_epoch_yields_these_micro_batches():

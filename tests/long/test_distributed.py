@@ -171,7 +171,7 @@ def test_two_ranks_compute_what_one_process_computes(pair, alone, name, toleranc
 
 
 def test_the_probe_keeps_the_frozen_networks_outputs(pair):
-    assert "what the frozen network makes of an image is computed once" in pair[1][0]["probe"]["out"]
+    assert "the outputs of the frozen network are computed once" in pair[1][0]["probe"]["out"]
 
 
 def test_the_comparison_is_of_something(alone):
