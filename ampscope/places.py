@@ -22,6 +22,7 @@ import torch
 
 TORCH = str(Path(torch.__file__).parent) + os.sep
 TOOL = str(Path(__file__).parent) + os.sep
+TESTS = TOOL + "tests" + os.sep  # whose files count as a user's
 STANDARD = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
 # Files of PyTorch that only pass a call on: what happens in them is the caller's doing.
 WRAPPERS = (
@@ -78,7 +79,7 @@ def shown(file: str) -> str:
 def count_as_users(function: object) -> None:
     """The file in which `function` is written is the user's, even inside site-packages."""
     code = getattr(function, "__code__", None)
-    if code is not None and not code.co_filename.startswith((TORCH, TOOL)):
+    if code is not None and (not code.co_filename.startswith((TORCH, TOOL)) or code.co_filename.startswith(TESTS)):
         _users.setdefault(code.co_filename, []).append(code)
         kind_of_file.cache_clear()
 
@@ -116,7 +117,7 @@ def kind_of_file(file: str) -> str:
     """Whose a file is: "user", "library", "torch", "tool" (this package's) or "standard"."""
     if file in _users:
         return "user"
-    if file.startswith(TOOL):
+    if file.startswith(TOOL) and not file.startswith(TESTS):
         return "tool"
     if file.startswith(TORCH):
         return "torch"
