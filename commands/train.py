@@ -133,7 +133,7 @@ def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
         f"epoch {line['epoch']:>3}/{trainer.epochs}  train {loss} {line['train_acc']:5.1f}%  "
         f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}{left}"
     )
-    logs.epochs(trainer.progress.history)
+    logs.epoch(line)
 
 
 def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) -> None:

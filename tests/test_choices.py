@@ -28,7 +28,7 @@ from runs.logs import LOGS, Log
 class Diary:
     """A log that keeps what it is told."""
 
-    def __init__(self, folder, options, state):
+    def __init__(self, folder, options, resumed):
         self.told = []
         Diary.latest = self
 
