@@ -1,48 +1,31 @@
-"""A process that this program starts for its own work ends with it, also if it is killed and can hand on no signal.
-
-Imports nothing but the standard library. Knows nothing of the work.
-"""
+"""Let a process that this program starts for its own work end with it, also if it is killed."""
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
 import signal
-import threading
-import time
+import sys
 
-PARENT = "AMP_TRAIN_PARENT"  # the variable that tells a process whose child it is
-PAUSE = 0.5  # seconds between two looks
+PARENT = "AMP_TRAIN_PARENT"  # the variable that tells a process who started it
+PR_SET_PDEATHSIG = 1
 
 
 def environment_of_child() -> dict[str, str]:
-    """The environment in which `end_with_parent` watches this process."""
+    """Return an environment in which `end_with_parent` ties a process to this one."""
     return {**os.environ, PARENT: str(os.getpid())}
 
 
 def end_with_parent() -> None:
-    """Sends this process a SIGTERM, on which a training saves and ends, once the process that started it is gone.
+    """Ask Linux for a SIGTERM, on which a training saves and ends, when the process that started this one ends.
 
-    Does nothing in a process that the user started, and on Windows, where a process cannot see its parent end.
+    Do nothing in a process that the user started, and on other systems.
     """
     parent = os.environ.pop(PARENT, "")
-    if parent.isdecimal() and os.name != "nt":
-        with contextlib.suppress(RuntimeError):  # of a process that may start no thread
-            threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
-
-
-def _watch(parent: int) -> None:
-    nearest = os.getppid()  # another one if a wrapper of the interpreter stands between, or if the parent is gone
-    while os.getppid() == nearest and (nearest == parent or _is_there(parent)):
-        time.sleep(PAUSE)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _is_there(process: int) -> bool:
+    if not parent.isdecimal() or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        os.kill(int(parent), 0)  # sends nothing
+    except ProcessLookupError:  # it ended before the request
+        os.kill(os.getpid(), signal.SIGTERM)
