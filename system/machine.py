@@ -1,7 +1,7 @@
 """What this machine gives this process: cores, memory, shared memory, open files, the device's name, the peak taken.
 
 A container or a cluster's job often gets a share of a machine. What counts is the smallest of what the machine has,
-what the control groups (version 1 and 2) allow, and what the process's own limits allow. Imports torch only for CUDA.
+what the control groups (version 2) allow, and what the process's own limits allow. Imports torch only for CUDA.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,6 @@ ROOT = Path("/")
 GPUS = ("cuda", "xpu")  # whose modules in torch name the device and count its memory, in the same words
 RESERVE = 16  # open files, and threads or processes, that a training needs beside its workers
 NO_THREAD = "can't start new thread"  # Python's RuntimeError
-NO_LIMIT = 2**60  # version 1 says "none" with the largest multiple of the page size
 
 
 # ------------------------------------------------------------------------------------- cores
@@ -55,15 +54,13 @@ def _within_quota(count: int, root: Path) -> int:
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:
-    """The control groups' CPU quota in cores; None if there is none."""
+    """Return the control groups' CPU quota in cores; None if there is none."""
     quotas = []
-    for folder in _groups("cpu", root):
-        both = _text(folder / "cpu.max").split()  # version 2: "QUOTA PERIOD" in microseconds, QUOTA may be "max"
-        both = both or [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
-        with contextlib.suppress(ValueError, ZeroDivisionError):  # -1 and "max" mean none
-            quota, period = map(int, both)
+    for folder in _groups(root):
+        with contextlib.suppress(ValueError, ZeroDivisionError):  # "max PERIOD" means none
+            quota, period = map(int, _text(folder / "cpu.max").split())  # both in microseconds
             quotas.append(quota / period)
-    return min((quota for quota in quotas if quota > 0), default=None)
+    return min(quotas, default=None)
 
 
 # ------------------------------------------------------------------------------------ memory
@@ -74,32 +71,36 @@ def total_memory(root: Path = ROOT) -> int | None:
 
 
 def memory_limit(root: Path = ROOT) -> int | None:
-    """The control groups' memory limit in bytes; None if there is none."""
-    return min((limit for limit, _ in _memory_limits(root)), default=None)
+    """Return the control groups' memory limit in bytes; None if there is none."""
+    return min(
+        (limit for folder in _groups(root) if (limit := _number(folder / "memory.max")) is not None), default=None
+    )
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Bytes that this process can still take before something is killed or refused; None if the system does not say."""
+    """Return the bytes that this process can still take before something is killed; None if the system does not say."""
     known = [linux_memory("/proc/meminfo", "MemAvailable"), _address_space_left()]
-    for limit, folder in _memory_limits(root):
-        used = _number(folder / "memory.current")
-        used = _number(folder / "memory.usage_in_bytes") if used is None else used
-        known.append(max(0, limit - max(0, (used or 0) - _reclaimable(folder))))
+    for folder in _groups(root):
+        limit = _number(folder / "memory.max")
+        if limit is not None:
+            used = (_number(folder / "memory.current") or 0) - _reclaimable(folder)
+            known.append(max(0, limit - max(0, used)))
     return min((size for size in known if size is not None), default=None)
 
 
-def _memory_limits(root: Path) -> Iterator[tuple[int, Path]]:
-    for folder in _groups("memory", root):
-        for name in ("memory.max", "memory.high", "memory.limit_in_bytes"):
-            limit = _number(folder / name)
-            if limit is not None and limit < NO_LIMIT:
-                yield limit, folder
+def _groups(root: Path) -> list[Path]:
+    """Return the folders of this process's control group and of all above it: each of them may limit."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        if line.startswith("0::/") and ".." not in line:
+            group = root / "sys/fs/cgroup" / line[len("0::/") :]
+            return [folder for folder in (group, *group.parents) if folder.is_relative_to(root / "sys/fs/cgroup")]
+    return [root / "sys/fs/cgroup"]
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files' pages that the kernel gives up first; they count as used although they can be had."""
+    """Return the bytes of files' pages that the kernel gives up first, although they count as used."""
     lines = dict(line.split()[:2] for line in _text(folder / "memory.stat").splitlines() if " " in line)
-    return int(lines.get("total_inactive_file", lines.get("inactive_file", 0)))
+    return int(lines.get("inactive_file", 0))
 
 
 def images_that_fit(memory: float, image_size: int) -> int:
@@ -232,37 +233,6 @@ def _resident_peak() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-# ---------------------------------------------------------------------------- control groups
-def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """The folders of this process's control groups for `controller`, each with all above it: every one may limit.
-
-    /proc/self/cgroup says where the process is in each hierarchy, /proc/self/mountinfo which part of it is seen where:
-    a container often sees its own group as the top. Both versions may be mounted at once. See cgroups(7).
-    """
-    places: dict[str, str] = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        places |= dict.fromkeys(controllers.split(","), path)  # version 2 names none
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        before, _, after = line.partition(" - ")
-        _, _, _, top, mounted, *_ = before.split()
-        kind, _, options = after.split(maxsplit=2)
-        name = "" if kind == "cgroup2" else controller
-        if name not in places or not (kind == "cgroup2" or kind == "cgroup" and controller in options.split(",")):
-            continue
-        above = root / _unescaped(mounted).lstrip("/")
-        below = Path(places[name]).parts[1:]
-        seen = Path(_unescaped(top)).parts[1:]
-        inside = below[len(seen) :] if below[: len(seen)] == seen and ".." not in below else ()
-        for depth in range(len(inside), -1, -1):
-            yield above.joinpath(*inside[:depth])
-
-
-def _unescaped(path: str) -> str:
-    """A path as mountinfo writes it: space, tab, newline and backslash as three octal digits."""
-    return path.encode("latin-1", "backslashreplace").decode("unicode_escape") if "\\" in path else path
 
 
 def _text(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What the machine gives: control groups of both versions, as systems and containers show them.
+"""What the machine gives: control groups of version 2, as systems and containers show them.
 
 Real groups and limits: tests/long/test_real_limits.py.
 """
@@ -14,18 +14,11 @@ import utils
 from system import machine
 
 MB = 2**20
-V1_MOUNTS = (
-    "33 31 0:29 {top} /sys/fs/cgroup/cpu,cpuacct rw,relatime shared:9 - cgroup cgroup rw,cpu,cpuacct\n"
-    "34 31 0:30 {top} /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory\n"
-)
-V2_MOUNT = "35 31 0:31 {top} {place} rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 
 
-def tree(folder: Path, groups: str, mounts: str, files: dict[str, object]) -> Path:
-    """A root folder with what /proc says of the control groups, and their files."""
-    other = "22 26 0:21 / /proc rw,nosuid - proc proc rw\n24 1 8:1 / / rw - ext4 /dev/root rw\n"
-    everything = {"proc/self/cgroup": groups, "proc/self/mountinfo": other + mounts, **files}
-    for name, content in everything.items():
+def tree(folder: Path, group: str, files: dict[str, object]) -> Path:
+    """Make a root folder with what /proc says of the control group, and their files."""
+    for name, content in {"proc/self/cgroup": group, **files}.items():
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{content}\n" if content != "" else "")
@@ -42,7 +35,6 @@ def test_version_2_takes_the_smallest_limit_on_the_way_up(tmp_path, many_cores):
     root = tree(
         tmp_path,
         "0::/kubepods/pod7/box",
-        V2_MOUNT.format(top="/", place="/sys/fs/cgroup"),
         {
             "sys/fs/cgroup/cgroup.controllers": "cpu memory",
             "sys/fs/cgroup/kubepods/cpu.max": "400000 100000",
@@ -61,40 +53,6 @@ def test_version_2_takes_the_smallest_limit_on_the_way_up(tmp_path, many_cores):
     assert machine.available_memory(root) == 212 * MB  # less than the 300 that are left one level higher
 
 
-def test_version_1(tmp_path, many_cores):
-    """As a container sees it: its own group is the top of what is mounted."""
-    root = tree(
-        tmp_path,
-        "9:name=systemd:/x\n5:cpuacct,cpu:/docker/1f\n4:memory:/docker/1f",
-        V1_MOUNTS.format(top="/docker/1f"),
-        {
-            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": 250000,
-            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": 50000,
-            "sys/fs/cgroup/memory/memory.limit_in_bytes": 256 * MB,
-            "sys/fs/cgroup/memory/memory.usage_in_bytes": 250 * MB,
-            "sys/fs/cgroup/memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {50 * MB}",
-        },
-    )
-    assert machine.cores(root) == 5
-    assert machine.memory_limit(root) == 256 * MB and machine.available_memory(root) == 56 * MB
-
-
-def test_both_versions_at_once(tmp_path, many_cores):
-    """Controllers in version 1, version 2 mounted beside it without any, as older systemd does."""
-    root = tree(
-        tmp_path,
-        "4:memory:/user\n3:cpu,cpuacct:/user\n0::/user/session",
-        V1_MOUNTS.format(top="/") + V2_MOUNT.format(top="/", place="/sys/fs/cgroup/uni\\040fied"),
-        {
-            "sys/fs/cgroup/cpu,cpuacct/user/cpu.cfs_quota_us": -1,
-            "sys/fs/cgroup/cpu,cpuacct/user/cpu.cfs_period_us": 100000,
-            "sys/fs/cgroup/memory/user/memory.limit_in_bytes": 9223372036854771712,
-            "sys/fs/cgroup/uni fied/user/cpu.max": "200000 100000",
-        },
-    )
-    assert machine.cores(root) == 2 and machine.memory_limit(root) is None
-
-
 def test_what_a_group_does_not_say_limits_nothing(tmp_path, many_cores):
     """No control groups, no files, no limits, nonsense; less than one core is one."""
     assert machine.cores(tmp_path) == 64 and machine.memory_limit(tmp_path) is None
@@ -108,7 +66,7 @@ def test_what_a_group_does_not_say_limits_nothing(tmp_path, many_cores):
         ]
     ):
         files = {"sys/fs/cgroup/cpu.max": cpu, "sys/fs/cgroup/memory.max": memory} if cpu else {}
-        root = tree(tmp_path / str(place), "0::/", V2_MOUNT.format(top="/../..", place="/sys/fs/cgroup"), files)
+        root = tree(tmp_path / str(place), ["0::/../..", "5:cpu:/a\n0::/a"][place % 2], files)
         assert machine.cores(root) == cores and machine.memory_limit(root) is None, (cpu, memory)
 
 
@@ -116,7 +74,7 @@ def test_hardware_threads_of_one_core_count_once(tmp_path, many_cores):
     files = {
         f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 32},{n % 32 + 32}" for n in range(64)
     }
-    root = tree(tmp_path, "0::/", V2_MOUNT.format(top="/", place="/sys/fs/cgroup"), files)
+    root = tree(tmp_path, "0::/", files)
     assert (machine.cores(root), machine.computing_cores(root)) == (64, 32)
     (root / "sys/fs/cgroup").mkdir(parents=True)
     (root / "sys/fs/cgroup/cpu.max").write_text("1000000 100000")
