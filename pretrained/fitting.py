@@ -21,6 +21,7 @@ from torch import nn
 
 from pretrained.computed import with_computed
 from pretrained.files import METADATA, load_file
+from pretrained.transformers_names import with_usual_names
 from utils import UserError, printable
 
 State = dict[str, torch.Tensor]
@@ -50,7 +51,8 @@ def read_weights(path: str | Path) -> Weights:
     places = {}
     notes = {}
     for place, state in _state_dicts(content):
-        places[place], notes[place] = with_computed(state)
+        state, notes[place] = with_computed(state)
+        places[place] = with_usual_names(state)
     if not places:
         raise UserError(f"{printable(path)} holds no state dict (names to tensors).{_contents(content)}")
     options = content.get("model_options") if isinstance(content, dict) else None
@@ -127,7 +129,7 @@ class Fit:
         """How the entries were found, in words; empty where nothing had to be looked for."""
         parts = [f"entry {printable(self.place)}"] if self.place else []
         parts += [f"names without {printable(self.prefix)!r}"] if self.prefix else []
-        if "ema" in self.place.lower() or "ema" in self.prefix.lower():
+        if _is_average(self.place) or _is_average(self.prefix):
             parts += ["the averaged weights (EMA)"]
         if self.by_order:
             parts += ["its names are another program's: entries are matched by order and shape, one to one"]
@@ -137,18 +139,22 @@ class Fit:
 def fitted(weights: Weights, model: nn.Module, head: tuple[str, ...]) -> Fit:
     """What of `weights` fits `model` best: which of its dictionaries, without which prefix, or entry by entry.
 
-    Averaged weights win over others that fit as well.
+    Averaged weights, which DINO and its kin call the teacher, win over others that fit as well.
     """
     own = model.state_dict()
     fits = [_without_prefix(state, own, place) for place, state in weights.places.items()]
-    best = max(fits, key=lambda fit: (fit.matched, "ema" in fit.place.lower()))
+    best = max(fits, key=lambda fit: (fit.matched, _is_average(fit.place)))
     needed = [name for name in own if not _COUNTERS.search(name) and not belongs(name, head)]
     if best.matched < len(needed) / 2:
-        for place, state in sorted(weights.places.items(), key=lambda item: "ema" not in item[0].lower()):
+        for place, state in sorted(weights.places.items(), key=lambda item: not _is_average(item[0])):
             ordered = _by_order(state, own, head)
             if ordered is not None:
                 return Fit(ordered, place, by_order=True, matched=len(ordered))
     return best
+
+
+def _is_average(place: str) -> bool:
+    return "ema" in place.lower() or "teacher" in place.lower()
 
 
 def belongs(name: str, modules: Iterable[str]) -> bool:
@@ -167,7 +173,7 @@ def _without_prefix(state: State, own: State, place: str) -> Fit:
             rest = ".".join(parts[start:])
             if rest in own and own[rest].shape == state[original].shape:
                 votes[".".join(parts[:start])] += 1
-    prefix = max(votes, key=lambda prefix: (votes[prefix], "ema" in prefix.lower(), -len(prefix)), default="")
+    prefix = max(votes, key=lambda prefix: (votes[prefix], _is_average(prefix), -len(prefix)), default="")
     before = f"{prefix}." if prefix else ""
     chosen = {name.removeprefix(before): state[old] for name, old in clean.items() if name.startswith(before)}
     return Fit(_with_versions(chosen, state, before), place, prefix, matched=votes[prefix])
@@ -241,6 +247,8 @@ def load_weights(
         if not belongs(name, ignored) and name not in drawn and not _is_beside(name, own)
     }
     state, notes = _with_head(state, own, head, new_head)
+    state, repeated = _with_three_channels(state, own)
+    notes += repeated
     problems = _problems(state, own, head)
     if problems:
         more = [f"  and {len(problems) - 10} more"] if len(problems) > 10 else []
@@ -253,6 +261,21 @@ def load_weights(
     set_versions(own, versions)
     model.load_state_dict(own)
     return notes
+
+
+def _with_three_channels(state: State, own: State) -> tuple[State, list[str]]:
+    """Return `state` with a first layer for grey images repeated over three channels, as timm does, and a note of it.
+
+    A third of the weights for each channel gives the same output for a grey image.
+    """
+    for name, wanted in own.items():
+        tensor = state.get(name)
+        if tensor is not None and wanted.dim() == 4 and wanted.shape[1] == 3:
+            if tensor.dim() != 4 or tensor.shape[1] != 1:
+                return state, []
+            note = f"{printable(name)} is for one channel: it is repeated over red, green and blue, divided by three"
+            return _with_versions({**state, name: tensor.repeat(1, 3, 1, 1) / 3}, state, ""), [note]
+    return state, []
 
 
 def _is_beside(name: str, own: State) -> bool:

@@ -79,3 +79,44 @@ def test_a_new_head_is_no_wider_than_pytorchs(tmp_path):
     assert drawn.abs().max() > 0.3  # ±1/sqrt(6): from scratch it is the author's
     kept = build_model("efficientnet_b0", 1000, pretrained_path=tmp_path / "b0.pt").classifier[1].weight
     assert torch.equal(kept, torch.load(tmp_path / "b0.pt", weights_only=True)["classifier.1.weight"])
+
+
+# ------------------------------------------------------------------ transformers, teachers, one channel
+@pytest.mark.parametrize("name, layer", [("resnet18", "basic"), ("resnet50", "bottleneck")])
+@pytest.mark.parametrize("library", ["", "timm:"])
+def test_a_resnet_of_transformers_gives_its_outputs(name, layer, library, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    if library:
+        pytest.importorskip("timm")
+    depths = {"resnet18": [2, 2, 2, 2], "resnet50": [3, 4, 6, 3]}[name]
+    widths = [64, 128, 256, 512] if layer == "basic" else [256, 512, 1024, 2048]
+    config = transformers.ResNetConfig(depths=depths, hidden_sizes=widths, layer_type=layer, num_labels=6)
+    theirs = transformers.ResNetForImageClassification(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = build_model(library + name, 6, pretrained_path=tmp_path / "model.safetensors").eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_teacher_is_taken_before_the_student(tmp_path):
+    student = models.resnet18(num_classes=6)
+    teacher = models.resnet18(num_classes=6)
+    content = {
+        "student": {f"module.backbone.{name}": tensor for name, tensor in student.state_dict().items()},
+        "teacher": {f"backbone.{name}": tensor for name, tensor in teacher.state_dict().items()},
+    }
+    torch.save(content, tmp_path / "dino.pth")
+    found = build_model("resnet18", 6, pretrained_path=tmp_path / "dino.pth")
+    assert torch.equal(found.conv1.weight, teacher.conv1.weight)
+
+
+def test_a_first_layer_for_grey_images_gives_the_same_outputs_for_them(tmp_path, said):
+    theirs = models.resnet18(num_classes=6).eval()
+    theirs.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    torch.save(theirs.state_dict(), tmp_path / "grey.pt")
+    ours = build_model("resnet18", 6, pretrained_path=tmp_path / "grey.pt").eval()
+    grey = torch.rand(2, 1, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(grey.expand(-1, 3, -1, -1)), theirs(grey), rtol=1e-4, atol=1e-4)
+    assert "is for one channel: it is repeated over red, green and blue" in said.text
