@@ -55,8 +55,6 @@ def main(argv: Sequence[str]) -> int:
         utils.keep_freed_memory()
         allow_more_files()
         utils.on_stop(_terminate)
-        if ranks.size > 1:
-            meeting.watch_signals(utils.STOP_SIGNALS, utils.heard)
         meeting.join(ranks)
         with utils.importing():
             function = entry(options.command)
@@ -237,7 +235,6 @@ def _memory_advice(options: Namespace) -> str:
 
 
 def _terminate(number: int, _frame: object) -> None:
-    utils.heard.set()
     if number == signal.SIGINT:
         raise KeyboardInterrupt
     raise Stopped(number, "")

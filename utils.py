@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,7 +36,6 @@ STOP_SIGNALS = frozenset(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
     if hasattr(signal, name)
 )
-heard = threading.Event()  # set once a handler of this program has had a signal
 
 
 class UserError(Exception):
@@ -245,7 +243,6 @@ class StopSignal:
         return Stopped(self.number or signal.SIGTERM, message)
 
     def _handle(self, number: int, _frame: object) -> None:
-        heard.set()
         if self.number is not None:
             os._exit(128 + number)
         self.number = number
