@@ -44,7 +44,7 @@ from model import (
 from optimizer import SmoothedCrossEntropy, balanced_weights, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision, choose_precision
 from runs.checkpoint import as_tested, identity, load_checkpoint
-from runs.config import NOT_RECORDED, describe, read_config, versions
+from runs.config import NOT_RECORDED, describe, known_runs, read_config, versions
 from runs.fitting import micro_batch_that_fits
 from runs.folder import RunDirectory
 from system.machine import GPUS, cores, device_name
@@ -130,9 +130,8 @@ class Setup:
         """The checkpoint to use. UserError if there is none."""
         file = self.checkpoint_file
         if not file.exists():
-            runs = sorted(path.parent.name for path in Path(self.asked.place.checkpoint_dir).glob("*/best_model.pt"))
-            known = f"Runs there: {', '.join(map(printable, runs))}." if runs else "No run is there yet."
-            raise UserError(f"{printable(file)} does not exist. Name a run with --checkpoint_name. {known}")
+            known = known_runs(self.asked.place.checkpoint_dir, "best_model.pt")
+            raise UserError(f"{printable(file)} does not exist. {known}")
         return as_tested(load_checkpoint(file))
 
     @property

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +23,11 @@ from command_line.parsing import parse, precision_words
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
-from reports import results, tables, text
+from reports import results, tables
 from runs.config import read_config
 from system.files import json_text, lock, remove, write_text
 from system.parent import environment_of_child
+from system.terminal import duration
 from utils import (
     OUT_OF_TIME,
     STARTED,
@@ -153,18 +153,31 @@ def _in_use(file: Path) -> bool:
 
 
 def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None:
-    """Trains what is not finished, each in a fresh process. Raises as `run_all` does."""
+    """Train what is not finished, each in a fresh process. Raise as `run_all` does.
+
+    Each run says itself how long it still takes; from the second one on, its first line says it of all.
+    """
     kept = []
+    seconds = 0.0  # of the runs that this process has trained to their end
+    done = 0  # their epochs
     for run in [run for run in planned if run.state != "finished"][:1]:
         options = vars(parse(run.words))  # what is wrong with the folder need not be found out by each run
         list_images(options["data_dir"], labels=options["labels"], group=options["group"])
     for number, run in enumerate(planned, 1):
         remark = ", already finished" if run.state == "finished" else ""
+        left = sum(later.epochs for later in planned[number - 1 :] if later.state != "finished")
+        if done and left and not remark:
+            remark = f", about {duration(seconds / done * left)} left for all runs"
         log.info(f"\nrun {number} of {len(planned)}: {run.folder.name}{remark}")
         if run.state != "finished":
             remove(run.folder / "failure.json")  # an earlier attempt's
             earlier = _written(run.folder / "result.json")
-            reason = _train(run, sum(later.epochs for later in planned[number:]), max_seconds)
+            before = _epochs(run.folder) if run.state == "begun" else 0
+            started = time.monotonic()
+            reason = _train(run, max_seconds)
+            if not reason:
+                seconds += time.monotonic() - started
+                done += run.epochs - before
             now = _written(run.folder / "result.json")
             if reason and earlier and now == earlier:  # nothing was replaced
                 kept.append(f"{run.folder.name} ({reason})")
@@ -180,29 +193,17 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
         )
 
 
-def _train(run: Planned, epochs_later: int, max_seconds: int | None) -> str | None:
-    """Runs one training in a process and says now and then how long all will take; the reason where it failed."""
+def _train(run: Planned, max_seconds: int | None) -> str | None:
+    """Run one training in a process; return the reason if it failed."""
     try:
         named_precision(run.precision, choose_device(run.device, use=False))
     except UserError as error:
         log.info(str(error))
         return str(error).splitlines()[0]
-    before = _epochs(run.folder) if run.state == "begun" else 0
-    earlier = _written(run.folder / "metrics.jsonl")
     words = [*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]
     if max_seconds is not None:
         words.append(f"--max_time={max(1, round(max_seconds - (time.monotonic() - STARTED)))}s")
-    started = time.monotonic()
-    said = 0
-    clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-    for status in _process(words):  # noqa: B007
-        done = 0 if _written(run.folder / "metrics.jsonl") == earlier else _epochs(run.folder) - before
-        left = run.epochs - done + epochs_later
-        if left and done > said and (not said or done - said >= run.epochs / 4):
-            seconds = (time.monotonic() - started) / done * left
-            print(clear, end="")  # the run's bar, which comes again
-            log.info(f"about {text.duration(seconds)} left for all runs, at the speed of this one")
-            said = done
+    status = _process(words)
     if status == OUT_OF_TIME or status - 128 in STOP_SIGNALS:
         raise Stopped(
             None if status == OUT_OF_TIME else status - 128,
@@ -263,9 +264,11 @@ def _epochs(run: Path) -> int:
     return 0
 
 
-def _process(words: list[str]) -> Iterator[int]:
-    """Runs one training in a process and a session of its own and hands signals on; yields 0 every second while it
-    runs, and at last its exit status. It ends by itself if this process is killed."""
+def _process(words: list[str]) -> int:
+    """Run one training in a process and a session of its own, hand signals on, and return its exit status.
+
+    It ends by itself if this process is killed.
+    """
     sys.stdout.flush()
     command = [*own_command(), "train", *words]
     child = subprocess.Popen(command, start_new_session=True, env=environment_of_child())
@@ -273,14 +276,11 @@ def _process(words: list[str]) -> Iterator[int]:
     hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
     previous = on_stop(hand_on)
     try:
-        while child.poll() is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=1)
-            yield 0
-        yield child.returncode if child.returncode >= 0 else 128 - child.returncode
+        status = child.wait()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def run_folders(folder: Path) -> list[Path]:
@@ -317,7 +317,7 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
         reason = printable(f"{type(error).__name__}: {error}")[:300]
         raise RunError(
             f"the table is in {printable(folder)}, but the pictures could not be drawn ({reason}).\n"
-            "Once that is mended: the same command with --report_only"
+            "Once that is fixed: the same command with --report_only"
         ) from None
     print(f"\nresults: {folder}")
     return [f"{run['directory'].name}: {run['failure'] or 'not finished'}" for run in runs if not run["result"]]

@@ -27,7 +27,7 @@ from runs.writing import PROBABILITIES
 from system.files import read_json
 from system.terminal import duration
 from train import Trainer
-from utils import RunError, Stopped, importing, log, printable, typed
+from utils import RunError, Stopped, amount, importing, log, printable, typed
 
 if TYPE_CHECKING:
     from assemble import Setup
@@ -86,7 +86,8 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resu
         resume.say_differences(earlier.config, config)
     log.info(
         f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
-        f"{len(data.classes)} classes; {trainer.batches.updates_per_epoch} updates an epoch; run: {setup.run.path}"
+        f"{len(data.classes)} classes; {amount(trainer.batches.updates_per_epoch, 'update', 'updates')} an epoch; "
+        f"run: {setup.run.path}"
     )
 
 
@@ -186,7 +187,7 @@ def show(run: RunDirectory, logs: Logs) -> None:
         where = ("--checkpoint_dir", run.path.parent, "--checkpoint_name", run.path.name)
         raise NotDrawn(
             f"the results are in {printable(run.path)}, but the pictures could not be drawn ({reason}).\nOnce that is "
-            f"mended: {typed('python', 'main.py', 'report', *where)}"
+            f"fixed: {typed('python', 'main.py', 'report', *where)}"
         ) from None
     finally:
         pictures = (run.file(name) for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"))

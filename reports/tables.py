@@ -10,8 +10,9 @@ from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
 from ampscope.text import WIDTH
 from choices import METRICS
 from reports.results import wilson
-from reports.text import align, duration, fit, markdown, markdown_table, time_unit
+from reports.text import align, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
+from system.terminal import duration
 from system.waiting import BUSY
 from utils import amount, printable
 

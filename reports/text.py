@@ -10,13 +10,13 @@ from utils import printable
 
 
 def fit(text: object, columns: int) -> str:
-    """`text` on one printable line of at most so many terminal columns."""
+    """Return `text` on one printable line of at most so many terminal columns."""
     text = printable(text)
     return text if disp_len(text) <= columns else disp_trim(text, columns - 1) + "…"
 
 
 def align(rows: list[list[str]]) -> list[str]:
-    """Rows of cells as lines of one width: the first column to the left, the others to the right."""
+    """Return rows of cells as lines of one width: the first column to the left, the others to the right."""
     widths = [max(map(disp_len, cells)) for cells in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -30,22 +30,17 @@ def align(rows: list[list[str]]) -> list[str]:
 
 
 def time_unit(seconds: float) -> tuple[int, str]:
-    """Seconds, minutes or hours, whichever reads well: (divisor, name)."""
+    """Return the divisor and the name of seconds, minutes or hours, whichever reads well."""
     return (1, "s") if seconds < 120 else (60, "min") if seconds < 36000 else (3600, "h")
 
 
-def duration(seconds: float) -> str:
-    divisor, unit = time_unit(seconds)
-    return f"{seconds / divisor:.1f} {unit}"
-
-
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of plain text as a table of Markdown, a header first; the first column to the left, the others right."""
+    """Return rows of plain text, a header first, as a Markdown table; all but the first column to the right."""
     header, *lines = [[markdown(cell) for cell in row] for row in rows]
     sides = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, sides, *lines])
 
 
 def markdown(text: str) -> str:
-    """Plain text as Markdown that shows exactly that text, also inside a table cell."""
+    """Escape plain text so that Markdown shows exactly it, also inside a table cell."""
     return "".join("\\" + letter if letter in "\\`*_[]|$~#" else letter for letter in html.escape(text, quote=False))

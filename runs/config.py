@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from system.files import read_json, reading
+from utils import printable
 
 if TYPE_CHECKING:
     from images.subsets import DataSet
@@ -62,3 +63,11 @@ def describe(data: DataSet) -> dict[str, Any]:
         "unreadable": data.unreadable,
         "windows": data.rules.windows,
     }
+
+
+def known_runs(folder: str | Path, file: str) -> str:
+    """Return a sentence that names the runs in `folder` which have `file`, for errors about a run that is not there."""
+    runs = sorted(path.parent.name for path in Path(folder).glob(f"*/{file}"))
+    if not runs:
+        return f"No run with a {file} is in {printable(folder)}."
+    return f"Name a run with --checkpoint_name. Runs there: {', '.join(map(printable, runs))}."

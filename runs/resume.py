@@ -13,7 +13,7 @@ from runs.checkpoint import load_checkpoint
 from runs.config import read_config
 from runs.folder import RunDirectory
 from system.files import read_json, reading
-from utils import UserError, is_out_of_memory, log, printable, typed
+from utils import UserError, amount, is_out_of_memory, log, printable, typed
 
 if TYPE_CHECKING:
     from images.subsets import DataSet
@@ -165,12 +165,13 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
         raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
     if run.writes and not changed:  # else last.pt still says the other precision
         run.file("failure.json").unlink(missing_ok=True)
+    epochs = amount(trainer.progress.epoch, "epoch", "epochs")
     if changed:
         log.warning(
             f"this run was begun in {printable(state['precision'])} and goes on in {trainer.precision.name}, because "
-            f"its validation overflowed after {trainer.progress.epoch} epochs: it is no run of one precision"
+            f"its validation overflowed after {epochs}: it is not a run of one precision"
         )
-    log.info(f"resuming after {trainer.progress.epoch} epochs and {trainer.progress.update} updates")
+    log.info(f"resuming after {epochs} and {amount(trainer.progress.update, 'update', 'updates')}")
 
 
 def say_differences(then: dict[str, Any], now: dict[str, Any]) -> None:

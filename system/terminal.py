@@ -81,7 +81,7 @@ def open_streams() -> Callable[[], OSError | None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words of one size: 45 s, 12 min, 3 h 20 min."""
+    """Return seconds as people say them: 45 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

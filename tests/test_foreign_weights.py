@@ -79,7 +79,7 @@ def test_advice_of_a_run_in_a_hostile_folder_runs_nothing_of_its_name(shell, dat
     monkeypatch.setattr("reports.draw.draw_run", lambda *_: 1 / 0)
     folder = tmp_path / "$(touch pwned) x"
     status, _, errors = run(tiny.words(data, folder, "--epochs=1"))
-    words, made = shell(errors.strip().rpartition("mended: ")[2])
+    words, made = shell(errors.strip().rpartition("fixed: ")[2])
     assert status == 1 and made == []
     assert words == ["main.py", "report", "--checkpoint_dir", str(folder), "--checkpoint_name", "run"]
 

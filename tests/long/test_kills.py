@@ -212,7 +212,7 @@ def trainings_in_this_process():
     """The trainings that a command starts run in this process instead of one of their own."""
 
     def process(words):
-        yield main.main(["train", *words])
+        return main.main(["train", *words])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare, "_process", process)

@@ -140,7 +140,7 @@ meeting.end(3)
 
 def test_report_of_what_is_no_run(tmp_path, capsys):
     assert main.main(["report", f"--checkpoint_dir={tmp_path}", "--checkpoint_name=x"]) == 2
-    assert "No run there is finished" in capsys.readouterr().err
+    assert f"No run with a result.json is in {tmp_path}" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------ exit statuses
