@@ -23,9 +23,9 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Reads what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE. Raises UserError if they make no sense."""
+        """Read what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE. Raise UserError if they make no sense."""
         size = _from_environment("WORLD_SIZE", 1)
-        if size <= 1:  # a rank that was left over means nothing
+        if size <= 1:  # ignore a RANK that an earlier job left in the environment
             return cls()
         rank = _from_environment("RANK", 0)
         if rank >= size:
@@ -36,11 +36,11 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes, prints and draws."""
+        """Return True for the one process that writes, prints and draws."""
         return self.rank == 0
 
     def sum(self, *tensors: torch.Tensor) -> None:
-        """Adds each tensor up over all ranks, in place."""
+        """Add each tensor up over all ranks, in place."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -48,7 +48,7 @@ class Ranks:
                 dist.all_reduce(tensor)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank; every rank must ask."""
+        """Return True if `flag` is true on any rank; every rank must ask."""
         if self.size == 1:
             return flag
         import torch
@@ -58,7 +58,7 @@ class Ranks:
         return count.item() > 0
 
     def share(self, make: Callable[[], Any]) -> Any:
-        """What `make` returns on the first rank, on every rank: for files that other machines may not see."""
+        """Call `make` on the first rank and return its result on every rank: other machines may not see a file."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
@@ -71,5 +71,5 @@ class Ranks:
 def _from_environment(name: str, default: int) -> int:
     text = os.environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
-        raise UserError(f"the environment variable {name}={printable(text)} is no whole number: unset it.")
+        raise UserError(f"the environment variable {name}={printable(text)} is not a whole number: unset it.")
     return int(text)

@@ -59,13 +59,13 @@ class Evaluation:
 
     @property
     def fault(self) -> str:
-        """Return in words what is not finite."""
+        """Return a description of the values that are not finite; empty if all are."""
         if self.unpredicted:
             return f"the logits of {self.unpredicted:,} of {amount(len(self.labels), 'image', 'images')} are not finite"
         return "" if self.is_finite else "the loss is not finite"
 
     def require_finite(self, precision: Precision, way: str = "use") -> None:
-        """Raise NotFinite, with what `way_out` says, if the logits or the loss are not finite."""
+        """Raise NotFinite, with the advice of `way_out`, if the logits or the loss are not finite."""
         if self.fault:
             raise NotFinite(f"{self.fault} in {precision.label}: there is no accuracy.\n{way_out(precision, way)}")
 
@@ -119,7 +119,7 @@ class Evaluation:
 
 
 def way_out(precision: Precision, way: str = "use") -> str:
-    """Return what to do if logits are not finite in this precision; `way` stands before the option that helps."""
+    """Return advice for logits that are not finite in this precision; `way` stands before the option that helps."""
     if precision.name == "amp-fp16":
         return f"Values beyond 65,504, float16's largest, are the usual cause: {way} {wider_range(precision)}."
     return "Weights that grew too large are the usual cause: train with a lower --learning_rate, or --clip_grad_norm."
@@ -147,7 +147,8 @@ def evaluate(
     loss_sum = torch.zeros((), dtype=exact, device=device)
     kept = torch.zeros(count if keep_logits else 0, batches.class_count, device=device)
     bar = progress(total=count, desc=description, unit="image", delay=2)
-    questions = -(-(count // batches.ranks.size) // batches.batch_size)
+    # Ranks ask together, so one with an image more must not ask once more: count the batches of the smallest share.
+    questions = math.ceil((count // batches.ranks.size) / batches.batch_size)
     with torch.inference_mode(), bar:
         for number, (images, labels, positions) in enumerate(batches.evaluation()):
             if stop is not None and number < questions and stop():
@@ -174,6 +175,6 @@ def evaluate(
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over classes (count, classes), in float64."""
+    """Return the softmax over classes (count, classes), in float64."""
     shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
     return shifted / shifted.sum(1, keepdims=True)

@@ -1,7 +1,7 @@
-"""A classifier with a new head, from published weights, a file, or scratch, and what a training makes of it.
+"""A classifier with a new head, from published weights, a file, or scratch; its moving average and frozen layers.
 
-One function builds every model the package trains, another builds it again from what a checkpoint recorded. Where
-weights come from is in pretrained/. Knows nothing of data, precision or the training loop.
+`build_model` builds every model that is trained, `rebuild_model` builds it again from a checkpoint. pretrained/ reads
+the weights. Knows nothing of data, precision or the training loop.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from pretrained import timm_models, torchvision_models
 from pretrained.fitting import Fit, Weights, belongs, fitted, for_classes, load_weights, read_weights
 from utils import UserError, log, printable
 
-GRAPHS = 32  # of one model: growing images, two counts in a micro-batch and frozen layers take more than PyTorch's 8
+GRAPHS = 32  # of one model: growing images, two micro-batch sizes and frozen layers need more than PyTorch's 8
 
 
 def known_model(name: str) -> str:
-    """The name of a classifier in any spelling, as its package has it: `resnet18`, `timm:resnet18`.
+    """Return the name of a classifier, given in any spelling, as its package has it: `resnet18`, `timm:resnet18`.
 
-    Raises UserError where there is none of that name.
+    Raise UserError if no classifier has that name.
     """
     return timm_models.known_name(name) if timm_models.is_timm(name) else torchvision_models.known_name(name)
 
 
 def constructor_options(model: nn.Module) -> dict[str, Any]:
-    """What a classifier's constructor was told beside its weights, as `build_model` notes it."""
+    """Return the keyword arguments that the model was built with."""
     return dict(vars(model)["constructor_options"])
 
 
@@ -53,7 +53,7 @@ def build_model(
     which `weights` names others than the default ones. A head for another number of classes is left as initialised,
     and so is one for others than `classes`, if those are given and known of the weights.
     Models of a fixed size are built for `image_size` pixels, their position embeddings interpolated. What the
-    constructor was told beside the weights is the result's attribute `constructor_options`.
+    constructor was given beside the weights is the result's attribute `constructor_options`.
     Raises UserError for an unknown name and for weights that cannot be had or do not fit.
     """
     key = known_model(name)
@@ -70,7 +70,7 @@ def build_model(
 
 
 def rebuild_model(checkpoint: dict[str, Any]) -> nn.Module:
-    """The model of a checkpoint with its weights: built with what its constructor was told when it was trained."""
+    """Return the model of a checkpoint with its weights, built with the arguments that it was trained with."""
     name = checkpoint["model_name"]
     model = empty_model(name, len(checkpoint["classes"]), checkpoint["model_options"])
     load_weights(model, checkpoint["model"], source="the checkpoint")
@@ -88,8 +88,7 @@ def empty_model(name: str, class_count: int, options: dict[str, Any]) -> nn.Modu
 
 
 def preprocessing(name: str) -> dict[str, Any]:
-    """How images are made a model's input: `mean` and `std` of each channel, of values from 0 to 1, and the
-    `interpolation` with which they are resized."""
+    """Return `mean` and `std` of each channel, for values from 0 to 1, and the `interpolation` for resizing."""
     key = known_model(name)
     return timm_models.preprocessing(key) if timm_models.is_timm(key) else torchvision_models.preprocessing()
 
@@ -106,7 +105,7 @@ def _published_count(model: nn.Module) -> int:
 
 
 def _are_of_imagenet(classes: list[str]) -> bool:
-    """Return whether classes are WordNet's numbers, in whose order published heads are, or ImageNet's words."""
+    """Return True if classes are WordNet's numbers, which order published heads, or ImageNet's words."""
     known = torchvision_models.imagenet_classes()
     return classes == known or all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
@@ -154,7 +153,7 @@ def _advice(file: Weights, fit: Fit, key: str) -> str:
 
 @torch.no_grad()
 def update_ema(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
-    """Moves `average` towards `model`, buffers included: decay * average + (1 - decay) * model.
+    """Move `average` towards `model`, including buffers: decay * average + (1 - decay) * model.
 
     While few `updates` were done the decay is smaller, (1 + updates) / (10 + updates), so that the average does
     not linger at the initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
@@ -196,7 +195,7 @@ def check_input_size(model: nn.Module, image_size: int, smallest_micro_batch: in
 
 
 def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
-    """What a model on the meta device says against `count` images of `image_size` pixels; None if they suit it."""
+    """Return the error that a model on the meta device raises for `count` images of `image_size` pixels, or None."""
     try:
         model(torch.empty(count, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -249,11 +248,11 @@ class Network:
         return self.model if self.average is None else self.average
 
     def _fed(self, model: nn.Module) -> nn.Module:
-        """The part of `model` that batches are given to."""
+        """Return the part of `model` that gets the batches: all of it, or only its head."""
         return model.get_submodule(self.heads[0]) if self.only_head else model
 
     def begin_epoch(self, epoch: int) -> bool:
-        """Puts the model into training mode with the right layers frozen; returns whether other layers train now."""
+        """Set training mode and freeze the right layers; return True if other layers train than before."""
         frozen = epoch < self.freeze_epochs
         changed = frozen != self._frozen
         if changed:
@@ -272,12 +271,12 @@ class Network:
         return changed
 
     def after_update(self, updates: int) -> None:
-        """Moves the average, `updates` being those done before this one."""
+        """Move the average after `updates` updates."""
         if self.average is not None:
             update_ema(self.average, self.model, self.ema, updates)
 
     def ready_to_evaluate(self) -> StepModel:
-        """The evaluated model in evaluation mode, its buffers those of the first rank."""
+        """Return the model to validate, in evaluation mode, with the buffers of the first rank."""
         model = self.ema_or_model.eval()
         if self.ranks.size > 1:  # batch statistics were each rank's own since the last update
             for buffer in model.buffers():
@@ -285,7 +284,7 @@ class Network:
         return self.validation_forward
 
     def trained_names(self) -> list[str]:
-        """Names of the parameters that are trained now, in the order of `parameters()`."""
+        """Return the names of the parameters that are trained now, in the order of `parameters()`."""
         return [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def spoiled_buffers(self) -> list[str]:
@@ -296,11 +295,11 @@ class Network:
         return [name for name, buffer in self.ema_or_model.named_buffers() if buffer.isnan().any()]
 
     def state(self) -> dict[str, Any]:
-        """The weights, and those of the average, for a checkpoint."""
+        """Return the weights, and those of the average, for a checkpoint."""
         return {"model": self.model.state_dict(), "ema": None if self.average is None else self.average.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restores what `state()` gave."""
+        """Restore the result of `state()`."""
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
@@ -349,9 +348,9 @@ class WithMirrorImage(nn.Module):
 
 
 class StepModel:
-    """Calls a model, compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling.
+    """A model compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling.
 
-    With `graphs` what it returns is overwritten by the next call: the update has used it by then.
+    With `graphs` the next call overwrites the output of this one: the update has used it by then.
     """
 
     def __init__(self, model: nn.Module, sizes: set[int], compiled: bool, graphs: bool = False):
@@ -376,7 +375,7 @@ class StepModel:
         return self.model.buffers()
 
     def no_sync(self) -> contextlib.AbstractContextManager:
-        """Within it DDP exchanges no gradients."""
+        """Return a context in which DDP does not exchange gradients."""
         if isinstance(self.model, nn.parallel.DistributedDataParallel):
             return self.model.no_sync()
         return contextlib.nullcontext()

@@ -88,7 +88,7 @@ def parameter_groups(
 def block_depths(model: nn.Module) -> dict[str, int]:
     """Return how many transformer blocks lead to each parameter, its own counted; for those behind all blocks one more.
 
-    Raises UserError if the model has no such block.
+    Raise UserError if the model has no such block.
     """
     blocks = attention_blocks(model)
     if not blocks:
@@ -109,7 +109,7 @@ def attention_blocks(model: nn.Module) -> list[str]:
     """Return the names of the transformer blocks, in the order of the model's layers.
 
     A block is the nearest member of an nn.ModuleList or nn.Sequential around an attention layer. Attention that lies in
-    no such list pools the output of all blocks. A stage that holds blocks and attention of its own is no block.
+    no such list pools the output of all blocks. A stage that holds blocks and attention of its own is not a block.
     """
     modules = dict(model.named_modules())
     found: dict[str, None] = {}
@@ -125,7 +125,7 @@ def attention_blocks(model: nn.Module) -> list[str]:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Return whether a layer is called attention, or computes queries as attention does."""
+    """Return True if a layer is called attention, or computes queries as attention does."""
     called = type(module).__name__.lower()
     computes_queries = not {"q", "qk", "qkv"}.isdisjoint(name for name, _ in module.named_children())
     return computes_queries or ("attention" in called and "block" not in called)
@@ -173,7 +173,7 @@ def make_scheduler(
         warmup_epochs = epochs / 10 if schedule.warmup_epochs is None else schedule.warmup_epochs
     total = epochs * updates_per_epoch
     warmup = min(max(1, round(warmup_epochs * updates_per_epoch)), total)
-    for group in optimizer.param_groups:  # one that a schedule has driven before starts from its peak again
+    for group in optimizer.param_groups:  # an optimizer that had a schedule before starts from its peak again
         group["lr"] = group.pop("initial_lr", group["lr"])
 
     def factor(step: int) -> float:
@@ -193,7 +193,7 @@ def make_scheduler(
 
 
 class _Curve(LambdaLR):
-    """A LambdaLR that may be asked out of turn, as GradualWarmupScheduler does when warmup ends."""
+    """A LambdaLR whose get_lr may be called outside step(), as GradualWarmupScheduler does at the end of warmup."""
 
     def get_lr(self) -> list[float | torch.Tensor]:
         return [base * curve(self.last_epoch) for base, curve in zip(self.base_lrs, self.lr_lambdas, strict=True)]

@@ -1,7 +1,7 @@
-"""What mixed precision means on this device: the dtype, autocast, GradScaler, and why.
+"""Mixed precision on this device: the dtype, autocast, GradScaler, and the reason for them.
 
-The only file that configures them. FP32 is not another path but a disabled autocast and a disabled
-scaler, so that the training step reads the same in every precision. Knows nothing of models or data.
+FP32 is not another path but a disabled autocast and a disabled scaler, so that the update reads the same in every
+precision. Knows nothing of models or data.
 """
 
 from __future__ import annotations
@@ -39,26 +39,25 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What autocast casts matrix products and convolutions to; float32 where it is disabled."""
+        """Return the type in which autocast computes matrix products and convolutions; float32 if it is disabled."""
         return getattr(torch, self.regime.amp_dtype or "float32")
 
     def autocast(self) -> torch.autocast:
-        """Wraps forward and loss only; the weights stay float32."""
+        """Return the context for the forward pass and the loss only; the weights stay float32."""
         return torch.autocast(self.device.type, self.dtype if self.amp else None, enabled=self.amp)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Enabled for float16 alone: bfloat16 has float32's range, so nothing underflows there."""
+        """Return a scaler, enabled for float16 alone: bfloat16 has float32's range, so gradients do not underflow."""
         return torch.amp.GradScaler(self.device.type, enabled=self.regime.scaled)
 
 
 def choose_precision(
     device: torch.device, *, amp: bool = False, amp_dtype: str = "auto", tf32: bool = False
 ) -> Precision:
-    """The precision that the options ask for on `device`, set up and ready to use.
+    """Return the precision that the options ask for on `device`, ready to use.
 
-    On CUDA this also sets cuDNN's and cuBLAS's float32 mode, because convolutions there use TF32
-    unless told not to: an FP32 baseline must not be TF32 by accident.
-    Raises UserError if the device cannot do what is asked.
+    On CUDA also set the float32 mode of cuDNN and cuBLAS: convolutions use TF32 by default, and an FP32 baseline must
+    not be TF32 by accident. Raise UserError if the device cannot do what is asked.
     """
     card = card_of(device)
     _refuse_impossible(device, card, amp=amp, amp_dtype=amp_dtype, tf32=tf32)
@@ -78,7 +77,7 @@ def choose_precision(
 
 
 def _refuse_impossible(device: torch.device, card: Card, *, amp: bool, amp_dtype: str, tf32: bool) -> None:
-    """Raises UserError, with the way out, if the device cannot do what is asked."""
+    """Raise UserError, which says what to do instead, if the device cannot do this."""
     if tf32 and device.type != "cuda":
         raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
     if device.type != "cuda":
@@ -105,7 +104,7 @@ def wider_range(precision: Precision) -> str:
 
 
 def card_of(device: torch.device) -> Card:
-    """What the device computes with, from the table in system/cards.py."""
+    """Return the entry for this device in system/cards.py: its types, and the precision that --amp picks."""
     if device.type == "cuda" and torch.version.hip:
         return amd_card(torch.cuda.get_device_properties(device).gcnArchName)
     if device.type == "cuda":
@@ -118,23 +117,23 @@ def card_of(device: torch.device) -> Card:
 
 
 def _set_float32_mode(tf32: bool) -> None:
-    """Old switches first, then the new: torch.compile reads the old ones, which raise where the two disagree."""
+    """Set the old switches first, then the new: torch.compile reads the old ones, which raise if the two disagree."""
     torch.set_float32_matmul_precision("high" if tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = tf32
-    backends: Any = torch.backends  # whose types know only some of these switches
+    backends: Any = torch.backends  # the type stubs lack some of these switches
     for part in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
         part.fp32_precision = "tf32" if tf32 else "ieee"
 
 
 def named_precision(name: str, device: torch.device) -> Precision:
-    """The precision called `name` (one of PRECISIONS) on `device`, set up as by `choose_precision`."""
+    """Return the precision called `name` (one of PRECISIONS) on `device`, set up as by `choose_precision`."""
     regime = PRECISIONS[name]
     amp_dtype = regime.amp_dtype or "auto"
     return choose_precision(device, amp=regime.amp_dtype is not None, amp_dtype=amp_dtype, tf32=regime.tf32)
 
 
 def sensible_precisions(device: torch.device) -> list[str]:
-    """Names of the precisions worth comparing on `device`: on a GPU both 16-bit types if it computes in both."""
+    """Return the names of the precisions worth comparing on `device`, on a GPU both 16-bit types if it has both."""
     card = card_of(device)
     both = device.type == "cuda" and card.pick is not None and card.bfloat16 == NATIVE
     wanted = {"fp32", card.pick} | ({"tf32"} if card.tf32 else set()) | ({"amp-bf16"} if both else set())

@@ -1,7 +1,6 @@
-"""What a precision is: its name, how tables call it, its 16-bit type, its scaler, and the options that choose it.
+"""The table of precisions: name, label, 16-bit type, scaler, and the options that choose each.
 
-Readable without torch, so that options, reports and comparisons speak of the same thing. What a precision means on a
-device is in precision.py.
+Imports no torch, so that options, reports and comparisons can share it. precision.py sets a precision up on a device.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ class Regime:
 
     label: str
     amp_dtype: str | None = None
-    scaled: bool = False  # whether the loss is scaled: float16 alone has so few exponents that gradients vanish
-    tf32: bool = False  # whether CUDA may round the factors of float32 products to TF32
+    scaled: bool = False  # True if the loss is scaled: only float16 has so few exponents that gradients vanish
+    tf32: bool = False  # True if CUDA may round the factors of float32 products to TF32
 
     @property
     def options(self) -> dict[str, bool | str]:
-        """The values of the options --amp, --amp_dtype and --tf32 that choose this regime."""
+        """Return the values of the options --amp, --amp_dtype and --tf32 that choose this regime."""
         return {"amp": self.amp_dtype is not None, "amp_dtype": self.amp_dtype or "auto", "tf32": self.tf32}
 
 
@@ -33,10 +32,10 @@ PRECISIONS = {
 
 
 def label_of(name: str) -> str:
-    """How tables and messages call the precision `name`."""
+    """Return the label of the precision `name` in tables and messages."""
     return PRECISIONS[name].label
 
 
 def name_of(amp_dtype: str | None, *, tf32: bool = False) -> str:
-    """The name of the precision with this 16-bit type and float32 mode."""
+    """Return the name of the precision with this 16-bit type and float32 mode."""
     return next(name for name, regime in PRECISIONS.items() if (regime.amp_dtype, regime.tf32) == (amp_dtype, tf32))
