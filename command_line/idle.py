@@ -1,4 +1,4 @@
-"""Options that do nothing, in a command or beside other options: if one is typed, it is said. Imports no torch.
+"""Options that do nothing: never in a command, which refuses them, or beside other options. Imports no torch.
 
 An option acts, is refused (command_line/parsing.py), or stands here.
 """

@@ -63,7 +63,7 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
         group = parser.add_argument_group(title)
         for name, option in OPTIONS[title].items():
             shown = OWN_DEFAULTS.get(command, {}).get(name, option.default)
-            text = f"no effect: {idle[name]}" if name in idle else option.help
+            text = argparse.SUPPRESS if name in idle else option.help
             if name not in idle and shown is not None and shown is not False and shown != "":
                 text += f" (default: {'on' if shown is True else shown})"
             group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
@@ -99,6 +99,10 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
         also = "train"
     known = options_of(command)
     typed = vars(build_parser(command, also=also).parse_args(words))
+    refused = {} if also else {name: why for name, why in never_acts(command).items() if name in typed}
+    if refused:
+        name = min(refused)
+        raise UserError(f"{command} takes no --{name}: {refused[name]}\nSee: python main.py {command} --help")
     defaults = {name: option.default for name, option in known.items()} | OWN_DEFAULTS.get(command, {})
     config = _stored_config(command, defaults | typed)
     stored = _stored_options(command, config)
