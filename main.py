@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command line; returns its exit status.
+    """Run one command line; return its exit status.
 
     0 done, 1 failed, 2 wrong input, 124 out of --max_time, 128 + n stopped by signal n (130 by Ctrl-C).
     """
@@ -52,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
         utils.start_logging(quiet=getattr(options, "quiet", False))
         for sentence in idle.said(options.command, options.typed, vars(options), processes=ranks.size):
             utils.log.warning(sentence)
+        # Limits first, because threads inherit them; then signals, so that Ctrl-C also ends the wait for other ranks.
         utils.keep_freed_memory()
         allow_more_files()
         utils.on_stop(_terminate)
@@ -79,10 +80,10 @@ def run() -> None:
     os.environ["MPLBACKEND"] = "agg"  # notebooks hand their own to every child
     utils.name_this_user()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        if os.environ.get(name) == "":  # of which the libraries would complain
+        if os.environ.get(name) == "":  # the libraries reject an empty value
             del os.environ[name]
     if any(action.startswith("error") for action in sys.warnoptions):
-        warnings.resetwarnings()  # what a library warns of is no error of the user's
+        warnings.resetwarnings()  # warnings of libraries must not become errors (python -W error)
         warnings.simplefilter("ignore")
     status = main(sys.argv[1:])
     error = lost()
@@ -117,7 +118,7 @@ def entry(command: str) -> Callable[..., None]:
 
 
 def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> None:
-    """Calls a command with the options that it names, and with the Setup if it asks for one."""
+    """Call a command with the options that it names, and with the Setup if it asks for one."""
     names = inspect.signature(function).parameters
     values: dict[str, Any] = {name: getattr(options, name) for name in names if name != "setup"}
     if "setup" in names:
@@ -129,7 +130,7 @@ def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> Non
 
 
 def train(setup: Setup) -> None:
-    """Trains, tests the best epoch once, and writes the run's results. Its steps are in commands/train.py."""
+    """Train, test the best epoch once, and write the run's results. Its steps are in commands/train.py."""
     from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
     from runs.resume import find_earlier
 
@@ -160,7 +161,7 @@ def is_cuda(device: str) -> bool:
 
 
 def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
-    """Exit status and reason of a failure; no reason where only a defect of this program can be one."""
+    """Return exit status and reason of a failure; no reason if it can only be a defect of this program."""
     text = str(error)
     if isinstance(error, Stopped):
         return error.exit_status, text or f"stopped by {signal.Signals(error.exit_status - 128).name}{_kept(options)}"
@@ -174,7 +175,7 @@ def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
             f"answer? --num_workers 0 does without the workers{_kept(options)}."
         )
     if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
-        reason = text.splitlines()[0] if text else "it left no word"
+        reason = text.splitlines()[0] if text else "it gave no reason"
         workers = getattr(options, "num_workers", None)
         fewer = "--num_workers 0, which loads without workers" if workers == 1 else "fewer --num_workers"
         ran_out = f"Usually the machine ran out of memory: use {fewer}{_kept(options)}."

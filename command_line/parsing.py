@@ -1,7 +1,7 @@
 """From a command line to options: defaults, --preset's, --demo's, a config's and what is typed, merged in this order.
 
-`parse(argv)` gives the Namespace that only main.py and assemble.py read; nothing changes it afterwards. The options
-themselves stand in option.py. Imports no torch, so `--help` answers at once.
+`parse(argv)` returns the Namespace that command_line/groups.py turns into typed groups; nothing changes it. The options
+themselves are in option.py. Imports no torch, so `--help` answers at once.
 """
 
 from __future__ import annotations
