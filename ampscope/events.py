@@ -35,10 +35,14 @@ def finding(
     first = gradients.first(bad) if bad and measured is not None else None
     first = weights[0] if weights else first
     forward = backward = None
-    if not weights and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        # One rank alone must not begin a collective operation.
-        forward = repeated.origin(calls, backward=False) if good is not True else None
-        backward = repeated.origin(calls, backward=True) if forward is None and good is not False else None
+    reason = None if calls else "no call of the model was seen"
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        reason = "one rank alone must not begin a collective operation"
+    if not weights and reason is None:
+        if good is not True:
+            forward, reason = repeated.origin(calls, backward=False)
+        if forward is None and reason is None and good is not False:
+            backward, reason = repeated.origin(calls, backward=True)
     came_back = [gradient for call in calls for gradient in call.gradients.values()]
     return {
         "parameter": first,
@@ -47,7 +51,8 @@ def finding(
         "forward": _described(models, forward),
         "backward": _described(models, backward),
         "loss": good,
-        "from_loss": good is False or not all(map(finite, came_back)),
+        "from_loss": reason is None and (good is False or not all(map(finite, came_back))),
+        "not_repeated": reason,
         "weights": weights[:SHOWN],
         "batch": wrong_inputs(calls),
         "before": gradients.before(first) if first else [],
@@ -90,6 +95,8 @@ def in_words(event: dict[str, Any], *, skipped: bool) -> str:
         text += f"the forward pass was not finite from {_origin_in_words(event['forward'])}. "
     elif event["backward"] is not None:
         text += f"the loss was finite, the way back was not from {_origin_in_words(event['backward'])}. "
+    elif event["not_repeated"] and not event["after_backward"]:
+        text += f"its calls could not be repeated ({event['not_repeated']}). "
     elif event["from_loss"]:
         line = f" ({event['line']})" if event["line"] else ""
         text += f"what the model put out was finite, and what came back from the loss{line} was not. "

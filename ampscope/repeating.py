@@ -13,10 +13,10 @@ from torch.utils._pytree import tree_map_only
 
 from ampscope.finite import Lineage, Origin
 from ampscope.precisions import Precision
-from ampscope.script_trace import ScriptExecution, ScriptFunctions, ScriptOperators
+from ampscope.script_trace import ScriptExecution
 from ampscope.subject import Subject, core
 from ampscope.tensors import tensors_in
-from ampscope.tracing import Trace, eager
+from ampscope.tracing import Functions, Operators, Trace, eager
 
 REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
 LARGE = 2**24  # bytes of an output beyond which its gradient is not kept
@@ -39,7 +39,7 @@ class Call:
     def follow(self, outputs: Any) -> None:
         """Keep the gradients that will come back to these outputs."""
         for index, tensor in enumerate(tensors_in(outputs)):
-            if tensor.requires_grad and tensor.nbytes <= LARGE:
+            if tensor.grad_fn is not None and tensor.nbytes <= LARGE:
                 tensor.register_hook(lambda gradient, index=index: self._came_back(index, gradient))
 
     def _came_back(self, index: int, gradient: torch.Tensor) -> None:
@@ -84,17 +84,25 @@ def wrong_inputs(calls: list[Call]) -> str | None:
     return None
 
 
-def first_origin(models: Mapping[str, nn.Module], calls: list[Call], *, backward: bool) -> Origin | None:
+def first_origin(
+    models: Mapping[str, nn.Module], calls: list[Call], *, backward: bool
+) -> tuple[Origin | None, str | None]:
     """Return where the first value arose that is not finite, in a forward pass or on the way back, or None.
 
     The way back is repeated from the last call to the first. Buffers, gradients and random numbers stay as they are.
+    The text is the error of a call that cannot be repeated, if there is no origin.
     """
+    failed = None
     for call in reversed(calls) if backward else calls:
-        with contextlib.suppress(Exception), _kept(models, call), eager():
-            origin = _origin(models, call, backward=backward)
+        try:
+            with _kept(models, call), eager():
+                origin = _origin(models, call, backward=backward)
+        except Exception as error:
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
             if origin is not None:
-                return origin
-    return None
+                return origin, None
+    return None, failed
 
 
 @contextlib.contextmanager
@@ -119,8 +127,8 @@ def _origin(models: Mapping[str, nn.Module], call: Call, *, backward: bool) -> O
     execution = ScriptExecution(subject)
     execution.phase = "forward"
     trace = Trace(execution, Lineage())
-    functions = ScriptFunctions(trace)
-    operators = ScriptOperators(trace, functions, subject)
+    functions = Functions(trace)
+    operators = Operators(trace, functions, subject)
     lineage = trace.lineage
     try:
         precision = Precision(REGIONS.get(call.dtype, "fp32"), subject.device)
@@ -152,6 +160,20 @@ def _gradients(subject: Any, call: Call, outputs: Any) -> list[torch.Tensor]:
     return [gradient for gradient in reversed(found) if gradient is not None]
 
 
+class Hook:
+    """A hook that does nothing in a copy of its module, or in a file that holds it."""
+
+    def __init__(self, function: Callable[..., None] | None = None):
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        if self.function is not None:
+            self.function(*args)
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return Hook, ()
+
+
 class Calls:
     """The calls of an update that a loop makes itself, of a model or, as Lightning does, of its parts.
 
@@ -178,8 +200,8 @@ class Calls:
             inner = self.models[name]
             for module in [model] if model is not inner else inner.modules():
                 self._hooks[id(module)] = [
-                    module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                    module.register_forward_hook(self._leave, always_call=True),
+                    module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
+                    module.register_forward_hook(Hook(self._leave), always_call=True),
                 ]
 
     def remove(self) -> None:
@@ -205,7 +227,7 @@ class Calls:
                 hook.remove()
         self._inner.clear()
 
-    def origin(self, calls: list[Call], *, backward: bool) -> Origin | None:
+    def origin(self, calls: list[Call], *, backward: bool) -> tuple[Origin | None, str | None]:
         """Return `first_origin`; the repeated calls are not noted."""
         self.busy = True
         try:

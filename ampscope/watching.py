@@ -133,7 +133,7 @@ class Watcher:
 
         @functools.wraps(original)
         def call(*args: Any, **kwargs: Any) -> Any:
-            return around(original, *args, **kwargs)
+            return around(original, *args, **kwargs) if self._undo else original(*args, **kwargs)
 
         def restore() -> None:
             if vars(owner).get(name) is call:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import logging
 
 import pytest
@@ -184,6 +186,33 @@ def test_what_is_read_an_update_later_is_repeated_with_its_own_weights(part, dty
 
 def healthy_gan():
     return gan(nn.Tanh(), "critic")
+
+
+def test_a_copy_of_a_watched_model_is_not_watched():
+    model = net()
+    with watch(model) as watcher:
+        other = copy.deepcopy(model)
+        torch.save(model, io.BytesIO())
+        other(batch(1)[0])
+        assert not watcher.calls.of_update()
+        model(batch(1)[0])
+        assert [call.module for call in watcher.calls.of_update()] == [model]
+
+
+def test_calls_that_cannot_be_repeated_are_no_proof_of_anything(caplog):
+    class Once(Log):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls > FAULTY:
+                raise RuntimeError("no more")
+            return super().forward(x)
+
+    with caplog.at_level(logging.WARNING, "ampscope"):
+        (event,) = plain(net(Once()), BF16, updates=FAULTY).events
+    assert event["update"] == FAULTY and event["forward"] is None and not event["from_loss"]
+    assert "could not be repeated (RuntimeError: no more)" in caplog.text
 
 
 HEALTHY = {
