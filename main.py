@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
         utils.start_logging(quiet=getattr(options, "quiet", False))
         for sentence in idle.said(options.command, options.typed, vars(options), processes=ranks.size):
             utils.log.warning(sentence)
-        # Limits first, because threads inherit them; then signals, so that Ctrl-C also ends the wait for other ranks.
+        # Memory and files before torch allocates; signals before join, so that Ctrl-C ends the wait for other ranks.
         utils.keep_freed_memory()
         allow_more_files()
         utils.on_stop(_terminate)
