@@ -85,10 +85,8 @@ def in_words(event: dict[str, Any], *, skipped: bool) -> str:
     what = f"skipped at loss scale {event['scale']:,.10g}" if skipped else "not finite"
     text = f"update {event['update']:,} was {what}: "
     if event["weights"]:
-        return text + (
-            f"weights were not finite before it, the first of them {event['weights'][0]}: "
-            f"look at the step of the update before."
-        )
+        text += f"weights were not finite before it, the first of them {event['weights'][0]}"
+        return f"{text}: look at the step of update {event['update'] - 1:,}." if event["update"] > 1 else f"{text}."
     if event["batch"]:
         text += f"{event['batch']}. "
     if event["forward"] is not None:

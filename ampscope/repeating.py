@@ -199,6 +199,8 @@ class Calls:
         for name, model in given.items():
             inner = self.models[name]
             for module in [model] if model is not inner else inner.modules():
+                if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                    continue
                 self._hooks[id(module)] = [
                     module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
                     module.register_forward_hook(Hook(self._leave), always_call=True),

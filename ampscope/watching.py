@@ -68,6 +68,9 @@ class Watcher:
         }
         if not self.parameters:
             raise InspectError("watch needs a model with at least one trained parameter.")
+        lazy = [name for name, part in self.parameters.items() if nn.parameter.is_lazy(part)]
+        if lazy:
+            raise InspectError(f"watch needs a model that was called once: {lazy[0]} has no size yet.")
         self.scaler: Any = scaler if scaler is not None and scaler.is_enabled() else None
         self.device = next(iter(self.parameters.values())).device
         self.later = self.device.type != "cpu"  # there nothing waits: what was measured is read one update later

@@ -49,7 +49,7 @@ from faulty import (
 )
 from torch import nn
 
-from ampscope import watch
+from ampscope import InspectError, watch
 
 # name: (loop, module or parameter, line)
 FAULTS = {
@@ -111,7 +111,7 @@ def test_weights_that_a_step_spoiled_are_named(caplog):
         watcher = plain(model, None, steep, rate=3e38, clip=False)
     (event,) = watcher.events
     assert (event["update"], event["weights"][0]) == (2, "0.weight")
-    assert event["forward"] is None and "look at the step of the update before" in caplog.text
+    assert event["forward"] is None and "look at the step of update 1." in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, None])
@@ -186,6 +186,15 @@ def test_what_is_read_an_update_later_is_repeated_with_its_own_weights(part, dty
 
 def healthy_gan():
     return gan(nn.Tanh(), "critic")
+
+
+def test_lazy_parameters_are_refused_and_scripted_models_watched_by_their_gradients():
+    with pytest.raises(InspectError, match="called once: 0.weight has no size yet"):
+        watch(nn.Sequential(nn.LazyLinear(8)))
+    with pytest.warns(DeprecationWarning if torch.__version__ < "2.14" else FutureWarning):
+        model = torch.jit.script(nn.Sequential(nn.Linear(8, 4)))
+    event = plain(model, F16, data=large_batch).events[0]
+    assert (event["update"], event["not_repeated"]) == (FAULTY, "no call of the model was seen")
 
 
 def test_a_copy_of_a_watched_model_is_not_watched():
