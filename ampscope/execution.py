@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.optim import optimizer as optimizer_hooks
 
+from ampscope.carried import Carried
 from ampscope.places import Place, outermost, place_of_caller
 from ampscope.precisions import Precision
 from ampscope.subject import Subject, losses_in, restore, takes_hooks
@@ -33,6 +34,7 @@ class Event:
     place: Place | None
     autocast: bool = False
     details: dict[str, Any] = field(default_factory=dict)
+    number: int = 0  # in the order of the events that are judged
 
 
 class Execution:
@@ -56,6 +58,7 @@ class Execution:
         self.scalers: list[Any] = []
         self.states: dict[int, tuple[Any, dict]] = {}
         self.full = False
+        self.carried = Carried()
         self.autocast_on = False
         self.depth = 0  # models that are running, one inside the other
         self.device = subject.device.type
@@ -65,6 +68,17 @@ class Execution:
     def note(self, kind: str, **details: Any) -> None:
         if not self._busy:
             self.events.append(Event(kind, place_of_caller(), torch.is_autocast_enabled(self.device), details))
+
+    def note_once(self, kind: str, place: Place) -> None:
+        """Note a call that consists of many operators on one line."""
+        last = self.events[-1] if self.events else None
+        if last is None or last.kind != kind or last.place is None or last.place.line != place.line:
+            self.events.append(Event(kind, place, torch.is_autocast_enabled(self.device)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the scaler, or this tool's own update, is at work."""
+        return self._busy
 
     @outermost
     def run(self, *, update: bool = False, modes: Any = None) -> Any:
@@ -115,6 +129,7 @@ class Execution:
         kept: list[tuple[Any, str]] = [(torch.autograd, name) for name in ("backward", "grad")]
         kept += [(autocast, name) for name in ("__init__", "__enter__", "__exit__")]
         kept += [(scaler, name) for name in SCALER_CALLS]
+        kept.append((torch.optim.lr_scheduler.LRScheduler, "step"))
         originals = {(owner, name): getattr(owner, name) for owner, name in kept}
         hooks = self._optimizer_hooks()
         entered = [
@@ -129,6 +144,8 @@ class Execution:
         for (owner, name), original in originals.items():
             if owner is torch.autograd:
                 setattr(owner, name, self._backward(name, original))
+            elif name == "step" and owner is not scaler:
+                setattr(owner, name, self._schedule(original))
             elif owner is autocast:
                 wraps = {"__init__": _remember, "__enter__": self._autocast_enter, "__exit__": self._autocast_exit}
                 setattr(owner, name, wraps[name](original))
@@ -168,12 +185,21 @@ class Execution:
                 self.full = self.full or not self._busy
                 self.roots += tensors_in(args[:1] or kwargs.get("tensors"))
             self.note(name)
+            scaled = self.carried.is_scaled(args[:1] or kwargs.get("tensors") or kwargs.get("outputs"))
+            parameters: list[Any] = self.subject.parameters()
+            self.carried.clear()
+            before = self.carried.versions(parameters)
             phase, self.phase = self.phase, "backward"
             try:
                 with self.without_autocast():
-                    return original(*args, **kwargs)
+                    result = original(*args, **kwargs)
             finally:
                 self.phase = "update" if name == "backward" else phase
+            if name == "grad" and scaled and kwargs.get("create_graph"):
+                self.carried.gradients_made(result)
+            if self.carried.went_back(before, parameters, scaled) and not self._busy:
+                self.events[-1].details["onto_unscaled"] = True
+            return result
 
         return call
 
@@ -210,17 +236,35 @@ class Execution:
             if not self._busy:
                 self._meet(scaler)
                 optimizer = args[0] if args and name in ("unscale_", "step") else None
-                self.note(f"scaler.{name}", optimizer=id(optimizer), enabled=scaler.is_enabled())
+                again = name == "scale" and scaler.is_enabled() and self.carried.is_scaled(args[:1])
+                self.note(f"scaler.{name}", optimizer=id(optimizer), enabled=scaler.is_enabled(), again=again)
             busy, self._busy = self._busy, name != "scale"
             try:
                 result = original(scaler, *args, **kwargs)
             finally:
                 self._busy = busy
-            if name == "scale" and scaler.is_enabled():
-                self.scale = scaler.get_scale()
+            if scaler.is_enabled():
+                self._after_scaler(scaler, name, args, result)
             return result
 
         return call
+
+    def _after_scaler(self, scaler: Any, name: str, args: Any, result: Any) -> None:
+        if name == "scale":
+            self.scale = scaler.get_scale()
+            self.carried.loss_scaled(result)
+        elif name == "unscale_":
+            self.carried.unscale(args[0])
+        elif name == "update":
+            self.carried.end_update()
+
+    def _schedule(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+            self.note("schedule", optimizer=id(scheduler.optimizer))
+            return original(scheduler, *args, **kwargs)
+
+        return step
 
     def _meet(self, thing: Any) -> None:
         """Keeps the state of an optimizer or scaler that was not handed over, as it is before its first use."""
@@ -233,8 +277,12 @@ class Execution:
         handed = any(optimizer is known for known in self.subject.update_optimizers())
         if not handed:
             self._meet(optimizer)
+        scaled = self.carried.carries(optimizer)
+        again = self.carried.step(optimizer)
         if not self._busy:
-            self.note("step", optimizer=id(optimizer))
+            self.note("step", optimizer=id(optimizer), scaled=scaled, again=again)
+        elif again and self.events and self.events[-1].kind == "scaler.step":
+            self.events[-1].details["again"] = True
         self.phase = "update"
 
     def _after_step(self, *_: Any) -> None:

@@ -86,7 +86,7 @@ class Inspection:
 
     def _run(self, *, speed: bool) -> Report:
         self.subject.materialise()
-        written = self._as_written()
+        written = self.trace_as_written()
         self._trace_all(written)
         ranges = self._ranges()
         self._judge_range(ranges)
@@ -100,7 +100,8 @@ class Inspection:
         """Set up again: on CUDA float32's mode is a global switch."""
         return named_precision(precision.name, precision.device)
 
-    def _as_written(self) -> Trace:
+    def trace_as_written(self) -> Trace:
+        """Run the step as its author wrote it, and judge its recipe."""
         subject = self.subject
         with subject.kept():
             written = trace_step(subject, None)
@@ -124,10 +125,10 @@ class Inspection:
         if len(failed) == len(names) and not self.everything:
             trace = next(trace for trace in (written, *self.traces.values()) if trace.error is not None)
             raise InspectError(f"the step fails in every precision: {_in_words(trace)}.{self.subject.misfit}")
-        if written.error is not None:
-            self.everything.append(failure(written, "as written"))
-        for name in failed:
-            self.everything.append(failure(self.traces[name], name))
+        if not refused_by_scaler(written) or not self.everything:
+            for name, trace in [("as written", written), *self.traces.items()]:
+                if trace.error is not None:
+                    self.everything.append(failure(trace, name))
         for name, trace in self.traces.items():
             if trace.error is None and self.precisions[name].amp:
                 self.everything += model_findings(trace, name, self.subject.device.type)
@@ -296,6 +297,14 @@ class Inspection:
             "first_overflow": self.scales[name]["first_overflow"],
             "first_nonfinite": origin.record() if origin is not None else None,
         }
+
+
+def refused_by_scaler(trace: Trace) -> bool:
+    """Return whether GradScaler itself raised the step's error."""
+    traceback = trace.error.__traceback__ if trace.error is not None else None
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    return traceback is not None and traceback.tb_frame.f_code.co_filename.endswith("grad_scaler.py")
 
 
 def _ended(error: StopIteration) -> InspectError:

@@ -32,6 +32,7 @@ def recipe_findings(subject: Subject, trace: Trace) -> list[Finding]:
         *_weights(subject),
         *_regions(events),
         *_scaler(events),
+        *_order(events),
         *_precision(events, trace, subject),
         *[
             Finding(
@@ -138,41 +139,119 @@ def _regions(events: list[Event]) -> list[Finding]:
     return found
 
 
+def _broken(rule: str, event: Event, message: str, *cures: str) -> Finding:
+    return Finding(rule, message, [*cures], event.place, level=level_of(event.place))
+
+
 def _scaler(events: list[Event]) -> list[Finding]:
     """The order of the scaler's calls."""
     found = []
-    scaled = False
-    unscaled = False
     ever_scaled = False
+    scaled = False  # since the last update
+    around = False  # an optimizer stepped without the scaler since then
+    updated: Event | None = None  # the last update since which nothing was scaled
+    scaled_at: Event | None = None
+    done: dict[tuple[str, int], Event] = {}  # by call and optimizer, since the last update
     backward = None
-    for event in events:
-        if event.kind == "scaler.scale" and event.details["enabled"]:
-            scaled, ever_scaled, unscaled = True, True, False
+    for number, event in enumerate(events):
+        event.number = number
+        optimizer = event.details.get("optimizer", 0)
+        if event.kind.startswith("scaler.") and not event.details["enabled"]:
+            continue
+        if event.kind == "scaler.scale":
+            ever_scaled, scaled, updated, scaled_at = True, True, None, event
         elif event.kind == "backward":
             backward = event
-        elif event.kind == "scaler.unscale_":
-            unscaled = True
-        elif event.kind == "scaler.update":
-            scaled = False
-        elif event.kind == "clip" and scaled and not unscaled:
-            cures = ["scaler.unscale_(optimizer) once before clipping"]
-            message = "Clipping compares gradients that are multiplied by the loss scale with a limit that is not."
-            found.append(Finding("clip-before-unscale", message, cures, event.place, level=level_of(event.place)))
-        elif event.kind == "step" and scaled and not unscaled:
-            cures = ["scaler.step(optimizer) instead of optimizer.step()"]
-            message = "The loss was scaled, but the optimizer steps without the scaler."
-            found.append(Finding("step-around-scaler", message, cures, event.place, level=level_of(event.place)))
-        elif event.kind == "scaler.step" and event.details["enabled"] and not ever_scaled:
-            cures = ["scaler.scale(loss).backward()"]
+        elif event.kind == "scaler.step" and not ever_scaled:
             message = "scaler.step divides by the scale, but the loss was never multiplied by it."
-            place = (backward or event).place
-            found.append(Finding("loss-not-scaled", message, cures, place, level=level_of(place)))
+            found.append(_broken("loss-not-scaled", backward or event, message, "scaler.scale(loss).backward()"))
+        elif event.kind == "scaler.step" and updated is not None and ("scaler.unscale_", optimizer) not in done:
+            message = "The scale is updated, and forgotten, while gradients still carry it: a step follows."
+            found.append(_broken("update-too-early", updated, message, "scaler.update() once, after the last step"))
+        elif event.kind == "scaler.update":
+            if scaled and not done and not around:
+                message = "The scale is updated before any optimizer has stepped."
+                found.append(_broken("update-too-early", event, message, "scaler.update() once, after the last step"))
+            else:
+                updated = event
+            scaled, around, done = False, False, {}
+        elif event.kind in ("scaler.unscale_", "scaler.step"):
+            earlier = done.get(("scaler.step", optimizer)) or done.get((event.kind, optimizer))
+            if earlier is not None:
+                found.append(_again(event, earlier, scaled_at))
+        around = around or event.kind == "step"
+        if event.kind in ("scaler.unscale_", "scaler.step"):
+            done[event.kind, optimizer] = event
+        found += _on_scaled_gradients(event)
     steps = [event for event in events if event.kind == "scaler.step" and event.details["enabled"]]
-    # A scaler that never scaled refuses the step, so that update() was not reached.
-    if steps and ever_scaled and not any(event.kind == "scaler.update" for event in events):
+    # A scaler that never scaled, or that was called wrongly, refuses the step, so that update() was not reached.
+    if steps and ever_scaled and not found and not any(event.kind == "scaler.update" for event in events):
         message = "No scaler.update() follows: after an overflow the scale stays, and every later update is skipped."
-        cures = ["scaler.update() once at the end of each update"]
-        found.append(Finding("scaler-not-updated", message, cures, steps[-1].place, level=level_of(steps[-1].place)))
+        found.append(
+            _broken("scaler-not-updated", steps[-1], message, "scaler.update() once at the end of each update")
+        )
+    return found
+
+
+def _again(event: Event, earlier: Event, scaled_at: Event | None) -> Finding:
+    """A second unscale_ or step for one optimizer: of one update, or of the next one if update() is missing."""
+    if scaled_at is not None and scaled_at.number > earlier.number and earlier.kind == "scaler.step":
+        message = "No scaler.update() follows: after an overflow the scale stays, and every later update is skipped."
+        return _broken("scaler-not-updated", earlier, message, "scaler.update() once at the end of each update")
+    if event.kind == "scaler.step":
+        message = "scaler.step is called twice for one optimizer, with no update between."
+        return _broken("unscaled-twice", event, message, "scaler.step(optimizer) once an update")
+    message = "The gradients of this optimizer were divided by the loss scale already."
+    cures = ["scaler.unscale_(optimizer) once an update, after the last backward and before step"]
+    return _broken("unscaled-twice", event, message, *cures)
+
+
+def _on_scaled_gradients(event: Event) -> list[Finding]:
+    """What one call does wrong to gradients, or to a loss, that carry the loss scale."""
+    details = event.details
+    if event.kind == "clip":
+        message = "Clipping compares gradients that are multiplied by the loss scale with a limit that is not."
+        return [_broken("clip-before-unscale", event, message, "scaler.unscale_(optimizer) once before clipping")]
+    if event.kind == "edit":
+        message = "Gradients are changed in place while they are still multiplied by the loss scale."
+        return [_broken("scaled-gradients", event, message, "scaler.unscale_(optimizer) once before this line")]
+    if event.kind == "penalty":
+        message = "autograd.grad of a scaled loss gives scaled gradients, and these are computed with as they are."
+        cures = ["divide them by scaler.get_scale() first, and compute the penalty under autocast"]
+        return [_broken("scaled-gradients", event, message, *cures)]
+    if event.kind == "step" and details.get("scaled"):
+        message = "The loss was scaled, but the optimizer steps without the scaler."
+        return [_broken("step-around-scaler", event, message, "scaler.step(optimizer) instead of optimizer.step()")]
+    if event.kind == "backward" and details.get("onto_unscaled"):
+        message = "Scaled gradients are added to gradients that unscale_ has divided by the scale already."
+        return [_broken("backward-after-unscale", event, message, "scaler.unscale_(optimizer) after the last backward")]
+    if event.kind == "scaler.scale" and details.get("again"):
+        message = "The loss is made of one that was multiplied by the scale already."
+        return [_broken("scaled-twice", event, message, "scaler.scale(loss) once, in the call of backward")]
+    return []
+
+
+def _order(events: list[Event]) -> list[Finding]:
+    """Gradients that are never cleared, and schedules that step before their optimizer."""
+    found = []
+    scheduled: dict[int, Event] = {}
+    backward: Event | None = None
+    for event in events:
+        optimizer = event.details.get("optimizer", 0)
+        if event.kind == "backward":
+            backward = backward or event
+        elif event.kind == "schedule":
+            scheduled.setdefault(optimizer, event)
+        elif event.kind in ("step", "scaler.step"):
+            if event.details.get("again"):
+                message = "backward adds to the gradients of the update before, which nobody has cleared."
+                cures = ["optimizer.zero_grad() once an update"]
+                found.append(_broken("gradients-kept", backward or event, message, *cures))
+            if optimizer in scheduled:
+                message = "The schedule steps before its optimizer, so that the first learning rate is passed over."
+                cures = ["scheduler.step() after optimizer.step()"]
+                found.append(_broken("schedule-first", scheduled[optimizer], message, *cures))
+            scheduled.pop(optimizer, None)
     return found
 
 

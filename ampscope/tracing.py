@@ -209,6 +209,7 @@ class Operators(TorchDispatchMode):
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         op = _name(operator)
         self._notice(op, place, given, made)
+        self._edits(op, operator, given)
         if phase == "update" or operator.namespace == "profiler":
             return result
         inputs = tuple(dict.fromkeys(dtype_name(tensor.dtype) for tensor in given))
@@ -261,11 +262,24 @@ class Operators(TorchDispatchMode):
             gradients = {address(parameter.grad) for parameter in self.parameters if parameter.grad is not None}
             if given and address(given[0]) in gradients:
                 self.trace.zeroed.add(place)
-        elif place.via == "nn/utils/clip_grad.py":
-            last = execution.events[-1] if execution.events else None
-            if last is None or last.kind != "clip" or last.place is None or last.place.line != place.line:
-                execution.note("clip")
-                execution.events[-1].place = place
+        elif place.via == "nn/utils/clip_grad.py" and any(
+            execution.carried.is_gradient(tensor, self.parameters) for tensor in given
+        ):
+            execution.note_once("clip", place)
+
+    def _edits(self, op: str, operator: Any, given: list[torch.Tensor]) -> None:
+        """Gradients that are computed with, or changed in place, while the loss scale is on them."""
+        execution = self.trace.execution
+        if execution.carried.misuses(op, given):
+            place = place_of_caller()
+            if place is not None and not place.via:
+                execution.note_once("penalty", place)
+        if execution.phase != "update" or not operator._schema.is_mutable or execution.busy or "zero_" in op:
+            return
+        if given and execution.carried.is_gradient(given[0], self.parameters):
+            place = place_of_caller()
+            if place is not None and not place.via:
+                execution.note_once("edit", place)
 
     def _round_trip(self, given: torch.Tensor, made: torch.Tensor, phase: str) -> None:
         """A tensor that the user made float32 and that autocast casts straight back for a product."""
@@ -323,6 +337,7 @@ def trace_step(
     An error of the step does not end the trace: it is kept in `error`, with its place.
     """
     first_events: list[Event] = []
+    left: dict[int, torch.Tensor] = {}
     if warm:
         first = Execution(subject, precision, ambient=ambient, scale=scale)
         with contextlib.suppress(Exception), eager():
@@ -330,10 +345,12 @@ def trace_step(
             first.run()
         first.put_back()
         first_events = first.events
+        left = first.carried.left
         for optimizer in subject.optimizers.values():
             if not first.full:
                 optimizer.zero_grad()
     execution = Execution(subject, precision, ambient=ambient, scale=scale)
+    execution.carried.left |= left
     trace = Trace(execution, Lineage(), first_events=first_events)
     trace.lineage.expect(subject)
     functions = Functions(trace)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_recipe_faults import FAULTS
 from torch import nn
 from whole_step import CPU_BF16, Whole, batch, loss_of, network
 
@@ -417,7 +418,7 @@ def test_a_step_from_the_documentation_is_clean(whole):
 
 
 def test_every_rule_has_a_planted_fault():
-    assert {*WHOLE, *MODELS} == RULES.keys()
+    assert {*WHOLE, *MODELS, *FAULTS.values()} == RULES.keys()
 
 
 @pytest.mark.parametrize("model", [network, Block, AttendsWithoutDropout, NormedByColumns, PutsTheSameType])

@@ -1,0 +1,121 @@
+"""Which gradients carry the loss scale, and which are left over from the update before."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ampscope.tensors import address, tensors_in
+
+FAR = 64  # operators between a loss and the scaled one that it is made of
+
+
+@contextlib.contextmanager
+def unseen() -> Iterator[None]:
+    """What runs here is no part of the step: no mode sees it."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
+        yield
+
+
+class Carried:
+    """Follows the gradients of a step from backward pass to optimizer.
+
+    `scaled` are the ids of parameters whose gradients are multiplied by the loss scale, `left` are
+    the parameters whose gradients an optimizer has used and nobody has cleared since.
+    """
+
+    def __init__(self) -> None:
+        self.scaled: set[int] = set()
+        self.left: dict[int, torch.Tensor] = {}
+        self._nodes: list[Any] = []  # that made scaled losses
+        self._unscaled: dict[int, list[torch.Tensor]] = {}  # parameters by optimizer, from unscale_ to update
+        self._scaled_gradients: dict[int, torch.Tensor] = {}  # that autograd.grad returned
+
+    def loss_scaled(self, losses: Any) -> None:
+        self._nodes += [loss.grad_fn for loss in tensors_in(losses) if loss.grad_fn is not None]
+
+    def is_scaled(self, losses: Any) -> bool:
+        """Return whether a loss is made of one that was scaled."""
+        waiting = [loss.grad_fn for loss in tensors_in(losses) if loss.grad_fn is not None]
+        for _ in range(FAR):
+            if not waiting or not self._nodes:
+                return False
+            node = waiting.pop(0)
+            if any(node is known for known in self._nodes):
+                return True
+            waiting += [following for following, _ in node.next_functions if following is not None]
+        return False
+
+    def clear(self) -> None:
+        """Forget the gradients that were set to None or to zero."""
+        with unseen():
+            self.left = {key: part for key, part in self.left.items() if _holds(part.grad)}
+
+    def versions(self, parameters: list[torch.Tensor]) -> dict[int, tuple[int, int]]:
+        return {id(part): (id(part.grad), part.grad._version) for part in parameters if part.grad is not None}
+
+    def went_back(self, before: dict[int, tuple[int, int]], parameters: list[torch.Tensor], scaled: bool) -> bool:
+        """Note a backward pass; return whether it added to gradients that were unscaled already."""
+        after = self.versions(parameters)
+        changed = {key for key, version in after.items() if before.get(key) != version}
+        if scaled:
+            self.scaled |= changed
+        return any(id(part) in changed for parts in self._unscaled.values() for part in parts)
+
+    def unscale(self, optimizer: Any) -> None:
+        parts = _parameters_of(optimizer)
+        self._unscaled[id(optimizer)] = parts
+        self.scaled -= {id(part) for part in parts}
+
+    def carries(self, optimizer: Any) -> bool:
+        return any(id(part) in self.scaled for part in _parameters_of(optimizer))
+
+    def step(self, optimizer: Any) -> bool:
+        """Note a step; return whether it used gradients of the update before once more."""
+        parts = [part for part in _parameters_of(optimizer) if part.grad is not None]
+        again = any(id(part) in self.left for part in parts)
+        self.left |= {id(part): part for part in parts}
+        self._unscaled.pop(id(optimizer), None)
+        return again
+
+    def end_update(self) -> None:
+        """After scaler.update."""
+        self.scaled.clear()
+        self._unscaled.clear()
+
+    def gradients_made(self, gradients: Any) -> None:
+        """Note what autograd.grad returned of a scaled loss."""
+        self._scaled_gradients |= {address(gradient): gradient for gradient in tensors_in(gradients)}
+
+    def misuses(self, op: str, given: list[torch.Tensor]) -> bool:
+        """Return whether an operator computes with scaled gradients before anybody divided them by the scale."""
+        used = [address(tensor) for tensor in given if address(tensor) in self._scaled_gradients]
+        if not used or op in ("detach", "view", "reshape", "alias", "_to_copy"):
+            return False
+        divided = op.removeprefix("_foreach_").rstrip("_") in ("mul", "div") and len({*used}) == len(used)
+        for key in used:
+            del self._scaled_gradients[key]
+        return not divided
+
+    def is_gradient(self, tensor: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
+        """Return whether a tensor is the gradient, still scaled, of one of these parameters."""
+        memory = address(tensor)
+        return memory > 0 and any(
+            id(part) in self.scaled and part.grad is not None and address(part.grad) == memory for part in parameters
+        )
+
+
+def _parameters_of(optimizer: Any) -> list[torch.Tensor]:
+    return [part for group in getattr(optimizer, "param_groups", []) for part in group["params"]]
+
+
+def _holds(gradient: torch.Tensor | None) -> bool:
+    """Return whether a gradient has a value that is not zero."""
+    if gradient is None:
+        return False
+    values = gradient._values() if gradient.layout is torch.sparse_coo else gradient
+    return bool(values.any())
