@@ -27,6 +27,7 @@ class Gradients:
         self._ring: deque[tuple[int, list[str], torch.Tensor, torch.Tensor | None]] = deque(maxlen=KEPT)
         self._largest: list[tuple[int, float, str]] = []
         self._arrivals: list[Any] = []
+        self._ends: dict[tuple[str, str], torch.Tensor] = {}
         self._began: float | None = None
         self._seconds = 0.0
 
@@ -64,7 +65,10 @@ class Gradients:
 
     def last(self, names: list[str]) -> torch.Tensor | None:
         """Return the gradient that arrives last: what is not finite before it most often reaches it."""
-        return self.parameters[max(names, key=lambda name: self.order.get(name, -1))].grad
+        key = names[0], names[-1]
+        if self._arrivals or key not in self._ends:
+            self._ends[key] = self.parameters[max(names, key=lambda name: self.order.get(name, -1))]
+        return self._ends[key].grad
 
     def measure(self, names: list[str], update: int, *, always: bool = False) -> torch.Tensor | None:
         """Return the largest magnitude of each, on the device, unless this update is one to leave out."""

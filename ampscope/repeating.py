@@ -69,7 +69,8 @@ def finite(tensor: torch.Tensor | None) -> bool:
         return True
     values = tensor.detach()
     values = values.coalesce().values() if values.is_sparse else values
-    return bool(torch.isfinite(values).all())
+    # A sum is finite if every value is, unless it overflows: one pass, and a second one in that case alone.
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def wrong_inputs(calls: list[Call]) -> str | None:

@@ -174,11 +174,13 @@ class Watcher:
         if self._poisoned:
             self._poisoned = not good
             return
+        ends = [trained for trained in self._trains.values() if trained] or [[*self.parameters]]
+        bad = not good or not all(finite(self.gradients.last(end)) for end in ends)
+        if not bad and (self.updates + 1) % self.gradients.interval:
+            return
         names = self.gradients.present(self.parameters)
         if not names:
             return
-        ends = [self.gradients.present(trained) for trained in self._trains.values()] or [names]
-        bad = not good or not all(finite(self.gradients.last(end)) for end in ends if end)
         measured = self.gradients.measure(names, self.updates + 1, always=bad)
         if measured is not None and not torch.isfinite(measured).all():
             self._pending = self._finding(names, measured, good=good)
@@ -341,10 +343,10 @@ class Watcher:
         """Report what a backward pass found, now that the number of its update is known."""
         found, self._pending = self._pending, None
         measured, self._measured = self._measured, None
-        if measured is not None and found is None:
-            self._remember(self.updates, *measured, None)
         if found is not None:
             self._report(found, self.updates, scale=None)
+        elif measured is not None:
+            self._remember(self.updates, *measured, None)
 
     def _remember(self, update: int, names: list[str], measured: torch.Tensor, scale: torch.Tensor | None) -> None:
         self.gradients.remember(update, names, measured, scale)
