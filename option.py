@@ -353,6 +353,8 @@ OPTIONS = {
         "full": Option(FLAG, False, "list every operator", CALL),
         "checkpoint": Option(FILE, None, "inspect the weights of this checkpoint", CALL),
         "module": Option(NAME, None, "inspect your own model: FILE.py:make returns (model, batch, loss)", CALL),
+        "script": Option(FILE, None, "trace an update of your own training script; its arguments stand after --", CALL),
+        "inputs": Option({"metavar": "ARGUMENT", "nargs": "*"}, None, "arguments of the script", CALL),
         "diary": Option(FILE, None, "draw the loss scale from this diary, which ampscope.watch wrote", CALL),
         "out": Option(DIR, "inspect", "folder for JSON, pictures and the page", CALL),
         "strict": Option(FLAG, False, "end with status 1 if a rule is broken", CALL),

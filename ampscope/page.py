@@ -54,7 +54,7 @@ def _findings(report: Report) -> str:
 def _payoff(report: Report) -> str:
     payoff = report.content["payoff"]
     if payoff is None:
-        return ""
+        return _trials(report.content.get("script", {}).get("payoff"))
     base = next(iter(payoff["speed"].values()))["shortest"]
     rows = [
         [name, f"{1000 * entry['shortest']:,.1f}", f"{base / entry['shortest']:.2f}", entry["rounds"]]
@@ -63,6 +63,19 @@ def _payoff(report: Report) -> str:
     words = " ".join(line.strip() for line in payoff_words(payoff))
     table = html.table(["Precision", "ms an update (the shortest)", "Speed-up", "Updates timed"], rows)
     return f"<h2>Will it pay?</h2>\n{table}<p>{html.text(words)}</p>\n"
+
+
+def _trials(payoff: dict[str, Any] | None) -> str:
+    """A program's updates as it is written and with AMP switched off."""
+    if payoff is None:
+        return ""
+    rows = [
+        [name, *(f"{1000 * row[key]:,.1f}" for key in ("seconds", "lower", "upper")), row["rounds"]]
+        for name, row in payoff["speed"].items()
+    ]
+    header = ["", "ms an update (median)", "A quarter is below", "A quarter is above", "Updates timed"]
+    table = html.table(header, rows) if rows else ""
+    return f"<h2>Will it pay?</h2>\n{table}<p>{html.text(' '.join(payoff['words']))}</p>\n"
 
 
 def _memory(ledger: list[dict[str, Any]]) -> str:

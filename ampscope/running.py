@@ -40,8 +40,10 @@ class Program:
 
     def run(self) -> Outcome:
         """Run the program to its end, to an error, or until something raises Ended in it."""
-        kept = sys.argv, sys.path[0], sys.modules["__main__"]
+        kept = sys.argv, [*sys.path], sys.modules["__main__"]
         sys.argv = [self.name, *self.arguments]
+        if not sys.flags.safe_path:  # then it is the folder of whoever started this process
+            del sys.path[0]
         try:
             self._start()
         except Ended:
@@ -51,19 +53,18 @@ class Program:
         except BaseException as error:
             return Outcome(status=130 if isinstance(error, KeyboardInterrupt) else 1, error=error)
         finally:
-            sys.argv, sys.path[0], sys.modules["__main__"] = kept
+            sys.argv, sys.path[:], sys.modules["__main__"] = kept
         return Outcome()
 
     def _start(self) -> None:
         if self.module:
-            sys.path[0] = os.getcwd()
+            sys.path.insert(0, os.getcwd())
             runpy.run_module(self.name, run_name="__main__", alter_sys=True)
         elif Path(self.name).is_dir():
-            del sys.path[0]
             runpy.run_path(self.name, run_name="__main__")
         else:
             file = os.path.abspath(self.name)
-            sys.path[0] = str(Path(file).resolve().parent)
+            sys.path.insert(0, str(Path(file).resolve().parent))
             count_file_as_users(file)
             main = ModuleType("__main__")
             main.__dict__.update(__file__=file, __builtins__=__builtins__, __spec__=None, __cached__=None)

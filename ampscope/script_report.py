@@ -49,7 +49,11 @@ class ScriptReport(Report):
         return lines + paragraph("`ampscope watch` writes the scale and the skips of a whole training.", "  ")
 
     def _payoff_lines(self) -> list[str]:
-        pay = self.content["payoff"]
+        pay = self.content["script"]["payoff"]
+        if pay is None:
+            return [*heading("8. Will it pay?"), "  Not measured."]
+        if not pay["speed"]:
+            return [*heading("8. Will it pay?"), *(line for text in pay["words"] for line in paragraph(text, "  "))]
         lines = heading(
             "8. Will it pay?",
             "The program was started twice more: as it is written, and with autocast and GradScaler switched off. "
@@ -57,15 +61,12 @@ class ScriptReport(Report):
             "updates lie between the two columns after the median. The peak is that of CUDA's allocator, on a CPU that "
             "of the whole process.",
         )
-        if pay is None:
-            return [*heading("8. Will it pay?"), "  Not measured."]
-        if pay["speed"]:
-            cells = [["", "ms (median)", "from", "to", "updates", "loading ms", "peak MB"]]
-            for name, row in pay["speed"].items():
-                times = [f"{1000 * row[key]:,.1f}" for key in ("seconds", "lower", "upper")]
-                size = "–" if row["peak"] is None else f"{row['peak'] / 2**20:,.1f}"
-                cells.append([name, *times, str(row["rounds"]), f"{1000 * row['loading']:,.1f}", size])
-            lines += table("<>>>>>>", cells)
+        cells = [["", "ms (median)", "from", "to", "updates", "loading ms", "peak MB"]]
+        for name, row in pay["speed"].items():
+            times = [f"{1000 * row[key]:,.1f}" for key in ("seconds", "lower", "upper")]
+            size = "–" if row["peak"] is None else f"{row['peak'] / 2**20:,.1f}"
+            cells.append([name, *times, str(row["rounds"]), f"{1000 * row['loading']:,.1f}", size])
+        lines += table("<>>>>>>", cells)
         for sentence in pay["words"]:
             lines += paragraph(sentence, "  ")
         return lines
@@ -90,6 +91,7 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
             "whole": seen.whole,
             "skipped": seen.skipped,
             "words": _words(seen, trace, subject),
+            "payoff": pay,
         },
         "subject": _subject_record(trace, subject),
         "precisions": {
@@ -109,7 +111,7 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
         "scaler": [],
         "float32_products": {NAME: [product_record(row) for row in wide_products(trace)]} if _amp(trace) else {},
         "synchronisations": waits(trace),
-        "payoff": pay,
+        "payoff": None,
     }
     return ScriptReport(content, by_place(found))
 

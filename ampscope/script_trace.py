@@ -310,7 +310,7 @@ class ScriptTrace(Listener):
         states = [optimizer.state for optimizer in subject.optimizers.values()]
         cuda = subject.device.type == "cuda"
         ledger = {
-            "precision": "as written",
+            "precision": "this update",
             "parameters": nbytes(parameters),
             "buffers": nbytes(buffers),
             "gradients": nbytes(gradients),
@@ -318,6 +318,7 @@ class ScriptTrace(Listener):
             "batch": nbytes(self.batches),
             "activations": sum(size for place, size in kept.bytes.items() if place not in known | kept.copies),
             "weight_copies": sum(size for place, size in kept.bytes.items() if place in kept.copies - known),
+            "workspace": None,
             "peak": torch.cuda.max_memory_allocated(subject.device) if cuda else None,
         }
         self.batches = []

@@ -102,6 +102,13 @@ def _of_a_mode() -> Iterator[Idle]:
     )
     yield Idle(
         "inspect",
+        _all_but("inspect", "script", "inputs", "out", "full", "strict"),
+        "--script brings its own",
+        lambda values: values["script"],
+    )
+    yield Idle("inspect", frozenset({"inputs"}), "they are for --script", lambda values: not values["script"])
+    yield Idle(
+        "inspect",
         frozenset({"model", "pretrained", "weights", "pretrained_path"}),
         "the checkpoint says its model and weights",
         lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),

@@ -44,7 +44,7 @@ def build_parser(command: str, *, also: str | None = None) -> Parser:
     about = COMMANDS[command]
     idle = never_acts(command)
     hidden = {name: each for name, each in options_of(also).items() if name not in options_of(command)} if also else {}
-    inputs = " PATH ..." if command == "predict" else ""
+    inputs = {"predict": " PATH ...", "inspect": " [-- ARGUMENT ...]"}.get(command, "")
     parser = Parser(
         [*options_of(command), *hidden],
         prog="main.py" if command == "train" else f"main.py {command}",

@@ -30,6 +30,8 @@ def inspect(
     setup: Setup,
     *,
     module: str | None,
+    script: str | None,
+    inputs: list[str] | None,
     device: str,
     checkpoint_dir: str,
     checkpoint_name: str,
@@ -41,6 +43,10 @@ def inspect(
     strict: bool,
 ) -> None:
     """Print the report, and write JSON, pictures and a page into `out`."""
+    if script is not None:
+        words = [f"--out={out}", *(["--full"] if full else []), *(["--strict"] if strict else [])]
+        trace_script([*words, script, *(inputs or [])])
+        return
     if module is not None:
         words = ["inspect", module, f"--out={out}", *(["--full"] if full else []), *(["--strict"] if strict else [])]
         words += [] if device == "auto" else [f"--device={device}"]
@@ -75,6 +81,16 @@ def call_library(words: list[str]) -> None:
     print(said, end="", file=sys.stderr)
     if done.returncode:
         raise (UserError if done.returncode == 2 else RunError)(reason.strip() or f"it ended with {done.returncode}")
+
+
+def trace_script(words: list[str]) -> None:
+    """Run `ampscope run` on a training script, whose output and errors are its own.
+
+    Raise UserError or RunError if it, or the script, does not end with 0.
+    """
+    done = subprocess.run([sys.executable, "-P", "-c", START, ROOT, "run", *words], check=False)
+    if done.returncode:
+        raise (UserError if done.returncode == 2 else RunError)(f"the script's trace ended with {done.returncode}")
 
 
 def inspect_classifier(

@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
 from torch.optim import optimizer as optimizer_hooks
 
+import ampscope
 from ampscope.running import Program
 from ampscope.script_commands import run, trace, watch
 from ampscope.script_report import script_report
@@ -248,6 +250,9 @@ def test_strict_ends_with_status_one_and_out_holds_the_files(tmp_path, capsys):
     status, _, _ = status_of("--strict", "--out", tmp_path / "out", file, capsys=capsys)
     assert status == 1
     found = json.loads((tmp_path / "out/inspect.json").read_text())
+    schema = json.loads((Path(ampscope.__file__).parent / "report.schema.json").read_text())
+    assert {*schema["required"], "script"} == found.keys() and found.keys() <= schema["properties"].keys()
+    assert schema["properties"]["script"]["required"] == [*found["script"]]
     assert [finding["rule"] for finding in found["findings"]] == ["host-sync"]
 
 
