@@ -320,8 +320,7 @@ class Watcher:
     def _end(self) -> None:
         self._losses.clear()
         self._line_of_backward = None
-        several = sum(bool(names) for names in self._trains.values()) > 1
-        self.calls.end(keep=several)
+        self.calls.end(keep=sum(map(bool, self._trains.values())) > 1)  # several optimizers share an update
         if self.updates == LEARNT:
             self.calls.learnt()
             self.gradients.forget_arrivals()
