@@ -1,1 +1,1 @@
-"""Result files in; words, pictures and pages out. Nothing here imports torch."""
+"""Read result files; write text, pictures and pages. Nothing here imports torch."""

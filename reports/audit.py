@@ -1,4 +1,4 @@
-"""What an audit found: accuracy over folds, doubtful labels as a list and a contact sheet, confused pairs, copies."""
+"""Report an audit: accuracy over folds, doubtful labels (list and contact sheet), confused pairs, duplicate images."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SHEET = 48  # doubtful images on the contact sheet
 
 
 def report_audit(runs: list[Path], folder: Path, data_dir: Path, copies: list[list[str]]) -> None:
-    """Writes doubtful.csv, doubtful.png, audit.json and report.html into `folder`, and prints the summary.
+    """Write doubtful.csv, doubtful.png, audit.json and report.html into `folder`, and print the summary.
 
-    `runs` are the folds' folders, `copies` groups of files whose picture is the same and whose labels differ. Raises
-    RunError if a fold did not finish.
+    `runs` are the folders of the folds; each group in `copies` lists files with the same image and different labels.
+    Raise RunError if a fold did not finish.
     """
     found = [read_run(run) for run in runs]
     failed = [run["directory"].name for run in found if not run["result"]]
@@ -72,7 +72,7 @@ HEADER = ["path", "label", "suggested", "label_probability", "suggested_probabil
 def doubtful_rows(
     probabilities: np.ndarray, labels: np.ndarray, paths: list[str], classes: list[str], doubt: Doubt
 ) -> list[list[str]]:
-    """The rows of doubtful.csv, the likeliest errors first."""
+    """Return the rows of doubtful.csv, the most probable errors first."""
     return [
         [
             paths[place],
@@ -87,13 +87,14 @@ def doubtful_rows(
 
 
 def accuracy(folds: list[float]) -> dict[str, Any]:
-    """The mean over folds, in percent, and half its 95 % interval: folds share training images, so that the interval
-    is rather too narrow."""
+    """Return the mean over folds in percent and half its 95 % interval. The interval is slightly too narrow, because
+    folds share training images."""
     return {"folds": folds, "accuracy": float(np.mean(folds)), "interval": student(folds)}
 
 
 def pairs(labels: np.ndarray, classes: list[str], doubt: Doubt) -> list[dict[str, Any]]:
-    """For each pair of classes that occurs: doubtful images of the label, and their share of it; most first."""
+    """Return the number and share of doubtful images for each (label, suggested class) pair, the most frequent pair
+    first."""
     counts = Counter((int(labels[place]), int(doubt.suggested[place])) for place in doubt.order)
     sizes = np.bincount(labels, minlength=len(classes))
     return [
@@ -124,7 +125,7 @@ PAIR_HEADER = ["Label → rather", "Doubtful", "% of the label", "% estimated"]
 
 
 def summary(report: dict[str, Any]) -> str:
-    """The audit in at most 80 columns."""
+    """Return the summary of the audit, at most 80 columns wide."""
     shown = ", ".join(f"{value:.2f}" for value in report["folds"])
     share = 100 * report["doubtful"] / report["images"]
     lines = [
@@ -142,7 +143,8 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write_page(report: dict[str, Any], rows: list[list[str]], folder: Path) -> None:
-    """report.html: the summary, the sheet, the pairs, copies and the first 500 doubtful labels."""
+    """Write report.html: the summary, the contact sheet, pairs of classes, duplicates and the first 500 doubtful
+    labels."""
     body = "".join(f"<p>{html.text(line)}</p>\n" for line in summary(report).split("\n\n")[0].splitlines())
     body += "<h2>Most doubtful</h2>\n" + picture(folder / "doubtful.png", "The most doubtful labels", 1040)
     body += "<h2>Pairs of classes</h2>\n" + html.table(PAIR_HEADER, pair_table(report, 100))

@@ -1,4 +1,4 @@
-"""What the doctor found, as text for the terminal. Plain values in, words out; imports no torch."""
+"""Write the results of `doctor` as text for the terminal. Takes plain values; imports no torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from precision_table import label_of
 
 
 def doctor_text(findings: dict[str, Any]) -> str:
-    """The findings as text of at most 80 columns: verdict, reasons, evidence, the command to copy."""
-    command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # to fit the terminal
+    """Return the results as text of at most 80 columns: verdict, reasons, measurements, the command to copy."""
+    command = findings["command"].replace(" --data_dir", " \\\n      --data_dir")  # break the line to fit the terminal
     lines = [
         *paragraph(findings["verdict"]),
         "",
@@ -34,7 +34,7 @@ def doctor_text(findings: dict[str, Any]) -> str:
 
 
 def _machine_lines(machine: dict[str, Any]) -> list[str]:
-    """What the device is, name by name; what is empty is left out."""
+    """Return one paragraph for each property of the device; leave out empty ones."""
     lines = []
     for name, value in machine.items():
         lines += paragraph(f"{value}", f"  {name.replace('_', ' '):<20}") if value else []
@@ -42,7 +42,7 @@ def _machine_lines(machine: dict[str, Any]) -> list[str]:
 
 
 def _update_lines(findings: dict[str, Any]) -> list[str]:
-    """Speed, memory and phases of the update in each precision."""
+    """Return the speed, memory and phases of an update in each precision."""
     setting = findings["setting"]
     measured = findings["measured"]
     loader = findings.get("loader_images_per_second")
@@ -64,7 +64,7 @@ def _update_lines(findings: dict[str, Any]) -> list[str]:
 
 
 def _ceiling_lines(findings: dict[str, Any]) -> list[str]:
-    """Shares of the update by kind of operator, and the speed-up that follows from them."""
+    """Return the shares of an update by kind of operator, and the speed-up that follows from them."""
     measured = findings["measured"]
     cells = [["", *measured["fp32"]["shares"], "s", "expected"]]
     for name, row in measured.items():

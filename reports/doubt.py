@@ -1,4 +1,4 @@
-"""Doubtful labels by confident learning, from the probabilities that models gave to images they were not trained on.
+"""Find doubtful labels by confident learning, from the probabilities of models that were not trained on the image.
 
 Northcutt, Jiang and Chuang: Confident Learning: Estimating Uncertainty in Dataset Labels. Journal of Artificial
 Intelligence Research 70 (2021), 1373-1411. https://arxiv.org/abs/1911.00068
@@ -13,11 +13,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Doubt:
-    """Which of N labels are doubtful, the likeliest errors first, and how often which class is taken for which.
+    """The doubtful ones among N labels, and an estimate of how often each class is confused with each other.
 
-    `order` holds positions of doubtful images, `suggested` (N,) the class that each image confidently is (its own
-    label where it is in none), `margin` (N,) the probability of the label less the largest other one. `joint`
-    (classes, classes) estimates the number of images by given label and true class.
+    `order` holds positions of doubtful images, the most probable errors first; `suggested` (N,) the class that each
+    image confidently belongs to (its own label if there is none); `margin` (N,) the probability of the label minus the
+    largest other probability. `joint` (classes, classes) estimates the number of images by given label and true class.
     """
 
     order: np.ndarray
@@ -27,17 +27,18 @@ class Doubt:
 
 
 def find_doubtful(probabilities: np.ndarray, labels: np.ndarray) -> Doubt:
-    """Confident learning: `probabilities` (N, classes) of images out of their fold, `labels` (N,) class indices.
+    """Find doubtful labels from out-of-fold `probabilities` (N, classes) and `labels` (N,), which are class indices.
 
-    An image is confidently of a class if its probability is at least the mean that the images of this label have
-    (equation 2 of the paper); of several such classes, of the likeliest. A label is doubtful if the image is
-    confidently of another class, and the label is not what the model says (off-diagonals of the confident joint).
+    An image confidently belongs to a class if its probability is at least the mean probability of the images with this
+    label (equation 2 of the paper); if several classes qualify, the most probable one is taken. A label is doubtful if
+    the image confidently belongs to another class and the model does not predict the label (off-diagonals of the
+    confident joint).
     """
     count, classes = probabilities.shape
     counts = np.bincount(labels, minlength=classes)
     own = probabilities[np.arange(count), labels]
     thresholds = np.bincount(labels, own, classes) / np.maximum(counts, 1)
-    thresholds[counts == 0] = np.inf  # a class without an image takes none
+    thresholds[counts == 0] = np.inf  # no image belongs to a class without images
     confident = np.where(probabilities >= thresholds, probabilities, -1.0)
     certain = confident.max(1) >= 0
     suggested = np.where(certain, confident.argmax(1), labels)

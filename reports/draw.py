@@ -1,4 +1,4 @@
-"""All pictures and the page of one finished run, from the files in its folder alone."""
+"""Draw all pictures and the page of a finished run from the files in its folder."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from utils import log, printable
 
 
 def draw_run(directory: Path) -> None:
-    """Draws learning_curve.png, confusion_matrix.png, mistakes.png, reliability.png and report.html.
+    """Draw learning_curve.png, confusion_matrix.png, mistakes.png, reliability.png and report.html.
 
-    Raises UserError if a file that they are drawn from is missing or damaged.
+    Raise UserError if a file that they are drawn from is missing or damaged.
     """
     run = read_run(directory)
     result = run["result"]
     title = f"{run['model']}, {label_of(run['precision'])}"
-    if run["metrics"]:  # of `evaluate` there are none
+    if run["metrics"]:  # `evaluate` writes none
         pictures.learning_curve(
             run["metrics"], directory / "learning_curve.png", title=title, best_epoch=result["best_epoch"]
         )
@@ -40,7 +40,8 @@ def draw_run(directory: Path) -> None:
 
 
 def _keeps(picture: Path, predictions: Path, images: Path) -> bool:
-    """Say if images of a contact sheet are gone; return whether an earlier sheet stays, as it may still show them."""
+    """Warn if images of a contact sheet are missing. Return True if an earlier sheet is kept, which may still show
+    them."""
     files = [images / name for name in pictures.wrong_images(predictions)]
     gone = sum(not os.path.isfile(file) for file in files)
     keeps = gone > 0 and picture.exists()

@@ -1,4 +1,4 @@
-"""The ladder as a table on the terminal, as Markdown and as a picture. Files in, words out; imports no torch."""
+"""Write the ladder as a terminal table, as Markdown and as a picture. Reads files; imports no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _number(value: float) -> str:
 
 
 def remarks(found: dict[str, Any]) -> list[str]:
-    """What stands below the table: conditions, rungs left out, the roofline of the last step, why the gain ends."""
+    """Return the text below the table: conditions, skipped rungs, the roofline of the last step, why the gain ends."""
     setting = found["setting"]
     lines = [
         f"{found['machine']['name']}; torch {found['machine']['torch']}; {setting['model_name']}, "
@@ -59,7 +59,7 @@ def remarks(found: dict[str, Any]) -> list[str]:
 
 
 def roofline_rows(found: dict[str, Any]) -> list[list[str]]:
-    """The roofline of the last eager rung by group of operators, a header first."""
+    """Return the roofline of the last eager rung by group of operators, a header first."""
     cells = [["group of operators", "GFLOP", "MB", "limit", "bound, ms", "measured, ms", "of bound"]]
     for name, group in found["roofline"]["groups"].items():
         measured = group["measured_seconds"]
@@ -78,7 +78,7 @@ def roofline_rows(found: dict[str, Any]) -> list[list[str]]:
 
 
 def ladder_text(found: dict[str, Any]) -> str:
-    """Everything for the terminal."""
+    """Return the table, the roofline and the remarks for the terminal."""
     lines = align(rows(found))
     lines += ["", f"The roofline of one update: {found['roofline_of']}", *align(roofline_rows(found)), ""]
     for remark in remarks(found):
@@ -87,13 +87,13 @@ def ladder_text(found: dict[str, Any]) -> str:
 
 
 def ladder_markdown(found: dict[str, Any]) -> str:
-    """The same as Markdown."""
+    """Return the table, the roofline and the remarks as Markdown."""
     parts = [markdown_table(rows(found)), f"The roofline of one update: {found['roofline_of']}"]
     return "\n\n".join([*parts, markdown_table(roofline_rows(found)), *map(markdown, remarks(found))]) + "\n"
 
 
 def ladder_picture(found: dict[str, Any], path: Path) -> None:
-    """Images/s of each rung as a bar, and its bound as a mark."""
+    """Draw a bar for the images/s of each rung, with a mark at its bound."""
     rungs = [rung for rung in found["rungs"] if not rung["skipped"]]
     with picture(path, 8, 1.2 + 0.45 * len(rungs)) as figure:
         axes = figure.subplots()

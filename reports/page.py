@@ -1,7 +1,7 @@
-"""report.html of a run or a comparison: one file with tables and pictures inside, opened straight from disk.
+"""Write report.html for a run or a comparison: one file with its tables and pictures inside, opened from disk.
 
-It needs no script, no network and no other file, reads well in light and dark and on paper. The pictures are those
-that lie in the run folders; the numbers come from `results`. Knows nothing of torch or training.
+It needs no script, network or other file, and is readable in light and dark mode and on paper. The pictures come from
+the run folders, the numbers from `results`. Knows nothing of torch or training.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ PICTURES = {  # of a run's folder: heading, and width on the page in pixels
 
 
 def picture(file: Path, name: str, width: int) -> str:
-    """Return a picture inside the page, or nothing if the file is missing.
+    """Return a picture as HTML with its data inside, or an empty string if the file is missing.
 
-    A chart stands in it as it is. Photographs, whose PNG is large, become WebP of a tenth of it.
+    Charts are embedded unchanged. Photographs, which make large PNG files, become WebP of a tenth of the size.
     """
     if not file.exists() or file.stat().st_size <= LARGEST_CHART:
         return html.picture(file, name, width)
@@ -46,7 +46,7 @@ def picture(file: Path, name: str, width: int) -> str:
 
 
 def run_parts(run: dict[str, Any], level: int) -> str:
-    """Headline numbers, pictures and classes of a finished run, under headings of that level."""
+    """Return headline numbers, pictures and classes of a finished run, under headings of this level."""
     result = run["result"]
     tiles = "".join(
         f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(remark)}</small></dd></div>\n"
@@ -67,7 +67,8 @@ def run_parts(run: dict[str, Any], level: int) -> str:
 
 
 def epochs(metrics: list[dict[str, Any]]) -> str:
-    """metrics.jsonl as a table, numbers to four digits; lists (the skipped updates one by one) are left out."""
+    """Return metrics.jsonl as a table, numbers to four digits, without lists (such as the skipped updates one by
+    one)."""
     names = [name for name, value in metrics[0].items() if not isinstance(value, list)]
     rows = [
         [
@@ -80,7 +81,7 @@ def epochs(metrics: list[dict[str, Any]]) -> str:
 
 
 def configuration(config: dict[str, Any]) -> str:
-    """config.json as a table."""
+    """Return config.json as a table."""
     rows = [[name, value] for name, value in config.items() if not isinstance(value, dict)]
     rows += [
         [f"{part}: {name}", value]
@@ -92,7 +93,7 @@ def configuration(config: dict[str, Any]) -> str:
 
 
 def html_report(directory: Path, path: Path) -> None:
-    """Writes the report of a finished run. Raises UserError naming a file that is missing or damaged."""
+    """Write the report of a finished run. Raise UserError naming a file that is missing or damaged."""
     run = read_run(directory)
     pictures.reliability_curve([run], run["directory"] / "reliability.png")
     body = run_parts(run, 2) + (epochs(run["metrics"]) if run["metrics"] else "") + configuration(run["config"])
@@ -100,7 +101,7 @@ def html_report(directory: Path, path: Path) -> None:
 
 
 def html_comparison(directory: Path, runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
-    """Writes the report of a comparison: its table and pictures, then the finished `runs`, one of each row."""
+    """Write the report of a comparison: its table and pictures, then the finished `runs`, one for each row."""
     header, rows = table_cells(comparison)
     body = table(header, rows) + "".join(
         f"<p>{text(line)}</p>\n" for line in (verdict(comparison), *conditions(comparison))

@@ -1,4 +1,4 @@
-"""Result files in, pictures out: learning curve, confusion matrix, comparison, reliability curve, galleries.
+"""Draw pictures from result files: learning curve, confusion matrix, comparison, reliability curve, galleries.
 
 Every picture is drawn from files alone. Knows nothing of torch, of training, or of live objects.
 """
@@ -23,8 +23,8 @@ from runs.result import matrix_of
 
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
-    """Loss and accuracy over the epochs, the best epoch marked; below, with a scaler, its loss scale and the
-    skipped updates."""
+    """Draw loss and accuracy over the epochs and mark the best epoch; with a scaler, draw loss scale and skipped
+    updates below."""
     scale = column(metrics, "loss_scale")
     with_scaler = bool(np.isfinite(scale).any())
     with picture(path, 10, 5.6 if with_scaler else 4.2) as figure:
@@ -55,7 +55,7 @@ def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, bes
 
 
 def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) -> None:
-    """The scaler's loss scale over the epochs and, as bars, how many updates it skipped in each."""
+    """Draw the loss scale over the epochs and, as bars, the number of updates skipped in each."""
     epochs = column(metrics, "epoch")
     skipped = np.nan_to_num(column(metrics, "skipped_updates"))
     axes.step(epochs, scale, where="mid", color=BLUE)
@@ -69,14 +69,14 @@ def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) ->
     bars.set(ylabel="skipped", ylim=(0, max(3, skipped.max() * 1.6)))
     bars.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     bars.grid(False)
-    axes.set_zorder(bars.get_zorder() + 1)  # the line over the bars
+    axes.set_zorder(bars.get_zorder() + 1)  # draw the line over the bars
     axes.patch.set_visible(False)
 
 
 def confusion_matrix(cells: np.ndarray, classes: list[str], path: Path, *, title: str) -> None:
-    """Draw counts and row percentages; of many classes an overview, and the most frequent confusions.
+    """Draw counts and row percentages; for many classes draw an overview and the most frequent confusions.
 
-    `cells` (cells, 3) are those of the confusion matrix that are not 0: true class, predicted class, images.
+    `cells` (cells, 3) are the nonzero cells of the confusion matrix: true class, predicted class, images.
     """
     if len(classes) > 30:
         confused_classes(cells, classes, path, title=title)
@@ -111,13 +111,13 @@ def confusion_matrix(cells: np.ndarray, classes: list[str], path: Path, *, title
                 va="center",
                 fontsize=small - 1,
                 color="white" if percent > 35 else INK if count else FAINT,
-                in_layout=False,  # it stays inside its cell; to measure them all takes longer than to paint them
+                in_layout=False,  # each text stays inside its cell; measuring all takes longer than painting them
             )
         figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 5, 20, 50, 100], label="% of the true class")
 
 
 def _shares(axes: Axes, share: np.ndarray) -> Any:
-    """Row percentages as colours; the square root keeps the few errors visible beside the full diagonal."""
+    """Draw row percentages as colours. Their square root keeps rare errors visible beside the diagonal."""
     image = axes.imshow(share, cmap="Blues", norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
     axes.set(xlabel="predicted class", ylabel="true class")
     axes.grid(False)
@@ -125,9 +125,9 @@ def _shares(axes: Axes, share: np.ndarray) -> Any:
 
 
 def confused_classes(cells: np.ndarray, classes: list[str], path: Path, *, title: str, most: int = 25) -> None:
-    """Draw an overview of a matrix of many classes, beside bars of the `most` frequent confusions.
+    """Draw an overview of a matrix of many classes, beside bars for the `most` frequent confusions.
 
-    Each pixel of the overview is the largest of the cells that it stands for. `cells` are as in `confusion_matrix`.
+    Each pixel of the overview is the largest of the cells that it covers. `cells` are as in `confusion_matrix`.
     """
     number = len(classes)
     true, predicted, images = cells.T
@@ -161,7 +161,7 @@ def confused_classes(cells: np.ndarray, classes: list[str], path: Path, *, title
 
 
 def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
-    """Validation accuracy against wall-clock time, a curve per run, beside bars of training time and memory."""
+    """Draw validation accuracy against wall-clock time, a curve per run, beside bars for training time and memory."""
     rows = list(zip([row for row in comparison["rows"] if row["runs"]], STYLES * 9, strict=False))
     metrics = {str(run["directory"]): run["metrics"] for run in runs}
     times = {name: column(lines, "elapsed") for name, lines in metrics.items()}
@@ -200,9 +200,9 @@ def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], p
 
 
 def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) -> None:
-    """A bar with its value for each precision: the median over seeds, with the lowest and the highest."""
+    """Draw a bar with its value for each precision: the median over seeds, with the lowest and the highest value."""
     for place, (row, (color, _, _, hatch)) in enumerate(rows):
-        if row[name] is None:  # what was tested only has no time of training
+        if row[name] is None:  # a run that was only tested has no training time
             continue
         median = row[name]["median"] / divisor
         lowest = min(row[name]["values"]) / divisor
@@ -226,8 +226,8 @@ def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) 
 
 
 def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy against confidence on the test images, the runs over one another, with the share of images in each
-    bin below; runs without predictions.csv are left out."""
+    """Draw accuracy against confidence on the test images, all runs in one plot, and below it the share of images
+    per bin. Leave out runs without predictions.csv."""
     found = [(run, numbers) for run in runs if (numbers := run_calibration(run))]
     with picture(path, 6, 6.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
@@ -260,7 +260,7 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def batch(images: np.ndarray, labels: np.ndarray, classes: list[str], path: Path) -> None:
-    """Images uint8 (count, side, side, 3) as the network sees them, with their classes.
+    """Draw images uint8 (count, side, side, 3) as the model receives them, with their classes.
 
     `labels` are class indices (count,), or after MixUp and CutMix probabilities (count, classes).
     """
@@ -296,8 +296,10 @@ def gallery(
     rules: Rules | None = None,
     maps: dict[str, list[list[int]]] | None = None,
 ) -> None:
-    """The test images that were wrong with the highest confidence, at most `count`, with their predicted and their
-    true class, and beside them their class activation `maps`. Paths are taken below `data_root`."""
+    """Draw at most `count` test images with the most confident wrong predictions, with predicted and true class.
+
+    Draw their class activation `maps` beside them. Paths are relative to `data_root`.
+    """
     table = read_predictions(Path(predictions_csv))
     wrong = _wrongest(table, count)
     captions = [

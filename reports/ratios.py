@@ -1,6 +1,6 @@
-"""How many times as fast, and in what share of the memory: one row of a comparison against its FP32 row.
+"""Compute the speed-up and the memory ratio of one row of a comparison against its FP32 row.
 
-Takes plain numbers. The only place in which a ratio of two rows is computed, and decided whether it may be stated.
+Takes plain numbers. No other module computes a ratio of two rows or decides if it may be stated.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import math
 import statistics
 from typing import Any
 
-# What stands in a table in place of a ratio.
-UNCLEAR = "unclear"  # it differs between seeds by more than it gains
-MACHINE_BUSY = "busy"  # other programs used the machine while it was measured
+# Printed in a table instead of a ratio.
+UNCLEAR = "unclear"  # the ratio varies more between seeds than it differs from 1
+MACHINE_BUSY = "busy"  # other programs used the machine during the measurement
 
 
 def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str, *, busy: bool = False) -> None:
     """Set `row[name]` to the median ratio of `measure` to that of `base`, or to None if it may not be stated.
 
-    Beside it, `row["ratios"][name]` holds `values`, the ratio of each seed that both rows have (of each pair of runs
-    if they share fewer than two), and `unstated`, the reason in one word or None. A ratio is not stated if its values
-    spread further (largest ÷ smallest) than their median is from 1, and no ratio of times is if a machine was `busy`.
+    `row["ratios"][name]` gets `values`, the ratio of each seed that both rows have (of each pair of runs if they share
+    fewer than two), and `unstated`, the reason in one word or None. A ratio is not stated if its values spread further
+    (largest ÷ smallest) than their median is from 1; a ratio of times is not stated if a machine was `busy`.
     """
     values = _by_seed(row, base, measure)
     if not values:
@@ -34,7 +34,8 @@ def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str
 
 
 def _by_seed(row: dict[str, Any], base: dict[str, Any], measure: str) -> list[float]:
-    """Return the ratios of `measure` seed by seed; none if a value is missing or 0, as memory is on Windows."""
+    """Return the ratios of `measure` seed by seed; an empty list if a value is missing or 0, as memory is on
+    Windows."""
     own = row[measure]["values"]
     theirs = base[measure]["values"]
     if not all([*own, *theirs]):

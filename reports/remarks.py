@@ -1,6 +1,6 @@
-"""What a reader of a comparison must know beside its numbers, in whole sentences: why a number is not stated.
+"""Write the sentences that a reader of a comparison needs beside its numbers, such as why a number is not stated.
 
-The terminal, Markdown, HTML and comparison.json say the same sentences.
+Terminal, Markdown, HTML and comparison.json show the same sentences.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from system.waiting import BUSY
 from utils import printable
 
 _RATIOS = {"speed_up": ("speed-up", "images/s"), "memory_ratio": ("memory ratio", "memory")}
-FAR_APART = 0.25  # of a run's epochs: between tested epochs that are worth a word
-_SIZES = ("image_size", "start_size", "augment")  # options by which the same pictures are kept in other sizes
+FAR_APART = 0.25  # of a run's epochs: mention a larger distance between the tested epochs
+_SIZES = ("image_size", "start_size", "augment")  # options that change the size at which the same images are cached
 
 
 def remarks(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[str]:
-    """Return the sentences for the rows of a comparison, and the runs in them, as `results.compare_runs` has them."""
+    """Return the sentences for the rows of a comparison and their runs, as `results.compare_runs` collects them."""
     sentences = [*_busy_machines(rows), *_other_data([run for run in runs if run["result"]])]
     for row in rows:
         sentences += _unclear_ratios(row)
@@ -32,7 +32,7 @@ def remarks(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[str]
 
 
 def _busy_machines(rows: list[dict[str, Any]]) -> list[str]:
-    """Say which rows lost time to other programs."""
+    """Name the rows that lost time to other programs."""
     lost = [f"{row['label']} lost {100 * row['busy_share']:.0f} %" for row in rows if row["busy_share"] > BUSY]
     if not lost:
         return []
@@ -43,7 +43,7 @@ def _busy_machines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _unclear_ratios(row: dict[str, Any]) -> list[str]:
-    """Say for each ratio that is not stated how far its values lie apart."""
+    """Give the range of the values of each ratio that is not stated."""
     sentences = []
     for name, (title, measure) in _RATIOS.items():
         ratio = row["ratios"].get(name, {})
@@ -58,10 +58,10 @@ def _unclear_ratios(row: dict[str, Any]) -> list[str]:
 
 
 def _choice_of_epoch(base: list[dict[str, Any]], others: list[dict[str, Any]]) -> Iterator[str]:
-    """Say of runs of one seed that were tested at other epochs how they stood at the same one, and what follows.
+    """Compare runs of one seed that were tested at different epochs at one common epoch, and say what follows.
 
-    If their validation accuracies there differ by less than half as much as the test accuracies, what differs is the
-    choice of the epoch. Without that, epochs that are near to each other are not worth a word.
+    If their validation accuracies there differ by less than half as much as the test accuracies, the choice of the
+    epoch explains the difference. Otherwise epochs that are close together are not mentioned.
     """
     for one, other in ((one, other) for one in base for other in others if one["seed"] == other["seed"]):
         if not (one["result"] and other["result"] and one["metrics"] and other["metrics"]):
@@ -84,7 +84,7 @@ def _choice_of_epoch(base: list[dict[str, Any]], others: list[dict[str, Any]]) -
 
 
 def _other_data(runs: list[dict[str, Any]]) -> Iterator[str]:
-    """Say which runs were not made of the same images and labels as the first."""
+    """Name the runs that did not use the same images and labels as the first."""
     pictures = [_pictures(run["directory"] / "split.csv") for run in runs]
     for run, own in zip(runs[1:], pictures[1:], strict=True):
         difference = _difference_of_data(runs[0], run, pictures[0], own)
@@ -99,7 +99,8 @@ def _other_data(runs: list[dict[str, Any]]) -> Iterator[str]:
 def _difference_of_data(
     one: dict[str, Any], other: dict[str, Any], first: dict[str, str] | None, second: dict[str, str] | None
 ) -> str:
-    """In words, how the images and labels of two runs differ; empty if they do not, or nobody knows."""
+    """Describe how the images and labels of two runs differ; return an empty string if they do not, or if it is
+    unknown."""
     if first and second:
         shared = first.keys() & second.keys()
         relabelled = sum(first[path] != second[path] for path in shared)
@@ -113,7 +114,7 @@ def _difference_of_data(
 
 
 def _pictures(file: Path) -> dict[str, str] | None:
-    """The class of each image of split.csv; None if there is no such file."""
+    """Return the class of each image in split.csv; None if there is no such file."""
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
             return {row["path"]: row["class"] for row in csv.DictReader(lines)}

@@ -1,6 +1,6 @@
-"""Result files in, numbers and tables out: run folders, calibration, the comparison, the performance table.
+"""Read result files; return numbers: run folders, calibration, the comparison.
 
-Everything comes from what runs wrote, so a table can be made again later and on another machine. Knows nothing of
+Everything comes from files that runs wrote, so a table can be made again later and on another machine. Knows nothing of
 torch, of training, or of how anything is drawn.
 """
 
@@ -28,7 +28,7 @@ from utils import UserError, printable
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The epochs of metrics.jsonl. Raises UserError if it is missing or damaged."""
+    """Return the epochs of metrics.jsonl. Raise UserError if it is missing or damaged."""
     with reading(file):
         metrics = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         if any(isinstance(value, (str, dict)) for line in metrics for value in line.values()):
@@ -36,15 +36,15 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return [line | {"epoch": int(line["epoch"])} for line in metrics]
 
 
-WRONGEST = 24  # images that mistakes.png shows at most
+WRONGEST = 24  # images in mistakes.png, at most
 EXPLANATIONS = "explanations.json"  # file name of a test image: a class activation map of 0 to 255, 32 by 32
 
 
 def read_run(directory: str | Path) -> dict[str, Any]:
-    """What a run's folder holds: directory, config, options, metrics, result (None if it is not finished), failure
-    (its reason or None), and of the run its label, model, precision, device_name and seed.
+    """Return the content of a run's folder as a dictionary.
 
-    Raises UserError naming the file that is missing or damaged.
+    Its keys are directory, config, options, metrics, result (None if the run is not finished), failure (the reason or
+    None), label, model, precision, device_name and seed. Raise UserError naming a file that is missing or damaged.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -54,7 +54,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
     )
     result = read_result(result_file) if result_file.exists() else None
     failure = read_json(failure_file) if failure_file.exists() and result is None else {}
-    # A run that failed at once may have written neither options nor epochs.
+    # A run that failed at once may have written neither options nor metrics.
     config = read_json(config_file) if config_file.exists() or not failure else {}
     trained = result is not None and result["train_seconds"] is not None
     metrics = read_metrics(metrics_file) if metrics_file.exists() or trained else []
@@ -81,10 +81,10 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 
 def read_predictions(file: Path) -> dict[str, Any]:
-    """Return predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N],
-    probabilities [N, classes]}.
+    """Return predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N], probabilities [N,
+    classes]}.
 
-    Of very many classes there are neither classes nor probabilities. Raise UserError if it is missing or damaged.
+    With very many classes, classes and probabilities are absent. Raise UserError if the file is missing or damaged.
     """
     with reading(file), open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
         header, *rows = csv.reader(lines)
@@ -104,25 +104,26 @@ def read_predictions(file: Path) -> dict[str, Any]:
 
 
 def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
-    """One entry of all epochs as floats [epochs]; NaN where it is absent or null."""
+    """Return one entry of all epochs as floats [epochs]; NaN if it is absent or null."""
     return np.array([epoch.get(name) for epoch in metrics], dtype=float)
 
 
 def steady_rate(metrics: list[dict[str, Any]]) -> float:
-    """Median images/s of the epochs after the first, which pays for warm-up; the first where it is the only one."""
+    """Return the median images/s of the epochs after the first, which includes warm-up; with one epoch, that of the
+    first."""
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
 
 
 def training_seconds(metrics: list[dict[str, Any]]) -> float:
-    """Seconds of training without evaluation: all epochs, and before them a frozen network that is computed once."""
+    """Return the seconds of training without evaluation, including the time to compute a frozen network once."""
     return sum(line["seconds"] + line.get("frozen_seconds", 0.0) for line in metrics)
 
 
 def training_rate(metrics: list[dict[str, Any]], images: int) -> float:
-    """Images/s of a training whose epochs have so many images.
+    """Return images/s of a training with this number of images per epoch.
 
-    If a frozen network was computed once, that is the work, and its epochs take next to no time: then it is all
-    epochs' images divided by all seconds of training. Otherwise it is `steady_rate`.
+    If a frozen network was computed once, that is most of the work and the epochs take almost no time, so return all
+    images of all epochs divided by all seconds of training. Otherwise return `steady_rate`.
     """
     if any("frozen_seconds" in line for line in metrics):
         return images * len(metrics) / training_seconds(metrics)
@@ -130,14 +131,15 @@ def training_rate(metrics: list[dict[str, Any]], images: int) -> float:
 
 
 def busy_share(metrics: list[dict[str, Any]]) -> float | None:
-    """Share of the run's time in which it waited for processors that others used; None if the system did not say."""
+    """Return the share of the run's time spent waiting for busy processors; None if the system did not report it."""
     shares = column(metrics, "busy_share")
     known = np.isfinite(shares)
     return float(np.average(shares[known], weights=column(metrics, "seconds")[known])) if known.any() else None
 
 
 def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = WRONGEST) -> np.ndarray:
-    """Places of at most `count` wrong predictions, the most confident first, as six digits of confidence tell."""
+    """Return positions of at most `count` wrong predictions, sorted by confidence rounded to six digits, the highest
+    first."""
     order = np.argsort(-np.round(confidence, 6), kind="stable")
     return order[wrong[order]][:count]
 
@@ -152,9 +154,9 @@ def wilson(right: int, total: int) -> tuple[float, float]:
 
 
 def sign_test(one: int, other: int) -> float:
-    """Return the two-sided p-value of so many against so many outcomes of equal chance, exact.
+    """Return the exact two-sided p-value of `one` against `other` outcomes of equal probability.
 
-    The binomial distribution is summed here: it is symmetric, and the import of scipy.stats takes a second.
+    The binomial distribution is summed here, because it is symmetric and importing scipy.stats takes a second.
     """
     term = tail = 1
     for position in range(min(one, other)):
@@ -164,7 +166,7 @@ def sign_test(one: int, other: int) -> float:
 
 
 def student(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean of two or more values by Student's t."""
+    """Return half of the 95 % interval of the mean of two or more values by Student's t."""
     from scipy import stats
 
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
@@ -173,7 +175,7 @@ def student(values: list[float]) -> float:
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> dict[str, Any]:
     """Return the expected calibration error `ece` (a share, 0 to 1) after Guo et al. 2017.
 
-    `confidence` [N] are the highest probabilities, in equal bins ((m-1)/M, m/M]; `right` [N] says if the prediction
+    `confidence` [N] are the highest probabilities, in equal bins ((m-1)/M, m/M]; `right` [N] is True if the prediction
     is correct. `count` and the mean `confidence` and `accuracy` are arrays [bins], the means NaN in an empty bin.
     """
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
@@ -188,7 +190,7 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> di
 
 
 def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The calibration of a run's test predictions; None if it wrote none."""
+    """Return the calibration of a run's test predictions; None if it wrote no predictions."""
     file = run["directory"] / "predictions.csv"
     if not file.exists():
         return None
@@ -198,8 +200,10 @@ def run_calibration(run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
-    """Exact McNemar test of two predictions.csv on the images both list; None if they share none: a two-sided
-    binomial test on the images that exactly one of the two gets right."""
+    """Compute an exact McNemar test of two predictions.csv on their common images; return None if there are none.
+
+    It is a two-sided binomial test on the images that exactly one of the two predicts correctly.
+    """
     if not (reference.exists() and other.exists()):
         return None
     first, second = (
@@ -220,8 +224,11 @@ def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
 
 
 def tell_apart(runs: list[dict[str, Any]]) -> None:
-    """Gives each run a `label` of model, precision and whatever else it takes so that runs of one label differ in
-    their seed alone. What a run that failed at once did not record is taken to be as in the others."""
+    """Give each run a `label` of model, precision and other options, so that runs with one label differ in their seed
+    alone.
+
+    An option that a failed run did not record is assumed to be the same as in the other runs.
+    """
     for name in ("model", "device_name"):
         known = next((run[name] for run in runs if run[name]), "")
         for run in runs:
@@ -237,12 +244,13 @@ def tell_apart(runs: list[dict[str, Any]]) -> None:
 
 
 def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -> dict[str, Any]:
-    """The content of comparison.json from runs as `read_run` gives them: config (of the first run), devices, rows,
-    remarks (sentences), and differences (options that are not the same in all runs, less those of `may_differ`).
+    """Return the content of comparison.json for runs that `read_run` returned.
 
-    A row holds the runs of one label: spreads of what was measured, reasons of failures, and, against the FP32 runs
-    of the same model and device, `speed_up` (of images/s), `memory_ratio` and `difference` (of accuracy). A ratio is
-    the median over seeds, None if it may not be stated; `ratios` holds those of each seed (reports/ratios.py).
+    It holds config (of the first run), devices, rows, remarks (sentences), and differences (options that differ between
+    runs, except those in `may_differ`). A row holds the runs of one label: the spread of each measurement, the reasons
+    of failures, and, against the FP32 runs of the same model and device, `speed_up` (of images/s), `memory_ratio` and
+    `difference` (of accuracy). A ratio is the median over seeds, None if it may not be stated; `ratios` holds those of
+    each seed (reports/ratios.py).
     """
     tell_apart(runs)
     order = list(PRECISIONS)
@@ -261,7 +269,7 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
             None,
         )
         if base:
-            if (row["train_seconds"] is None) == (base["train_seconds"] is None):  # else one was tested only
+            if (row["train_seconds"] is None) == (base["train_seconds"] is None):  # otherwise one was only tested
                 busy = row is not base and max(row["busy_share"], base["busy_share"]) > BUSY
                 set_ratio(row, base, "speed_up", "images_per_second", busy=busy)
             set_ratio(row, base, "memory_ratio", "memory_mb")
@@ -312,8 +320,10 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spread(values: list[float | None]) -> dict[str, Any] | None:
-    """{mean, median, std (n - 1), interval (half of that of 95 %), values}, None for those that one value does not
-    have; None without values."""
+    """Return {mean, median, std (n - 1), interval (half of the 95 % interval), values}; None without values.
+
+    With one value, std and interval are None.
+    """
     known = [float(value) for value in values if value is not None]
     if not known:
         return None
@@ -328,8 +338,11 @@ def _spread(values: list[float | None]) -> dict[str, Any] | None:
 
 
 def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy against FP32 in points, and the test of whether it can be told from noise: of single runs McNemar's
-    exact test on the images, of several seeds on both sides Welch's t-test on the accuracies."""
+    """Return the accuracy against FP32 in points, and a test if the difference can be told from noise.
+
+    For single runs it is McNemar's exact test on the images, for several seeds on both sides Welch's t-test on the
+    accuracies.
+    """
     one = base["test_acc"]
     other = row["test_acc"]
     counts = [len(one["values"]), len(other["values"])]
@@ -347,7 +360,7 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
         test = "Welch's t-test over seeds"
         p_value = float(
-            stats.ttest_ind_from_stats(  # `ttest_ind` warns where the accuracies of one side are equal
+            stats.ttest_ind_from_stats(  # `ttest_ind` warns if the accuracies of one side are equal
                 one["mean"], one["std"], counts[0], other["mean"], other["std"], counts[1], equal_var=False
             ).pvalue
         )

@@ -1,4 +1,4 @@
-"""Contact sheets: image files or arrays side by side, a caption over each, with their class activation maps."""
+"""Draw contact sheets: image files or arrays side by side, with captions and class activation maps."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from images.decode import Rules, try_decode
 from reports.text import fit
 
 # In pixels.
-SIDE = 224  # largest height of an image; photographs are read in this size and shown pixel by pixel
+SIDE = 224  # largest height of an image; photographs are decoded at this size and shown pixel by pixel
 GAP = 8  # beside an image
 WIDTH = 6 * (SIDE + 2 * GAP)  # of a sheet with all its columns
 LINE = 19  # of a caption
 HEADLINE = 28  # line of the heading
-LETTER = 16  # of the heading, with something to spare
+LETTER = 16  # of the heading, with some reserve
 
 
 def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarray | None:
-    """An image as RGB array [height, width, 3] of at most `side` pixels, None when it cannot be read."""
+    """Return an image as RGB array [height, width, 3] of at most `side` pixels; None if it cannot be read."""
     pixels = try_decode(path, None, rules)
     if isinstance(pixels, str):
         return None
@@ -36,7 +36,8 @@ def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarra
 
 
 def enlarged(pixels: np.ndarray, width: int, height: int) -> Image.Image:
-    """Return an RGB array as an image that fits a box of so many pixels; from three times on, each pixel shows."""
+    """Return an RGB array as an image that fits a box of this size; if enlarged three times or more, keep sharp
+    pixels."""
     image = Image.fromarray(pixels)
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(factor * image.width)), max(1, round(factor * image.height)))
@@ -55,7 +56,7 @@ def labelled_sheet(
 ) -> None:
     """Write a contact sheet of image files or RGB arrays with a caption over each; at most `most`, evenly chosen.
 
-    matplotlib draws the text only. Each image is put over it at its place, because a panel of its own takes 50 ms.
+    matplotlib draws only the text. The images are pasted at their positions, because one panel per image takes 50 ms.
     """
     chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(int)
     shown = ["\n".join(fit(line, 24 * 6 // across) for line in captions[place].split("\n")) for place in chosen]
@@ -90,7 +91,8 @@ def labelled_sheet(
 
 
 def with_map(pixels: np.ndarray, values: list[list[int]]) -> np.ndarray:
-    """An RGB image beside itself with a class activation map (rows of 0 to 255) over it: where it is bright."""
+    """Return an RGB image beside a grey copy with its class activation map (rows of 0 to 255) over it, bright if
+    high."""
     size = (pixels.shape[1], pixels.shape[0])
     smooth = np.asarray(Image.fromarray(np.array(values, np.uint8)).resize(size, Image.Resampling.BILINEAR))
     colours = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3]
@@ -108,7 +110,7 @@ def explained_sheet(
     heading: str = "",
     rules: Rules | None = None,
 ) -> None:
-    """A contact sheet with each image's class activation map beside it; an image without a map stands alone."""
+    """Write a contact sheet with each image's class activation map beside it; an image without a map is shown alone."""
     images: list[Path | np.ndarray] = []
     for file, values in zip(paths, maps, strict=True):
         pixels = load_picture(file, SIDE, rules)

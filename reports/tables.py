@@ -1,11 +1,11 @@
-"""The tables and sentences of a result and of a comparison."""
+"""Write the tables and sentences of a result and of a comparison."""
 
 from __future__ import annotations
 
 import textwrap
 from typing import Any
 
-from tqdm.utils import disp_len  # columns on a terminal: wide letters take two
+from tqdm.utils import disp_len  # width on a terminal: wide letters take two columns
 
 from ampscope.text import WIDTH
 from choices import METRICS
@@ -18,7 +18,7 @@ from utils import amount, printable
 
 
 def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """The headline numbers of a result: (name, value, remark)."""
+    """Return the headline numbers of a result: (name, value, remark)."""
     true, predicted, images = confusion_cells(result).T
     right = int(images[true == predicted].sum())
     total = int(images.sum())
@@ -43,7 +43,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _other_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return a row for each metric that has a title, but for the accuracy; an older result may lack some."""
+    """Return a row for each metric with a title, except accuracy; an older result may lack some."""
     return [
         (metric.title, f"{result[metric.test_key]:.2f}{metric.unit}", metric.remark)
         for name, metric in METRICS.items()
@@ -52,7 +52,7 @@ def _other_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """A warning beside the time if other programs used the machine."""
+    """Return a warning to print beside the time if other programs used the machine."""
     share = result.get("busy_share") or 0.0
     if share <= BUSY:
         return []
@@ -60,7 +60,7 @@ def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def class_rows(result: dict[str, Any]) -> list[list[str]]:
-    """A row for each class, and one for their mean: name, precision, recall and F1 in percent, support."""
+    """Return a row for each class, and one for their mean: name, precision, recall and F1 in percent, support."""
     rows = [
         [name, *(f"{100 * row[key]:.2f}" if row["support"] else "–" for key in SHARES), f"{row['support']:,.0f}"]
         for name, row in result["per_class"].items()
@@ -76,7 +76,7 @@ def _validation(accuracy: float | None) -> str:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The closing words of a run, at most 80 columns wide; above 30 classes only the weakest."""
+    """Return the final text of a run, at most 80 columns wide; above 30 classes only the weakest are listed."""
     lines = [
         fit(f"{name:<15}{value} " + (remark if remark.startswith("on ") else f"({remark})"), WIDTH)
         for name, value, remark in facts(result)
@@ -97,9 +97,9 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[list[str], list[list[str]]]:
-    """Return header and lines of the performance table; a failed run is a line of two cells, the second its reason.
+    """Return header and rows of the performance table; a failed run has a row of two cells, the second with the reason.
 
-    With `ranges` the lowest and the highest value over seeds stand beside the medians.
+    With `ranges`, the lowest and the highest value over seeds follow each median.
     """
     rows = comparison["rows"]
     kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
@@ -118,7 +118,7 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
     divisor, unit = time_unit(longest)
 
     def measured(spread: dict[str, Any] | None, form: str, divisor: float = 1, unit: str = "") -> str:
-        if spread is None:  # what was tested only has no time of training
+        if spread is None:  # a run that was only tested has no training time
             return "–"
         values = (spread["median"], min(spread["values"]), max(spread["values"]))
         median, lowest, highest = (format(value / divisor, form) for value in values)
@@ -146,27 +146,27 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
 
 
 def _accuracy(spread: dict[str, Any]) -> str:
-    """The mean over seeds, in percent, with its standard deviation."""
+    """Return the mean over seeds, in percent, with its standard deviation."""
     deviation = "" if spread["std"] is None else f" ± {spread['std']:.2f}"
     return f"{spread['mean']:.2f}{deviation} %"
 
 
 def _ratio(row: dict[str, Any], name: str) -> str:
-    """A ratio to FP32, or the word that says why it is not stated."""
+    """Return a ratio to FP32, or one word for why it is not stated."""
     if row[name] is not None:
         return f"{row[name]:.2f}×"
     return row["ratios"].get(name, {}).get("unstated") or "–"
 
 
 def terminal_table(comparison: dict[str, Any]) -> str:
-    """The performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
+    """Return the performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
     header, lines = table_cells(comparison, ranges=False)
     table = [
         ["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
         *(line[:7] for line in lines if len(line) > 2),
     ]
     shown = align(table)
-    if disp_len(shown[0]) > WIDTH:  # labels get lines of their own
+    if disp_len(shown[0]) > WIDTH:  # print labels on lines of their own
         numbers = align([["", *cells] for _, *cells in table])
         shown = [part for (label, *_), line in zip(table, numbers, strict=True) for part in (label, line) if part]
     below = [": ".join(line) for line in lines if len(line) == 2]
@@ -176,7 +176,7 @@ def terminal_table(comparison: dict[str, Any]) -> str:
 
 
 def verdict(comparison: dict[str, Any]) -> str:
-    """One sentence: can the differences in accuracy be told from noise? All tests share a level of 5 %
+    """Say in one sentence if differences in accuracy can be told from noise. All tests share a level of 5 %
     (Bonferroni)."""
     found = {row["label"]: row["difference"] for row in comparison["rows"] if row["difference"]}
     if not found:
@@ -197,7 +197,7 @@ def verdict(comparison: dict[str, Any]) -> str:
 
 
 def conditions(comparison: dict[str, Any]) -> list[str]:
-    """What was measured, on what, and in which options the runs differ, as sentences."""
+    """Return sentences on the data, the devices and the versions, and on options that differ between the runs."""
     config = comparison["config"]
     settings = config.get("options", {}) | config.get("dataset", {})
     names = {
@@ -226,13 +226,13 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     lines += [
         f"Beware: the runs also differ in {name} ({', '.join(dict.fromkeys(map(str, values)))})."
         for name, values in comparison["differences"].items()
-        if name != "images"  # of which a remark says more than two sums
+        if name != "images"  # a remark says more about it than two checksums
     ]
     return [printable(line) for line in lines]
 
 
 def spread_over_seeds(comparison: dict[str, Any]) -> list[str]:
-    """What ± means in the table, and the interval of each mean accuracy; nothing where each row is one run."""
+    """Return an explanation of ± and the interval of each mean accuracy; an empty list if each row is one run."""
     intervals = [
         printable(f"{row['label']} {row['test_acc']['mean']:.2f} ± {row['test_acc']['interval']:.2f} %")
         for row in comparison["rows"]
@@ -248,7 +248,7 @@ def spread_over_seeds(comparison: dict[str, Any]) -> list[str]:
 
 
 def performance_table(comparison: dict[str, Any]) -> str:
-    """The performance table as Markdown, with the verdict on accuracy and the conditions below it."""
+    """Return the performance table as Markdown, with the verdict on accuracy and the conditions below it."""
     header, lines = table_cells(comparison)
     cells = [[*line, *["–"] * (len(header) - len(line))] for line in lines]
     below = [markdown(line) for line in (verdict(comparison), *conditions(comparison))]
@@ -256,7 +256,7 @@ def performance_table(comparison: dict[str, Any]) -> str:
 
 
 def parity_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Return the table of one checkpoint in several precisions, and below it which predictions flipped."""
+    """Return the table of one checkpoint in several precisions, followed by the predictions that changed."""
     lines = align(
         [
             ["", "Accuracy", "Loss", "Flipped", "Largest logit difference"],

@@ -1,1 +1,1 @@
-"""What a run keeps and reads back: its folder, checkpoints and results."""
+"""Write and read back everything that a run keeps: its folder, checkpoints and results."""

@@ -1,8 +1,8 @@
-"""What a checkpoint holds: its fields, its writer, its reader and its check.
+"""Write, read and check checkpoints.
 
-best_model.pt: what `identity` gives, and `model`, `epoch`, `val_acc`. last.pt: what `identity` gives, and `model`,
-`ema` (or None), `optimizer`, `scaler` and `progress`, the fields of `Progress`. Tensors and plain types only.
-best_model.safetensors: the weights, and the rest of best_model.pt that its use needs as text (`metadata`).
+best_model.pt: the fields of `identity`, and `model`, `epoch`, `val_acc`. last.pt: the fields of `identity`, and
+`model`, `ema` (or None), `optimizer`, `scaler` and `progress`, the fields of `Progress`. Tensors and plain types only.
+best_model.safetensors: the weights, and the rest of best_model.pt that is needed to use them, as text (`metadata`).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from utils import UserError, log, printable, typed
 
 FORMAT = 2  # of a checkpoint; others are refused
 
-# Of an epoch: images and correct predictions of all updates; loss, norm and images of those not skipped.
+# Sums over one epoch. `images` and `correct` include every update; `loss`, `norm` and `counted` leave out skipped ones.
 NO_SUMS = {"images": 0, "correct": 0.0, "loss": 0.0, "norm": 0.0, "updates": 0, "counted": 0}
 
 
 @dataclass
 class Progress:
-    """Where a run stands: all that is needed, beside the tensors, to go on as if nothing had happened."""
+    """The position of a run: everything besides the tensors that is needed to continue exactly."""
 
     epoch: int = 0  # epochs finished
     update: int = 0  # updates finished in the next one
@@ -43,15 +43,15 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     learning_rate: float = 0.0  # of the last update
     elapsed: float = 0.0
-    # Peak memory in MB of the epochs of each image size and number of trained tensors, those that warmed up apart.
+    # Peak memory in MB for each image size and number of trained tensors; epochs that warmed up are kept apart.
     peaks: dict[tuple[int, int, bool], float] = field(default_factory=dict)
 
     @property
     def peak_memory_mb(self) -> float:
         """Return the largest peak of an epoch.
 
-        What warms up takes memory once, such as cuDNN's searches. Such an epoch counts only if no steady one had images
-        as large and trained as many layers: with growing images there may be a single epoch of full size.
+        Warm-up takes extra memory once, such as cuDNN's searches. A warm-up epoch counts only if no steady one had
+        images as large and trained as many layers: with growing images there may be a single epoch of full size.
         """
         steady = [kind for kind in self.peaks if not kind[2]]
 
@@ -61,20 +61,20 @@ class Progress:
         return max((peak for kind, peak in self.peaks.items() if counts(*kind)), default=0.0)
 
     def note_peak(self, size: int, trained: int, megabytes: float, *, warming: bool) -> None:
-        """Add the peak memory of an epoch of images of `size` pixels that trained so many tensors."""
+        """Record the peak memory of an epoch with images of `size` pixels and `trained` trained tensors."""
         kind = (size, trained, warming)
         self.peaks[kind] = max(megabytes, self.peaks.get(kind, 0.0))
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
-        """What a checkpoint says. Raises TypeError and ValueError if fields are unknown or missing."""
+        """Restore from a checkpoint. Raise TypeError or ValueError if fields are unknown or missing."""
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")
         return found
 
     def close_epoch(self, line: dict[str, Any]) -> None:
-        """Adds an epoch's line to the history and begins the next epoch's sums."""
+        """Add an epoch's metrics to the history and reset the sums for the next epoch."""
         self.history.append(line)
         self.epoch += 1
         self.update = 0
@@ -96,11 +96,11 @@ def identity(
     fingerprint: str,
     windows: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """What every checkpoint says of itself, enough to use it without its run's folder.
+    """Return the description that every checkpoint contains, enough to use it without its run's folder.
 
-    `model_options` are the arguments of the model's constructor beside the number of classes, `reading` the mean,
-    std and interpolation with which images become its input. `windows` gives for a mode of deep grey pictures the
-    values that were black and white.
+    `model_options` are the arguments of the model's constructor except the number of classes, `reading` the mean, std
+    and interpolation for preparing images. `windows` gives, for a mode of deep grey images, the values shown as black
+    and white.
     """
     return {
         "format": FORMAT,
@@ -117,7 +117,7 @@ def identity(
 
 
 def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state. Fused kernels walk memory, so moments must lie as their weights do."""
+    """Load an optimizer's state. Moments get the memory format of their weights, because fused kernels walk memory."""
     optimizer.load_state_dict(state)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
@@ -126,17 +126,17 @@ def load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Non
 
 
 def write_checkpoints(files: dict[Path, dict[str, Any]]) -> None:
-    """Replaces checkpoints (path to content) whole, in this order."""
+    """Replace checkpoint files (path to content) atomically, in this order."""
     for path, content in files.items():
         size = sum(leaf.nbytes for leaf in tree_leaves(content) if torch.is_tensor(leaf))
         replace_file(path, size, partial(torch.save, content))
 
 
 def snapshot(content: dict[str, Any]) -> dict[str, Any]:
-    """A copy on the CPU that later updates do not change; tensors that share memory are copied apart."""
+    """Return a copy on the CPU that later updates do not change; tensors that share memory are copied separately."""
     copied = tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), content)
     for name in ("model", "ema"):
-        if content.get(name) is not None:  # versions of layers, which MNASNet's loader asks for
+        if content.get(name) is not None:  # versions of layers, needed by MNASNet's loader
             copied[name]._metadata = content[name]._metadata
     return copied
 
@@ -144,7 +144,7 @@ def snapshot(content: dict[str, Any]) -> dict[str, Any]:
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "format": lambda value: value == FORMAT,
     "model": lambda value: _are_weights(value),
-    "ema": lambda value: value is None or _are_weights(value),  # best_model.pt has none
+    "ema": lambda value: value is None or _are_weights(value),  # absent from best_model.pt
     "classes": lambda value: (
         isinstance(value, list) and len(value) > 1 and all(isinstance(word, str) for word in value)
     ),
@@ -158,7 +158,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _are_numbers(value),
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "interpolation": lambda value: value in ("bilinear", "bicubic"),
-    "epoch": lambda value: value is None or isinstance(value, int),  # last.pt says it in `progress`
+    "epoch": lambda value: value is None or isinstance(value, int),  # last.pt keeps it in `progress`
     "val_acc": lambda value: value is None or isinstance(value, (int, float)),
 }
 
@@ -181,7 +181,7 @@ def _are_numbers(values: Any, count: int | None = 3) -> bool:
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint that this program wrote. Raises UserError if it is missing, damaged or another's."""
+    """Return a checkpoint that this program wrote. Raise UserError if it is missing, damaged or another program's."""
     content = load_file(file)
     if isinstance(content, dict) and METADATA in content:
         content = _from_metadata(content["state_dict"], content[METADATA], file)
@@ -195,13 +195,13 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         or content.get("format") != FORMAT
         or not all(fits(content.get(name)) for name, fits in _PARTS.items())
     ):
-        raise UserError(f"{printable(file)} is no checkpoint of this program, or damaged.")
+        raise UserError(f"{printable(file)} is not a checkpoint of this program, or is damaged.")
     _refuse_not_finite(content, file)
     return content
 
 
 def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
-    """Raise UserError if weights or buffers are not finite, those of the moving average included."""
+    """Raise UserError if weights or buffers, including those of the EMA, are not finite."""
     averaged = content.get("ema")
     weights = {**content["model"], **{f"{name} (averaged)": value for name, value in (averaged or {}).items()}}
     bad = [name for name, weight in weights.items() if not weight.isfinite().all()]
@@ -224,7 +224,8 @@ _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", 
 
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """What the user of a checkpoint's weights must know, as text, because safetensors and ONNX files hold no more."""
+    """Return the facts needed to use a checkpoint's weights, as text, because safetensors and ONNX files hold only
+    text."""
     plain = {name: checkpoint[name] for name in ("normalize", "interpolation")}
     return {
         "model": checkpoint["model_name"],
@@ -234,7 +235,8 @@ def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str, Any] | None:
-    """The checkpoint that `metadata` describes; None if its text is damaged. Raises UserError if it says too little."""
+    """Return the checkpoint that `metadata` describes; None if its text is damaged. Raise UserError if facts are
+    missing."""
     missing = [name for name in ("model", "normalize", "interpolation", *_AS_TEXT) if name not in facts]
     if missing:
         raise UserError(
@@ -250,7 +252,7 @@ def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str,
 
 
 def as_tested(content: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint as it is used; of last.pt the averaged weights if there are any, its epoch and its accuracy."""
+    """Return a checkpoint as it is used: for last.pt, the EMA weights if there are any, its epoch and its accuracy."""
     if "progress" not in content:
         return content
     progress = content["progress"]

@@ -1,4 +1,4 @@
-"""config.json, from which a run can be repeated: its options, versions, device and data. Imports no torch by itself."""
+"""Write and read config.json, which is enough to repeat a run: options, versions, device and data. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")  # of the Name
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """A run's config.json. Raises UserError if it is missing or damaged."""
+    """Return a run's config.json. Raise UserError if it is missing or damaged."""
     config = read_json(file)
     with reading(file):
         parts = config["options"], config.setdefault("versions", {}), config.setdefault("dataset", {})
@@ -27,7 +27,8 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def versions(model_name: str) -> dict[str, str]:
-    """Return what a run of that model depends on, each by its version: another timm may build another network."""
+    """Return the version of each package that a run of this model depends on: another timm may build another
+    network."""
     import numpy
     import PIL
     import torch
@@ -47,11 +48,11 @@ def versions(model_name: str) -> dict[str, str]:
     }
 
 
-_COUNTED = {"train": "train", "validation": "val", "test": "test"}  # parts of a data set, as config.json calls them
+_COUNTED = {"train": "train", "validation": "val", "test": "test"}  # subsets of a data set, as config.json calls them
 
 
 def describe(data: DataSet) -> dict[str, Any]:
-    """What config.json records of a data set."""
+    """Return the description of a data set that config.json records."""
     from images.subsets import files_checksum
 
     return {
@@ -66,7 +67,8 @@ def describe(data: DataSet) -> dict[str, Any]:
 
 
 def known_runs(folder: str | Path, file: str) -> str:
-    """Return a sentence that names the runs in `folder` which have `file`, for errors about a run that is not there."""
+    """Return a sentence that names the runs in `folder` that have `file`, for the error about a run that does not
+    exist."""
     runs = sorted(path.parent.name for path in Path(folder).glob(f"*/{file}"))
     if not runs:
         return f"No run with a {file} is in {printable(folder)}."

@@ -1,6 +1,6 @@
-"""Messages about a run that failed or is about to: what is not finite, where, the usual cause, and what to do.
+"""Write the messages about a run that failed or is about to: what is not finite, where, why, and what to do.
 
-Knows nothing of how the numbers came about.
+Knows nothing of how the numbers were computed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from utils import RunError, typed
 
 @dataclass(frozen=True)
 class Failures:
-    """Make the errors and warnings of the run in `folder`, which trains in `precision`."""
+    """Create the errors and warnings of the run in `folder`, which trains in `precision`."""
 
     folder: Path
     precision: Precision
@@ -75,9 +75,10 @@ class Failures:
 
 
 def _usual_cause(best: Path | None, *, first: bool) -> str:
-    """Return the usual cause of a loss that is not finite, and what helps; `best` are weights to start again from.
+    """Return the usual cause of a loss that is not finite, and the remedy; `best` is the checkpoint to start again
+    from.
 
-    Before the `first` update the learning rate cannot be the cause. A resume keeps its options, so another run is
+    Before the `first` update the learning rate cannot be the cause. A resumed run keeps its options, so a new run is
     needed.
     """
     if first:

@@ -1,4 +1,4 @@
-"""How many images a training can compute at once, from what autograd keeps of one image for the backward pass."""
+"""Find how many images fit into memory in training, from the bytes that autograd keeps for one image."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from precision import Precision
 from system.machine import GPUS, available_memory
 from utils import UserError, return_freed_memory
 
-SPARE = 1.3  # bytes that an update takes for each that is kept: gradients of activations, and holes in the heap
-USABLE = 0.8  # share of the free memory: on a CPU, running out of it is no error that could be caught
+SPARE = 1.3  # bytes an update takes for each byte kept: gradients of activations, and heap fragmentation
+USABLE = 0.8  # fraction of the free memory to use: on a CPU, running out kills the process instead of raising
 
 
 def micro_batch_that_fits(
@@ -21,13 +21,14 @@ def micro_batch_that_fits(
 ) -> int:
     """Return how many images of `image_size` pixels fit into memory at once in training: `most`, or a power of two.
 
-    Updates of two and of three images tell what one more keeps, whatever the process allocated before. `processes`
-    share a CPU's memory. `model` stays as it is. Raises UserError if not even two images fit.
+    The difference between updates of two and of three images gives the bytes for one more, whatever the process
+    allocated before. `processes` share a CPU's memory. `model` is not changed. Raise UserError if two images do not
+    fit.
     """
     two, three = (_kept_bytes(copy.deepcopy(model), count, image_size, precision, device) for count in (2, 3))
     each = three - two
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    once = two - 2 * each + 4 * weights  # 16-bit copies of weights; gradients, Adam's two moments, a moving average
+    once = two - 2 * each + 4 * weights  # 16-bit copies of weights; gradients, Adam's two moments, an EMA
     free = _free_bytes(device, processes)
     fits = most if free is None else int((USABLE * free - once) / max(1.0, SPARE * each))
     if fits < min(2, most):
@@ -55,7 +56,7 @@ def _kept_bytes(model: nn.Module, count: int, image_size: int, precision: Precis
 
 
 def _free_bytes(device: torch.device, processes: int) -> float | None:
-    """Return this process's share of the free memory, freed memory included; None if the system does not say it."""
+    """Return this process's share of the free memory, including freed memory; None if the system does not report it."""
     if device.type in GPUS:
         gpu = getattr(torch, device.type)
         gpu.empty_cache()

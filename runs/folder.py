@@ -1,7 +1,7 @@
-"""Everything a run writes and reads back: its folder and lock, config, metrics, checkpoints, result.
+"""Write and read all files of a run: its folder and lock, config, metrics, checkpoints, result.
 
-Files are replaced whole, so a reader or a resumed run never meets half of one; checkpoints are written by a
-thread, so the step does not wait for the disk. Knows nothing of how the values came about.
+Files are replaced atomically, so no reader and no resumed run meets half of one. A thread writes checkpoints, so the
+step does not wait for the disk. Knows nothing of how the values were computed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class RunDirectory:
 
     # ------------------------------------------------------------------------ open and close
     def open(self) -> None:
-        """Makes the folder, locks it, and clears what a killed run left half-written.
+        """Create the folder, lock it, and remove the partial files of a killed run.
 
-        Raises UserError if it is no folder or another live process holds it, RunError if the disk is
-        full or read-only.
+        Raise UserError if the path is not a folder or another live process holds it, RunError if the disk is full or
+        read-only.
         """
         if not self.writes:
             return
@@ -58,7 +58,7 @@ class RunDirectory:
             raise UserError(
                 f"{printable(self.path)} is in use by {holder}. Wait for it, or choose another --checkpoint_name."
             )
-        with suppress(OSError):  # a full disk; the text is for people
+        with suppress(OSError):  # a full disk; only people read this text
             file.truncate(0)
             os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
         if hasattr(os, "register_at_fork"):  # a loading worker that outlives this process must not hold the lock
@@ -66,7 +66,7 @@ class RunDirectory:
         remove(*self.path.glob(".*.tmp"))
 
     def close(self) -> None:
-        """Waits for pending checkpoints and gives the folder free."""
+        """Wait for pending checkpoints and release the lock."""
         try:
             self.flush()
         finally:
@@ -89,16 +89,16 @@ class RunDirectory:
         self.write_text(name, csv_text(rows))
 
     def write_metrics(self, history: list[dict[str, Any]]) -> None:
-        """Rewrites metrics.jsonl and metrics.csv from all epochs so far."""
+        """Write metrics.jsonl and metrics.csv again from all epochs so far."""
         self.write_text("metrics.jsonl", "".join(json_text(line) + "\n" for line in history))
         header = list(history[-1]) if history else ["epoch"]
         self.write_csv("metrics.csv", [header, *([line.get(name) for name in header] for line in history)])
 
     # ---------------------------------------------------------------------------- checkpoints
     def save(self, files: dict[str, dict[str, Any]]) -> None:
-        """Hands checkpoints (name to content) to the writing thread, which replaces them in this order.
+        """Pass checkpoints (name to content) to the writing thread, which replaces the files in this order.
 
-        Waits for those handed over before: memory holds one copy at a time.
+        Wait for earlier ones first, so that memory holds one copy at a time.
         """
         if self.writes:
             self.flush()
@@ -106,7 +106,7 @@ class RunDirectory:
             self._writing = submitted(self._writer, write_checkpoints, copies)
 
     def flush(self) -> None:
-        """Waits until every checkpoint handed over is on disk; raises RunError if that failed."""
+        """Wait until every pending checkpoint is on disk; raise RunError if writing failed."""
         writing = self._writing
         self._writing = None
         if writing is not None:

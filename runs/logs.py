@@ -1,7 +1,7 @@
-"""Tell TensorBoard, Weights & Biases and MLflow how a run goes, each through one small class.
+"""Log a run to TensorBoard, Weights & Biases and MLflow, each through one small class.
 
-All get the same numbers under the names of metrics.jsonl and result.json. A resumed run continues in the same log. A
-log that fails is given up with a warning, because no training may end for it.
+All get the same numbers under the names of metrics.jsonl and result.json. A resumed run continues in the same log. If a
+log fails, it is dropped with a warning, because it must not end a training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from utils import UserError, printable
 
-PROJECT = "amp-train"  # of W&B, and the experiment of MLflow, unless their own variables name another
+PROJECT = "amp-train"  # W&B's project and MLflow's experiment, unless their own variables name another
 
 
 class Logs:
@@ -39,16 +39,16 @@ class Logs:
         for name in names:
             try:
                 self._logs[name] = LOGS[name].adapter(folder, options, bool(history))
-            except Exception as error:  # these tools raise nearly every type
+            except Exception as error:  # these packages raise nearly every type
                 self._give_up(name, error)
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Add an epoch's line of metrics.jsonl."""
+        """Log one epoch's entry of metrics.jsonl."""
         self._last = line
         self._tell("scalars", _numbers(line), line["epoch"])
 
     def result(self, values: dict[str, Any], pictures: Iterable[Path]) -> None:
-        """Add the numbers of the test, except those that an epoch has under the same name, and the pictures."""
+        """Log the numbers of the test, except those that an epoch has under the same name, and the pictures."""
         epoch = self._last["epoch"]
         numbers = _numbers({name: value for name, value in values.items() if name not in self._last})
         self._tell("scalars", numbers, epoch)
@@ -57,7 +57,7 @@ class Logs:
                 self._tell("picture", file, epoch)
 
     def close(self, ending: str) -> None:
-        """End all logs; `ending` is finished, stopped or failed."""
+        """Close all logs; `ending` is finished, stopped or failed."""
         self._tell("close", ending)
         self._logs.clear()
 
@@ -82,7 +82,7 @@ def refuse_missing_packages(names: Iterable[str]) -> None:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
-    """Return the finite numbers of a line of metrics.jsonl or of result.json, without the epoch."""
+    """Return the finite numbers of an entry of metrics.jsonl or of result.json, without the epoch."""
     return {
         name: float(value)
         for name, value in values.items()
@@ -91,7 +91,7 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in the run's folder `tensorboard`."""
+    """Write event files into the run's folder `tensorboard`."""
 
     def __init__(self, folder: Path, options: dict[str, Any], resumed: bool):
         from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +117,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of W&B in the run's folder `wandb`; offline unless WANDB_MODE or WANDB_API_KEY is set."""
+    """Log a W&B run in the run's folder `wandb`; offline unless WANDB_MODE or WANDB_API_KEY is set."""
 
     def __init__(self, folder: Path, options: dict[str, Any], resumed: bool):
         import wandb
@@ -134,7 +134,7 @@ class WeightsAndBiases:
             name=folder.name,
             group=folder.parent.name,
             config=options,
-            settings=wandb.Settings(console="off", silent=True, disable_git=True),  # it writes on the user's terminal
+            settings=wandb.Settings(console="off", silent=True, disable_git=True),  # it prints to the user's terminal
         )
         self._run.define_metric("*", step_metric="epoch")
 
@@ -149,7 +149,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run in the file store `mlruns` beside the run's folder, or in MLFLOW_TRACKING_URI."""
+    """Log a run to the file store `mlruns` beside the run's folder, or to MLFLOW_TRACKING_URI."""
 
     _STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -187,10 +187,10 @@ class MLflow:
 
 @dataclass(frozen=True)
 class Log:
-    """One name of `--log`, which is also the name of the module that its adapter imports."""
+    """A value of `--log`, which is also the name of the module that its adapter imports."""
 
-    adapter: Callable[[Path, dict[str, Any], bool], Any]  # the run's folder, its options, if it was resumed
-    package: str  # to install if there is no such module
+    adapter: Callable[[Path, dict[str, Any], bool], Any]  # the run's folder, its options, True if it was resumed
+    package: str  # to install if the module is missing
 
 
 LOGS = {

@@ -1,11 +1,11 @@
-"""What result.json holds: its fields, its writer, its reader and its check. Imports no torch.
+"""Write, read and check result.json. Imports no torch.
 
 Of the test: a number for each of choices.METRICS (test_acc, balanced_acc and macro_f1 in percent, test_loss in nats),
 macro and per_class (shares: precision, recall, f1; support), classes, confusion (true by predicted class; or
 `confusion_cells`), calibration_error. Of the training: best_epoch, best_val_acc (percent; None: not validated),
-total_seconds, train_seconds (None: only tested), images_per_second, busy_share (of the time, lost to other programs;
-None: unknown), skipped_updates. Of the machine: precision, device, device_name, peak_memory_mb, reserved_memory_mb,
-memory_kind.
+total_seconds, train_seconds (None: only tested), images_per_second, busy_share (share of the time lost to other
+programs; None: unknown), skipped_updates. Of the machine: precision, device, device_name, peak_memory_mb,
+reserved_memory_mb, memory_kind.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ NUMBERS = (
     "images_per_second",
     "peak_memory_mb",
 )
-MATRIX = 100  # classes; a matrix of 3,000 would be 9 million numbers, of which at most one an image is not 0
-OF_TRAINING = ("train_seconds", "best_val_acc")  # None after `evaluate`: no time, and last.pt may have no validation
+MATRIX = 100  # classes; a matrix of 3,000 would be 9 million numbers, with at most one nonzero cell per image
+# None after `evaluate`: nothing was trained, and last.pt may not be validated
+OF_TRAINING = ("train_seconds", "best_val_acc")
 
 
 def read_result(file: Path) -> dict[str, Any]:
-    """A finished run's result. Raises UserError if the file is missing or damaged."""
+    """Return a finished run's result. Raise UserError if the file is missing or damaged."""
     result = read_json(file)
     with reading(file):
         check_result(result)
@@ -41,7 +42,7 @@ def read_result(file: Path) -> dict[str, Any]:
 
 
 def check_result(result: dict[str, Any]) -> None:
-    """Raise ValueError, KeyError or TypeError if tables and pictures would lack something."""
+    """Raise ValueError, KeyError or TypeError if an entry that tables and pictures need is missing or wrong."""
     tested_alone = result["train_seconds"] is None
     numbers = [result[name] for name in NUMBERS if not (tested_alone and name in OF_TRAINING and result[name] is None)]
     numbers.append(result.get("busy_share") or 0.0)
@@ -54,10 +55,10 @@ def check_result(result: dict[str, Any]) -> None:
 
 
 def confusion_entry(cells: np.ndarray, class_count: int) -> dict[str, Any]:
-    """Return what result.json says of a confusion matrix with these `cells` (true class, predicted class, images).
+    """Return the entry of result.json for a confusion matrix with these `cells` (true class, predicted class, images).
 
     It is the whole matrix as `confusion` or, above MATRIX classes, `confusion_cells`: [true, predicted, images] of each
-    cell that is not 0, with classes by their place in `classes`.
+    nonzero cell, with classes as indices into `classes`.
     """
     if class_count > MATRIX:
         return {"confusion_cells": cells.tolist()}
@@ -65,7 +66,7 @@ def confusion_entry(cells: np.ndarray, class_count: int) -> dict[str, Any]:
 
 
 def confusion_cells(result: dict[str, Any]) -> np.ndarray:
-    """Return the cells of a result's confusion matrix that are not 0: (cells, 3) of true, predicted, images.
+    """Return the nonzero cells of a result's confusion matrix: (cells, 3) of true, predicted, images.
 
     Raise ValueError, TypeError or KeyError if there is no such matrix.
     """
@@ -75,7 +76,7 @@ def confusion_cells(result: dict[str, Any]) -> np.ndarray:
 
 
 def matrix_of(cells: np.ndarray, class_count: int) -> np.ndarray:
-    """Return the whole confusion matrix (true class, predicted class) that `cells` are of."""
+    """Return the whole confusion matrix (true class, predicted class) with these `cells`."""
     true, predicted, images = cells.T
     matrix = np.zeros((class_count, class_count), dtype=int)
     matrix[true, predicted] = images
@@ -83,7 +84,7 @@ def matrix_of(cells: np.ndarray, class_count: int) -> np.ndarray:
 
 
 def cells_of(matrix: np.ndarray, class_count: int) -> np.ndarray:
-    """Return the cells of a whole confusion matrix as `confusion_cells` does. Raise ValueError if it is not square."""
+    """Return the nonzero cells of a whole confusion matrix. Raise ValueError if it is not square."""
     if matrix.shape != (class_count, class_count):
         raise ValueError("its confusion matrix does not fit its classes")
     true, predicted = np.nonzero(matrix)

@@ -1,4 +1,4 @@
-"""Whether a run may go on: what is there, which options may differ, and the way back to where it stood."""
+"""Decide if a run may continue, which options may differ, and restore its state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OVERFLOW = "validation overflowed"  # in failure.json
 _PRECISION = named(PRECISION)
 
-WRITTEN = (  # by a run, the files first that make it look finished
+WRITTEN = (  # written by a run; the files that make it look finished come first
     "result.json",
     "failure.json",
     "logs.json",
@@ -47,7 +47,7 @@ WRITTEN = (  # by a run, the files first that make it look finished
 
 @dataclass(frozen=True)
 class Earlier:
-    """What a run begins from: whether it goes on from last.pt, and the config.json it was begun with.
+    """The state a run starts from: `resuming` is True if it continues from last.pt; `config` is its first config.json.
 
     For a new run `config` is that of --config; empty if there is none.
     """
@@ -59,10 +59,10 @@ class Earlier:
 def find_earlier(
     run: RunDirectory, options: dict[str, Any], *, resume: str | None, overwrite: bool, config: str | None
 ) -> Earlier:
-    """What is there to begin from.
+    """Return the state that this run starts from.
 
-    Raises UserError if there is nothing to resume, if the options would make it another run, and if a new
-    run would replace one.
+    Raise UserError if there is nothing to resume, if the options do not belong to the run, or if a new run would
+    replace another.
     """
     last = run.file("last.pt")
     if resume == "yes" and not last.exists():
@@ -77,12 +77,12 @@ def find_earlier(
         _refuse_changed(stored["options"], options, may_differ=_PRECISION if overflowed(run) else frozenset())
         return Earlier(True, stored)
     if not overwrite and not (resume and not run.file("result.json").exists()):
-        _refuse_existing(run)  # --resume auto may meet a run that ended before its first last.pt: it begins anew
+        _refuse_existing(run)  # --resume auto may find a run that ended before its first last.pt: start anew
     return Earlier(False, read_config(Path(config)) if config else {})
 
 
 def _refuse_existing(run: RunDirectory) -> None:
-    """Raises UserError if the folder holds a run already."""
+    """Raise UserError if the folder already holds a run."""
     present = [name for name in ("result.json", "last.pt", "best_model.pt") if run.file(name).exists()]
     if present:
         kind = "finished" if "result.json" in present else "begun"
@@ -94,13 +94,14 @@ def _refuse_existing(run: RunDirectory) -> None:
 
 
 def overflowed(run: RunDirectory) -> bool:
-    """Whether the run ended with a validation that its precision could not compute: it may go on in another one."""
+    """Return True if the run ended with a validation that overflowed in its precision: it may continue in another
+    one."""
     file = run.file("failure.json")
     return file.exists() and read_json(file).get("kind") == OVERFLOW
 
 
 def _refuse_longer(run: RunDirectory, stored: dict[str, Any], current: dict[str, Any]) -> None:
-    """Raises UserError, with the command that goes on from its weights, where a finished run is to be longer."""
+    """Raise UserError, with the command that continues from its weights, if a finished run should train longer."""
     epochs = current.get("epochs")
     if not run.file("result.json").exists() or not epochs or epochs <= stored.get("epochs", epochs):
         return
@@ -115,8 +116,8 @@ def _refuse_longer(run: RunDirectory, stored: dict[str, Any], current: dict[str,
 
 
 def _refuse_changed(stored: dict[str, Any], current: dict[str, Any], *, may_differ: frozenset[str]) -> None:
-    """Raises UserError naming every difference in options that would make another run of a resumed one."""
-    if isinstance(current.get("batch_size"), str):  # auto: as this run chose when it began
+    """Raise UserError naming every changed option that a resumed run must keep."""
+    if isinstance(current.get("batch_size"), str):  # auto: use the batch size that this run chose when it began
         current = current | {"batch_size": images_asked(current["batch_size"]), "accumulate": stored.get("accumulate")}
     changed = [
         f"  --{name}: begun with {stored[name]}, now {current[name]}"
@@ -129,16 +130,16 @@ def _refuse_changed(stored: dict[str, Any], current: dict[str, Any], *, may_diff
 
 
 def remove_results(run: RunDirectory) -> None:
-    """Removes what an earlier run of this name wrote."""
+    """Remove the files that an earlier run of this name wrote."""
     if run.writes:
         for name in WRITTEN:
             run.file(name).unlink(missing_ok=True)
-        for name in ("tensorboard", "wandb"):  # two runs' events would be drawn as one
+        for name in ("tensorboard", "wandb"):  # otherwise the events of two runs would be drawn as one
             shutil.rmtree(run.file(name), ignore_errors=True)
 
 
 def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, Any]) -> None:
-    """Loads last.pt into a trainer; refuses images other than those that config.json says they `was`."""
+    """Load last.pt into a trainer; raise UserError if the images differ from those in `was`, the recorded data set."""
     run = trainer.run
     file = run.file("last.pt")
     state = trainer.batches.ranks.share(lambda: load_checkpoint(file))
@@ -148,7 +149,7 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
             f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
-    changed = state.get("precision") != trainer.precision.name  # "auto" is another one on another device
+    changed = state.get("precision") != trainer.precision.name  # "auto" may choose another precision on another device
     if changed and not trainer.batches.ranks.share(lambda: overflowed(run)):
         raise UserError(
             f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
@@ -163,7 +164,7 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
             raise
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{printable(file)} does not fit this run, or is damaged ({reason}).") from None
-    if run.writes and not changed:  # else last.pt still says the other precision
+    if run.writes and not changed:  # otherwise last.pt still names the other precision
         run.file("failure.json").unlink(missing_ok=True)
     epochs = amount(trainer.progress.epoch, "epoch", "epochs")
     if changed:
@@ -175,7 +176,7 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
 
 
 def say_differences(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Notes what is not as it was when the config.json `then` was written."""
+    """Log each version, device setting and fingerprint that changed since the config.json `then` was written."""
 
     def environment(config: dict[str, Any]) -> dict[str, Any]:
         machine = {name: config.get(name) for name in ("device", "device_name", "threads", "ranks")}

@@ -1,4 +1,4 @@
-"""Files of a run, replaced whole."""
+"""Replace the files of a run atomically."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from utils import RunError, printable
 
 
 def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Replaces a file whole by what `fill` writes, about `size` bytes.
+    """Replace a file atomically with the output of `fill`, about `size` bytes.
 
-    Raises RunError if the disk is full or the folder is gone.
+    Raise RunError if the disk is full or the folder was deleted.
     """
     try:
         with atomic_write(path) as file:
             fill(file)
     except (OSError, RuntimeError) as error:
-        # torch.save raises an error of its own over the file's.
+        # torch.save raises its own error instead of the file's.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -40,24 +40,24 @@ def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> Non
 
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     table = io.StringIO()
-    csv.writer(table).writerows(rows)  # CRLF: with less a return in a name would not be quoted
+    csv.writer(table).writerows(rows)  # CRLF: otherwise a carriage return in a name would not be quoted
     return table.getvalue()
 
 
 PREDICTION = ["path", "label", "predicted", "confidence"]  # the first columns of predictions.csv
-FIXED = ("folder", *PREDICTION)  # `predict --csv` has these, but for the label
-PROBABILITIES = 1000  # the most classes of which each has its column: files grow with images times classes
+FIXED = ("folder", *PREDICTION)  # `predict --csv` has these, except the label
+PROBABILITIES = 1000  # the most classes that get a column each: files grow with images times classes
 _CLASS = "class:"
 
 
 def class_columns(classes: list[str]) -> list[str]:
-    """Return the column of each class: its name, or class:NAME if it is called like a fixed column."""
+    """Return the column of each class: its name, or class:NAME if it equals a fixed column."""
     clash = [name.casefold() in FIXED or name.startswith(_CLASS) for name in classes]
     return [as_cell(_CLASS * bad + name) for name, bad in zip(classes, clash, strict=True)]
 
 
 def classes_of(columns: list[str]) -> list[str]:
-    """Return the classes that `class_columns` made these columns of."""
+    """Return the classes for the columns that `class_columns` made."""
     return [from_cell(column).removeprefix(_CLASS) for column in columns]
 
 
@@ -67,7 +67,7 @@ def prediction_rows(
     """Yield the rows of predictions.csv, its header first: one for each image, probabilities with six digits.
 
     `labels` and `predicted` are class indices (images,), `probabilities` (images, classes) or None. `predicted` are the
-    classes that the accuracy counts: of logits that nearly agree, probabilities would say another.
+    classes that the accuracy counts; if logits nearly agree, rounded probabilities would give another class.
     """
     yield [*PREDICTION, *([] if probabilities is None else class_columns(classes))]
     cells = [as_cell(name) for name in classes]
