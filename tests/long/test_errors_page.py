@@ -1,4 +1,4 @@
-"""docs/errors.md: every program on the page runs, and prints what the page says that it prints.
+"""docs/errors.md and its pages: every program runs, and prints what its page says that it prints.
 
 The programs run in one process of their own, because some of them change global switches.
 Run: pytest tests/long/test_errors_page.py
@@ -15,8 +15,10 @@ import tiny
 import torch
 
 ROOT = tiny.ROOT
-PAGE = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
-SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
+INDEX = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("errors_*.md"))}
+SECTION = re.compile(r"^## (.*?)\n(.*?)(?=^## |\Z)", re.DOTALL | re.MULTILINE)
+SECTIONS = {title: body for page in PAGES.values() for title, body in SECTION.findall(page)}
 PROGRAMS = {title: body for title, body in SECTIONS.items() if "```python" in body}
 WORDED_LIKE_THIS = torch.torch_version.TorchVersion("2.14")  # the version whose words the page quotes
 RUNNER = """
@@ -89,11 +91,12 @@ def test_the_cure_cures(title, results):
         assert not [line for line in trouble if "Warning:" in line and line in said], said
 
 
-def test_the_page_has_twenty_sections_and_lists_them_all():
+def test_the_pages_have_twenty_sections_and_the_index_lists_them_all():
     assert len(PROGRAMS) >= 20
-    index = PAGE.partition("\n## ")[0]
-    for title in PROGRAMS:
-        assert f"](#{re.sub(r'[^a-z0-9_ -]', '', title.lower()).replace(' ', '-')})" in index, title
+    for name, page in PAGES.items():
+        for title in dict(SECTION.findall(page)).keys() & PROGRAMS.keys():
+            anchor = re.sub(r"[^a-z0-9_ -]", "", title.lower()).replace(" ", "-")
+            assert f"]({name}#{anchor})" in INDEX, title
 
 
 @pytest.mark.parametrize("title", PROGRAMS)
