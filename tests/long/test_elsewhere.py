@@ -204,9 +204,9 @@ def test_a_finished_run_that_is_to_be_longer_is_answered_with_the_command(data, 
 
 
 # ------------------------------------------------------------------------------------- other programs
-def test_best_model_loads_as_the_readme_says(finished):
-    readme = (tiny.ROOT / "README.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```py\n(import torch, torchvision\n.*?)```", readme, re.DOTALL)
+def test_best_model_loads_as_the_page_says(finished):
+    page = (tiny.ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```py\n(import torch, torchvision\n.*?)```", page, re.DOTALL)
     names = {}
     exec(program.replace("checkpoint/baseline", str(finished)), names)
     weights = load_file(finished / "best_model.pt")["model"]
