@@ -18,6 +18,10 @@ class Kind:
     dtype: torch.dtype
     reason: str
 
+    @property
+    def amp(self) -> bool:
+        return self.dtype != torch.float32
+
 
 PRECISIONS = {
     "fp32": Kind("FP32", torch.float32, "no autocast"),
@@ -48,7 +52,7 @@ class Precision:
 
     @property
     def amp(self) -> bool:
-        return self.dtype != torch.float32
+        return PRECISIONS[self.name].amp
 
     def autocast(self) -> torch.autocast:
         """Return a region for the forward pass and the loss; a disabled one for FP32 and TF32."""
