@@ -9,16 +9,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ampscope.by_layer import layer_errors
     from ampscope.errors import InspectError
+    from ampscope.float32_layers import keep_float32
     from ampscope.inspecting import inspect_step
     from ampscope.module import inspect_module
     from ampscope.report import Report
     from ampscope.watching import Watcher, watch
 
 __version__ = "0.2.0"
-__all__ = ["InspectError", "Report", "Watcher", "inspect_module", "inspect_step", "watch"]
+__all__ = [
+    "InspectError",
+    "Report",
+    "Watcher",
+    "inspect_module",
+    "inspect_step",
+    "keep_float32",
+    "layer_errors",
+    "watch",
+]
 _HOMES = {
     "InspectError": "errors",
+    "keep_float32": "float32_layers",
+    "layer_errors": "by_layer",
     "Report": "report",
     "Watcher": "watching",
     "inspect_module": "module",

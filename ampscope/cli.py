@@ -34,6 +34,8 @@ def inspect(words: Sequence[str]) -> int:
     parser.add_argument("--out", default="inspect", metavar="DIR", help="folder for JSON, pictures and page (inspect)")
     parser.add_argument("--full", action="store_true", help="list every operator")
     parser.add_argument("--strict", action="store_true", help="end with status 1 if a rule is broken")
+    parser.add_argument("--layers", action="store_true", help="show the error of each layer in place of the report")
+    parser.add_argument("--find_layers", action="store_true", help="also search for the layers to keep in float32")
     options = parser.parse_args(words)
 
     import torch
@@ -41,6 +43,11 @@ def inspect(words: Sequence[str]) -> int:
     from ampscope.module import broken_rules, inspect_module, show
 
     device = torch.device(options.device) if options.device else None
+    if options.layers or options.find_layers:
+        from ampscope.module import show_layers
+
+        show_layers(options.target, device, options.precisions, options.out, find=options.find_layers)
+        return 0
     report = inspect_module(options.target, device=device, precisions=options.precisions, diary=options.diary)
     show(report, out=options.out, full=options.full)
     if options.strict and not report.ok:

@@ -6,7 +6,8 @@ import importlib.util
 import json
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ampscope.errors import InspectError
+from ampscope.files import json_text, replacing
 from ampscope.inspecting import inspect_step
 from ampscope.places import count_as_users
 from ampscope.report import Report
@@ -48,13 +50,20 @@ def inspect_module(
         InspectError: if the file, the function or what it returns cannot be used.
     """
     metrics = read_diary(Path(diary)) if diary is not None else None
+    with made(target, device) as parts:
+        return inspect_step(**parts, precisions=precisions, metrics=metrics)
+
+
+@contextmanager
+def made(target: str, device: torch.device | None) -> Iterator[dict[str, Any]]:
+    """Yield what `make` in FILE.py returns, as arguments; the file's folder is searched first for imports meanwhile."""
     file, name = split_target(target)
     sys.path.insert(0, str(file.parent))
     try:
         parts = arguments_of(call_make(load(file), name, file))
         if device is not None:
             move(parts, device)
-        return inspect_step(**parts, precisions=precisions, metrics=metrics)
+        yield parts
     finally:
         if str(file.parent) in sys.path:
             sys.path.remove(str(file.parent))
@@ -78,6 +87,26 @@ def show(report: Report, *, out: str | Path, full: bool = False) -> None:
     report.write(out)
     print(report.text(full=full))
     print("\n".join(["", *paragraph(f"Pictures, inspect.json and inspect.html are in {out}.")]))
+
+
+def show_layers(
+    target: str, device: torch.device | None, precisions: list[str] | None, out: str | Path, *, find: bool
+) -> None:
+    """Print the error of each layer of a step, and write layers.json and layers.png into `out`."""
+    from ampscope.by_layer import error_picture, layer_errors
+
+    with made(target, device) as parts:
+        found = layer_errors(**parts, precisions=precisions, find=find)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "layers.json") as file:
+            file.write(f"{json_text(found.content, indent=1)}\n".encode())
+        error_picture(found, folder / "layers.png")
+    except OSError as error:
+        raise InspectError(f"cannot write into {folder} ({error.strerror}). Name another folder.") from None
+    print(found.text())
+    print(f"\nlayers.json and layers.png are in {out}.")
 
 
 def broken_rules(report: Report) -> str:

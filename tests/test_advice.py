@@ -21,10 +21,10 @@ from dataset import Batches
 from evaluate import way_out
 from images.soundness import say_uneven
 from measuring import advice, probe
-from metrics import Meter
 from model import _advice, check_input_size
 from option import SAME_TRAINING
 from precision import named_precision
+from runs.failures import Failures
 from system.cards import EMULATED, NATIVE
 from system.machine import images_that_fit
 from transforms import Preprocess
@@ -202,7 +202,7 @@ def test_evaluation_takes_no_more_images_at_once_than_training():
 
 def ended(epoch: int, update: int, precision: str = "fp32") -> str:
     fake = SimpleNamespace(folder=Path("runs/x y"), updates_per_epoch=9, precision=named_precision(precision, CPU))
-    return str(Meter.not_finite(fake, "loss", SimpleNamespace(epoch=epoch, best_epoch=epoch), update))
+    return str(Failures.not_finite(fake, "loss", SimpleNamespace(epoch=epoch, best_epoch=epoch), update))
 
 
 def test_a_loss_that_is_not_finite_is_blamed_on_what_can_have_caused_it():

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint as checkpointing
 from torch.utils._pytree import tree_map
 
 from ampscope.errors import InspectError
@@ -33,6 +34,7 @@ DRAWS = 3  # runs with random roundings, of which the floor is the largest
 ABOVE = 4.0  # times the floor: an error above that is more than rounding
 SEARCHED = 12  # modules that the search tries in float32, those of the largest errors of their own
 TIMED = 5  # updates of each side
+SCALE = 1024.0  # factor on the loss in float16, by which gradients are divided again
 Key = tuple[str, int]  # a module's name, and which of its calls
 
 
@@ -72,13 +74,10 @@ class _Recorder:
 
     def _enter(self, name: str) -> Callable:
         def enter(_module: nn.Module, arguments: Any, options: Any) -> Any:
-            again = torch._C._current_graph_task_id() != -1  # a checkpointed block is computed once more
-            key = (name, -1 if again else self._calls.get(name, 0))
+            key = (name, self._calls.get(name, 0))
             if self._open:
                 self._open[-1] = (self._open[-1][0], False)
             self._open.append((key, True))
-            if again:
-                return None
             self._calls[name] = key[1] + 1
             arguments, options = self._changed(name, key, arguments, options)
             self.seen.inputs[key] = _copies((arguments, options))
@@ -104,8 +103,6 @@ class _Recorder:
 
     def _leave(self, _module: nn.Module, _arguments: Any, outputs: Any) -> Any:
         key, leaf = self._open.pop()
-        if key[1] < 0:
-            return None
         if leaf:
             self.seen.leaves.add(key[0])
             if self.noise:
@@ -160,7 +157,7 @@ class LayerErrors:
         self.content = content
 
     def text(self, *, lines: int = 24) -> str:
-        """Return the table of each precision: the first modules, those above the floor and those of the largest error."""
+        """Return a table for each precision, of the modules whose own errors are the largest, and its verdict."""
         out: list[str] = []
         for name, found in self.content["precisions"].items():
             out += heading(
@@ -190,49 +187,63 @@ def layer_errors(
     loss: Callable | None = None,
     *,
     step: Callable | None = None,
+    optimizers: Any = None,
+    scaler: Any = None,
     precisions: list[str] | None = None,
     find: bool = False,
-    scale: float = 1024.0,
 ) -> LayerErrors:
     """Return the error of every module of a step in each 16-bit precision.
 
     Args:
-        model, batch, loss, step: as `inspect_step` takes them. Models are put back as they were.
+        model, batch, loss, step, optimizers, scaler: as `inspect_step` takes them. Models are put back as they were.
         precisions: names of 16-bit precisions; None for those that make sense on the device.
         find: also look for the modules to keep in float32, one at a time.
-        scale: factor on the loss in float16, by which gradients are divided again.
 
     Raises:
         InspectError: if the step fails, or no precision has 16 bits.
     """
-    subject = Subject(model, batch, loss, step=step)
+    subject = Subject(model, batch, loss, step=step, optimizers=optimizers, scaler=scaler)
     subject.materialise()
     chosen = precisions or [name for name in sensible_precisions(subject.device) if PRECISIONS[name].amp]
     if not chosen or not all(name in PRECISIONS and PRECISIONS[name].amp for name in chosen):
         raise InspectError("name a precision of 16 bits: amp-bf16 or amp-fp16.")
     base = named_precision("fp32", subject.device)
-    true = _run(subject, base)
+    ambient = not _has_regions(subject)
+    true = _run(subject, base, ambient=ambient)
     content: dict[str, Any] = {"reference": "float32", "precisions": {}}
     for name in chosen:
         precision = named_precision(name, subject.device)
-        factor = scale if precision.dtype == torch.float16 else 1.0
-        low = _run(subject, precision, scale=factor)
-        own = _run(subject, precision, scale=factor, feed=true)
+        factor = SCALE if precision.dtype == torch.float16 else 1.0
+        low = _run(subject, precision, ambient=ambient, scale=factor)
+        own = _run(subject, precision, ambient=ambient, scale=factor, feed=true)
         noise = torch.finfo(precision.dtype).eps / 2
-        floors = [_run(subject, base, noise=noise, seed=draw) for draw in range(DRAWS)]
-        alone = [_run(subject, base, noise=noise, seed=draw, feed=true) for draw in range(DRAWS)]
+        floors = [_run(subject, base, ambient=ambient, noise=noise, seed=draw) for draw in range(DRAWS)]
+        alone = [_run(subject, base, ambient=ambient, noise=noise, seed=draw, feed=true) for draw in range(DRAWS)]
         rows = _rows(subject, true, low, own, floors, alone)
         found = {"rows": rows, **_judged(rows)}
         if find:
-            found |= _search(subject, precision, true, rows, base)
+            found |= _search(subject, precision, true, rows, ambient=ambient)
         content["precisions"][name] = found
     return LayerErrors(content)
+
+
+def _has_regions(subject: Subject) -> bool:
+    """Return True if the step enters autocast itself; then its own regions take the precision."""
+    with subject.kept():
+        execution = Execution(subject, None)
+        try:
+            execution.run()
+        except Exception as error:
+            raise InspectError(f"the step fails as it is written: {type(error).__name__}: {error}") from error
+    subject.forget()
+    return any(event.kind == "autocast" and event.details["enabled"] for event in execution.events)
 
 
 def _run(
     subject: Subject,
     precision: Precision,
     *,
+    ambient: bool,
     scale: float = 1.0,
     noise: float = 0.0,
     seed: int = 0,
@@ -247,9 +258,9 @@ def _run(
                 for parameter in subject.parameters():
                     if _is_floating(parameter):
                         parameter.copy_(recorder._off(parameter))
-        execution = Execution(subject, precision.use(), scale=scale)
+        execution = Execution(subject, precision.use(), ambient=ambient, scale=scale)
         try:
-            with recorder.attached() as seen:
+            with _without_checkpointing(), recorder.attached() as seen:
                 execution.run()
         except Exception as error:
             raise InspectError(f"the step fails in {precision.label}: {type(error).__name__}: {error}") from error
@@ -260,6 +271,39 @@ def _run(
                 seen.weights[name] = parameter.grad.detach().float() / factor
         subject.forget()
     return seen
+
+
+class _Direct:
+    """Stands for the autograd function of reentrant checkpointing, and calls the block directly."""
+
+    @staticmethod
+    def apply(function: Callable, _preserve: bool, *arguments: Any) -> Any:
+        return function(*arguments)
+
+
+@contextmanager
+def _without_checkpointing() -> Iterator[None]:
+    """Let checkpointed blocks keep their activations: computed again they would be off by other roundings."""
+
+    def nothing(*_arguments: Any, **_options: Any) -> Iterator[None]:
+        yield
+
+    def directly(function: Callable, arguments: Any, options: Any, **_how: Any) -> Any:
+        return function(*arguments, **options)
+
+    kept = {  # before PyTorch 2.14 the first two, then the third
+        "CheckpointFunction": _Direct,
+        "_checkpoint_without_reentrant_generator": nothing,
+        "_checkpoint_impl": directly,
+    }
+    originals = {name: getattr(checkpointing, name) for name in kept if hasattr(checkpointing, name)}
+    try:
+        for name in originals:
+            setattr(checkpointing, name, kept[name])
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(checkpointing, name, original)
 
 
 def _rows(
@@ -278,8 +322,8 @@ def _rows(
                 "output": _error(run.outputs.get(key, []), true.outputs[key]),
                 "gradient": _error(run.gradients.get(key, []), true.gradients[key]),
                 "weights": _error(
-                    [run.weights[name] for name in weights if name in run.weights],
-                    [true.weights[name] for name in weights],
+                    [run.weights[weight] for weight in weights if weight in run.weights],
+                    [true.weights[weight] for weight in weights],
                 ),
             }
 
@@ -330,9 +374,9 @@ def _judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 # ------------------------------------------------------------------------------------------------- the search
 def _search(
-    subject: Subject, precision: Precision, true: Seen, rows: list[dict[str, Any]], base: Precision
+    subject: Subject, precision: Precision, true: Seen, rows: list[dict[str, Any]], *, ambient: bool
 ) -> dict[str, Any]:
-    """Keep one module after another in float32, those of the largest own error first; say what each brings and costs."""
+    """Keep one module after another in float32, largest own error first; say what each brings and costs."""
     if not subject.single:
         return {"search": ["The search takes one model, not several."]}
     network = core(subject.models[""])
@@ -340,7 +384,7 @@ def _search(
 
     def end(names: list[str]) -> float:
         with _kept(network, names):
-            low = _run(subject, precision)
+            low = _run(subject, precision, ambient=ambient)
         return _error(low.outputs[last], true.outputs[last]) or 0.0
 
     candidates = sorted((row for row in rows if row["own"]), key=lambda row: -row["own"])
@@ -359,7 +403,7 @@ def _search(
     said = [f"The output's error is {_percent(whole)} with everything in 16 bits."]
     said += [f"{name} in float32: {_percent(alone[name])}." for name in sorted(names, key=alone.__getitem__)[:5]]
     if chosen:
-        slow = _slower(subject, precision, network, chosen)
+        slow = _slower(subject, precision, network, chosen, ambient=ambient)
         said.append(
             f"{' and '.join(chosen)} in float32 bring {1 - left / whole:.0%} of the difference for {slow - 1:+.0%} of "
             f"the time: keep_float32(model, {','.join(chosen)!r})."
@@ -378,13 +422,13 @@ def _kept(network: nn.Module, names: list[str]) -> Iterator[None]:
         put_back(network, kept)
 
 
-def _slower(subject: Subject, precision: Precision, network: nn.Module, names: list[str]) -> float:
+def _slower(subject: Subject, precision: Precision, network: nn.Module, names: list[str], *, ambient: bool) -> float:
     """Return how many times as long an update takes with modules in float32: medians of updates in turn."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for _, kept in itertools.product(range(TIMED + 1), (False, True)):
         with subject.kept(), _kept(network, names if kept else []):
             started = time.perf_counter()
-            Execution(subject, precision).run()
+            Execution(subject, precision, ambient=ambient).run()
             if subject.device.type == "cuda":
                 torch.cuda.synchronize(subject.device)
             seconds[kept].append(time.perf_counter() - started)
