@@ -7,7 +7,6 @@ an update goes wrong, the forward passes that led to it are repeated under a tra
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import sys
 import time
@@ -20,6 +19,7 @@ from torch import nn
 from torch.nn.utils import clip_grad
 from torch.utils.hooks import RemovableHandle
 
+from ampscope.files import json_text
 from ampscope.finite import Lineage, Origin
 from ampscope.memory import of_this_process
 from ampscope.places import Place, place_of_caller
@@ -302,7 +302,7 @@ class ScriptWatch(Listener):
         del updates.seconds[: -self.every]
         del updates.loading[: -self.every]
         self._skips = []
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_text(line) + "\n")
         if time.perf_counter() - self._written > WRITTEN:
             self._file.flush()
             self._written = time.perf_counter()
