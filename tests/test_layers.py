@@ -145,7 +145,8 @@ def test_precision_alone_configures_autocast_and_the_scaler():
         if isinstance(node, ast.Assign) and any("fp32_precision" in ast.unparse(target) for target in node.targets)
     }
     # Of the program, and of the library. Layers for CPUs leave autocast within one operator, and set oneDNN's mode.
-    assert configuring == setting == {"precision", "features.cpu_layers", "ampscope.precisions"}
+    both = {"precision", "features.cpu_layers", "ampscope.precisions"}
+    assert (configuring, setting) == (both | {"ampscope.float32_layers"}, both)
 
 
 def test_nobody_below_main_touches_the_options():
