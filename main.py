@@ -6,7 +6,6 @@ it, so that `--help` and wrong options answer at once.
 
 from __future__ import annotations
 
-import errno
 import importlib
 import inspect
 import multiprocessing
@@ -22,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from command_line import idle
+from command_line.failures import explain
 from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
-from system.machine import NO_THREAD, allow_more_files
+from system.machine import allow_more_files
 from system.parent import end_with_parent
 from system.terminal import open_streams
-from utils import RunError, Stopped, UserError, printable
+from utils import Stopped, UserError
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         call(function, options, ranks)
         return 0
     except (Exception, KeyboardInterrupt, Stopped) as error:
-        status, reason = explain(error, options)
+        status, reason = explain(error, options.command, vars(options))
         if not reason:
             raise
         signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends one to all when the first has failed
@@ -138,7 +138,7 @@ def train(setup: Setup) -> None:
     place = asked.place
     recording = asked.recording
     announce(setup, model=asked.model.model, logs=recording.logs, safetensors=recording.safetensors)
-    with opened(setup, partial(explain, options=Namespace(**asked.flat))) as run:
+    with opened(setup, partial(explain, command=asked.command, options=asked.flat)) as run:
         search = partial(find_earlier, run, asked.flat, resume=place.resume, overwrite=place.overwrite)
         earlier = setup.ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
         started_from = asked.typed & {"pretrained", "pretrained_path", "weights"}
@@ -158,81 +158,6 @@ def is_cuda(device: str) -> bool:
     """Return True if the device of that name, which may be auto, is a CUDA device."""
     with utils.importing():
         return utils.choose_device(device, use=False).type == "cuda"
-
-
-def explain(error: BaseException, options: Namespace) -> tuple[int, str]:
-    """Return exit status and reason of a failure; no reason if it can only be a defect of this program."""
-    text = str(error)
-    if isinstance(error, Stopped):
-        return error.exit_status, text or f"stopped by {signal.Signals(error.exit_status - 128).name}{_kept(options)}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, f"interrupted{_kept(options)}"
-    if isinstance(error, (UserError, RunError)):
-        return 2 if isinstance(error, UserError) else 1, text
-    if "DataLoader timed out" in text:
-        return 1, (
-            "no batch came from the loading workers in a quarter of an hour: does the disk that holds the images still "
-            f"answer? --num_workers 0 does without the workers{_kept(options)}."
-        )
-    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
-        reason = text.splitlines()[0] if text else "it gave no reason"
-        workers = getattr(options, "num_workers", None)
-        fewer = "--num_workers 0, which loads without workers" if workers == 1 else "fewer --num_workers"
-        ran_out = f"Usually the machine ran out of memory: use {fewer}{_kept(options)}."
-        return 1, f"a data loading worker died: {reason}\n{ran_out}"
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text:
-        return 1, "too many open files: raise the limit (ulimit -n 1024), or use fewer --num_workers."
-    if NO_THREAD in text or getattr(error, "errno", None) == errno.EAGAIN:
-        return 1, (
-            "no more threads or processes can be started: raise the limit (ulimit -u, or a container's limit of pids), "
-            "or use fewer --num_workers."
-        )
-    if isinstance(error, OSError):
-        return 1, f"{printable(error.filename)}: {error.strerror}" if error.filename else error.strerror or text
-    if isinstance(error, MemoryError) or utils.is_out_of_memory(error):
-        return 1, _memory_advice(options)
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"--compile does not work here: {' '.join(text.split())[:200]}\nLeave out {_compiling(options)}."
-    return 1, _of_other_processes(error)
-
-
-def _of_other_processes(error: BaseException) -> str:
-    """What an error says of the other processes of a job; nothing if there are none, or if it says nothing of them."""
-    return (meeting.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
-
-
-def _kept(options: Namespace) -> str:
-    """What an end before its time leaves to go on from, in words that follow a clause."""
-    if options.command == "train":
-        return "; what was saved before can go on with --resume"
-    if options.command in ("compare", "audit"):
-        return "; the same command, without --overwrite, goes on from what was saved"
-    return ""
-
-
-def _compiling(options: Namespace) -> str:
-    """The options of this command that compile."""
-    return " and ".join(f"--{name}" for name in ("compile", "cuda_graphs") if getattr(options, name, False))
-
-
-def _memory_advice(options: Namespace) -> str:
-    """Where memory ran out, and an option that can help there."""
-    get: Callable[..., Any] = vars(options).get
-    batch = get("batch_size")
-    accumulate = get("accumulate") or 1
-    if options.command != "train":
-        at = f" at --batch_size {batch}" if batch else ""
-        way = "use another --device, or close other programs" if batch == 1 else "use a smaller --batch_size"
-        return f"out of memory{at}: {way}."
-    if isinstance(batch, str):
-        return f"out of memory at --batch_size {batch}: name --batch_size and an --accumulate larger than it chose."
-    whole = get("cuda_graphs") or get("sync_batchnorm")  # which take no micro-batches
-    if batch >= 2 * accumulate and not whole:
-        way = f"--accumulate {accumulate * 2} computes it in smaller micro-batches"
-    else:
-        way = "use a smaller --batch_size" if whole and batch > 1 else "use a smaller --image_size"
-    less = "" if get("amp") else f"; --amp needs less, too{', in place of --tf32' if get('tf32') else ''}"
-    return f"out of memory at --batch_size {batch} --accumulate {accumulate}: {way}{less}."
 
 
 def _terminate(number: int, _frame: object) -> None:

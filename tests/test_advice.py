@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 
-import main
 import precision
 from ampscope import finite, payoff, roofline
 from ampscope.words import payoff_words
+from command_line.failures import explain
 from commands import compare as compare_command
 from commands import doctor
 from dataset import Batches
@@ -138,7 +138,7 @@ def test_a_killed_training_says_that_memory_may_be_the_reason(data, tmp_path, mo
 
 
 def advised(command: str, error: BaseException, **options) -> str:
-    return main.explain(error, SimpleNamespace(command=command, **options))[1]
+    return explain(error, command, options)[1]
 
 
 def test_what_goes_on_after_an_interruption_depends_on_the_command():

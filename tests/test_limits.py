@@ -12,15 +12,14 @@ import resource
 import shutil
 import signal
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
-import main
 import utils
+from command_line.failures import explain
 from images import decode, stores
 from images.opening import Opening, open_data_set
 from images.stores import open_store
@@ -103,7 +102,7 @@ def test_a_worker_that_never_answers_is_not_waited_for(folder, monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         read(store)
     assert time.monotonic() - started < 20
-    status, words = main.explain(caught.value, Namespace(command="train"))
+    status, words = explain(caught.value, "train", {})
     assert status == 1 and "no batch came from the loading workers" in words and "--num_workers 0" in words
 
 
@@ -113,7 +112,7 @@ def test_a_process_without_files_blames_no_image(folder, few_files):
     for call in (decode.try_decode, lambda path, _: decode.read_header(path, decode.Rules())):
         with pytest.raises(OSError, match="Too many open files") as caught:
             call(folder / "0.png", None)
-    assert "ulimit -n" in main.explain(caught.value, Namespace(command="train"))[1]
+    assert "ulimit -n" in explain(caught.value, "train", {})[1]
 
 
 def test_no_thread_and_no_file_are_said_with_the_limit_to_raise():
@@ -123,7 +122,7 @@ def test_no_thread_and_no_file_are_said_with_the_limit_to_raise():
         (OSError(errno.EMFILE, "Too many open files"), "ulimit -n"),
         (ImportError("libc.so.6: cannot open shared object file: Too many open files"), "ulimit -n"),
     ):
-        status, words = main.explain(error, Namespace(command="train"))
+        status, words = explain(error, "train", {})
         assert status == 1 and limit in words and "--num_workers" in words
 
 
