@@ -404,9 +404,10 @@ def _search(
     said += [f"{name} in float32: {_percent(alone[name])}." for name in sorted(names, key=alone.__getitem__)[:5]]
     if chosen:
         slow = _slower(subject, precision, network, chosen, ambient=ambient)
+        cost = f"for {slow - 1:.0%} more time" if slow > 1.02 else "at no cost in time that could be measured"
         said.append(
-            f"{' and '.join(chosen)} in float32 bring {1 - left / whole:.0%} of the difference for {slow - 1:+.0%} of "
-            f"the time: keep_float32(model, {','.join(chosen)!r})."
+            f"{' and '.join(chosen)} in float32 bring {1 - left / whole:.0%} of the difference {cost}: "
+            f"keep_float32(model, {','.join(chosen)!r})."
         )
     else:
         said.append("No single module brings more than a twentieth of the difference: keep all of them in 16 bits.")
@@ -447,7 +448,7 @@ def error_picture(found: LayerErrors, path: Path) -> None:
             rows = [row for row in part["rows"] if row["leaf"] and row["output"]]
             depth = range(len(rows))
             floor = [ABOVE * (row["output_floor"] or 0) for row in rows]
-            axes.fill_between(depth, floor, 1e-12, color=FAINT, alpha=0.3, label="rounding")
+            axes.fill_between(depth, floor, 1e-12, color=FAINT, alpha=0.3, label="four times the floor of rounding")
             axes.plot(depth, [row["output"] for row in rows], color=BLUE, label="error of the output")
             axes.plot(depth, [row["own"] or math.nan for row in rows], "D", color=VERMILION, ms=4, label="its own")
             sizes = [value for row in rows for value in (row["output"], row["own"]) if value]
@@ -458,4 +459,5 @@ def error_picture(found: LayerErrors, path: Path) -> None:
                 xlabel="module, in the order of execution",
                 ylabel="relative error",
             )
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
             axes.legend(fontsize=9)
