@@ -1,4 +1,4 @@
-"""A classifier with a new head, from published weights, a file, or scratch; its moving average and frozen layers.
+"""Build a classifier with a new head from published weights, a file, or scratch; keep its EMA and frozen layers.
 
 `build_model` builds every model that is trained, `rebuild_model` builds it again from a checkpoint. pretrained/ reads
 the weights. Knows nothing of data, precision or the training loop.
@@ -25,7 +25,7 @@ GRAPHS = 32  # of one model: growing images, two micro-batch sizes and frozen la
 
 
 def known_model(name: str) -> str:
-    """Return the name of a classifier, given in any spelling, as its package has it: `resnet18`, `timm:resnet18`.
+    """Return the library's name of a classifier, given in any spelling: `resnet18`, `timm:resnet18`.
 
     Raise UserError if no classifier has that name.
     """
@@ -49,12 +49,14 @@ def build_model(
 ) -> nn.Module:
     """Return a classifier for `class_count` classes: images (N, 3, H, W) to logits (N, class_count).
 
-    `pretrained_path`, a file in any form that pretrained/ reads, wins over `pretrained`: the published weights, of
-    which `weights` names others than the default ones. A head for another number of classes is left as initialised,
-    and so is one for others than `classes`, if those are given and known of the weights.
-    Models of a fixed size are built for `image_size` pixels, their position embeddings interpolated. What the
-    constructor was given beside the weights is the result's attribute `constructor_options`.
-    Raises UserError for an unknown name and for weights that cannot be had or do not fit.
+    `pretrained_path`, a file in any form that pretrained/ reads, takes precedence over `pretrained`: the published
+    weights; `weights` names other ones than the default. A head for another number of classes stays initialised, and so
+    does one for classes other than `classes`, if both are known.
+
+    Models of a fixed size are built for `image_size` pixels, with interpolated position embeddings. The keyword
+    arguments of the constructor are kept in the attribute `constructor_options`.
+
+    Raise UserError for an unknown name and for weights that cannot be downloaded or do not fit.
     """
     key = known_model(name)
     package = timm_models if timm_models.is_timm(key) else torchvision_models
@@ -78,7 +80,7 @@ def rebuild_model(checkpoint: dict[str, Any]) -> nn.Module:
 
 
 def empty_model(name: str, class_count: int, options: dict[str, Any]) -> nn.Module:
-    """Return the model that `build_model` made, for weights that are still to come.
+    """Return the model that `build_model` returned, without its weights.
 
     `options` are its `constructor_options`.
     """
@@ -94,24 +96,24 @@ def preprocessing(name: str) -> dict[str, Any]:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the layers that make the logits: one, or up to four in timm (LeViT, RepViT, EfficientViM)."""
+    """Return the names of the layers that compute the logits: one, or up to four in timm (LeViT, EfficientViM)."""
     return timm_models.head_names(model) or (torchvision_models.head_name(model),)
 
 
 def _published_count(model: nn.Module) -> int:
-    """Return the number of classes of the weights that are published of a model."""
+    """Return the number of classes of a model's published weights."""
     count: int = timm_models.published_count(model) or 1000
     return count
 
 
 def _are_of_imagenet(classes: list[str]) -> bool:
-    """Return True if classes are WordNet's numbers, which order published heads, or ImageNet's words."""
+    """Return True if classes are WordNet's numbers, the order of published heads, or ImageNet's class names."""
     known = torchvision_models.imagenet_classes()
     return classes == known or all(re.fullmatch(r"n\d{8}", name) for name in classes)
 
 
 def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...], classes: list[str] | None) -> None:
-    """Put the weights of a user's file into `model` and say how they were found."""
+    """Load the weights of a user's file into `model` and log how they were found."""
     timm = timm_models.is_timm(key)
     package = timm_models if timm else torchvision_models
     head = head_names(model)
@@ -136,13 +138,13 @@ def _fill(model: nn.Module, file: Weights, key: str, ignored: tuple[str, ...], c
         advice=lambda: _advice(file, fit, key),
     )
     unnamed = classes is not None and file.classes is None and not notes
-    kept = "its head is kept, whose classes it does not name" if unnamed else ""
+    kept = "its head is kept, although the file does not name its classes" if unnamed else ""
     described = "; ".join(filter(None, [fit.described(), file.notes.get(fit.place, ""), moved, kept, *notes]))
     log.info(f"weights: {printable(file.source)}{f' ({described})' if described else ''}")
 
 
 def _advice(file: Weights, fit: Fit, key: str) -> str:
-    """Say which model a file's weights would fit, as torchvision's of the same kind show or as the file says."""
+    """Return the name of the model that a file's weights would fit: one of torchvision's, or the name in the file."""
     found = None if timm_models.is_timm(key) else torchvision_models.who_fits(fit.state, key)
     if found:
         return f"They fit --model {found}."
@@ -155,8 +157,8 @@ def _advice(file: Weights, fit: Fit, key: str) -> str:
 def update_ema(average: nn.Module, model: nn.Module, decay: float, updates: int) -> None:
     """Move `average` towards `model`, including buffers: decay * average + (1 - decay) * model.
 
-    While few `updates` were done the decay is smaller, (1 + updates) / (10 + updates), so that the average does
-    not linger at the initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
+    During the first `updates` the decay is smaller, (1 + updates) / (10 + updates), so that the average does not linger
+    at the initial weights (as TensorFlow's ExponentialMovingAverage with `num_updates`).
     """
     decay = min(decay, (1 + updates) / (10 + updates))
     state = average.state_dict()
@@ -204,13 +206,14 @@ def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
 
 
 class Network:
-    """A model as a training uses it: frozen in part at first, wrapped for ranks, compiled, and averaged.
+    """A model in training: partly frozen at first, wrapped for ranks, compiled, and averaged.
 
     `heads` are the names of the layers that alone are trained for the first `freeze_epochs`; `ema` is the decay of the
-    moving average of the weights (0: there is none), which is then what is validated and kept. `sizes` are the numbers
-    of images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
+    moving average of the weights (0: there is none), which is then validated and saved. `sizes` are the numbers of
+    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
     model is compiled and its training kernels are replayed as CUDA graphs.
-    With `only_head` batches are not of images but of the inputs of its one head.
+
+    With `only_head` batches contain the inputs of the model's one head instead of images.
     """
 
     def __init__(
@@ -238,17 +241,17 @@ class Network:
         self.graphs = graphs
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
         self.forward = StepModel(self._fed(model), sizes, self.compile, graphs)
-        # No graphs here: what it returns is kept.
+        # Without graphs: the output is kept.
         self.validation_forward = StepModel(self._fed(self.ema_or_model), {evaluation_size}, self.compile)
         self._frozen: bool | None = None
 
     @property
     def ema_or_model(self) -> nn.Module:
-        """Return the model whose weights are validated and kept: the moving average if there is one."""
+        """Return the model whose weights are validated and saved: the EMA if there is one."""
         return self.model if self.average is None else self.average
 
     def _fed(self, model: nn.Module) -> nn.Module:
-        """Return the part of `model` that gets the batches: all of it, or only its head."""
+        """Return the part of `model` that receives the batches: all of it, or only its head."""
         return model.get_submodule(self.heads[0]) if self.only_head else model
 
     def begin_epoch(self, epoch: int) -> bool:
@@ -263,7 +266,7 @@ class Network:
             wrapped = nn.parallel.DistributedDataParallel(fed) if self.ranks.size > 1 else fed
             self.forward = StepModel(wrapped, self.sizes, self.compile, self.graphs)
         self.model.train()
-        if frozen:  # a frozen layer's batch statistics stay as they were trained, too
+        if frozen:  # frozen layers keep their batch statistics
             for layer in self.model.children():
                 layer.eval()
             for head in self.heads:
@@ -290,12 +293,12 @@ class Network:
     def spoiled_buffers(self) -> list[str]:
         """Return the names of the evaluated model's buffers that hold NaN, such as running statistics.
 
-        An infinity may be meant: in a mask.
+        Infinities are not reported: a mask may contain them.
         """
         return [name for name, buffer in self.ema_or_model.named_buffers() if buffer.isnan().any()]
 
     def state(self) -> dict[str, Any]:
-        """Return the weights, and those of the average, for a checkpoint."""
+        """Return the weights, and those of the EMA, for a checkpoint."""
         return {"model": self.model.state_dict(), "ema": None if self.average is None else self.average.state_dict()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -308,9 +311,9 @@ class Network:
 class BuffersBefore:
     """The buffers of a model as they were before an update, in case the loss scaler skips it.
 
-    The forward pass writes BatchNorm's running statistics before anybody knows that a gradient is not finite. An
-    activation that overflowed makes them inf or NaN for ever, as 0.9 * NaN + 0.1 * x is NaN, and with them each
-    evaluation. A disabled scaler skips nothing: then nothing is kept. Nothing here waits for the device.
+    The forward pass updates BatchNorm's running statistics before a gradient is known not to be finite. An activation
+    that overflowed makes them inf or NaN for ever, as 0.9 * NaN + 0.1 * x is NaN, and each evaluation fails. A disabled
+    scaler skips nothing, so nothing is copied. Nothing here waits for the device.
     """
 
     def __init__(self, model: StepModel, scaler: torch.amp.GradScaler):
@@ -321,9 +324,9 @@ class BuffersBefore:
         self._before = [_in_one(buffers) for buffers in self._kinds]
 
     def put_back_if_skipped(self, norm: torch.Tensor) -> None:
-        """Undo what was written since if `norm`, the L2 norm of all gradients, is not finite.
+        """Restore the buffers if `norm`, the L2 norm of all gradients, is not finite.
 
-        It is the same on all ranks, so that they decide alike.
+        It is the same on all ranks, so that all make the same decision.
         """
         for buffers, before in zip(self._kinds, self._before, strict=True):
             chosen = torch.where(norm.isfinite(), _in_one(buffers), before)
@@ -332,7 +335,7 @@ class BuffersBefore:
 
 
 def _in_one(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Return the values of all tensors in one row: one kernel instead of one for each."""
+    """Return the values of all tensors in one vector: one kernel instead of one for each."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
@@ -348,9 +351,9 @@ class WithMirrorImage(nn.Module):
 
 
 class StepModel:
-    """A model compiled for `sizes` of batches; a ragged last batch runs eagerly instead of recompiling.
+    """A model compiled for `sizes` of batches; a smaller last batch runs eagerly instead of recompiling.
 
-    With `graphs` the next call overwrites the output of this one: the update has used it by then.
+    With `graphs` the next call overwrites the output of this one; the update has used it by then.
     """
 
     def __init__(self, model: nn.Module, sizes: set[int], compiled: bool, graphs: bool = False):
@@ -359,7 +362,7 @@ class StepModel:
         self.graphs = graphs
         mode = "reduce-overhead" if graphs else None
         self.compiled = torch.compile(model, dynamic=False, mode=mode) if compiled else model
-        if compiled:  # the backward pass runs outside autocast here: it is not to be traced under it
+        if compiled:  # the backward pass runs outside autocast here, so it must not be traced under it
             torch._functorch.config.backward_pass_autocast = "off"
             torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
 

@@ -1,7 +1,7 @@
-"""This process: errors a user reads, device, seed, stop signal, files and what it says.
+"""Manage this process: errors for users, device, seed, stop signal, and output.
 
-What every other file needs and none of them owns; torch is imported only where it is used, so that
-`--help` and data preparation stay instant. Knows nothing of models, data or training.
+Every other file needs these functions and none owns them. torch is imported only inside functions, so that `--help` and
+data preparation start at once. Knows nothing of models, data or training.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 STARTED = time.monotonic()  # of this process
-OUT_OF_TIME = 124  # the exit status of timeout(1), too
-# What terminals and schedulers send when a program is to end soon. Windows has SIGBREAK and few of the others.
+OUT_OF_TIME = 124  # also the exit status of timeout(1)
+# Signals from terminals and schedulers that ask a program to end soon. Windows has SIGBREAK and few of the others.
 STOP_SIGNALS = frozenset(
     getattr(signal, name)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
@@ -39,21 +39,21 @@ STOP_SIGNALS = frozenset(
 
 
 class UserError(Exception):
-    """The user's input is wrong (options, data, weights, checkpoint): exit status 2."""
+    """An error in the user's input (options, data, weights, checkpoint): exit status 2."""
 
 
 class RunError(Exception):
-    """The run itself failed (non-finite loss, full disk, out of memory): exit status 1."""
+    """A failure of the run itself (non-finite loss, full disk, out of memory): exit status 1."""
 
 
 class Interrupted(Exception):
-    """Work was left half done because a signal asked to stop; what it made so far is of no use."""
+    """Work that a stop signal left half done; its result so far is unusable."""
 
 
 class Stopped(BaseException):
-    """The run was stopped after saving: by a signal, exit status 128 + `signal_number`, or by --max_time, 124.
+    """A run that was stopped after saving: by a signal, exit status 128 + `signal_number`, or by --max_time, 124.
 
-    Like KeyboardInterrupt no Exception: what deals with bad images and the like must not swallow it.
+    It is not an Exception, like KeyboardInterrupt, so that code that handles bad images and the like does not catch it.
     """
 
     def __init__(self, signal_number: int | None, message: str):
@@ -63,7 +63,7 @@ class Stopped(BaseException):
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """Look for no garbage while a large library is imported, nor later in what it left: a sixth of its time.
+    """Stop garbage collection during a large import, and exclude its objects later; this saves a sixth of the time.
 
     PyTorch, torchvision and matplotlib leave 370,000 objects that stay, and each full search reads them all.
     """
@@ -73,16 +73,17 @@ def importing() -> Iterator[None]:
     try:
         yield
     finally:
-        if len(sys.modules) > modules + 100:  # not where all is there already, in which garbage may be
+        if len(sys.modules) > modules + 100:  # otherwise nothing large was imported, and the objects may be garbage
             gc.freeze()
         if collects:
             gc.enable()
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of handing it back to the kernel; call before torch allocates.
+    """Tell glibc to keep freed memory instead of returning it to the kernel; call before torch allocates.
 
-    Activations are freed and taken again in every update; without this each one costs page faults. See mallopt(3).
+    Activations are freed and allocated again in every update; without this each allocation costs page faults. See
+    mallopt(3).
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
@@ -93,7 +94,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Hand what was freed and kept by glibc back to the kernel, so that it counts as free; see malloc_trim(3)."""
+    """Return freed memory that glibc keeps to the kernel, so that it counts as free; see malloc_trim(3)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -115,9 +116,9 @@ def own_command() -> list[str]:
 
 
 def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.device:
-    """The torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`, ...).
+    """Return the torch device for `name` (`auto`, `cpu`, `cuda`, `cuda:1`, `xpu`, `mps`, ...).
 
-    Without `use` a process that only starts others takes no memory on a GPU. Raises UserError if this machine or
+    With `use=False`, a process that only starts others takes no memory on a GPU. Raise UserError if this machine or
     this build of PyTorch has no such device.
     """
     import torch
@@ -136,7 +137,7 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", local_rank)
         if use or device.type != "cuda":
-            torch.empty(1, device=device).item()  # which the device "meta" cannot do
+            torch.empty(1, device=device).item()  # raises for the device "meta"
         else:
             torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -150,7 +151,7 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
 
 
 def _other_device(asked: str, local_rank: int) -> str:
-    """What to do if the device that was asked for cannot be used by the process of this number on its machine."""
+    """Return advice if the process with this local rank cannot use the device that was requested."""
     import torch
 
     count = torch.cuda.device_count()
@@ -160,10 +161,10 @@ def _other_device(asked: str, local_rank: int) -> str:
 
 
 def seed_everything(*numbers: int) -> None:
-    """Seeds torch's default generators on every device with a number derived from `numbers`.
+    """Seed torch's default generators on every device with a number derived from `numbers`.
 
-    Called before each update with (seed, epoch, update, rank), so that dropout needs no saved state. Nothing else
-    may draw from these generators until the update ends.
+    It is called before each update with (seed, epoch, update, rank), so that dropout needs no saved state. Nothing else
+    may use these generators until the update ends.
     """
     import torch
 
@@ -171,7 +172,7 @@ def seed_everything(*numbers: int) -> None:
 
 
 def fold(*numbers: int) -> int:
-    """One 63-bit seed from several whole numbers, the same on every machine (splitmix64 steps)."""
+    """Return one 63-bit seed for several integers, the same on every machine (splitmix64 steps)."""
     mask = 2**64 - 1
     state = 0
     for number in numbers:
@@ -183,13 +184,13 @@ def fold(*numbers: int) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the CPU's, CUDA's, cuBLAS's or cuDNN's memory ran out."""
+    """Return True if the CPU, CUDA, cuBLAS or cuDNN ran out of memory."""
     signs = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def on_stop(handler: Callable[[int, Any], Any]) -> dict[int, Any]:
-    """Makes `handler` hear every signal that means "stop soon"; returns the earlier handlers.
+    """Install `handler` for every signal that means "stop soon"; return the earlier handlers.
 
     SIGHUP stays ignored if it is: nohup ignores it, so that a run outlives its terminal.
     """
@@ -202,16 +203,16 @@ def _is_nohup(number: int) -> bool:
 
 
 class StopSignal:
-    """Turns the first signal to stop, or the end of the time, into a flag that the loop reads.
+    """Turn the first stop signal, or the end of the time limit, into a flag that the loop reads.
 
-    A second signal ends the process at once. `seconds` is how long this process may take in all.
+    A second signal ends the process at once. `seconds` limits the time of this process.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
         self.number: int | None = None
         self._seconds = seconds
         self._asked = 0.0
-        self._longest = 0.0  # time between two questions
+        self._longest = 0.0  # time between two calls of `asked`
 
     def __enter__(self) -> StopSignal:
         self._previous = on_stop(self._handle)
@@ -223,7 +224,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def asked(self) -> bool:
-        """Whether to stop now: after a signal, or if the time would run out before one could ask again and save."""
+        """Return True after a stop signal, or if the time would run out before the next call and a save."""
         now = time.monotonic()
         self._longest = max(self._longest, now - self._asked)
         self._asked = now
@@ -237,7 +238,7 @@ class StopSignal:
         return self._asked - STARTED + needed >= self._seconds
 
     def stopped(self, message: str) -> Stopped:
-        """The end of the run, with why in front; another process of the job may have had the signal."""
+        """Return the error that ends the run, with its reason first; another process may have had the signal."""
         if self.number is None and self.out_of_time:
             return Stopped(None, f"--max_time is up: {message}")
         return Stopped(self.number or signal.SIGTERM, message)
@@ -248,29 +249,29 @@ class StopSignal:
         self.number = number
         name = signal.Signals(number).name
         if is_first_rank():
-            with contextlib.suppress(OSError):  # the terminal may be gone
+            with contextlib.suppress(OSError):  # the terminal may be closed
                 os.write(2, f"\n{name}: finishing this update, then saving. Once more ends at once.\n".encode())
 
 
 def amount(count: int, one: str, more: str) -> str:
-    """A count with the words that fit it: "1 image is", "1,200 images are"."""
+    """Return a count with the singular or the plural: "1 image is", "1,200 images are"."""
     return f"{count:,} {one if count == 1 else more}"
 
 
 def printable(text: object) -> str:
-    """`text` on one line whatever a file name holds: control characters and stray bytes are escaped."""
+    """Return `text` on one line, with control characters and stray bytes (in file names) escaped."""
     escaped = str(text).encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
 def typed(*arguments: object) -> str:
-    """Return a command line for a person to type: each argument quoted for the shell, whatever a file name holds."""
+    """Return a command line to copy, with each argument quoted for the shell, whatever a file name contains."""
     words = [str(argument) for argument in arguments]
     return printable(subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words))
 
 
 def wrapped(text: str, stream: IO) -> str:
-    """`text` with its lines broken between words where they end up on a terminal that is narrower."""
+    """Return `text` with lines broken between words if the stream is a terminal that is narrower."""
     if not stream.isatty():
         return text
     width = shutil.get_terminal_size().columns
@@ -286,7 +287,7 @@ log = logging.getLogger("amp-train")
 
 
 class _AboveBars(logging.Handler):
-    """Prints to stdout, above any bar."""
+    """Print to stdout, above any bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
@@ -296,7 +297,7 @@ class _AboveBars(logging.Handler):
 
 
 def start_logging(*, quiet: bool) -> None:
-    """The program's one handler: with `quiet` it shows warnings alone, on every rank but the first nothing."""
+    """Install the program's log handler: with `quiet` it prints only warnings; ranks after the first print nothing."""
     if not any(isinstance(handler, _AboveBars) for handler in log.handlers):
         log.addHandler(_AboveBars())
     log.setLevel(logging.WARNING if quiet else logging.INFO)
@@ -304,26 +305,26 @@ def start_logging(*, quiet: bool) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this is the one process of a job that prints and writes."""
+    """Return True in the one process of a job that prints and writes."""
     return (os.environ.get("WORLD_SIZE") or "1") == "1" or (os.environ.get("RANK") or "0") == "0"
 
 
 def shows_bars() -> bool:
-    """Whether this process draws bars: not with --quiet, off a terminal, or on a rank but the first."""
+    """Return True if this process draws bars: not with --quiet, without a terminal, or on ranks after the first."""
     seen = _in_notebook() or (sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
     return seen and is_first_rank() and log.getEffectiveLevel() < logging.WARNING
 
 
 def _in_notebook() -> bool:
-    """Whether this runs inside a notebook's kernel, whose pages a bar of text would fill."""
+    """Return True inside a notebook's kernel, where a text bar would fill the page."""
     shell = sys.modules.get("IPython")
     return shell is not None and hasattr(shell.get_ipython(), "kernel")
 
 
 def progress(iterable: Any = None, **options: Any) -> tqdm:
-    """A bar on stderr, without colours; a line now and then if nobody sees bars, and nothing with --quiet.
+    """Return a bar on stderr without colours; occasional lines if no bar is visible, and nothing with --quiet.
 
-    tqdm itself knows a notebook, where the bar is a widget.
+    In a notebook tqdm draws a widget instead.
     """
     from system.progress import Lines, by_steady_clock
 

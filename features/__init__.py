@@ -1,1 +1,1 @@
-"""Beside a network: its frozen outputs, computed once; small maps as matrix products; where a class comes from."""
+"""Additions to a network: frozen outputs computed once, faster layers for CPUs, class activation maps."""

@@ -1,7 +1,7 @@
-"""Where in an image a class comes from: class activation maps after Grad-CAM (Selvaraju et al. 2017), by hooks.
+"""Show which parts of an image a class depends on: class activation maps after Grad-CAM (Selvaraju et al. 2017).
 
-The weight of a channel is the mean over all places of the gradient of the class's logit; the map is the weighted sum
-of the channels, negative values cut off. Works on convolutional networks and on transformers that keep their places.
+The weight of a channel is the mean over all positions of the gradient of the class's logit; the map is the weighted sum
+of the channels, without negative values. Works for convolutional networks and for transformers that keep positions.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch.nn import functional as F
 
 from model import WithMirrorImage
 
-LATEST = 24  # outputs of layers that are tried, the last first: they hold memory
+LATEST = 24  # number of last layers to try: their outputs take memory
 
 
 def explained(
     model: nn.Module, images: Iterable[torch.Tensor], classes: Iterable[int], side: int = 32
 ) -> list[list[list[int]]] | None:
-    """A map of `side` x `side` whole numbers from 0 to 255 for each image (1, 3, height, width) and class index.
+    """Return a map of `side` x `side` integers from 0 to 255 for each image (1, 3, height, width) and class index.
 
-    None if the network has no layer to take them from. One image at a time: gradients take memory.
+    Return None if the network has no suitable layer. Images are processed one at a time, because gradients take memory.
     """
     plain = model.model if isinstance(model, WithMirrorImage) else model
     found = []
@@ -37,9 +37,9 @@ def explained(
 
 
 def activation_maps(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor | None:
-    """Maps (count, side, side), float32 from 0 to 1, of images (count, 3, side, side) for class indices (count,).
+    """Return maps (count, side, side) from 0 to 1 of images (count, 3, side, side) for class indices (count,).
 
-    Taken at the last layer that still has places and on which the logits depend; None if there is no such layer.
+    They are taken from the last layer that still has positions and affects the logits; None if there is no such layer.
     `model` is in evaluation mode and computes in float32.
     """
     outputs: list[tuple[nn.Module, torch.Tensor]] = []
@@ -54,7 +54,7 @@ def activation_maps(model: nn.Module, images: torch.Tensor, classes: torch.Tenso
     try:
         with torch.enable_grad():
             logits = model(images.detach().requires_grad_())
-            score = logits.gather(1, classes[:, None]).sum()  # in evaluation mode images do not meet
+            score = logits.gather(1, classes[:, None]).sum()  # in evaluation mode images are independent
             gradients = torch.autograd.grad(score, [output for _, output in outputs], allow_unused=True)
     finally:
         for hook in hooks:
@@ -71,16 +71,16 @@ def activation_maps(model: nn.Module, images: torch.Tensor, classes: torch.Tenso
 
 
 def depends_on_places(gradient: torch.Tensor) -> bool:
-    """Whether the logits depend on other places than one: after its last block a transformer reads one token alone."""
+    """Return True if the logits depend on several positions: some transformers read only one token at the end."""
     used = (gradient.abs().amax(1) > 0).flatten(1).sum(1)
     return bool((used > 1).any())
 
 
 def places_of(module: nn.Module, output: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """How to view an output as (count, channels, height, width); None if it has one place or none.
+    """Return a function that views an output as (count, channels, height, width); None if it has only one position.
 
-    It may be that already, have its channels last (Swin), or be tokens (count, places, channels), of which those before
-    the last square number of places (a class token, registers) belong to no place.
+    The output may have that shape already, have its channels last (Swin), or be tokens (count, positions, channels).
+    Tokens before the last square number of positions (a class token, registers) are dropped.
     """
     if output.ndim == 4:
         channels_last = isinstance(module, nn.LayerNorm) or output.shape[1] == output.shape[2] != output.shape[3]

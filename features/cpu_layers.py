@@ -1,4 +1,4 @@
-"""Layers that a CPU trains faster than PyTorch's own, with the same weights under the same names.
+"""Layers that train faster on CPUs than PyTorch's own, with the same weights under the same names.
 
 All are for 16 bits. Convolutions of small maps: oneDNN computes the gradient of the weights image by image, and reads
 all weights for each; with a million weights and at most 64 pixels one matrix product is faster on processors with AMX
@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from system.machine import cpu_instructions
 
-MANY_WEIGHTS = 1_000_000  # of a convolution: below, a product is not worth it
+MANY_WEIGHTS = 1_000_000  # of a convolution: with fewer weights a matrix product is not faster
 MOST_PIXELS = 64  # of its output
 
 
 def adapt_to_cpu(model: nn.Module, *, amp: bool) -> nn.Module:
-    """Give `model` every layer that this processor trains faster, in place. `amp`: it trains in 16 bits."""
+    """Replace in `model` every layer that this processor can train faster, in place. `amp`: it trains in 16 bits."""
     if amp:
         multiply_small_maps(model)
         keep_depthwise_float32(model)
@@ -41,9 +41,9 @@ def avoid_in_place(model: nn.Module) -> nn.Module:
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """A convolution that in training, if its output has at most 64 pixels, is one matrix product.
+    """A convolution that is computed as one matrix product in training, if its output has at most 64 pixels.
 
-    It computes the same sums in another order. Weights and their names are those of `nn.Conv2d`.
+    The sums are the same in another order. Weights and their names are those of `nn.Conv2d`.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def multiply_small_maps(model: nn.Module) -> nn.Module:
 
 
 def _is_plain(convolution: nn.Conv2d) -> bool:
-    """Return True if the convolution has no trait that the matrix product leaves out."""
+    """Return True if the convolution uses no feature that the matrix product does not support."""
     return (
         convolution.groups == 1
         and convolution.dilation == (1, 1)
@@ -94,10 +94,10 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
 
 
 def bfloat16_products(on: bool) -> None:
-    """Lets a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
+    """Let a CPU's float32 convolutions and matrix products round their factors to bfloat16, or not.
 
-    oneDNN may take this up or not: on processors without AMX it has no such kernels, and with AMX none for the
-    gradients of weights. `doctor --ladder` measures it; no option uses it.
+    oneDNN may ignore this: on processors without AMX it has no such kernels, and with AMX none for the gradients of
+    weights. `doctor --ladder` measures it; no option uses it.
     """
     mkldnn: Any = torch.backends.mkldnn  # the type stubs lack these switches
     for part in (mkldnn.conv, mkldnn.matmul):
@@ -107,8 +107,8 @@ def bfloat16_products(on: bool) -> None:
 class DepthwiseConv2d(nn.Conv2d):
     """A depthwise convolution that trains in float32 under autocast; its output has the type of its input.
 
-    On CPUs the gradient of its inputs takes several times as long in 16 bits, for which oneDNN has only a kernel of
-    dense convolutions. Other convolutions are faster in 16 bits.
+    On CPUs the gradient of its inputs takes several times as long in 16 bits, because oneDNN uses a kernel for dense
+    convolutions. Other convolutions are faster in 16 bits.
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

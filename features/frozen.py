@@ -1,4 +1,4 @@
-"""Batches for a head alone: the outputs of the frozen layers for each image, computed once and kept.
+"""Batches to train only the head: the outputs of the frozen layers for each image, computed once and kept.
 
 Frozen layers give the same output in every epoch, so only flips may change the images. Knows nothing of options.
 """
@@ -24,9 +24,9 @@ from utils import log, progress
 def keep_outputs(
     model: nn.Module, heads: tuple[str, ...], batches: Batches, validation: Batches, precision: Precision
 ) -> tuple[Batches, Batches] | None:
-    """Return training and validation batches of the head's inputs; None, and why in the log, if they cannot be kept.
+    """Return training and validation batches of the head's inputs; log the reason and return None if impossible.
 
-    The outputs are computed when they are first asked for, at the latest by `prepare`.
+    The outputs are computed at the first use, at the latest by `prepare`.
     """
     reason = _obstacle(model, heads, batches, validation)
     if reason:
@@ -42,7 +42,7 @@ def keep_outputs(
 
 
 def _obstacle(model: nn.Module, heads: tuple[str, ...], batches: Batches, validation: Batches) -> str:
-    """Say why the outputs cannot be kept; empty if they can."""
+    """Return the reason why the outputs cannot be kept; an empty string if they can."""
     if len(heads) > 1:
         return f"{type(model).__name__} has {len(heads)} heads"
     if batches.augment not in ("flip", "none") or batches.mixup or batches.cutmix:
@@ -78,7 +78,7 @@ def _inputs_of(model: nn.Module, head: str, images: torch.Tensor) -> tuple[torch
 
 @dataclass
 class FrozenNetwork:
-    """Computes the inputs of the layer `head` of `model` for the images of `batches`."""
+    """Compute the inputs of the layer `head` of `model` for the images of `batches`."""
 
     model: nn.Module
     head: str
@@ -88,10 +88,10 @@ class FrozenNetwork:
 
     @cached_property
     def outputs(self) -> torch.Tensor:
-        """Return (images, 1 or 2, features), float32, on the CPU: of each image and, if `mirrored`, its mirror image.
+        """Return (images, 1 or 2, features), float32, on the CPU: for each image and, if `mirrored`, its mirror image.
 
-        They are computed at the first call. Ranks share the work; then each holds all outputs, also one whose stride
-        of a few images is empty.
+        They are computed at the first call. Ranks share the work; then each holds all outputs, even a rank without
+        images of its own.
         """
         batches = self.batches
         was_training = self.model.training

@@ -1,1 +1,1 @@
-"""One probe, one roofline, one verdict: what doctor and compare --ladder measure of this project's own training."""
+"""Measure this project's own training for doctor and its ladder: one probe, one roofline, one verdict."""

@@ -1,4 +1,4 @@
-"""What the measurements of doctor and its ladder mean: a verdict, its reasons, where the gain ends, a command to copy.
+"""Interpret the measurements of doctor and its ladder: verdict, reasons, why the gain ends, a command to copy.
 
 Takes plain values, as `commands.doctor.examine` and `measuring.ladder` collect them. Knows nothing of how they were
 measured or are shown.
@@ -17,8 +17,11 @@ from utils import typed
 
 
 def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """For each precision but FP32: f (of the whole update, data included), s, the ceiling that follows from them, and
-    how much faster the update's own matrix products and convolutions became."""
+    """Return, for each precision except FP32, the ceiling of its speed-up and the values behind it.
+
+    They are f (of the whole update, data included), s, the ceiling that follows from both, and the speed-up of the
+    update's own matrix products and convolutions.
+    """
     reference = measured["fp32"]
     found = {}
     share = reference["shares"]["products"] * (1 - reference["phase_shares"]["data"])
@@ -31,9 +34,9 @@ def ceilings(measured: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def advise(findings: dict[str, Any]) -> dict[str, Any]:
-    """The verdict, the reasons for it, and the command to copy, from the numbers alone.
+    """Return the verdict, the reasons for it, and the command to copy, from the numbers alone.
 
-    AMP is recommended where it is 5 % faster, or about as fast and 15 % smaller.
+    AMP is recommended if it is 5 % faster, or about as fast and 15 % smaller.
     """
     measured = findings["measured"]
     speedups = {name: row["speedup"] for name, row in measured.items()}
@@ -42,7 +45,7 @@ def advise(findings: dict[str, Any]) -> dict[str, Any]:
     reasons = [_hardware_reason(findings["machine"])]
     verdict = "AMP cannot be used on this device; train in FP32."
     if best:
-        speedup = round(speedups[best], 2)  # as it is printed
+        speedup = round(speedups[best], 2)  # rounded as it is printed
         saving = round(measured[best]["training_mb"] / measured["fp32"]["training_mb"], 2)
         if speedup >= 1.05 or (speedup >= 0.95 and saving <= 0.85):
             recommended = best
@@ -76,10 +79,10 @@ def _hardware_reason(has: dict[str, Any]) -> str:
         return f"{has['name']} (compute capability {has['compute_capability']}, float16 {has['float16']}) has " + (
             "Tensor Cores, which multiply 16-bit numbers several times as fast as FP32."
             if has["matrix_unit"] != NONE
-            else "no Tensor Cores: 16-bit products are no faster, though activations take half the memory."
+            else "no Tensor Cores: 16-bit products are not faster, but activations take half the memory."
         )
     if has["bfloat16"] == EMULATED:
-        return "bfloat16 is imitated with FP32 on this processor, so that only memory traffic shrinks."
+        return "bfloat16 is imitated with FP32 on this processor, so only memory traffic shrinks."
     where = ", in the AMX matrix unit" if has.get("matrix_unit") == "AMX" else ""
     return f"bfloat16 is computed natively{where}."
 
@@ -94,8 +97,8 @@ def _amp_reasons(findings: dict[str, Any], best: str, saving: float) -> list[str
     ]
     if row["speedup"] > top["ceiling"]:
         reasons.append(
-            f"That {row['speedup']:.2f} was measured, more than such products give, is due to what is no product (its "
-            "tensors are half as large), or to products that gained more than the large one."
+            f"The measured {row['speedup']:.2f} exceeds this because other operators are faster too (their tensors are "
+            "half as large), or because the model's products gained more than the large one."
         )
     if row["busy"] is not None and row["busy"] < 0.8:
         reasons.append(
@@ -157,7 +160,7 @@ def why_it_ends(
 
 
 def _command(findings: dict[str, Any], name: str) -> str:
-    """The training command for precision `name`, at the size that was timed."""
+    """Return the training command for precision `name`, with the image and batch size that was timed."""
     setting = findings["setting"]
     device = torch.device(findings["machine"]["device"])
     words = ["python main.py"]

@@ -1,4 +1,4 @@
-"""What a device is, which number types it computes in and what `--amp` makes of it, as plain values by name."""
+"""Describe a device as plain values by name: its number types, and the precision that `--amp` picks."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ INSTRUCTIONS = (
     "sve",
     "bf16",
     "fp16_arith",
-)  # as torch.cpu.get_capabilities calls them
+)  # names in torch.cpu.get_capabilities
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the device is and which types it computes in, by name, as the doctor shows it."""
-    import torchvision  # a second, which no other command should wait for
+    """Return the properties of the device and its number types by name, as the doctor shows them."""
+    import torchvision  # takes a second, which no other command should wait for
 
     card = card_of(device)
     found = {"numbers_of": card.family, **_numbers(card)}
@@ -53,7 +53,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _numbers(card: Card) -> dict[str, Any]:
-    """The row of docs/cards.md that belongs to a device."""
+    """Return the row of docs/cards.md for a device."""
     pick = "nothing" if card.pick is None else PRECISIONS[card.pick].amp_dtype
     return {
         "float16": card.float16,
@@ -66,7 +66,7 @@ def _numbers(card: Card) -> dict[str, Any]:
 
 
 def _instructions(flags: set[str]) -> str:
-    """Those of a processor's instructions that matter here."""
+    """Return those of a processor's instructions that matter here."""
     return " ".join(name for name in INSTRUCTIONS if name in flags)
 
 

@@ -1,7 +1,7 @@
-"""doctor --ladder: what each step since the 2020 loop brings on this machine, and why the gain ends where it ends.
+"""doctor --ladder: the gain of each step since the 2020 loop on this machine, and why the gain ends.
 
-Each rung is the update of one training, timed in a process of its own beside the rung that it builds on and the
-first one; the bound is a roofline of this machine's own rates. Knows nothing of accuracy: no run is trained.
+Each rung is the update of one training, timed in a process of its own beside the rung that it builds on and the first
+one; the bound is a roofline of this machine's measured rates. Knows nothing of accuracy: no run is trained.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from precision import sensible_precisions
 from system.machine import cpu_instructions, device_name
 from utils import RunError, log
 
-LOSS = 0.97  # a rung that is slower than this against the one before is left out of those that follow
-COMPILING_SECONDS = 900  # that torch.compile may take before the rung is given up
+LOSS = 0.97  # a rung slower than this against the one before is left out of those that follow
+COMPILING_SECONDS = 900  # for torch.compile, before the rung is given up
 
 
 def climb(
     device: torch.device, *, model_name: str = "ResNet18", image_size: int = 256, batch_size: int = 256
 ) -> dict[str, Any]:
-    """Measures every rung that `device` has; plain values, ready for reports.ladder and for JSON.
+    """Measure every rung that `device` supports; return plain values for reports.ladder and for JSON.
 
-    Batches that the device's memory or a CPU's patience would not hold are made smaller, with a remark.
-    Raises RunError if not even the first rung runs.
+    Batches too large for the device's memory or too slow for a CPU are made smaller, with a remark. Raise RunError if
+    not even the first rung runs.
     """
     batch = batch_that_fits(device, image_size, batch_size)
     remark = f"{batch} images in an update, not {batch_size}: more would not fit, or keep a CPU no busier."
@@ -61,9 +61,9 @@ def climb(
 
 
 class _Ladder:
-    """The rungs measured so far, and the processes that go on being asked: the first rung's and the best one's.
+    """The rungs measured so far, and the processes that are still needed: the first rung's and the best one's.
 
-    On a GPU, whose memory may hold one only, the rungs come one after another.
+    On a GPU, whose memory may hold only one process, the rungs come one after another.
     """
 
     def __init__(self, device: torch.device, request: dict[str, Any]):
@@ -76,10 +76,10 @@ class _Ladder:
         self._settings: dict[str, Any] = {}
         self._first: Probe | None = None
         self._best: Probe | None = None
-        self._seconds: dict[str, float] = {}  # an update's, of the first and the best rung on a GPU
+        self._seconds: dict[str, float] = {}  # of an update, for the first and the best rung on a GPU
 
     def climb(self, rung: Rung) -> None:
-        """Measures one rung against the best so far and the first."""
+        """Measure one rung against the best so far and the first."""
         if rung.skipped:
             self._skip(rung.name, rung.skipped)
             return
@@ -102,10 +102,10 @@ class _Ladder:
         self._keep(probe, settings, measured, kept)
 
     def _measure(self, probe: Probe, *, compiled: bool) -> dict[str, Any]:
-        """The rounds of a new rung, those of the first and the best in between where they take turns."""
+        """Return the rounds of a new rung, and those of the first and the best if they take turns with it."""
         warm = probe.ask("warm_up", patience=COMPILING_SECONDS if compiled else PATIENCE)
         pairs = (("first", self._first), ("best", self._best))
-        others = {name: other for name, other in pairs if other is not None}  # none on a GPU
+        others = {name: other for name, other in pairs if other is not None}  # empty on a GPU
         slowest = max([warm["seconds"], *self._seconds.values()])
         updates = updates_of_a_round(slowest)
         rounds = []
@@ -130,14 +130,14 @@ class _Ladder:
         }
 
     def _ratio(self, name: str, mine: list[float], against: dict[str, list[dict[str, Any]]]) -> float | None:
-        """How many times as fast as another rung: the median over neighbouring rounds, or of medians on a GPU."""
+        """Return the speed-up against another rung: the median over neighbouring rounds, or of medians on a GPU."""
         if name in against:
             theirs = update_seconds(against[name])
             return statistics.median(other / own for other, own in zip(theirs, mine, strict=True))
         return self._seconds[name] / statistics.median(mine) if name in self._seconds else None
 
     def _keep(self, probe: Probe, settings: dict[str, Any], measured: dict[str, Any], kept: bool) -> None:
-        """Ends the processes that are asked no more."""
+        """End the processes that are not needed any more."""
         self._seconds.setdefault("first", measured["seconds_per_update"])
         if kept:
             self._settings = settings
@@ -161,10 +161,10 @@ class _Ladder:
 
 
 def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], batch_size: int) -> dict[str, Any]:
-    """Puts each rung's bound beside it; the rates, the roofline of the last eager rung, and why the gain ends.
+    """Add its bound to each rung; return the rates, the roofline of the last eager rung, and why the gain ends.
 
-    Rates are the best that any rung's process measured for the same kind of product. A compiled rung is set against
-    the bound of the eager one before it, which it may pass, because it joins operators.
+    Rates are the best that any rung's process measured for the same kind of product. A compiled rung is compared with
+    the bound of the eager one before it; it may exceed this bound, because it fuses operators.
     """
     present = [found for found in evidence if found]
     bandwidth = max(found["bandwidth"] for found in present)
@@ -205,7 +205,7 @@ def bounds(rungs: list[dict[str, Any]], evidence: list[dict[str, Any] | None], b
 
 
 def _mode(rung: dict[str, Any]) -> str:
-    """How a rung multiplies float32 numbers: as they are, rounded to TF32 or to bfloat16."""
+    """Describe how a rung multiplies float32 numbers: unchanged, rounded to TF32 or to bfloat16."""
     if rung["skipped"]:
         return ""
     return {"tf32": "TF32"}.get(

@@ -1,7 +1,7 @@
-"""Measures the package's own training update in one precision, in a process of its own.
+"""Measure the package's own training update in one precision, in a process of its own.
 
-A fresh process has clean memory and a clean allocator, so that precisions can be compared; `doctor` starts one for
-each and lets them take turns. Knows nothing of verdicts, options or how findings are shown.
+A fresh process has clean memory and a clean allocator, so that precisions can be compared; `doctor` starts one for each
+and lets them take turns. Knows nothing of verdicts, options or how results are shown.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from train import update_weights
 from transforms import Preprocess
 from utils import RunError, choose_device, keep_freed_memory
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
 PHASES = ("data", "forward", "backward", "optimizer")
 ROUNDS = 5
 ROUND_SECONDS = 1.0
 PRODUCT_SIZE = {"cpu": 2048, "gpu": 8192}  # of a matrix product large enough for the device's full rate
-GRACE = 5  # seconds that an idle process is given to end by itself
+GRACE = 5  # seconds for an idle process to end by itself
 PATIENCE = 240  # seconds for an answer: a hung driver must not hang the doctor
-# The roofline's groups of operators, by what autocast can do for them; the rest is "other".
+# The roofline's groups of operators, by the effect that autocast can have on them; the rest is "other".
 KINDS = {
     "products": ("convolutions", "matrix products"),
     "optimizer": ("optimizer",),
@@ -53,12 +53,12 @@ KINDS = {
 
 
 class Update:
-    """One model with all that `train.update_weights` needs to train it with Adam."""
+    """One model with everything that `train.update_weights` needs to train it with Adam."""
 
     def __init__(self, model: nn.Module, precision: Precision):
-        if precision.device.type == "cpu":  # as training does
+        if precision.device.type == "cpu":  # as in training
             adapt_to_cpu(model, amp=precision.amp)
-        self.model: Any = model.train()  # or what calls it
+        self.model: Any = model.train()  # or a wrapper around it
         self.precision = precision
         self.optimizer = make_optimizer(
             model.parameters(),
@@ -71,7 +71,7 @@ class Update:
         self.criterion = nn.CrossEntropyLoss(reduction="sum")
 
     def __call__(self, pieces: Any, image_count: int) -> None:
-        """`pieces` are (images, labels, weight, whether it is the last), as `dataset.Batches` makes them."""
+        """Run one update of `pieces`: (images, labels, weight, True for the last), as `dataset.Batches` yields them."""
         update_weights(
             self.model,
             pieces,
@@ -85,14 +85,15 @@ class Update:
 
 
 def updates_of_a_round(seconds: float) -> int:
-    """How many updates fill a round, if one takes so many `seconds`."""
+    """Return the number of updates that fill a round, if one takes this many `seconds`."""
     return int(min(50, max(1, ROUND_SECONDS / seconds)))
 
 
 def batch_that_fits(device: torch.device, image_size: int, wanted: int) -> int:
-    """Return how many images an update is measured with: `wanted`, or fewer.
+    """Return the number of images for a measured update: `wanted`, or fewer.
 
-    A GPU gets a power of two that takes three fifths of its free memory at most, a CPU 32: more keep it no busier.
+    A GPU gets a power of two that takes at most three fifths of its free memory. A CPU gets 32, because more do not
+    keep it busier.
     """
     if device.type != "cuda":
         return min(wanted, 32)
@@ -101,17 +102,17 @@ def batch_that_fits(device: torch.device, image_size: int, wanted: int) -> int:
 
 
 def update_seconds(rounds: list[dict[str, Any]]) -> list[float]:
-    """Seconds of an update in each of some rounds."""
+    """Return the seconds of an update in each of some rounds."""
     return [turn["seconds"] / turn["updates"] for turn in rounds]
 
 
 def endless(batches: Batches) -> Iterator[Iterator]:
-    """The updates of epoch after epoch."""
+    """Yield the updates of epoch after epoch."""
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
 
 class Bench:
-    """The update on random pixels, put together as training does; each method answers one question."""
+    """The update on random pixels, built as in training; each method answers one question."""
 
     def __init__(self, *, device: str, precision: str, model_name: str, image_size: int, batch_size: int):
         self.device = choose_device(device)
@@ -124,7 +125,7 @@ class Bench:
         model = model.to(self.device).to(memory_format=torch.channels_last)
         self.update = update = Update(model, named_precision(precision, self.device))
         self.updates = endless(_random_batches(self.device, image_size, batch_size))
-        # The update itself says when it passes from phase to phase, so that training's own code is timed.
+        # The update itself marks the end of each phase, so that training's own code is timed.
         self.moments: list[tuple[str, Any]] = []
         unscale = update.scaler.unscale_
         self.data_hook = model.register_forward_pre_hook(lambda *_: self._mark("data"))
@@ -137,7 +138,7 @@ class Bench:
         setattr(update.scaler, "unscale_", unscale_and_mark)  # noqa: B010 (a method is replaced)
 
     def _mark(self, phase: str) -> None:
-        """Notes that `phase` ends here, by the device's own clock."""
+        """Record the end of `phase` by the device's own clock."""
         if self.device.type == "cuda":
             moment: Any = torch.cuda.Event(enable_timing=True)
             moment.record()
@@ -146,7 +147,7 @@ class Bench:
         self.moments.append((phase, moment))
 
     def warm_up(self) -> dict[str, Any]:
-        """A few updates, in which kernels are chosen and memory is first taken; then one that is timed."""
+        """Run a few updates, in which kernels are chosen and memory is first taken; then time one."""
         self.round(2)
         reset_peak_memory(self.device)
         return self.round(1)
@@ -169,7 +170,7 @@ class Bench:
         return {"seconds": seconds, "updates": updates, "phases": phases}
 
     def memory(self) -> dict[str, Any]:
-        """Peak memory in MB over all rounds so far, and what was held before there was a model."""
+        """Return the peak memory in MB over all rounds so far, and the memory held before the model was built."""
         return {**self.peak, "before_mb": self.memory_before}
 
     def details(self, size: int) -> dict[str, Any]:
@@ -179,12 +180,12 @@ class Bench:
         tflops = matrix_rate(self.device, self.update.precision.dtype, size=size) / 1e12
         slowdown = None
         if self.device.type == "cpu" and not self.update.precision.amp:
-            # What instructions promise for float16, PyTorch's kernels need not keep.
+            # Processors may support float16 without PyTorch having fast kernels for it.
             slowdown = _convolution_seconds(torch.float16) / _convolution_seconds(torch.float32)
         return {"memory": memory, "shares": shares, "busy": busy, "tflops": tflops, "float16_slowdown": slowdown}
 
     def _profiled(self, updates: list[list]) -> list[Any]:
-        """The operators of some updates with their time, as torch.profiler adds them up."""
+        """Return the operators of some updates with their time, as torch.profiler sums them."""
         cuda = self.device.type == "cuda"
         watched = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
         wait(self.device)
@@ -192,7 +193,8 @@ class Bench:
             for pieces in updates:
                 self.update(pieces, self.batch_size)
             wait(self.device)
-        # On CUDA each operator carries the time of the kernels it started; so may entries that are none: left out.
+        # On CUDA each operator carries the time of the kernels that it started; leave out entries that are not
+        # operators.
         return [
             event
             for event in profiler.key_averages()
@@ -202,7 +204,7 @@ class Bench:
     def _shares(self) -> tuple[dict[str, float], float | None]:
         """Return shares of some updates by kind of operator, and on CUDA how busy the device is."""
         cuda = self.device.type == "cuda"
-        updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: data is timed by `round`
+        updates = [list(next(self.updates)) for _ in range(3)]  # on the device already: `round` times the data
         seconds = measured_groups(self._profiled(updates), cuda=cuda)
         total = sum(seconds.values())
         shares = {kind: sum(seconds.get(group, 0.0) for group in groups) for kind, groups in KINDS.items()}
@@ -210,12 +212,12 @@ class Bench:
         shares = {kind: share / total if total else 0.0 for kind, share in shares.items()}
         if not cuda:
             return shares, None
-        phases = self.round(len(updates))["phases"]  # by the device's clock, without what the profiler costs
+        phases = self.round(len(updates))["phases"]  # by the device's clock, without the profiler's overhead
         return shares, min(1.0, total / (sum(phases.values()) - phases["data"]))
 
 
 def _random_batches(device: torch.device, image_size: int, batch_size: int) -> Batches:
-    """The package's own loader over random pixels held in memory, four batches of them."""
+    """Return the package's own loader over random pixels held in memory, four batches of them."""
     count = 4 * batch_size
     pixels = np.random.default_rng(0).integers(0, 256, (count, image_size, image_size, 3), np.uint8)
     store = DecodedImages(pixels, np.zeros(count, np.uint32), {}, pin=device.type == "cuda")
@@ -224,7 +226,7 @@ def _random_batches(device: torch.device, image_size: int, batch_size: int) -> B
 
 
 def _convolution_seconds(dtype: torch.dtype) -> float:
-    """Of a small convolution on the CPU, forward and backward."""
+    """Return the seconds of a small convolution on the CPU, forward and backward."""
     images, weight = (
         torch.randn(count, side, side, 64, dtype=dtype).permute(0, 3, 1, 2).requires_grad_()
         for count, side in ((8, 28), (64, 3))
@@ -236,7 +238,7 @@ class Probe:
     """A process with a Bench in it."""
 
     def __init__(self, bench: Callable[..., Any] = Bench, *, keep_memory: bool = True, **request: Any):
-        """`request` is what `bench` takes. Returns before the process is ready.
+        """Start the process; return before it is ready. `request` are the keyword arguments of `bench`.
 
         With `keep_memory` the process keeps freed memory, as training does.
         """
@@ -245,12 +247,12 @@ class Probe:
         arguments = (theirs, bench, keep_memory, request)
         self._process = context.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
-        theirs.close()  # so that the end of the process is seen as the end of the pipe
+        theirs.close()  # so that the end of the process closes the pipe
 
     def ask(self, question: str, *, patience: float = PATIENCE, **arguments: Any) -> dict[str, Any]:
-        """The answer of the bench's method `question`, within `patience` seconds.
+        """Return the answer of the bench's method `question`, within `patience` seconds.
 
-        Raises RunError if it fails, hangs or dies.
+        Raise RunError if it fails, hangs or dies.
         """
         try:
             self._pipe.send((question, arguments))
@@ -265,7 +267,7 @@ class Probe:
         return answer
 
     def close(self) -> None:
-        """Lets the process end by itself, tidily, if it is idle; ends it, whatever it is doing, if it is not."""
+        """Let an idle process end by itself; terminate a busy one."""
         self._pipe.close()
         self._process.join(GRACE)
         self._process.kill()
@@ -280,7 +282,7 @@ def what_may_help(reason: str) -> str:
 
 
 def _ending(status: int | None) -> str:
-    """In words, how a measuring process ended; a negative status is a signal's."""
+    """Describe how a measuring process ended; a negative status is a signal's."""
     if status is None or status >= 0:
         return f"the measuring process ended with exit status {status}"
     killed = ", as systems do when memory runs out" if -status == getattr(signal, "SIGKILL", None) else ""
@@ -288,8 +290,8 @@ def _ending(status: int | None) -> str:
 
 
 def _serve(pipe: Any, make_bench: Callable[..., Any], keep_memory: bool, request: dict[str, Any]) -> None:
-    """Answers questions until the asking process ends this one, or itself; a failure is answered with its text."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the asking process gets it too, and ends this one
+    """Answer questions until the pipe closes or the parent ends this process; answer a failure with its text."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends this process
     if keep_memory:
         keep_freed_memory()
     bench = None

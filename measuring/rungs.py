@@ -1,4 +1,4 @@
-"""The rungs of the ladder: the update as the 2020 loop ran it, and what each step since then changes.
+"""The rungs of the ladder: the update of the 2020 loop, and each change since then.
 
 Each rung is measured in a process of its own (probe.Probe). Knows nothing of how they are compared or shown.
 """
@@ -24,7 +24,7 @@ from system.cards import NATIVE, processor
 
 @dataclass(frozen=True)
 class Rung:
-    """One step of the ladder: what it changes (`settings` of RungBench), or why it is left out here."""
+    """One step of the ladder: the change (`settings` of RungBench), or the reason why it is left out here."""
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +46,7 @@ FIRST = Rung(
 
 
 def rungs_for(device: torch.device, precisions: list[str], flags: set[str]) -> list[Rung]:
-    """The ladder on `device`, from the bottom: what each rung adds to those below it.
+    """Return the ladder on `device`, from the bottom: the change of each rung to those below it.
 
     `precisions` are those that make sense here, `flags` the instructions of a CPU.
     """
@@ -82,12 +82,12 @@ def rungs_for(device: torch.device, precisions: list[str], flags: set[str]) -> l
 
 
 def step_up(settings: dict[str, Any], rung: Rung) -> dict[str, Any]:
-    """The settings of the rungs below with what `rung` changes."""
+    """Return the settings of the rungs below, updated by those of `rung`."""
     return {**settings, **rung.settings}
 
 
 class RungBench(Bench):
-    """A Bench whose update is put together as one rung says."""
+    """A Bench whose update has the settings of one rung."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class RungBench(Bench):
         update = self.update
         if not channels_last:
             update.model.to(memory_format=torch.contiguous_format)
-        if not habits:  # as torchvision writes it
+        if not habits:  # torchvision's own layers
             for module in update.model.modules():
                 if isinstance(module, nn.ReLU):
                     module.inplace = True
@@ -121,7 +121,7 @@ class RungBench(Bench):
         if loop == "2020":
             self.update = Loop2020(update)
         elif self.compiled:
-            self.data_hook.remove()  # the compiler would trace it and break its graph there
+            self.data_hook.remove()  # otherwise the compiler would trace it and break its graph there
             update.model = StepModel(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
         if on_device:
             self.updates = _kept(self.updates)
@@ -129,9 +129,9 @@ class RungBench(Bench):
             self.updates = _contiguous(self.updates)
 
     def evidence(self, size: int) -> dict[str, Any]:
-        """What the roofline needs: operators of one update, rates of this machine, seconds by group of operators.
+        """Return the roofline's input: operators of one update, rates of this machine, seconds by group of operators.
 
-        `size` is that of the matrix products. A compiled update has other operators, and gives rates alone.
+        `size` is that of the matrix products. A compiled update has other operators, and gives only rates.
         """
         dtype = self.update.precision.dtype
         rates = {dtype_name(dtype): matrix_rate(self.device, dtype, size=size)}
@@ -149,12 +149,12 @@ class RungBench(Bench):
 
 
 class Loop2020(Update):
-    """The tutorial's update: three readings that wait for the device, and no more of AMP than its loop had."""
+    """The tutorial's update: it reads three values that wait for the device, and uses only its own loop's AMP calls."""
 
     def __init__(self, update: Update):
         self.model = update.model
         self.precision: Precision = update.precision
-        # torch 1.6 had neither fused nor foreach optimizers.
+        # torch 1.6 had neither fused nor foreach optimizers
         self.optimizer = torch.optim.Adam(update.model.parameters(), lr=1e-4, weight_decay=1e-4, foreach=False)
         self.scaler = update.scaler
         self.criterion = nn.CrossEntropyLoss()
@@ -175,13 +175,13 @@ class Loop2020(Update):
 
 
 def _contiguous(updates: Iterator[Iterator]) -> Iterator[Iterator]:
-    """The same updates with their images in PyTorch's default memory format."""
+    """Yield the same updates with images in PyTorch's default memory format."""
     for pieces in updates:
         yield ((images.contiguous(), *rest) for images, *rest in pieces)
 
 
 def _kept(updates: Iterator[Iterator]) -> Iterator[Iterator]:
-    """The first update's batch again and again: what remains if no image has to be copied to the device."""
+    """Yield the first update's batch again and again, to measure the update without copies to the device."""
     pieces = list(next(updates))
     while True:
         yield iter(pieces)

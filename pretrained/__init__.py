@@ -1,1 +1,1 @@
-"""Models and weights that others made: torchvision's, timm's, and files in any form."""
+"""Read models and weights of others: torchvision's, timm's, and files in any form."""

@@ -1,4 +1,4 @@
-"""Weights that a state dict keeps as the tensors they are computed from: pruned, weight_norm, spectral_norm.
+"""Compute weights that a state dict stores as several tensors: pruned, weight_norm, spectral_norm.
 
 torch.nn.utils writes them by hooks (weight_orig and weight_mask, weight_g and weight_v, weight_orig and weight_u) or by
 parametrizations (parametrizations.weight.original0). Knows nothing of models.
@@ -19,7 +19,7 @@ _OLD_NAME = re.compile(r"(.*)_(orig|mask|g|v|u)")
 
 
 def with_computed(state: State) -> tuple[State, str]:
-    """Return `state` with every such weight computed, in the position of its parts, and say what was computed."""
+    """Return `state` with each such weight computed in place of its parts, and a text that says what was computed."""
     found: dict[str, State] = collections.defaultdict(dict)
     names: dict[str, str] = {}
     for name, tensor in state.items():
@@ -41,7 +41,7 @@ def with_computed(state: State) -> tuple[State, str]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Return the name of the weight that an entry is a part of, and which one; two empty texts if it is none."""
+    """Return the weight's name and the part's name for an entry of `state`; two empty strings if it is not a part."""
     new = _NEW_NAME.fullmatch(name)
     if new:
         return ".".join(filter(None, (new[1], new[2]))), _NEW_PARTS[new[3]]
@@ -50,7 +50,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _computed(parts: State) -> tuple[str, torch.Tensor]:
-    """Return the kind and the weight of these parts; the kind is empty if they make none."""
+    """Return the kind and the weight of these parts; the kind is empty if they do not form one."""
     for kind, needed, compute in _KINDS:
         if parts.keys() == needed:
             weight = compute(parts)
@@ -60,12 +60,12 @@ def _computed(parts: State) -> tuple[str, torch.Tensor]:
 
 
 def _pruned(parts: State) -> torch.Tensor | None:
-    """orig * mask (torch.nn.utils.prune)."""
+    """Return orig * mask (torch.nn.utils.prune)."""
     return parts["orig"] * parts["mask"] if parts["orig"].shape == parts["mask"].shape else None
 
 
 def _normed(parts: State) -> torch.Tensor | None:
-    """g * v / |v|, the norm over all dimensions that g does not have (Salimans and Kingma 2016)."""
+    """Return g * v / |v|, with the norm over all dimensions that g does not have (Salimans and Kingma 2016)."""
     scale = parts["g"].float()
     direction = parts["v"].float()
     if scale.dim() not in (0, direction.dim()):
@@ -78,7 +78,7 @@ def _normed(parts: State) -> torch.Tensor | None:
 
 
 def _spectral(parts: State) -> torch.Tensor | None:
-    """orig / (u^T W v), with W the weight as a matrix whose rows u counts (Miyato et al. 2018)."""
+    """Return orig / (u^T W v); W is the weight as a matrix with a row for each element of u (Miyato et al. 2018)."""
     weight = parts["orig"].float()
     rows = [d for d in (0, 1) if d < weight.dim() and weight.shape[d] == len(parts["u"])]
     if not rows or len(parts["u"]) * len(parts["v"]) != weight.numel():

@@ -1,6 +1,6 @@
-"""Files of PyTorch and safetensors, whoever wrote them, read without running what they hold.
+"""Read files of PyTorch and safetensors from any source, without running code in them.
 
-What cannot be read is refused with the reason and with what would work. Knows nothing of models.
+An unreadable file is refused with the reason and the remedy. Knows nothing of models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from pretrained.parts import folder_advice, names_parts, parts_of, refuse_part
 from utils import UserError, printable, typed
 
-METADATA = "safetensors metadata"  # where `load_file` puts what such a file of this program says in text
+METADATA = "safetensors metadata"  # `load_file` returns the text metadata of a safetensors file under this key
 _DAMAGE = (
     pickle.UnpicklingError,
     RuntimeError,
@@ -39,10 +39,10 @@ _DAMAGE = (
 
 # -------------------------------------------------------------------------------------------- files
 def load_file(path: str | Path) -> Any:
-    """Return what a file of PyTorch or safetensors holds, tensors and plain types only, on the CPU.
+    """Return the content of a PyTorch or safetensors file on the CPU, tensors and plain types only.
 
-    An index of shards gives the tensors of all. Raises UserError, with what would work instead, for a missing or
-    damaged file, a part of a network, another format, and a file that would run code: a pickle, a TorchScript archive.
+    An index of shards gives the tensors of all shards. Raise UserError, with the remedy, for a missing or damaged file,
+    a part of a network, another format, and a file that would run code: a pickle, a TorchScript archive.
     """
     path = Path(path)
     if path.is_dir():
@@ -63,7 +63,7 @@ def _read(path: Path) -> Any:
         if kind in _OTHER_FORMATS:
             raise UserError(f"{printable(path)} is {kind}, {_OTHER_FORMATS[kind]}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(_plain_types()):
-            warnings.simplefilter("ignore")  # remarks on odd pickles: what matters is an error
+            warnings.simplefilter("ignore")  # hide remarks on odd pickles: only errors matter
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{printable(path)} does not exist.") from None
@@ -81,7 +81,7 @@ _OTHER_FORMATS = {
 
 
 def _kind(path: Path) -> str:
-    """What a file is by its content, whatever its name says."""
+    """Return the type of a file by its content, whatever its name is."""
     with open(path, "rb") as file:
         head = file.read(512)
     if not head:
@@ -115,7 +115,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         raise UserError(f"{printable(path)} needs a package: pip install safetensors") from None
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dictionary)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
             facts = file.metadata() or {}
     except SafetensorError as error:
         raise UserError(f"{printable(path)} is a damaged safetensors file ({error}).") from None
@@ -130,9 +130,9 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _plain_types() -> list[Any]:
-    """Types that hold data and do nothing, which training programs leave in their checkpoints.
+    """Return the types without behaviour that training programs store in their checkpoints.
 
-    argparse's Namespace (torchvision's reference code, timm), paths, versions, and the numbers that NumPy gives.
+    They are argparse's Namespace (torchvision's reference code, timm), paths, versions, and NumPy's numbers.
     """
     import numpy as np
 
@@ -156,7 +156,7 @@ def _plain_types() -> list[Any]:
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
-    """One sentence on what is wrong with a file, and the line that makes it readable where one can."""
+    """Return a sentence on what is wrong with a file and, if there is one, the line that makes it readable."""
     text = str(error)
     name = printable(path)
     found = re.search(r"GLOBAL ([\w.<>]+)|function <?([^>]+)>?|module (\S+) is blocked", text)
@@ -164,7 +164,7 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         what = next(group for group in found.groups() if group)
         return (
             f"{name} was refused: it holds {printable(what)}, which is more than tensors and plain types, and loading "
-            f"it could run code.\nIf you trust its source, save its weights alone, where that code can be imported:\n"
+            f"it could run code.\nIf you trust its source, save only its weights, in an environment that can import that code:\n"
             f"  {_resaving_line(path)}"
         )
     with open(path, "rb") as file:
@@ -180,7 +180,7 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
 
 
 def _torchscript_advice(path: Path) -> str:
-    """Say how to get the weights of a TorchScript archive, whose methods torch.jit.load would run."""
+    """Return the way to save the weights of a TorchScript archive: torch.jit.load would run the archive's methods."""
     code = (
         f"import torch; m = torch.jit.load({str(path)!r}, map_location='cpu'); torch.save(m.state_dict(), 'weights.pt')"
     )
@@ -191,7 +191,7 @@ def _torchscript_advice(path: Path) -> str:
 
 
 def _resaving_line(path: Path) -> str:
-    """A command that saves the weights of a trusted file alone, whatever it keeps them under."""
+    """Return a command that saves only the weights of a trusted file, under whatever key they are."""
     code = (
         f"import torch; c = torch.load({str(path)!r}, map_location='cpu', weights_only=False); "
         "c = next((c[k] for k in ('state_dict', 'model', 'model_state_dict', 'net') "

@@ -1,7 +1,7 @@
-"""What of a file of weights fits a model, and by which names.
+"""Find the entries in a file of weights that fit a model, and their names in the model.
 
-`read_weights` opens a file, `fitted` finds in it what a model needs, `load_weights` puts it there or says in words
-why it does not fit. Knows nothing of how models are built.
+`read_weights` opens a file, `fitted` finds the entries that a model needs, `load_weights` loads them or says why they
+do not fit. Knows nothing of how models are built.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from utils import UserError, printable
 
 State = dict[str, torch.Tensor]
 
-# Segments that wrappers put into names: DDP and DataParallel, torch.compile, FSDP, activation checkpointing.
+# Parts of names that wrappers add: DDP and DataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-# Entries that belong to no network: the average's and a profiler's counters, losses and metrics beside the network.
+# Entries outside the network: counters of the EMA and of a profiler, losses and metrics.
 _COUNTERS = re.compile(r"(^|\.)(num_batches_tracked|n_averaged|total_ops|total_params)$")
 _BESIDE = re.compile(r"(criterion|loss|metric|accuracy|acc|auroc|f1)", re.I)
 
 
 @dataclass
 class Weights:
-    """The content of a file of weights: every dictionary of tensors in it by where it stands, and what it says."""
+    """The content of a file of weights: every dictionary of tensors in it by its position, and the file's metadata."""
 
     source: str
     places: dict[str, State]
-    saved_from: str | None = None  # the model's name, where the file says it
-    options: dict[str, Any] = field(default_factory=dict)  # what its model was built with beside its weights
-    notes: dict[str, str] = field(default_factory=dict)  # by place: which weights were computed from others
-    classes: list[str] | None = None  # in the order of the head's rows, where the file says them
+    saved_from: str | None = None  # the model's name, if the file contains it
+    options: dict[str, Any] = field(default_factory=dict)  # the keyword arguments of its model
+    notes: dict[str, str] = field(default_factory=dict)  # by position: which weights were computed from others
+    classes: list[str] | None = None  # in the order of the head's rows, if the file contains them
 
 
 def read_weights(path: str | Path) -> Weights:
-    """Return a file of weights. Raises UserError where it cannot be read or holds no state dict."""
+    """Return the content of a file of weights. Raise UserError if it cannot be read or holds no state dict."""
     content = load_file(path)
     places = {}
     notes = {}
@@ -61,7 +61,7 @@ def read_weights(path: str | Path) -> Weights:
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tuple[str, State]]:
-    """Dictionaries of tensors by name, at any key of a checkpoint that is not an optimizer's or the like."""
+    """Yield dictionaries of tensors by name, at any key of a checkpoint that is not an optimizer's or the like."""
     if not isinstance(content, dict):
         return
     tensors = {name: value for name, value in content.items() if isinstance(name, str) and torch.is_tensor(value)}
@@ -76,14 +76,14 @@ def _state_dicts(content: Any, place: str = "", depth: int = 3) -> Iterator[tupl
 
 
 def _contents(content: Any) -> str:
-    """What a file holds instead of weights."""
+    """Describe the content of a file that holds no weights."""
     if isinstance(content, dict) and content:
         return f" It holds: {', '.join(printable(key) for key in list(content)[:8])}."
     return f" It holds a {type(content).__name__}."
 
 
 def _saved_from(content: Any) -> str | None:
-    """The name of the model in a checkpoint, as timm, torchvision's reference code or this program records it."""
+    """Return the model's name in a checkpoint of timm, torchvision's reference code or this program."""
     if not isinstance(content, dict):
         return None
     args = content.get("args", content.get("hyper_parameters"))
@@ -95,12 +95,12 @@ def _saved_from(content: Any) -> str | None:
 
 
 def _classes_of(content: Any) -> list[str] | None:
-    """Return the names of the classes in a checkpoint of this program or of another; None if it does not say them."""
+    """Return the class names in a checkpoint of this program or of another; None if it has none."""
     if not isinstance(content, dict):
         return None
     for key in ("classes", "class_names", "names", "class_to_idx", "classes_to_idx", "idx_to_class", "id2label"):
         told = content.get(METADATA, content).get(key)
-        with contextlib.suppress(ValueError, TypeError):  # text that is no JSON; numbers that are none
+        with contextlib.suppress(ValueError, TypeError):  # text that is not JSON; values that are not numbers
             told = json.loads(told) if isinstance(told, str) else told
             names = _in_order(told) if isinstance(told, dict) else told
             if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
@@ -109,7 +109,7 @@ def _classes_of(content: Any) -> list[str] | None:
 
 
 def _in_order(told: dict[Any, Any]) -> list[Any]:
-    """Return the names of classes by their indices, given {name: index} or {index: name}."""
+    """Return the class names by index, given {name: index} or {index: name}."""
     if all(isinstance(name, str) for name in told.values()):
         told = {name: int(index) for index, name in told.items()}
     return sorted(told, key=lambda name: told[name])
@@ -117,7 +117,7 @@ def _in_order(told: dict[Any, Any]) -> list[Any]:
 
 @dataclass
 class Fit:
-    """The part of a file that a model can use, by the model's own names, and how it was found."""
+    """The entries of a file that a model can use, under the model's own names, and how they were found."""
 
     state: State
     place: str = ""
@@ -126,7 +126,7 @@ class Fit:
     matched: int = 0
 
     def described(self) -> str:
-        """How the entries were found, in words; empty where nothing had to be looked for."""
+        """Describe how the entries were found; return an empty string if they had the model's names."""
         parts = [f"entry {printable(self.place)}"] if self.place else []
         parts += [f"names without {printable(self.prefix)!r}"] if self.prefix else []
         if _is_average(self.place) or _is_average(self.prefix):
@@ -137,9 +137,9 @@ class Fit:
 
 
 def fitted(weights: Weights, model: nn.Module, head: tuple[str, ...]) -> Fit:
-    """What of `weights` fits `model` best: which of its dictionaries, without which prefix, or entry by entry.
+    """Return the entries of `weights` that fit `model` best: try each dictionary, each prefix, then by order.
 
-    Averaged weights, which DINO and its kin call the teacher, win over others that fit as well.
+    EMA weights, which DINO and its relatives call the teacher, win over others that fit as well.
     """
     own = model.state_dict()
     fits = [_without_prefix(state, own, place) for place, state in weights.places.items()]
@@ -158,12 +158,12 @@ def _is_average(place: str) -> bool:
 
 
 def belongs(name: str, modules: Iterable[str]) -> bool:
-    """Return whether `name` is one of the `modules`, or a parameter, buffer or layer inside one."""
+    """Return True if `name` is one of the `modules`, or a parameter, buffer or layer inside one."""
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _without_prefix(state: State, own: State, place: str) -> Fit:
-    """The entries of `state` without wrappers' segments and without the prefix that leaves most of `own`'s names."""
+    """Return the entries of `state` without wrappers' parts, minus the prefix that leaves most names of `own`."""
     wrappers = _WRAPPERS - {segment for name in own for segment in name.split(".")}
     clean = {".".join(part for part in name.split(".") if part not in wrappers): name for name in state}
     votes: collections.Counter[str] = collections.Counter()
@@ -180,17 +180,17 @@ def _without_prefix(state: State, own: State, place: str) -> Fit:
 
 
 def note_options(model: nn.Module, options: dict[str, Any]) -> None:
-    """Notes what a model's constructor was told beside its weights, as `model.constructor_options` reads it."""
+    """Store the keyword arguments of a model's constructor, to be read by `model.constructor_options`."""
     vars(model)["constructor_options"] = options
 
 
 def set_versions(state: Any, versions: Any) -> None:
-    """Gives a state dict the versions of its layers, an attribute that PyTorch declares nowhere."""
+    """Set the layer versions of a state dict, an attribute that PyTorch's type stubs lack."""
     state._metadata = versions
 
 
 def _with_versions(chosen: State, state: State, start: str) -> State:
-    """`chosen` with the versions of layers that `state` knows, which say how an old file is to be read."""
+    """Return `chosen` with the layer versions in `state`, which tell PyTorch how to read an old file."""
     versions = getattr(state, "_metadata", None)
     result = collections.OrderedDict(chosen)
     if versions:
@@ -204,10 +204,10 @@ def _with_versions(chosen: State, state: State, start: str) -> State:
 
 
 def _by_order(state: State, own: State, head: tuple[str, ...]) -> State | None:
-    """`state` under `own`'s names where both list the same layers: kinds and shapes equal, one by one, in order.
+    """Return `state` under the names in `own` if both list layers of equal kinds and shapes in the same order.
 
-    So are the weights of the 2020 tutorial's networks (features.4.0.norm1.weight) and of EfficientNets' first
-    implementation in PyTorch (_blocks.0._bn1.weight) found. The head may have another number of classes.
+    This finds the weights of the 2020 tutorial's networks (features.4.0.norm1.weight) and of EfficientNets' first
+    implementation in PyTorch (_blocks.0._bn1.weight). The head may have another number of classes.
     """
     theirs = [(name, tensor) for name, tensor in state.items() if not _COUNTERS.search(name)]
     ours = [(name, tensor) for name, tensor in own.items() if not _COUNTERS.search(name)]
@@ -232,15 +232,14 @@ def load_weights(
     new_head: str = "",
     advice: Callable[[], str] = lambda: "",
 ) -> list[str]:
-    """Load `state` into `model`; what of the `head` it lacks, or has for other classes, is left as initialised.
+    """Load `state` into `model`; entries of the `head` that it lacks, or has for other classes, stay initialised.
 
-    `new_head` says why all of the head is left, although it would fit.
-    Returns notes on what was left. Raises UserError with the offending names where anything else is missing,
-    unknown or of another shape, and where a value is not finite.
+    `new_head` is the reason to leave all of the head initialised although it would fit. Return notes on what was left.
+    Raise UserError with the names of any other entries that are missing, unknown, of another shape, or not finite.
     """
     own = model.state_dict()
     versions = getattr(state, "_metadata", None) or getattr(own, "_metadata", None)
-    drawn = {name for name, _ in model.named_buffers()} - own.keys()  # computed by constructors, not kept
+    drawn = {name for name, _ in model.named_buffers()} - own.keys()  # computed by constructors, not saved
     state = {
         name: tensor
         for name, tensor in state.items()
@@ -264,7 +263,7 @@ def load_weights(
 
 
 def _with_three_channels(state: State, own: State) -> tuple[State, list[str]]:
-    """Return `state` with a first layer for grey images repeated over three channels, as timm does, and a note of it.
+    """Return `state` with a first layer for grey images repeated over three channels, as in timm, and a note on it.
 
     A third of the weights for each channel gives the same output for a grey image.
     """
@@ -279,17 +278,17 @@ def _with_three_channels(state: State, own: State) -> tuple[State, list[str]]:
 
 
 def _is_beside(name: str, own: State) -> bool:
-    """Whether an entry belongs to no network: a counter that the model lacks, or a loss's or a metric's tensor."""
+    """Return True if an entry is outside the network: an unknown counter, or a tensor of a loss or metric."""
     first = name.partition(".")[0]
     layers = {own_name.partition(".")[0] for own_name in own}
     return name not in own and (bool(_COUNTERS.search(name)) or first not in layers and bool(_BESIDE.match(first)))
 
 
 def narrow_head(model: nn.Module, heads: tuple[str, ...]) -> None:
-    """Draws new linear heads again, as PyTorch does, if their weights spread wider than that, before files fill them.
+    """Initialise new linear heads again, as PyTorch does, if their weights spread wider, before files fill them.
 
-    EfficientNets, for example, draw a head from ±1/sqrt(classes), which was made for 1,000 classes. With 6 classes so
-    much of it remains beside what is learned from pretrained features that accuracy suffers. nn.Linear draws from
+    EfficientNets, for example, initialise a head from ±1/sqrt(classes), which suits 1,000 classes. With 6 classes so
+    much of it remains beside the values learned from pretrained features that accuracy suffers. nn.Linear uses
     ±1/sqrt(inputs).
     """
     for name in heads:
@@ -301,9 +300,9 @@ def narrow_head(model: nn.Module, heads: tuple[str, ...]) -> None:
 def for_classes(
     state: State, theirs: list[str] | None, ours: list[str] | None, head: tuple[str, ...]
 ) -> tuple[State, str, str]:
-    """Return `state` with the rows of its head in the order of `ours`, what was moved, and why the head is of no use.
+    """Return `state` with its head's rows in the order of `ours`, a note on the change, and why the head is unusable.
 
-    `theirs` are the classes of the rows; nothing is done where they or `ours` are not known, or are of another number.
+    `theirs` are the classes of the rows; nothing changes if they or `ours` are unknown, or differ in number.
     """
     if theirs is None or ours is None or theirs == ours or len(theirs) != len(ours):
         return state, "", ""
@@ -319,9 +318,9 @@ def for_classes(
 
 
 def _with_head(state: State, own: State, head: tuple[str, ...], new_head: str) -> tuple[State, list[str]]:
-    """Return `state` with entries of the head only where they fit, and what was done with the others.
+    """Return `state` with entries of the head only if they fit, and notes on the others.
 
-    A head inside a Sequential (fc.1.weight) is taken for the model's own where its shape is the same.
+    A head inside a Sequential (fc.1.weight) is used for the model's own if its shape is the same.
     """
     theirs = {name: tensor for name, tensor in state.items() if belongs(name, head)}
     others = {name: tensor for name, tensor in state.items() if name not in theirs}

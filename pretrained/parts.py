@@ -1,4 +1,4 @@
-"""Weights that were saved in several files: which file names the parts, which is a part, and what reads them all.
+"""Recognise weights that were saved in several files: the index, the parts, and the way to read all of them.
 
 safetensors and Transformers write shards and an index, PyTorch's distributed checkpoints a folder, DeepSpeed a file for
 each process. Knows nothing of models.
@@ -18,7 +18,7 @@ _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
 
 
 def names_parts(path: Path) -> bool:
-    """Return whether a file of text is an index of shards, whatever it is called."""
+    """Return True if a text file is an index of shards, whatever its name is."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
@@ -27,7 +27,7 @@ def names_parts(path: Path) -> bool:
 
 
 def parts_of(index: Path) -> list[Path]:
-    """Return the shards that an index names. Raises UserError if one is not beside it."""
+    """Return the shards that an index names. Raise UserError if one is not beside it."""
     names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
     outside = [name for name in names if Path(name).name != name]
     if outside:
@@ -35,14 +35,14 @@ def parts_of(index: Path) -> list[Path]:
     missing = sorted(name for name in names if not (index.parent / name).exists())
     if missing:
         raise UserError(
-            f"{printable(index)} lists {len(names)} shards, of which {len(missing)} are not beside it, such as "
+            f"{printable(index)} lists {len(names)} shards, but {len(missing)} of them are not beside it, such as "
             f"{printable(missing[0])}: put all of them into one folder."
         )
     return [index.parent / name for name in sorted(names)]
 
 
 def refuse_part(path: Path) -> None:
-    """Raise UserError for a file that holds one part of a network, with what reads all parts."""
+    """Raise UserError for a file that holds one part of a network, with the way to read all parts."""
     shard = _SHARD.search(path.name)
     if shard and int(shard[2]) > 1:
         indices = sorted(path.parent.glob("*.index.json"))
@@ -63,7 +63,7 @@ _DEEPSPEED = (
 
 
 def folder_advice(path: Path) -> str:
-    """Say which file of a folder to name, or what makes one of its parts."""
+    """Return advice for a folder: the file in it to name, or the command that joins its parts."""
     names = sorted(entry.name for entry in path.iterdir())
     if any(name.endswith(_DISTRIBUTED) for name in names):
         module = "torch.distributed.checkpoint.format_utils"

@@ -1,4 +1,4 @@
-"""timm's models by name, `timm:NAME`: built, filled and described by timm, which is imported where one is used."""
+"""Build and describe timm's models by name, `timm:NAME`. timm is imported only if one is used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _timm() -> Any:
 
 
 def known_name(name: str) -> str:
-    """`timm:NAME` in timm's spelling, a tag of pretrained weights included. Raises UserError where there is none."""
+    """Return `timm:NAME` in timm's spelling, with a tag of weights if given. Raise UserError if it is unknown."""
     timm = _timm()
     key = name[len(PREFIX) :].lower()
     architecture, _, tag = key.partition(".")
@@ -44,7 +44,7 @@ def known_name(name: str) -> str:
 
 
 def close_names(name: str) -> list[str]:
-    """timm's models of nearly this name, where timm is installed."""
+    """Return timm's models with similar names, if timm is installed."""
     if importlib.util.find_spec("timm") is None:
         return []
     return [PREFIX + near for near in difflib.get_close_matches(name.lower(), _timm().list_models(), 1, 0.9)]
@@ -55,7 +55,7 @@ def _joined(names: Any) -> str:
 
 
 def create(key: str, class_count: int, options: dict[str, Any], *, pretrained: bool = False) -> nn.Module:
-    """timm's model with the constructor's arguments in `options`, which it keeps; `pretrained`: filled by timm."""
+    """Return timm's model built with the keyword arguments in `options`; `pretrained`: filled by timm."""
     told = {name: value for name, value in options.items() if name not in ("pretrained", "num_classes")}
     model = _timm().create_model(key[len(PREFIX) :], pretrained=pretrained, num_classes=class_count, **told)
     note_options(model, options)
@@ -65,10 +65,10 @@ def create(key: str, class_count: int, options: dict[str, Any], *, pretrained: b
 def build(
     key: str, class_count: int, image_size: int | None, file: Weights | None, *, pretrained: bool, weights: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A timm model for images of `image_size`, with its published weights unless there is a `file`.
+    """Return a timm model for images of `image_size`, with its published weights unless there is a `file`.
 
-    `file` is asked only for what the constructor is to be told. Returns the model, and no further names of layers.
-    Raises UserError where it cannot be built for that size, and where the weights cannot be had.
+    `file` supplies only the constructor's keyword arguments. Return the model, and an empty tuple of further layer
+    names. Raise UserError if the model cannot be built for that size or the weights cannot be downloaded.
     """
     if weights is not None:
         raise UserError(f"--weights names torchvision's weights; timm's are part of the name: --model {key}.TAG")
@@ -88,7 +88,7 @@ def build(
     _refuse_without_head(model, key, class_count)
     if pretrained and file is None:
         model = _pretrained(key, class_count, options, config)
-        if class_count != config.num_classes:  # else the head has published weights, too
+        if class_count != config.num_classes:  # otherwise the head has published weights, too
             narrow_head(model, head_names(model))
     elif file is not None:
         narrow_head(model, head_names(model))
@@ -96,12 +96,12 @@ def build(
 
 
 def _refuse_without_head(model: nn.Module, key: str, class_count: int) -> None:
-    """Raise UserError for a network that gives features: timm's encoders, and others that are no classifiers."""
+    """Raise UserError for a network without logits: timm's encoders, and others that are not classifiers."""
     layers = dict(model.named_modules())
     heads = [getattr(layers.get(name), "weight", None) for name in head_names(model)]
     if not heads or any(weight is None or len(weight) != class_count for weight in heads):
         kind = type(model).__name__
-        raise UserError(f"--model {key} is no classifier: {kind} has no head for {class_count} classes.")
+        raise UserError(f"--model {key} is not a classifier: {kind} has no head for {class_count} classes.")
 
 
 def _pretrained(key: str, class_count: int, options: dict[str, Any], config: Any) -> nn.Module:
@@ -113,7 +113,7 @@ def _pretrained(key: str, class_count: int, options: dict[str, Any], config: Any
     timm.models.set_pretrained_download_progress(shows_bars())
     try:
         return create(key, class_count, options, pretrained=True)
-    except Exception as error:  # the loader, the hub, its transport and the network raise many kinds
+    except Exception as error:  # the loader, the hub, its transport and the network raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise UserError(
@@ -125,7 +125,7 @@ def _pretrained(key: str, class_count: int, options: dict[str, Any], config: Any
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
-    """What timm keeps with each of its models; empty for another's."""
+    """Return the configuration that timm stores in each of its models; empty for another library's."""
     return getattr(model, "pretrained_cfg", None) or {}
 
 
@@ -135,7 +135,7 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
 
 
 def published_count(model: nn.Module) -> int | None:
-    """Return the number of classes of a timm model's published weights; None for another's model."""
+    """Return the number of classes of a timm model's published weights; None for another library's model."""
     return _config(model).get("num_classes")
 
 
@@ -145,7 +145,7 @@ def own_size(model: nn.Module) -> int | None:
 
 
 def preprocessing(key: str) -> dict[str, Any]:
-    """Mean, deviation and interpolation of the model's data configuration."""
+    """Return mean, standard deviation and interpolation of the model's data configuration."""
     from timm.data import resolve_data_config
 
     config = _timm().get_pretrained_cfg(key[len(PREFIX) :])
@@ -161,11 +161,11 @@ def preprocessing(key: str) -> dict[str, Any]:
 
 
 def with_todays_names(state: Any, model: nn.Module) -> Any:
-    """`state` as timm's own filter for the model's family renames and resizes it; unchanged where it has none."""
+    """Return `state` renamed and resized by timm's filter for the model's family; unchanged if there is no filter."""
     filter_ = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
     if filter_ is None or not _config(model):
         return state
     try:
         return filter_(dict(state), model)
-    except Exception:  # filters assume that the weights are of their family: what does not fit is said later
+    except Exception:  # filters assume weights of their own family: `load_weights` reports what does not fit
         return state

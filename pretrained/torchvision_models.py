@@ -1,4 +1,4 @@
-"""torchvision's classifiers by name: built by its own constructors, which also load its published weights."""
+"""Build torchvision's classifiers by name with its own constructors, which also load its published weights."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pretrained.fitting import State, Weights, load_weights, narrow_head, note_o
 from transforms import IMAGENET_MEAN, IMAGENET_STD
 from utils import UserError, importing, printable, shows_bars
 
-# These two have auxiliary heads, which ImageNet files fill and fine-tuning leaves out. Their constructors also decide
-# about `transform_input`: their ImageNet files were trained on another normalisation.
+# These two have auxiliary heads: ImageNet files fill them, fine-tuning leaves them out. Their constructors also decide
+# about `transform_input`, because their ImageNet files were trained with another normalisation.
 AUXILIARY = {"inception_v3": ("AuxLogits",), "googlenet": ("aux1", "aux2")}
 
 
 @cache
 def models() -> Any:
-    """Return torchvision.models, whose import takes longer than a process that only starts others should wait."""
+    """Return torchvision.models. Its import is slow, and a process that only starts others should not wait for it."""
     with importing():
         from torchvision import models
 
@@ -33,12 +33,12 @@ def models() -> Any:
 
 
 def names() -> list[str]:
-    """Names of torchvision's image classification models."""
+    """Return the names of torchvision's image classification models."""
     return models().list_models(module=models())
 
 
 def known_name(name: str) -> str:
-    """torchvision's name of a classifier in any spelling. Raises UserError where it has none of that name."""
+    """Return torchvision's name of a classifier, given in any spelling. Raise UserError if it is unknown."""
     key = name.lower().replace("-", "_")
     if key not in names():
         from pretrained.timm_models import close_names
@@ -50,7 +50,7 @@ def known_name(name: str) -> str:
 
 
 def create(key: str, class_count: int, options: dict[str, Any]) -> nn.Module:
-    """A classifier without its weights, with the constructor's arguments in `options`, which it keeps."""
+    """Return a classifier without its weights, built with the keyword arguments in `options`, which it keeps."""
     told = {**options}
     if "input_size" in told:
         told["input_size"] = tuple(told["input_size"])  # a list in JSON
@@ -62,10 +62,10 @@ def create(key: str, class_count: int, options: dict[str, Any]) -> nn.Module:
 def build(
     key: str, class_count: int, image_size: int | None, file: Weights | None, *, pretrained: bool, weights: str | None
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A classifier, with its published weights unless there is a `file` or `pretrained` is off.
+    """Return a classifier, with its published weights unless there is a `file` or `pretrained` is False.
 
-    `file` is asked only for what the constructor is to be told. Returns the classifier and the names of the layers
-    that files of weights may hold beside its own.
+    `file` supplies only the constructor's keyword arguments. Return the classifier and the names of the layers that
+    files of weights may contain in addition to its own.
     """
     published = _named_weights(key, weights) if pretrained and file is None else None
     options = _size_options(key, image_size, published)
@@ -86,22 +86,22 @@ def build(
 
 
 def head_name(model: nn.Module) -> str:
-    """The name of the layer that makes the logits: the last linear or convolution layer."""
+    """Return the name of the layer that computes the logits: the last linear or convolution layer."""
     return [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))][-1]
 
 
 def imagenet_classes() -> list[str]:
-    """Return the words for ImageNet's 1,000 classes, in the order of the published heads."""
+    """Return the names of ImageNet's 1,000 classes, in the order of the published heads."""
     return list(models().ResNet18_Weights.DEFAULT.meta["categories"])
 
 
 def preprocessing() -> dict[str, Any]:
-    """How published weights saw images; all were trained on these, whatever the interpolation of their last test."""
+    """Return the normalisation and interpolation that all published weights were trained with."""
     return {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD), "interpolation": "bilinear"}
 
 
 def with_todays_names(state: State, model: nn.Module) -> State:
-    """`state` of an old file with today's names of layers, as torchvision's constructor gives them."""
+    """Return `state` of an old file with today's layer names, as torchvision's constructor renames them."""
     if not isinstance(model, models().DenseNet):
         return state
     old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
@@ -111,7 +111,7 @@ def with_todays_names(state: State, model: nn.Module) -> State:
 
 
 def resized(state: State, model: nn.Module) -> State:
-    """`state` with the position embedding of a vision transformer at the size that `model` was built for."""
+    """Return `state` with the position embedding of a vision transformer resized for `model`."""
     name = "encoder.pos_embedding"
     if not isinstance(model, models().VisionTransformer) or state.get(name, torch.empty(0)).dim() != 3:
         return state
@@ -125,7 +125,7 @@ def resized(state: State, model: nn.Module) -> State:
 
 
 def who_fits(state: State, key: str) -> str | None:
-    """Another model of the same kind as `key` whose layers are those of `state`, apart from the head."""
+    """Return another model of the same kind as `key` with the layers of `state`, except the head, or None."""
     kind = models().get_model_builder(key).__module__
     for name in names():
         if models().get_model_builder(name).__module__ != kind or name == key:
@@ -150,9 +150,9 @@ def _layers(state: State, head: str) -> dict[str, torch.Size]:
 
 
 def _transforms_input(key: str, file: Weights | None) -> bool:
-    """Whether the weights in a file want the input that GoogLeNet's and Inception's ImageNet weights want.
+    """Return True if a file's weights expect the input normalisation of GoogLeNet's and Inception's ImageNet weights.
 
-    A run of this program says so; a file under the name that torchvision published it by is that one.
+    A run of this program records it; a file under torchvision's published name is taken for torchvision's.
     """
     if file is None:
         return False
@@ -161,9 +161,9 @@ def _transforms_input(key: str, file: Weights | None) -> bool:
 
 
 def _size_options(key: str, image_size: int | None, published: Any) -> dict[str, Any]:
-    """What the constructor of a model of a fixed size is told; `image_size` defaults to that of its weights.
+    """Return the keyword arguments for a model of a fixed size; `image_size` defaults to that of its weights.
 
-    Raises UserError where it cannot be built for that size.
+    Raise UserError if it cannot be built for that size.
     """
     if not key.startswith(("vit_", "maxvit_")):
         return {}
@@ -181,7 +181,7 @@ def _size_options(key: str, image_size: int | None, published: Any) -> dict[str,
 
 
 def _named_weights(key: str, name: str | None) -> Any:
-    """One of torchvision's sets of weights for a model. Raises UserError where it has none of that name."""
+    """Return one of torchvision's sets of weights for a model. Raise UserError if it has none of that name."""
     known = models().get_model_weights(key)
     asked = (name or "DEFAULT").rpartition(".")[2].upper()
     if asked not in known.__members__:
@@ -191,10 +191,10 @@ def _named_weights(key: str, name: str | None) -> Any:
 
 
 def _imagenet_model(key: str, weights: Any) -> nn.Module:
-    """The classifier of 1,000 classes as torchvision's own constructor loads it.
+    """Return the classifier of 1,000 classes, loaded by torchvision's own constructor.
 
-    Published files are old: many hold no batch counters, or names of layers from before they were renamed. Only
-    their constructors know. They would also run code that a file holds, so it is read without that first.
+    Published files are old: many lack batch counters or have old layer names, and only torchvision's constructors
+    convert them. The constructors would also run code in a file, so read the file without running it first.
     """
     try:
         weights.get_state_dict(progress=shows_bars(), check_hash=True, weights_only=True)

@@ -1,4 +1,4 @@
-"""The names that Hugging Face's transformers give the layers of a ResNet, as torchvision and timm name them."""
+"""Rename the layers of a ResNet from Hugging Face's transformers to the names in torchvision and timm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LAYER = re.compile(
 
 
 def with_usual_names(state: State) -> State:
-    """Return a ResNet of transformers (`microsoft/resnet-18`) under torchvision's names; any other state as it is."""
+    """Return a ResNet of transformers (`microsoft/resnet-18`) under torchvision's names; any other state unchanged."""
     if not any(_LAYER.search(name) for name in state):
         return state
     return {_renamed(name.removeprefix("resnet.")): tensor for name, tensor in state.items()}

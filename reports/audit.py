@@ -93,8 +93,7 @@ def accuracy(folds: list[float]) -> dict[str, Any]:
 
 
 def pairs(labels: np.ndarray, classes: list[str], doubt: Doubt) -> list[dict[str, Any]]:
-    """Return the number and share of doubtful images for each (label, suggested class) pair, the most frequent pair
-    first."""
+    """Return the number and share of doubtful images for each (label, suggested class), the most frequent first."""
     counts = Counter((int(labels[place]), int(doubt.suggested[place])) for place in doubt.order)
     sizes = np.bincount(labels, minlength=len(classes))
     return [
@@ -143,7 +142,7 @@ def summary(report: dict[str, Any]) -> str:
 
 
 def write_page(report: dict[str, Any], rows: list[list[str]], folder: Path) -> None:
-    """Write report.html: the summary, the contact sheet, pairs of classes, duplicates and the first 500 doubtful
+    """Write report.html: the summary, the contact sheet, pairs of classes, duplicates, the first 500 doubtful
     labels."""
     body = "".join(f"<p>{html.text(line)}</p>\n" for line in summary(report).split("\n\n")[0].splitlines())
     body += "<h2>Most doubtful</h2>\n" + picture(folder / "doubtful.png", "The most doubtful labels", 1040)

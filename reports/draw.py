@@ -40,8 +40,7 @@ def draw_run(directory: Path) -> None:
 
 
 def _keeps(picture: Path, predictions: Path, images: Path) -> bool:
-    """Warn if images of a contact sheet are missing. Return True if an earlier sheet is kept, which may still show
-    them."""
+    """Warn if images of a contact sheet are missing; return True if an earlier sheet is kept because of that."""
     files = [images / name for name in pictures.wrong_images(predictions)]
     gone = sum(not os.path.isfile(file) for file in files)
     keeps = gone > 0 and picture.exists()

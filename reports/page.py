@@ -67,8 +67,7 @@ def run_parts(run: dict[str, Any], level: int) -> str:
 
 
 def epochs(metrics: list[dict[str, Any]]) -> str:
-    """Return metrics.jsonl as a table, numbers to four digits, without lists (such as the skipped updates one by
-    one)."""
+    """Return metrics.jsonl as a table, numbers to four digits, without lists (such as the skipped updates)."""
     names = [name for name, value in metrics[0].items() if not isinstance(value, list)]
     rows = [
         [

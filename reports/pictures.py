@@ -23,8 +23,8 @@ from runs.result import matrix_of
 
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
-    """Draw loss and accuracy over the epochs and mark the best epoch; with a scaler, draw loss scale and skipped
-    updates below."""
+    """Draw loss and accuracy over the epochs with the best epoch; below, with a scaler, loss scale and skipped
+    updates."""
     scale = column(metrics, "loss_scale")
     with_scaler = bool(np.isfinite(scale).any())
     with picture(path, 10, 5.6 if with_scaler else 4.2) as figure:

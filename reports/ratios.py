@@ -34,8 +34,7 @@ def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str
 
 
 def _by_seed(row: dict[str, Any], base: dict[str, Any], measure: str) -> list[float]:
-    """Return the ratios of `measure` seed by seed; an empty list if a value is missing or 0, as memory is on
-    Windows."""
+    """Return the ratios of `measure` seed by seed; empty if a value is missing or 0, as memory is on Windows."""
     own = row[measure]["values"]
     theirs = base[measure]["values"]
     if not all([*own, *theirs]):

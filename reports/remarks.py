@@ -99,8 +99,7 @@ def _other_data(runs: list[dict[str, Any]]) -> Iterator[str]:
 def _difference_of_data(
     one: dict[str, Any], other: dict[str, Any], first: dict[str, str] | None, second: dict[str, str] | None
 ) -> str:
-    """Describe how the images and labels of two runs differ; return an empty string if they do not, or if it is
-    unknown."""
+    """Describe how the images and labels of two runs differ; return an empty string if they do not or it is unknown."""
     if first and second:
         shared = first.keys() & second.keys()
         relabelled = sum(first[path] != second[path] for path in shared)

@@ -81,8 +81,7 @@ def read_run(directory: str | Path) -> dict[str, Any]:
 
 
 def read_predictions(file: Path) -> dict[str, Any]:
-    """Return predictions.csv as {classes, paths, labels, predicted (lists of text), confidence [N], probabilities [N,
-    classes]}.
+    """Return predictions.csv as {classes, paths, labels, predicted, confidence [N], probabilities [N, classes]}.
 
     With very many classes, classes and probabilities are absent. Raise UserError if the file is missing or damaged.
     """
@@ -109,8 +108,7 @@ def column(metrics: list[dict[str, Any]], name: str) -> np.ndarray:
 
 
 def steady_rate(metrics: list[dict[str, Any]]) -> float:
-    """Return the median images/s of the epochs after the first, which includes warm-up; with one epoch, that of the
-    first."""
+    """Return the median images/s of the epochs after the first, which includes warm-up, or of the only one."""
     return float(np.median(column(metrics[1:] or metrics, "images_per_second")))
 
 
@@ -138,8 +136,7 @@ def busy_share(metrics: list[dict[str, Any]]) -> float | None:
 
 
 def most_confidently_wrong(confidence: np.ndarray, wrong: np.ndarray, count: int = WRONGEST) -> np.ndarray:
-    """Return positions of at most `count` wrong predictions, sorted by confidence rounded to six digits, the highest
-    first."""
+    """Return positions of at most `count` wrong predictions, the highest confidence (to six digits) first."""
     order = np.argsort(-np.round(confidence, 6), kind="stable")
     return order[wrong[order]][:count]
 
@@ -224,8 +221,7 @@ def mcnemar(reference: Path, other: Path) -> dict[str, Any] | None:
 
 
 def tell_apart(runs: list[dict[str, Any]]) -> None:
-    """Give each run a `label` of model, precision and other options, so that runs with one label differ in their seed
-    alone.
+    """Give each run a `label` of model, precision and other options; runs with one label differ in the seed alone.
 
     An option that a failed run did not record is assumed to be the same as in the other runs.
     """

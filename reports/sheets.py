@@ -36,8 +36,7 @@ def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarra
 
 
 def enlarged(pixels: np.ndarray, width: int, height: int) -> Image.Image:
-    """Return an RGB array as an image that fits a box of this size; if enlarged three times or more, keep sharp
-    pixels."""
+    """Return an RGB array as an image that fits a box of this size, with sharp pixels from three times on."""
     image = Image.fromarray(pixels)
     factor = min(width / image.width, height / image.height)
     size = (max(1, round(factor * image.width)), max(1, round(factor * image.height)))
@@ -91,8 +90,7 @@ def labelled_sheet(
 
 
 def with_map(pixels: np.ndarray, values: list[list[int]]) -> np.ndarray:
-    """Return an RGB image beside a grey copy with its class activation map (rows of 0 to 255) over it, bright if
-    high."""
+    """Return an RGB image beside a grey copy overlaid with its class activation map (rows of 0 to 255)."""
     size = (pixels.shape[1], pixels.shape[0])
     smooth = np.asarray(Image.fromarray(np.array(values, np.uint8)).resize(size, Image.Resampling.BILINEAR))
     colours = 255 * matplotlib.colormaps["inferno"](smooth)[..., :3]

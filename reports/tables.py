@@ -176,8 +176,7 @@ def terminal_table(comparison: dict[str, Any]) -> str:
 
 
 def verdict(comparison: dict[str, Any]) -> str:
-    """Say in one sentence if differences in accuracy can be told from noise. All tests share a level of 5 %
-    (Bonferroni)."""
+    """Say if differences in accuracy can be told from noise. All tests share a level of 5 % (Bonferroni)."""
     found = {row["label"]: row["difference"] for row in comparison["rows"] if row["difference"]}
     if not found:
         return "No finished FP32 run stands beside another precision, so nothing can be said about accuracy."

@@ -224,8 +224,7 @@ _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", 
 
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Return the facts needed to use a checkpoint's weights, as text, because safetensors and ONNX files hold only
-    text."""
+    """Return the facts needed to use a checkpoint's weights as text: safetensors and ONNX files hold only text."""
     plain = {name: checkpoint[name] for name in ("normalize", "interpolation")}
     return {
         "model": checkpoint["model_name"],
@@ -235,8 +234,7 @@ def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str, Any] | None:
-    """Return the checkpoint that `metadata` describes; None if its text is damaged. Raise UserError if facts are
-    missing."""
+    """Return the checkpoint that `metadata` describes, or None if its text is damaged. Raise UserError for a lack."""
     missing = [name for name in ("model", "normalize", "interpolation", *_AS_TEXT) if name not in facts]
     if missing:
         raise UserError(

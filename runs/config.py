@@ -27,8 +27,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def versions(model_name: str) -> dict[str, str]:
-    """Return the version of each package that a run of this model depends on: another timm may build another
-    network."""
+    """Return the version of each package that a model depends on: another timm may build another network."""
     import numpy
     import PIL
     import torch
@@ -67,8 +66,7 @@ def describe(data: DataSet) -> dict[str, Any]:
 
 
 def known_runs(folder: str | Path, file: str) -> str:
-    """Return a sentence that names the runs in `folder` that have `file`, for the error about a run that does not
-    exist."""
+    """Return a sentence that names the runs in `folder` that have `file`, for errors about a run that is missing."""
     runs = sorted(path.parent.name for path in Path(folder).glob(f"*/{file}"))
     if not runs:
         return f"No run with a {file} is in {printable(folder)}."

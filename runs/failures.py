@@ -75,8 +75,7 @@ class Failures:
 
 
 def _usual_cause(best: Path | None, *, first: bool) -> str:
-    """Return the usual cause of a loss that is not finite, and the remedy; `best` is the checkpoint to start again
-    from.
+    """Return the usual cause of a loss that is not finite, and the remedy; `best` is the checkpoint to restart from.
 
     Before the `first` update the learning rate cannot be the cause. A resumed run keeps its options, so a new run is
     needed.

@@ -94,8 +94,7 @@ def _refuse_existing(run: RunDirectory) -> None:
 
 
 def overflowed(run: RunDirectory) -> bool:
-    """Return True if the run ended with a validation that overflowed in its precision: it may continue in another
-    one."""
+    """Return True if the run ended with a validation that overflowed: it may continue in another precision."""
     file = run.file("failure.json")
     return file.exists() and read_json(file).get("kind") == OVERFLOW
 

@@ -1,1 +1,1 @@
-"""What the program asks of the system: files, the terminal, the machine's limits, the processes of a job."""
+"""The program's access to the system: files, the terminal, the machine's limits, the processes of a job."""

@@ -1,7 +1,7 @@
-"""Which number formats each GPU and processor computes with, and what `--amp` picks there. Imports no torch.
+"""The number formats of each GPU and processor, and the precision that `--amp` picks there. Imports no torch.
 
-One table for precision.py, which chooses by it, for `doctor`, which shows its row, and for docs/cards.md, which
-docs/cards.py writes. Facts are NVIDIA's, AMD's, Intel's, Arm's and Apple's own; sources stand in docs/cards.md.
+One table for precision.py, which chooses by it, for `doctor`, which shows its row, and for docs/cards.py, which writes
+docs/cards.md. The facts are NVIDIA's, AMD's, Intel's, Arm's and Apple's own; docs/cards.md lists the sources.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_SCALER_REASON = "bfloat16 has the range of FP32, so no GradScaler is needed"
 
 @dataclass(frozen=True)
 class Card:
-    """What one family of devices computes with. `capability` is NVIDIA's, (0, 0) elsewhere."""
+    """The number formats of one family of devices. `capability` is NVIDIA's, (0, 0) for other makers."""
 
     family: str
     examples: str
@@ -29,14 +29,14 @@ class Card:
     bfloat16: str
     tf32: bool
     float8: bool
-    matrix_unit: str  # what multiplies small matrices at once, or "none"
-    pick: str | None  # the precision that `--amp` picks; None: it is refused
+    matrix_unit: str  # the unit that multiplies small matrices, or "none"
+    pick: str | None  # the precision that `--amp` picks; None: `--amp` is refused
     reason: str
     capability: tuple[int, int] = (0, 0)
 
 
 def _nvidia(low: tuple[int, int], family: str, examples: str) -> Card:
-    """A row for the cards from compute capability `low` to the next row."""
+    """Return a row for the cards from compute capability `low` to the next row."""
     tensor_cores = low >= (7, 0)
     ampere = low >= (8, 0)
     slow = "no Tensor Cores: float16 halves the memory of activations and brings little or no speed"
@@ -97,7 +97,7 @@ AMD_MATRIX = Card(
     pick="amp-fp16",
     reason="float16 as on other GPUs of device cuda; --amp_dtype bfloat16 works as well",
 )
-AMD = (  # the first whose architecture begins so
+AMD = (  # the first row whose prefix the architecture has
     (("gfx908", "gfx90a"), AMD_MATRIX),
     (("gfx94", "gfx95"), replace(AMD_MATRIX, family="AMD CDNA 3 and 4 (ROCm)", examples="MI300X, MI355X", float8=True)),
     (("gfx11",), replace(AMD_MATRIX, family="AMD RDNA 3 (ROCm)", examples="RX 7900", matrix_unit="WMMA")),
@@ -158,7 +158,7 @@ _CPU = Card(
     pick="amp-bf16",
     reason=f"{NO_SCALER_REASON}; PyTorch's float16 kernels on CPUs are slower than those of FP32",
 )
-CPUS = (  # the first whose instruction (a name of torch.cpu.get_capabilities) is there
+CPUS = (  # the first row with an instruction (a name of torch.cpu.get_capabilities) that the processor has
     ("amx_bf16", replace(_CPU, family="x86 with AMX", examples="Xeon Sapphire Rapids and later", matrix_unit="AMX")),
     ("avx512_bf16", replace(_CPU, family="x86 with AVX512-BF16", examples="Xeon Cooper Lake, EPYC Zen 4 and later")),
     ("bf16", replace(_CPU, family="Arm with BF16", examples="Graviton 3 and later, Neoverse V1, N2")),
@@ -169,7 +169,7 @@ CPUS = (  # the first whose instruction (a name of torch.cpu.get_capabilities) i
             family="other CPUs",
             examples="Core, Ryzen before Zen 4, older Xeon and EPYC",
             bfloat16=EMULATED,
-            reason="bfloat16 is imitated with FP32: only memory traffic shrinks; ask doctor whether that pays",
+            reason="bfloat16 is imitated with FP32: only memory traffic shrinks; run doctor to see if that helps",
         ),
     ),
 )
@@ -177,7 +177,7 @@ HALF_INSTRUCTIONS = {"avx512_fp16", "amx_fp16", "fp16_arith"}
 
 
 def nvidia_card(name: str, capability: tuple[int, int]) -> Card:
-    """The row of an NVIDIA card, by its name as CUDA gives it and its compute capability."""
+    """Return the row of an NVIDIA card, given its name in CUDA and its compute capability."""
     if gives_nan_in_float16(name):
         return replace(FAULTY_CARDS, capability=capability)
     below = [card for card in NVIDIA if card.capability <= capability]
@@ -185,39 +185,40 @@ def nvidia_card(name: str, capability: tuple[int, int]) -> Card:
 
 
 def amd_card(architecture: str) -> Card:
-    """The row of an AMD GPU, by its architecture as ROCm gives it (`gfx942:sramecc+:xnack-`)."""
+    """Return the row of an AMD GPU, given its architecture in ROCm (`gfx942:sramecc+:xnack-`)."""
     return next(card for prefixes, card in AMD if architecture.startswith(prefixes))
 
 
 def apple_chip(name: str) -> Card:
-    """The row of an Apple chip, by its name as the system gives it (`Apple M2 Pro`); Intel Macs count as old ones."""
+    """Return the row of an Apple chip, given its name in the system (`Apple M2 Pro`); an Intel Mac counts as old."""
     found = re.search(r"\bM(\d+)\b", name)
     return APPLE_NEW if found and int(found[1]) >= 3 else APPLE_OLD
 
 
 def processor(flags: set[str]) -> Card:
-    """The row of a CPU, by the instructions that torch.cpu.get_capabilities names.
+    """Return the row of a CPU, given the instructions that torch.cpu.get_capabilities names.
 
-    AVX512-FP16, AMX-FP16 and Arm's FP16 make float16 arithmetic native, but not the faster type for training.
+    AVX512-FP16, AMX-FP16 and Arm's FP16 make float16 arithmetic native, but do not make it the faster type for
+    training.
     """
     card = next(card for instruction, card in CPUS if instruction in flags or not instruction)
     return replace(card, float16=NATIVE) if flags & HALF_INSTRUCTIONS else card
 
 
 def gives_nan_in_float16(name: str) -> bool:
-    """Whether a card of that name is among those reported to give NaN in float16."""
+    """Return True if users report that cards of this name compute NaN in float16."""
     return bool(_FAULTY.search(name))
 
 
 def all_cards() -> list[Card]:
-    """Every row, in the order of the table in docs/cards.md."""
+    """Return all rows, in the order of the table in docs/cards.md."""
     turing = next(place for place, card in enumerate(NVIDIA) if card.capability == (7, 5))
     nvidia = [*NVIDIA[: turing + 1], FAULTY_CARDS, *NVIDIA[turing + 1 :]]
     return [*nvidia, *(card for _, card in AMD), INTEL_GPU, APPLE_NEW, APPLE_OLD, *(card for _, card in CPUS)]
 
 
 def markdown_table() -> str:
-    """The table "which precision on my card" in Markdown."""
+    """Return the table "which precision on my card" in Markdown."""
     lines = [
         "| device | compute capability | examples | float16 | bfloat16 | TF32 | float8 | `--amp` picks | why |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Files: replaced whole, locked, and read with errors in words."""
+"""Replace files atomically, lock them, and read them with errors in words."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from typing import IO, Any
 
 from utils import RunError, UserError, log, printable
 
-FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # of a disk, of a quota (Windows has none)
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))  # a full disk, an exceeded quota (not on Windows)
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a temporary file beside `path` and puts it in place of `path` when the block succeeds.
+    """Open a temporary file beside `path` and rename it to `path` when the block succeeds.
 
-    A reader sees the old file or the new one, never a part, whatever stops the writer.
+    A reader sees the old file or the new one, never a part, even if the writer is killed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -35,14 +35,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         remove(temporary)
         raise
-    with contextlib.suppress(OSError, AttributeError):  # the rename itself reaches the disk
+    with contextlib.suppress(OSError, AttributeError):  # force the rename itself onto the disk
         directory = os.open(path.parent, os.O_DIRECTORY)
         os.fsync(directory)
         os.close(directory)
 
 
 def write_text(file: Path, text: str) -> None:
-    """Replaces a text file whole. Raises UserError if it cannot stand there, RunError if the disk fails."""
+    """Replace a text file atomically. Raise UserError if the path is not writable, RunError if the disk fails."""
     try:
         with atomic_write(file) as handle:
             handle.write(text.encode("utf-8", "surrogateescape"))
@@ -54,7 +54,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
-    """Return `content` as strict JSON. A number that is not finite, which JSON does not have, becomes null."""
+    """Return `content` as strict JSON. NaN and infinities, which JSON does not have, become null."""
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:
@@ -73,29 +73,29 @@ _FORMULA = re.compile("'*[=+\\-@\t\r\n]")
 
 
 def as_cell(name: str) -> str:
-    """Return a name as a cell of a CSV file that no spreadsheet computes; `from_cell` gives the name back.
+    """Return a name as a CSV cell that no spreadsheet computes; `from_cell` reverses it.
 
-    A spreadsheet takes a cell that begins with = + - @, a tab or a return for a formula, unless an apostrophe stands
-    before it. Numbers need none.
+    A spreadsheet reads a cell that begins with = + - @, a tab or a return as a formula, unless it begins with an
+    apostrophe. Numbers need no apostrophe.
     """
     return f"'{name}" if _FORMULA.match(name) else name
 
 
 def from_cell(cell: str) -> str:
-    """Return the name that `as_cell` made a cell of."""
+    """Return the name in a cell that `as_cell` made."""
     return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell
 
 
 def refuse_missing_folders(*files: str | None) -> None:
-    """Raises UserError if a file that is to be written has no folder: before the work, not after it."""
+    """Raise UserError if the folder of an output file does not exist: before the work, not after it."""
     for file in files:
         if file and not Path(file).parent.is_dir():
-            raise UserError(f"{printable(file)} cannot be written: there is no such folder.")
+            raise UserError(f"{printable(file)} cannot be written: its folder does not exist.")
 
 
 @contextlib.contextmanager
 def reading(file: Path) -> Iterator[None]:
-    """Turns whatever is wrong with a file into a UserError that names it."""
+    """Turn every error in reading a file into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -123,33 +123,35 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> None:
-    raise ValueError(f"it holds {name}, which is no JSON: the program that wrote it met numbers that are not finite")
+    raise ValueError(
+        f"it holds {name}, which JSON does not allow: the program that wrote it had numbers that are not finite"
+    )
 
 
 def read_text(file: Path) -> str:
-    """A text file as any editor may have saved it: UTF-8, UTF-16 with its mark, else, said so, Windows-1252."""
+    """Return the text of a file in UTF-8, UTF-16 with a BOM, or Windows-1252 with a warning."""
     raw = file.read_bytes()
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return raw.decode("utf-16")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = raw.decode("cp1252")  # which knows no five of its 256 bytes
+        text = raw.decode("cp1252")  # raises for five byte values
         log.warning(f"{printable(file)} is not UTF-8: read as Windows-1252. Save it as UTF-8 if names look wrong.")
         return text
 
 
 def remove(*paths: Path) -> None:
-    """Deletes what is there and can be deleted, such as what `atomic_write` left when its process was killed."""
+    """Delete files that exist and can be deleted, such as the temporary files of a killed process."""
     for path in paths:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def lock(file: IO | int, *, wait: bool = False) -> bool:
-    """Locks an open file until it is closed or this process ends, however it ends; False where another holds it.
+    """Lock an open file until it is closed or this process ends; return False if another process holds the lock.
 
-    Windows and some network file systems know no such locks: there it is as if nobody held it.
+    Return True on Windows and on network file systems without such locks.
     """
     try:
         import fcntl

@@ -1,7 +1,7 @@
-"""What this machine gives this process: cores, memory, shared memory, open files, the device's name, the peak taken.
+"""Read what this process may use: cores, memory, shared memory, open files; name the device; read the peak memory.
 
-A container or a cluster's job often gets a share of a machine. What counts is the smallest of what the machine has,
-what the control groups (version 2) allow, and what the process's own limits allow. Imports torch only for CUDA.
+A container or a cluster's job often gets a share of a machine. The smallest limit counts: the machine's, that of the
+control groups (version 2), or that of the process. Imports torch only for CUDA.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 ROOT = Path("/")
-GPUS = ("cuda", "xpu")  # whose modules in torch name the device and count its memory, in the same words
+GPUS = ("cuda", "xpu")  # their modules in torch name the device and count its memory with the same functions
 RESERVE = 16  # open files, and threads or processes, that a training needs beside its workers
 NO_THREAD = "can't start new thread"  # Python's RuntimeError
 
 
 # ------------------------------------------------------------------------------------- cores
 def cores(root: Path = ROOT) -> int:
-    """The processor cores that this process may use: its affinity, cut to the control groups' CPU quota.
+    """Return the number of cores that this process may use: its affinity, cut to the control groups' CPU quota.
 
     A quota of one and a half cores counts as two: both then run three quarters of the time.
     """
@@ -38,7 +38,7 @@ def cores(root: Path = ROOT) -> int:
 
 
 def computing_cores(root: Path = ROOT) -> int:
-    """As `cores`, but hardware threads that share one core count once: arithmetic gains nothing from them."""
+    """Return `cores`, but count hardware threads that share one core once: arithmetic gains nothing from them."""
     folder = root / "sys/devices/system/cpu"
     own = {_text(folder / f"cpu{number}/topology/thread_siblings_list") or str(number) for number in _affinity()}
     return _within_quota(len(own), root)
@@ -65,7 +65,7 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 # ------------------------------------------------------------------------------------ memory
 def total_memory(root: Path = ROOT) -> int | None:
-    """Bytes of memory that this process can have at most; None if the system does not say."""
+    """Return the bytes of memory that this process can have at most; None if the system does not report them."""
     known = [linux_memory("/proc/meminfo", "MemTotal"), memory_limit(root)]
     return min((size for size in known if size is not None), default=None)
 
@@ -78,7 +78,7 @@ def memory_limit(root: Path = ROOT) -> int | None:
 
 
 def available_memory(root: Path = ROOT) -> int | None:
-    """Return the bytes that this process can still take before something is killed; None if the system does not say."""
+    """Return the bytes that this process can take before something is killed; None if the system does not tell."""
     known = [linux_memory("/proc/meminfo", "MemAvailable"), _address_space_left()]
     for folder in _groups(root):
         limit = _number(folder / "memory.max")
@@ -89,7 +89,7 @@ def available_memory(root: Path = ROOT) -> int | None:
 
 
 def _groups(root: Path) -> list[Path]:
-    """Return the folders of this process's control group and of all above it: each of them may limit."""
+    """Return the folders of this process's control group and of all groups above it: each may set a limit."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         if line.startswith("0::/") and ".." not in line:
             group = root / "sys/fs/cgroup" / line[len("0::/") :]
@@ -98,21 +98,21 @@ def _groups(root: Path) -> list[Path]:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Return the bytes of files' pages that the kernel gives up first, although they count as used."""
+    """Return the bytes of cached files that the kernel frees first, although they count as used."""
     lines = dict(line.split()[:2] for line in _text(folder / "memory.stat").splitlines() if " " in line)
     return int(lines.get("inactive_file", 0))
 
 
 def images_that_fit(memory: float, image_size: int) -> int:
-    """Return how many images of that side in pixels an FP32 update of ResNet-18 can have in `memory` bytes, at least 1.
+    """Return how many images of this size an FP32 update of ResNet-18 can hold in `memory` bytes, at least 1.
 
-    It takes 42 MB for an image of 256 x 256 pixels, and in proportion to the area for others.
+    An image of 256 x 256 pixels takes 42 MB, others in proportion to their area.
     """
     return max(1, int(memory / (42 * 2**20 * (image_size / 256) ** 2)))
 
 
 def _address_space_left() -> int | None:
-    """What `ulimit -v` leaves, in bytes; None if it is not set."""
+    """Return the bytes that `ulimit -v` leaves; None if it is not set."""
     try:
         import resource
     except ImportError:  # Windows
@@ -123,7 +123,7 @@ def _address_space_left() -> int | None:
 
 
 def linux_memory(file: str, name: str) -> int | None:
-    """Bytes that a line `name` of /proc/meminfo or /proc/self/status says; None if there is no such file or line."""
+    """Return the bytes in line `name` of /proc/meminfo or /proc/self/status; None if there is no such file or line."""
     for line in _text(Path(file)).splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
@@ -132,7 +132,7 @@ def linux_memory(file: str, name: str) -> int | None:
 
 # ----------------------------------------------------------- open files, threads, processes
 def allow_more_files() -> None:
-    """Raises this process's limit of open files to the highest that it may set itself."""
+    """Raise this process's limit of open files as far as it is allowed to."""
     try:
         import resource
     except ImportError:  # Windows
@@ -145,10 +145,10 @@ def allow_more_files() -> None:
 
 
 def startable(wanted: int, files: int, threads: int) -> int:
-    """Return how many worker processes, up to `wanted`, this process may start and still have a reserve.
+    """Return how many worker processes, up to `wanted`, this process may start and still keep a reserve.
 
     Each takes `files` open files, and `threads` threads or processes, which the limits do not tell apart. They are
-    taken and given back: so every limit counts, of the process, the user and the container.
+    taken and released again, so that every limit counts: of the process, the user and the container.
     """
     count = 0
     end = threading.Event()
@@ -156,7 +156,7 @@ def startable(wanted: int, files: int, threads: int) -> int:
     with contextlib.ExitStack() as opened:
         opened.callback(end.set)
         with contextlib.suppress(OSError, RuntimeError):
-            multiprocessing.Lock()  # workers need such locks, which live in shared memory
+            multiprocessing.Lock()  # workers need such locks, which use shared memory
             for number in range(wanted + 1):  # the first round takes the reserve
                 for _ in range(files if number else RESERVE):
                     opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
@@ -171,7 +171,7 @@ def startable(wanted: int, files: int, threads: int) -> int:
 
 
 def submitted(pool: ThreadPoolExecutor, function: Callable, *arguments: Any) -> Future:
-    """Submit a call to a pool; make it here if this process may not start the pool's thread."""
+    """Submit a call to a pool; make the call in this thread if the pool's thread cannot be started."""
     try:
         return pool.submit(function, *arguments)
     except RuntimeError as error:
@@ -184,7 +184,7 @@ def submitted(pool: ThreadPoolExecutor, function: Callable, *arguments: Any) -> 
 
 # ------------------------------------------------------------------------ the device, the peak
 def device_name(device: torch.device) -> str:
-    """The marketing name of the device, for tables and records."""
+    """Return the marketing name of the device, for tables and records."""
     if device.type in GPUS:
         import torch
 
@@ -198,7 +198,7 @@ def device_name(device: torch.device) -> str:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Starts a new peak: the allocator's on CUDA and XPU, the process's on Linux (if the kernel allows it)."""
+    """Reset the peak: the allocator's on CUDA and XPU, the process's on Linux (if the kernel allows it)."""
     if device.type in GPUS:
         import torch
 
@@ -209,7 +209,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:
-    """Peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
+    """Return the peak memory since the last reset, in MB of 2**20 bytes, under the names that `result.json` uses."""
     if device.type in GPUS:
         import torch
 
@@ -224,7 +224,7 @@ def peak_memory(device: torch.device) -> dict[str, Any]:
 
 
 def _resident_peak() -> int:
-    """The process's resident peak in bytes, mapped cache files included."""
+    """Return the process's resident peak in bytes, mapped cache files included."""
     peak = linux_memory("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak
@@ -250,12 +250,12 @@ def _number(file: Path) -> int | None:
 
 
 def cpu_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The processor's instructions, as torch.cpu.get_capabilities names them; PyTorch 2.10 has no such function."""
+    """Return the processor's instructions under the names of torch.cpu.get_capabilities, which PyTorch 2.10 lacks."""
     import torch
 
     if hasattr(torch.cpu, "get_capabilities"):
         return {name for name, has in torch.cpu.get_capabilities().items() if has}
-    renamed = {"avx512f": "avx512_f", "asimd": "neon", "asimdhp": "fp16_arith"}  # what Linux calls them
+    renamed = {"avx512f": "avx512_f", "asimd": "neon", "asimdhp": "fp16_arith"}  # names in Linux
     with contextlib.suppress(OSError):
         for line in cpuinfo.read_text().splitlines():
             if line.startswith(("flags", "Features")):  # on x86, on ARM
@@ -264,7 +264,7 @@ def cpu_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
 
 
 def chip_name() -> str:
-    """The name of a Mac's chip (`Apple M2 Pro`); empty if the system does not say."""
+    """Return the name of a Mac's chip (`Apple M2 Pro`); an empty string if the system does not report it."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

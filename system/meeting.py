@@ -1,4 +1,4 @@
-"""The processes of one torchrun job: how they meet and part, and who says what failed.
+"""Join and leave the process group of a torchrun job, and let one process report a failure.
 
 Knows nothing of what the processes compute; a job of one process needs none of this.
 """
@@ -22,14 +22,14 @@ from distributed import Ranks
 from system.machine import computing_cores
 from utils import RunError, UserError, printable, wrapped
 
-PATIENCE = timedelta(minutes=5)  # with processes that start later
+PATIENCE = timedelta(minutes=5)  # for processes that start later
 
 
 def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
     """Join torchrun's process group if there is one: NCCL between CUDA devices, gloo between CPUs.
 
-    Raise UserError if the environment is half of a torchrun job's, RunError if the processes cannot meet. torchrun
-    gives each restart its own part of the store, so that a process does not meet what is left of an earlier attempt.
+    Raise UserError if only a part of torchrun's environment is set, RunError if the processes cannot connect. torchrun
+    gives each restart its own part of the store, so that a process does not read keys of an earlier attempt.
     """
     if ranks.size == 1:
         return
@@ -60,7 +60,7 @@ def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
 
 
 def _meeting_place(ranks: Ranks) -> str:
-    """Return HOST:PORT at which the processes meet. Raise UserError if a part of it is missing."""
+    """Return HOST:PORT for the rendezvous. Raise UserError if a part of it is missing."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -75,7 +75,7 @@ def _meeting_place(ranks: Ranks) -> str:
 
 
 def leave(ranks: Ranks) -> None:
-    """Leave the process group: after a failure was reported, so that the others report no lost connection first."""
+    """Leave the process group, after a failure was reported, so that other ranks do not report a lost connection."""
     if ranks.size > 1:
         import torch.distributed as dist
 
@@ -84,29 +84,29 @@ def leave(ranks: Ranks) -> None:
 
 
 def end(status: int) -> NoReturn:
-    """End this process; one of several after its handlers of exit, but without Python's own shutdown.
+    """End this process; one of several skips Python's own shutdown after the exit handlers.
 
-    A thread that waits in C++ for other processes, when Ctrl-C ends the wait, would return into a Python that shuts
-    down and abort the process (SIGABRT, exit status 134 for 130). So would gloo's threads.
+    If Ctrl-C interrupts a thread that waits in C++ for other processes, the thread would return into a Python that is
+    shutting down and abort the process (SIGABRT, exit status 134 instead of 130). So would gloo's threads.
     """
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
-        gc.freeze()  # Python would look through all that PyTorch imported once more: a second
+        gc.freeze()  # otherwise Python searches all objects of PyTorch once more, which takes a second
         sys.exit(status)
     try:
         threading._shutdown()  # type: ignore[attr-defined] # waits for threads that write
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed, or nobody reads it
+            with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
                 stream.flush()
     finally:  # also if a signal interrupts it
         os._exit(status)
 
 
 def share_cores(ranks: Ranks) -> None:
-    """Let a CPU job compute with this process's part of the cores that it may use.
+    """Let a CPU job compute with this process's share of the available cores.
 
-    torchrun sets OMP_NUM_THREADS to 1 for several processes, which would leave cores idle. Any other value is the
-    user's, and stays.
+    torchrun sets OMP_NUM_THREADS to 1 for several processes, which would leave cores idle. Any other value was set by
+    the user and is kept.
     """
     import torch
 
@@ -119,13 +119,13 @@ def share_cores(ranks: Ranks) -> None:
 
 
 def say_once(message: str, ranks: Ranks) -> None:
-    """Print to stderr; in a job of several only the first process to fail does, so that its reason stands alone."""
+    """Print to stderr; of several processes only the first one to fail prints, so that only its reason is shown."""
     if ranks.size == 1 or _is_first_to_fail():
         print(wrapped(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 def _is_first_to_fail() -> bool:
-    """Count failures in the store of torchrun; return True if that does not answer."""
+    """Count failures in the store of torchrun; return True if it does not answer."""
 
     def count() -> int:
         import torch.distributed as dist
@@ -134,13 +134,13 @@ def _is_first_to_fail() -> bool:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
         return store.add(f"amp-train/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1)
 
-    failures = _in_thread(count)  # another program at that port may be silent for ever
+    failures = _in_thread(count)  # another program at this port may never answer
     wait([failures], timeout=6)
     return not failures.done() or failures.exception() is not None or failures.result() == 1
 
 
 def in_words(error: BaseException) -> str | None:
-    """Return what an error of torch.distributed means for the run; None for an error of another layer."""
+    """Return the meaning of an error of torch.distributed for the run; None for an error of another layer."""
     import torch.distributed as dist
 
     text = str(error).lower()
@@ -158,7 +158,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _in_thread(work: Callable[[], Any]) -> Future:
-    """Start `work` in a thread: Python handles signals in the main one, and not while that waits in C++."""
+    """Start `work` in a thread, because the main thread handles no signals while it waits in C++."""
     result: Future = Future()
 
     def run() -> None:

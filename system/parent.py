@@ -1,4 +1,4 @@
-"""Let a process that this program starts for its own work end with it, also if it is killed."""
+"""Let a child process of this program end with it, even if this program is killed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 
-PARENT = "AMP_TRAIN_PARENT"  # the variable that tells a process who started it
+PARENT = "AMP_TRAIN_PARENT"  # environment variable with the process id of the parent
 PR_SET_PDEATHSIG = 1
 
 
 def environment_of_child() -> dict[str, str]:
-    """Return an environment in which `end_with_parent` ties a process to this one."""
+    """Return an environment that lets `end_with_parent` tie a child process to this one."""
     return {**os.environ, PARENT: str(os.getpid())}
 
 
@@ -26,6 +26,6 @@ def end_with_parent() -> None:
         return
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        os.kill(int(parent), 0)  # sends nothing
-    except ProcessLookupError:  # it ended before the request
+        os.kill(int(parent), 0)  # only checks that the process exists
+    except ProcessLookupError:  # the parent ended before prctl was called
         os.kill(os.getpid(), signal.SIGTERM)

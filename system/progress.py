@@ -1,4 +1,4 @@
-"""Progress for those who see no bar: log files, pipes, schedulers. tqdm counts, and a thread says how far it is."""
+"""Report progress if no bar is visible: log files, pipes, schedulers. tqdm counts; a thread prints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVERY = 30.0  # seconds between two lines
 
 
 def by_steady_clock(bar: tqdm) -> tqdm:
-    """Lets a bar count the seconds by a clock that only goes forward: tqdm reads the time of day, which may be set."""
+    """Let a bar measure time with a monotonic clock: tqdm uses the time of day, which may be set."""
     bar._time = time.monotonic
     bar.start_t = bar.last_print_t = bar._time()
     return bar
@@ -26,8 +26,9 @@ def by_steady_clock(bar: tqdm) -> tqdm:
 def seconds_left(sizes: Sequence[int], ends: Sequence[float], *, epoch_share: float, epoch_seconds: float) -> float:
     """Return the seconds that the rest of a run takes at the speed of its last three epochs, or of its first updates.
 
-    `sizes` are the sides of each epoch's images, `ends` the seconds at the start of the first epoch and at the end of
-    each finished one. The current epoch has taken `epoch_seconds` for `epoch_share` of its updates.
+    `sizes` are the image sizes of the epochs, `ends` the seconds at the start of the first epoch and at the end of each
+    finished one. The current epoch has taken `epoch_seconds` for `epoch_share` of its updates.
+
     Assume that the time for one image grows as side**1.5. It grows more slowly than the area, because small feature
     maps use the processor less efficiently (a ResNet-18 from 48 to 128 px: exponents 1.2 and 1.8 on two CPUs).
     """
@@ -45,9 +46,9 @@ def seconds_left(sizes: Sequence[int], ends: Sequence[float], *, epoch_share: fl
 
 
 class Lines(tqdm):
-    """A bar for those who see no bar: a line every `EVERY` seconds, also while nothing moves."""
+    """Print a line every `EVERY` seconds instead of drawing a bar, also while nothing moves."""
 
-    monitor_interval = 0  # tqdm's own thread speaks up only if updates come
+    monitor_interval = 0  # tqdm's own thread prints only if updates come
 
     def __init__(self, iterable: Any = None, *, say: Callable[[str], None], **options: Any):
         options |= {"mininterval": 1, "file": io.StringIO(), "leave": False}
@@ -55,7 +56,7 @@ class Lines(tqdm):
         super().__init__(iterable, **options)
         by_steady_clock(self)
         if not self.disable:
-            with contextlib.suppress(RuntimeError):  # a process that may start no thread says nothing in between
+            with contextlib.suppress(RuntimeError):  # without a thread, nothing is printed between updates
                 threading.Thread(target=self._speak, args=(say,), daemon=True).start()
 
     def _speak(self, say: Callable[[str], None]) -> None:
@@ -63,7 +64,7 @@ class Lines(tqdm):
             say(self._line())
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
-        """Shows nothing; tqdm has noted the rate by now."""
+        """Draw nothing; tqdm has updated its rate before this call."""
         return True
 
     def _line(self) -> str:

@@ -1,6 +1,6 @@
-"""The streams of this process: every line leaves when it is written, and no reader that goes away ends the work.
+"""Write each line to stdout and stderr at once, and continue if the reader goes away.
 
-Imports nothing but the standard library. Knows nothing of what is printed.
+Imports only the standard library. Knows nothing of what is printed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 
 class _Stream(io.RawIOBase):
-    """A file descriptor that takes every byte, even if nobody reads them any more or its disk is full.
+    """Write to a file descriptor; accept all bytes even if nobody reads them any more or its disk is full.
 
-    A pipe whose reader went away must not end a training; what else cannot be written is kept in `lost`.
+    A pipe without a reader must not end a training; any other error is kept in `lost`.
     """
 
     def __init__(self, descriptor: int):
@@ -30,7 +30,7 @@ class _Stream(io.RawIOBase):
         while rest.nbytes and not self._dead:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:  # whoever shares the pipe made it non-blocking
+            except BlockingIOError:  # another process that shares the pipe made it non-blocking
                 select.select([], [self._descriptor], [], 1)
             except OSError as error:
                 self._dead = True
@@ -49,10 +49,10 @@ class _Stream(io.RawIOBase):
 
 
 def open_streams() -> Callable[[], OSError | None]:
-    """Makes sys.stdout and sys.stderr write each line at once and outlive their readers.
+    """Make sys.stdout and sys.stderr write each line at once and outlive their readers.
 
-    Returns a function that says, at the end, why the output is incomplete; None if it is not. A stream that was closed
-    before the start becomes the null device, so that no file of the program's own takes its number.
+    Return a function that returns, at the end, the error that made the output incomplete, or None. A stream that was
+    closed before the start becomes the null device, so that no file of the program gets its descriptor.
     """
     raw = []
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
@@ -68,7 +68,7 @@ def open_streams() -> Callable[[], OSError | None]:
         text = io.TextIOWrapper(
             io.BufferedWriter(stream),
             encoding=getattr(former, "encoding", None) or "utf-8",
-            errors="backslashreplace",  # names of files may hold what the terminal cannot show
+            errors="backslashreplace",  # file names may contain letters that the terminal cannot show
             line_buffering=True,
         )
         setattr(sys, name, text)
@@ -81,7 +81,7 @@ def open_streams() -> Callable[[], OSError | None]:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them: 45 s, 12 min, 3 h 20 min."""
+    """Return seconds in readable units: 45 s, 12 min, 3 h 20 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

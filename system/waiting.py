@@ -1,4 +1,4 @@
-"""How long this process waited for processors that others used: on a busy machine no time is a measurement.
+"""Measure how long this process waited for busy processors: on a busy machine times are not comparable.
 
 Linux counts for each thread the time in which it could run and no processor was free (sched-stats.txt of the kernel's
 documentation, and proc_pid_stat(5)). Imports no torch.
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from system.machine import cores, cpu_quota
 
-BUSY = 0.1  # from this share of its time on, a run's times are not comparable
+BUSY = 0.1  # above this share, a run's times are not comparable
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """Seconds since their starts: of the clock, each thread's waiting, processor time of the process and of its
-    loading workers, and time that a virtual machine was not given though it could run (per processor)."""
+    """Seconds since the start: of the clock, of each thread's waiting, of processor time of the process and of its
+    loading workers, and of time that the host kept from a virtual machine that could run (per processor)."""
 
     clock: float
     waited: dict[str, float]
@@ -31,18 +31,18 @@ class _Counts:
 
 
 class Waiting:
-    """The share of a stretch of time that this process lost to others, from when this is made."""
+    """The share of the time since its creation that this process lost to other processes."""
 
     def __init__(self, root: Path = Path("/")):
         self._root = root
         self._before = _counts(root)
 
     def share(self) -> float | None:
-        """Return the share lost so far (0 to 1); None if the system does not say.
+        """Return the share lost so far (0 to 1); None if the system does not report it.
 
-        The thread that waited longest counts, since the others wait for it at the end of each parallel loop. A wait
-        is not laid to others if the process's own loading workers can have caused it, or if the process had all the
-        processor time that it may have (more threads than cores, a container's quota).
+        The thread that waited longest counts, because the others wait for it at the end of each parallel loop. A wait
+        is not attributed to other processes if the process's own loading workers can have caused it, or if the process
+        had all the processor time that it may have (more threads than cores, a container's quota).
         """
         before = self._before
         now = _counts(self._root)
@@ -70,21 +70,21 @@ def _counts(root: Path) -> _Counts:
 
 
 def _processors(root: Path) -> float:
-    """How many processors this process may use; those of a torchrun job share a machine's."""
+    """Return how many processors this process may use; the processes of a torchrun job share a machine's."""
     quota = cpu_quota(root)
     mine = cores(root) if quota is None else min(cores(root), quota)
     return mine / int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def _waited(file: Path) -> float | None:
-    """Seconds in which a thread could run and did not; None if it has ended, or the kernel does not count."""
+    """Return the seconds in which a thread could run and did not; None if it ended or the kernel does not count."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         return int(file.read_text().split()[1]) / 1e9
     return None
 
 
 def _processor_seconds(file: Path) -> float:
-    """Processor time of another process; 0 if it has ended."""
+    """Return the processor time of another process; 0 if it ended."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         fields = file.read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -92,7 +92,7 @@ def _processor_seconds(file: Path) -> float:
 
 
 def _stolen(file: Path) -> float:
-    """Seconds that the host of a virtual machine kept from it, per processor; 0 if it does not say."""
+    """Return the seconds per processor that the host kept from a virtual machine; 0 if it does not report them."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         total = file.read_text().split("\n", 1)[0].split()
         return int(total[8]) / os.sysconf("SC_CLK_TCK") / (os.cpu_count() or 1)

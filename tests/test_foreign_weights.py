@@ -131,7 +131,7 @@ def test_a_shard_without_its_index_and_an_index_without_its_shards_are_refused(t
     shard = tmp_path / "model-00002-of-00002.bin"
     assert f"is shard 2 of 2 of a network's weights: name their index, {index}" in tiny.refused(load_file, shard)
     (tmp_path / "model-00001-of-00002.bin").unlink()
-    assert "of which 1 are not beside it, such as model-00001-of-00002.bin" in tiny.refused(load_file, index)
+    assert "but 1 of them are not beside it, such as model-00001-of-00002.bin" in tiny.refused(load_file, index)
     index.write_text(json.dumps({"weight_map": {"fc.weight": "../secret.bin"}}))
     assert "a file in another folder: ../secret.bin" in tiny.refused(load_file, index)
     index.unlink()
@@ -153,7 +153,7 @@ def test_a_shard_without_its_index_and_an_index_without_its_shards_are_refused(t
         ("names", {1: "a", 2: "b", 0: "c"}, [1, 2, 0], "rows are moved: the classes have another order"),
         ("id2label", {"2": "z", "0": "x", "1": "y"}, None, "its head is for other classes (x, y, z)"),
         ("classes", ["a", "b", "c"], [0, 1, 2], "(entry model)"),
-        ("nothing", None, [0, 1, 2], "its head is kept, whose classes it does not name"),
+        ("nothing", None, [0, 1, 2], "its head is kept, although the file does not name its classes"),
     ],
 )
 def test_the_rows_of_a_head_follow_the_classes_that_its_file_names(tmp_path, said, key, named, rows, message):
@@ -198,6 +198,6 @@ def test_a_network_that_is_no_classifier_is_refused():
     for head in (None, "gone", ("fc", "gone"), "features.0"):
         model.pretrained_cfg = {"classifier": head}
         message = tiny.refused(timm_models._refuse_without_head, model, "timm:tiny", 7)
-        assert message == "--model timm:tiny is no classifier: Classifier has no head for 7 classes."
+        assert message == "--model timm:tiny is not a classifier: Classifier has no head for 7 classes."
     for name in ("quantized_resnet18", "fcn_resnet50", "fasterrcnn_resnet50_fpn", "raft_small", "r3d_18", "swin3d_t"):
         assert f"--model {name} is not a torchvision classifier. Did you mean" in tiny.refused(known_model, name)

@@ -166,5 +166,5 @@ def test_layer_decay_is_refused_for_networks_without_blocks_of_attention(name):
 @pytest.mark.parametrize("name", ["qwen3_vit_88m_enc", "mobilenetv5_300m_enc"])
 def test_encoders_of_timm_are_refused(name):
     pytest.importorskip("timm")
-    with torch.device("meta"), pytest.raises(UserError, match="is no classifier"):
+    with torch.device("meta"), pytest.raises(UserError, match="is not a classifier"):
         build_model(f"timm:{name}", 7, pretrained=False)
