@@ -164,7 +164,8 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
         what = next(group for group in found.groups() if group)
         return (
             f"{name} was refused: it holds {printable(what)}, which is more than tensors and plain types, and loading "
-            f"it could run code.\nIf you trust its source, save only its weights, in an environment that can import that code:\n"
+            "it could run code.\nIf you trust its source, save only its weights, in an environment that can import "
+            "that code:\n"
             f"  {_resaving_line(path)}"
         )
     with open(path, "rb") as file:
