@@ -48,7 +48,7 @@ def commands_of(group: str) -> list[str]:
 def typed(name: str, option: Option) -> str:
     """Return what is typed for an option: its name and its values."""
     if name == "inputs":
-        return "`PATH ...`"
+        return f"`{option.kind['metavar']} ...`"
     if option.has_negation:
         return f"`--{name}`, `--no-{name}`"
     if option.is_flag:

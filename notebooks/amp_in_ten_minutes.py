@@ -13,9 +13,6 @@
 # %% [markdown]
 # # Mixed precision in ten minutes
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/@REPOSITORY@/blob/main/notebooks/amp_in_ten_minutes.ipynb)
-# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/@REPOSITORY@/blob/main/notebooks/amp_in_ten_minutes.ipynb)
-#
 # You will train a small network in FP32 and with automatic mixed precision (AMP), see what AMP gained on this machine,
 # read the update line by line, break two rules and see what happens, and inspect a model of your own.
 #
@@ -28,21 +25,32 @@
 # | what AMP gains | Tensor Cores; half of the activations' memory | depends on the CPU: `doctor` measures it |
 
 # %% [markdown]
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/@REPOSITORY@/blob/main/notebooks/amp_in_ten_minutes.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/@REPOSITORY@/blob/main/notebooks/amp_in_ten_minutes.ipynb)
+#
+# In Colab and Kaggle the next cell clones https://github.com/@REPOSITORY@. In Kaggle, switch Internet on first, in the
+# settings at the right.
+
+# %%
+import os
+from pathlib import Path
+
+if not Path("main.py").exists() and not Path("../main.py").exists():
+    # !git clone --quiet https://github.com/@REPOSITORY@ amp-train
+    os.chdir("amp-train")
+
+# %% [markdown]
 # ## 1. Get the code
 #
-# If you run this in a checkout, it is used. Otherwise the repository is cloned (in Kaggle, switch Internet on first, in
-# the settings at the right).
+# This notebook works from the folder that it lies in: the folder `notebooks` of a checkout.
 
 # %%
 import os
 import sys
 from pathlib import Path
 
-if not Path("main.py").exists() and Path("../main.py").exists():
-    os.chdir("..")
 if not Path("main.py").exists():
-    # !git clone --quiet https://github.com/@REPOSITORY@ amp-train
-    os.chdir("amp-train")
+    os.chdir("..")
 sys.path.insert(0, os.getcwd())
 quick = bool(os.environ.get("AMP_NOTEBOOK_QUICK"))  # a short run, for the test of this notebook
 

@@ -24,11 +24,16 @@ def content():
     return json.loads(NOTEBOOK.read_text(encoding="utf-8"))
 
 
-def test_the_script_makes_this_notebook():
+@pytest.fixture
+def make():
     pytest.importorskip("jupytext")
     specification = importlib.util.spec_from_file_location("make", ROOT / "notebooks/make.py")
-    make = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(make)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_script_makes_this_notebook(make):
     assert NOTEBOOK.read_text(encoding="utf-8") == make.text(), "run python notebooks/make.py"
 
 
@@ -38,10 +43,18 @@ def test_outputs_are_stripped(content):
     assert not [cell for cell in code if cell["outputs"] or cell["execution_count"]]
 
 
-def test_badges_and_machines_are_named(content):
+def test_machines_are_named(content):
     first = "".join(content["cells"][0]["source"])
-    assert "colab.research.google.com/github/" in first and "kaggle.com/kernels/welcome" in first
-    assert "T4" in first and "bfloat16" in first and "TF32" in first and "@REPOSITORY@" not in str(content)
+    assert "T4" in first and "bfloat16" in first and "TF32" in first
+
+
+def test_badges_and_clone_lead_to_the_public_address_once_there_is_one(make):
+    published = str(make.notebook("https://github.com/someone/amp"))
+    assert "colab.research.google.com/github/someone/amp/blob" in published
+    assert "welcome?src=https://github.com/someone/amp/blob" in published
+    assert "git clone --quiet https://github.com/someone/amp amp-train" in published and make.MARK not in published
+    unpublished = str(make.notebook(""))
+    assert not [word for word in ("colab.research", "welcome?src", "git clone", make.MARK) if word in unpublished]
 
 
 def said(cell):
