@@ -5,10 +5,12 @@ A reader learns AMP from the quotation of the update, so it has to be the code t
 
 import importlib.util
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
+import tiny
 
 import train
 
@@ -62,6 +64,15 @@ def test_the_page_of_options_is_that_of_the_code():
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     assert DOCS["options.md"] == module.page(), "run python docs/options.py"
+
+
+def test_the_page_of_files_names_each_file_and_key_of_a_run(data, tmp_path):
+    assert tiny.train(data, tmp_path) == 0
+    run = tmp_path / "run"
+    named = set(re.findall(r"`(\w+(?:\.\w+)?)`", DOCS["run_files.md"]))
+    files = {path.name for path in run.iterdir()}
+    keys = {*tiny.metrics(run)[0], *json.loads((run / "result.json").read_text(encoding="utf-8"))}
+    assert not files - named and not keys - named
 
 
 def slugs(page):
