@@ -272,6 +272,9 @@ class Execution:
             self.states[id(thing)] = (thing, copy.deepcopy(thing.state_dict()))
             if isinstance(thing, torch.amp.GradScaler):
                 self.scalers.append(thing)
+                narrow = self.precision is not None and self.precision.dtype is torch.float16
+                if narrow and thing.is_enabled() and self.own_scale < thing.get_scale():
+                    thing.load_state_dict(thing.state_dict() | {"scale": self.own_scale})
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         handed = any(optimizer is known for known in self.subject.update_optimizers())

@@ -92,7 +92,8 @@ class Inspection:
         self._judge_range(ranges)
         ran = [name for name, trace in self.traces.items() if trace.error is None and name in self.precisions]
         memory = [self._memory(name) for name in ran]
-        pay = self._payoff(ran, memory) if speed and ran else None
+        trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
+        pay = self._payoff(ran, memory) if speed and ran and trains else None
         content = self._content(written, ranges, memory, pay, ran)
         return Report(content, by_place(self.everything))
 
@@ -139,6 +140,7 @@ class Inspection:
         precision = self._prepare(self.precisions.get(name) or named_precision(name, self.subject.device))
         scales = SCALES if precision.name == "amp-fp16" else (1.0,)
         first = None
+        lowest = None  # of several loss scales that were tried
         for scale in scales:
             with self.subject.kept():
                 models = {prefix: core(model) for prefix, model in self.subject.models.items()}
@@ -149,9 +151,14 @@ class Inspection:
                 self.spoiled[name] = [buffer for buffer in after if buffer not in before]
             origin = trace.lineage.first
             first = first or origin
-            if trace.error is not None or origin is None or origin.phase != "backward":
+            execution = trace.execution
+            if execution.full and not any(scaler.is_enabled() for scaler in execution.scalers):
+                scales = (1.0,)  # the step calls backward itself, on a loss that nobody scales
+            if trace.error is not None or origin is None or origin.phase != "backward" or len(scales) == 1:
                 break
+            lowest = scale
         self.scales[name] = {
+            "lowest": lowest,
             "scale": scale if len(scales) > 1 else None,
             "first_overflow": first.record() if first is not None and len(scales) > 1 else None,
         }
@@ -171,8 +178,8 @@ class Inspection:
         for name, trace in self.traces.items():
             origin = trace.lineage.first
             if origin is not None:
-                scale = self.scales[name]["scale"]
-                found = nonfinite(origin, name, overflow=finite, scale=scale, spoiled=self.spoiled[name])
+                lowest = self.scales[name]["lowest"]
+                found = nonfinite(origin, name, overflow=finite, scale=lowest, spoiled=self.spoiled[name])
                 self.everything.append(found)
 
     def _ranges(self) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ from ampscope.findings import Finding
 from ampscope.places import Place, kind_of_file, line_with, users_sources
 from ampscope.subject import Subject
 from ampscope.tracing import AMP_TYPES, Trace
+from ampscope.training_rules import training_findings
 
 READS = ("item", "tolist", "cpu", "numpy")
 NARROWING = {  # the likeliest first; a line of autocast's is none
@@ -33,6 +34,7 @@ def recipe_findings(subject: Subject, trace: Trace) -> list[Finding]:
         *_regions(events),
         *_scaler(events),
         *_order(events),
+        *training_findings(subject, trace),
         *_precision(events, trace, subject),
         *[
             Finding(

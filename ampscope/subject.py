@@ -101,6 +101,7 @@ class Subject:
         self.step = step
         self.optimizers = _named_optimizers(optimizers)
         self.scaler = scaler
+        self.rewind: Callable[[], None] = lambda: None  # within `kept`: puts everything back as it was
         self.misfit = ""  # says as what a function was called that fails in both forms
         self._call: Callable | None = None
         self._own: torch.optim.Optimizer | None = None
@@ -241,17 +242,25 @@ class Subject:
             parameter.grad = None
         states = [(thing, copy.deepcopy(thing.state_dict())) for thing in self._stateful()]
         devices = [self.device] if self.device.type == "cuda" else []
+
+        def rewind() -> None:
+            with torch.no_grad():
+                for tensor, value in values:
+                    tensor.copy_(value)
+            for parameter, _ in gradients:
+                parameter.grad = None
+            for thing, state in states:
+                restore(thing, state)
+
+        self.rewind = rewind
         try:
             with torch.random.fork_rng(devices):
                 yield
         finally:
-            with torch.no_grad():
-                for tensor, value in values:
-                    tensor.copy_(value)
+            rewind()
+            self.rewind = lambda: None
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-            for thing, state in states:
-                restore(thing, state)
 
     def update_optimizers(self) -> list[torch.optim.Optimizer]:
         """The optimizers handed over, or one made here: Adam, or SGD if gradients are sparse."""

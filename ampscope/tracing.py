@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import sys
 import time
 from collections import Counter, defaultdict
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -26,7 +28,7 @@ from ampscope.places import Place, kind_of_file, place_of_caller
 from ampscope.precisions import Precision
 from ampscope.products import Product, describe, is_custom, is_product
 from ampscope.subject import Subject
-from ampscope.tensors import address, dtype_name
+from ampscope.tensors import address, dtype_name, tensors_in
 from ampscope.timing import wait
 
 AMP_TYPES = (torch.float16, torch.bfloat16)
@@ -56,7 +58,8 @@ class Trace:
 
     `rows`: counts by (phase, module, operator, input types, output type, cast, view); `seconds` by the same key.
     `synchronisations`: counts by (place, what) of reads that make the host wait for the device.
-    `explicit`: casts that the user wrote, by place. `zeroed`, `clipped`, `scaled_at_clip`: see rules.
+    `zeroed`: places at which gradients are filled with zeros. `with_gradient`: parameters that a gradient reached.
+    `evaluated`: classes of modules, by name, that were trained through in evaluation mode.
     """
 
     execution: Execution
@@ -69,6 +72,8 @@ class Trace:
     round_trips: Counter = field(default_factory=Counter)
     float32_places: dict[tuple, tuple] = field(default_factory=dict)
     first_events: list[Event] = field(default_factory=list)
+    with_gradient: set[str] = field(default_factory=set)
+    evaluated: dict[str, str] = field(default_factory=dict)
     error: BaseException | None = None
     error_place: Place | None = None
 
@@ -158,7 +163,7 @@ class Operators(TorchDispatchMode):
             for name, module in subject.named_modules()
             for hook in (
                 module.register_forward_pre_hook(lambda *_, name=name: self._running.append(name)),
-                module.register_forward_hook(self._leave, always_call=True),
+                module.register_forward_hook(functools.partial(self._leave, name), always_call=True),
             )
         ]
         self.hooks += [
@@ -168,10 +173,14 @@ class Operators(TorchDispatchMode):
         ]
         self.parameters = [parameter for _, parameter in subject.named_parameters()]
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         self._running.pop()
+        trains = any(tensor.requires_grad for tensor in tensors_in(output))
+        if trains and not module.training and _differs_in_training(module):
+            self.trace.evaluated[name] = type(module).__name__
 
     def _gradient(self, name: str, gradient: torch.Tensor) -> None:
+        self.trace.with_gradient.add(name)
         if isinstance(gradient, torch.Tensor):
             self.trace.lineage.arrived(f"the gradient of {name}", gradient)
 
@@ -305,6 +314,13 @@ def _autocast_inside(device: torch.device) -> Iterator[None]:
         torch._C._dispatch_tls_set_dispatch_key_excluded(key, excluded)
 
 
+def _differs_in_training(module: nn.Module) -> bool:
+    """Return whether a layer of dropout, or a trained BatchNorm, computes something else in training."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.weight is None or module.weight.requires_grad
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
 def _in_custom_function() -> bool:
     """Whether the backward of a Python autograd function runs, but for those that torch.library generates."""
     node = torch._C._current_autograd_node()
@@ -344,6 +360,8 @@ def trace_step(
             torch.manual_seed(0)
             first.run()
         first.put_back()
+        if first.full and not first.scalers and not _finite(subject):
+            subject.rewind()  # what this run made of the weights is no fault of the next one
         first_events = first.events
         left = first.carried.left
         for optimizer in subject.optimizers.values():
@@ -373,6 +391,10 @@ def trace_step(
     trace.lineage.finish([*execution.roots])
     functions.written.clear()
     return trace
+
+
+def _finite(subject: Subject) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in subject.parameters())
 
 
 def place_of_error(error: BaseException) -> Place | None:
