@@ -353,7 +353,7 @@ class Setup:
         network = Network(
             model,
             sizes=batches.full_sizes,
-            evaluation_size=validation.batch_size,
+            evaluation_size=validation.evaluation_size,
             ranks=self.ranks,
             heads=heads,
             freeze_epochs=frozen,

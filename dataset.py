@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from choices import AUGMENTATIONS, BEFORE_RESIZING, NORMALIZED, RESIZED
 from distributed import Ranks
 from images.subsets import Subset
+from system.machine import images_at_once
 from transforms import (
     Preprocess,
     each,
@@ -180,8 +181,13 @@ class Batches:
 
     def _evaluation_places(self) -> list[np.ndarray]:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
-        size = math.ceil(self.batch_size / self.accumulate)  # the size of a micro-batch in training
+        size = self.evaluation_size
         return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    @property
+    def evaluation_size(self) -> int:
+        """Return the number of images that `evaluation` yields at a time: no more than a micro-batch in training."""
+        return images_at_once(math.ceil(self.batch_size / self.accumulate), self.device)
 
     def first_images(self, most: int) -> tuple[np.ndarray, torch.Tensor]:
         """Return up to `most` images of the first update as the model gets them, and their labels.

@@ -148,7 +148,7 @@ def evaluate(
     kept = torch.zeros(count if keep_logits else 0, batches.class_count, device=device)
     bar = progress(total=count, desc=description, unit="image", delay=2)
     # Ranks ask together, so one with an image more must not ask once more: count the batches of the smallest share.
-    questions = math.ceil((count // batches.ranks.size) / batches.batch_size)
+    questions = math.ceil((count // batches.ranks.size) / batches.evaluation_size)
     with torch.inference_mode(), bar:
         for number, (images, labels, positions) in enumerate(batches.evaluation()):
             if stop is not None and number < questions and stop():

@@ -298,7 +298,7 @@ OPTIONS = {
     "testing": {"evaluate": Option(FLAG, False, "do what the command evaluate does", CALL)},
     "a finished run": {
         "tta": TTA,
-        "batch_size": Option(COUNT, 256, "number of images computed at a time"),
+        "batch_size": Option(COUNT, 256, "number of images computed at a time; on a CPU never more than 32"),
         "checkpoint": Option(FILE, None, "checkpoint to use (default: best_model.pt of the run)", CALL),
     },
     "a finished run's folder": {

@@ -84,7 +84,8 @@ def _memory_advice(command: str, options: Values) -> str:
     accumulate = get("accumulate") or 1
     if command != "train":
         at = f" at --batch_size {batch}" if batch else ""
-        way = "use another --device, or close other programs" if batch == 1 else "use a smaller --batch_size"
+        below = f", below {min(batch, 32)}" if command in ("evaluate", "predict") else ""  # of a CPU's 32
+        way = "use another --device, or close other programs" if batch == 1 else f"use a smaller --batch_size{below}"
         return f"out of memory{at}: {way}."
     if isinstance(batch, str):
         return f"out of memory at --batch_size {batch}: name --batch_size and an --accumulate larger than it chose."

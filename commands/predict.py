@@ -32,7 +32,7 @@ from images.walk import counted, find_images
 from precision import Precision
 from runs.writing import PROBABILITIES, class_columns
 from system.files import as_cell, json_text, refuse_missing_folders
-from system.machine import cores
+from system.machine import cores, images_at_once
 from transforms import Preprocess
 from utils import RunError, Stopped, UserError, amount, log, printable, progress
 
@@ -66,7 +66,7 @@ def predict(
         preprocess=setup.preprocess,
         precision=setup.precision,
         rules=setup.rules,
-        batch_size=batch_size,
+        batch_size=images_at_once(batch_size, setup.device),
         top_k=top_k,
         workers=min(8, cores()) if num_workers is None else num_workers,
         csv_file=csv,

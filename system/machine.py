@@ -111,6 +111,14 @@ def images_that_fit(memory: float, image_size: int) -> int:
     return max(1, int(memory / (42 * 2**20 * (image_size / 256) ** 2)))
 
 
+def images_at_once(count: int, device: torch.device) -> int:
+    """Return how many of `count` images to compute at a time without gradients: on a CPU at most 32.
+
+    More take as long there, and memory in proportion.
+    """
+    return min(count, 32) if device.type == "cpu" else count
+
+
 def _address_space_left() -> int | None:
     """Return the bytes that `ulimit -v` leaves; None if it is not set."""
     try:

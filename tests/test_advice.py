@@ -26,7 +26,7 @@ from option import SAME_TRAINING
 from precision import named_precision
 from runs.failures import Failures
 from system.cards import EMULATED, NATIVE
-from system.machine import images_that_fit
+from system.machine import images_at_once, images_that_fit
 from transforms import Preprocess
 from utils import Stopped, choose_device
 
@@ -181,7 +181,7 @@ UNCOMPILED = type("CompilerError", (Exception,), {"__module__": "torch._inductor
         ),
         ("train", FULL, {"batch_size": 1, "accumulate": 1}, "smaller --image_size", "--accumulate 2"),
         ("train", FULL, {"batch_size": "auto", "accumulate": 1}, "an --accumulate larger", "?"),
-        ("evaluate", FULL, {"batch_size": 64}, "smaller --batch_size", "--accumulate"),
+        ("evaluate", FULL, {"batch_size": 64}, "smaller --batch_size, below 32.", "--accumulate"),
         ("predict", FULL, {"batch_size": 1}, "", "smaller"),
         ("doctor", FULL, {"batch_size": None}, "", "None"),
         ("train", UNCOMPILED, {"compile": False, "cuda_graphs": True}, "Leave out --cuda_graphs.", "out --compile"),
@@ -198,6 +198,14 @@ def test_evaluation_takes_no_more_images_at_once_than_training():
     preprocess = Preprocess(torch.device("cpu"), 9)
     batches = Batches(tiny.subset(22), preprocess, 8, 3, accumulate=3)
     assert [len(places) for places in batches._evaluation_places()] == [3] * 7 + [1]
+
+
+def test_a_cpu_evaluates_at_most_32_images_at_a_time():
+    """Else the outputs of 256 images at 224 pixels take gigabytes, in no less time."""
+    batches = Batches(tiny.subset(70), Preprocess(CPU, 9), 64, 3)
+    assert [len(places) for places in batches._evaluation_places()] == [32, 32, 6] == [32, batches.evaluation_size, 6]
+    assert [images_at_once(count, CPU) for count in (5, 256)] == [5, 32]
+    assert images_at_once(256, torch.device("cuda")) == 256
 
 
 def ended(epoch: int, update: int, precision: str = "fp32") -> str:
