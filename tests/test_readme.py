@@ -7,12 +7,14 @@ import importlib.util
 import inspect
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import tiny
 
 import train
+from command_line.parsing import parse
 
 ROOT = Path(train.__file__).parent
 PAGES = [
@@ -80,6 +82,21 @@ def slugs(page):
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def commands(text):
+    """Return the command lines for main.py on a page, those with placeholders left out."""
+    lines = re.findall(r"(?:python|torchrun.*?) main\.py( [^\n`|]*)", text.replace("\\\n", " "))
+    return [line.partition("&&")[0] for line in lines if "COMMAND" not in line and "OPTIONS" not in line]
+
+
+def test_commands_are_accepted():
+    """Parse each command that a reader may copy. Those of the CHANGELOG were right when they were written."""
+    pages = [page for page in PAGES if page.suffix == ".md" and page.name != "CHANGELOG.md"]
+    found = [line for page in pages for line in commands(page.read_text(encoding="utf-8"))]
+    assert len(found) > 40
+    for line in found:
+        parse(shlex.split(line, comments=True))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
