@@ -18,6 +18,7 @@ from dataset import Batches
 from images.opening import Opening, open_data_set
 from images.stores import StreamedImages
 from measuring.advice import advise, ceilings
+from measuring.arithmetic import check
 from measuring.hardware import machine
 from measuring.probe import (
     PHASES,
@@ -90,6 +91,7 @@ def examine(
         rate, streamed = loader_rate(data_dir, device, setting["image_size"], setting["batch_size"])
         findings |= {"data_dir": str(data_dir), "loader_images_per_second": rate, "loader_streams": streamed}
     findings["ceiling"] = ceilings(findings["measured"])
+    findings["arithmetic"] = {str(dtype)[6:]: check(device, dtype) for dtype in (torch.bfloat16, torch.float16)}
     return {**findings, **advise(findings), "seconds": round(time.perf_counter() - started, 1)}
 
 

@@ -25,6 +25,9 @@ def doctor_text(findings: dict[str, Any]) -> str:
         "The same by kind of operator, and what faster products would give by themselves",
         *_ceiling_lines(findings),
         "",
+        "Does it compute right? Operators and their gradients against float64 on the CPU",
+        *(line for name, found in findings["arithmetic"].items() for line in _arithmetic_lines(name, found)),
+        "",
         "To copy (with --demo, if you have no data yet)",
         f"  {command}",
         "",
@@ -39,6 +42,23 @@ def _machine_lines(machine: dict[str, Any]) -> list[str]:
     for name, value in machine.items():
         lines += paragraph(f"{value}", f"  {name.replace('_', ' '):<20}") if value else []
     return lines
+
+
+def _arithmetic_lines(dtype: str, found: dict[str, Any]) -> list[str]:
+    """Return what was found of one 16-bit type: a count, then by name what is wrong, slow or missing."""
+    checked = found["right"] + len(found["wrong"])
+    said = [f"{found['right']} of {checked} are right"]
+    if found["wrong"]:
+        said.append("WRONG: " + ", ".join(f"{name} (off by {error:.0%})" for name, error in found["wrong"].items()))
+    if found["slow"]:
+        slowest = max(found["slow"], key=found["slow"].__getitem__)
+        said.append(
+            f"{len(found['slow'])} take more than four times as long as in float32, such as {slowest} "
+            f"({found['slow'][slowest]:.0f} times)"
+        )
+    if found["missing"]:
+        said.append(f"missing: {', '.join(found['missing'])}")
+    return paragraph(f"{'; '.join(said)}.", f"  {dtype:<20}")
 
 
 def _update_lines(findings: dict[str, Any]) -> list[str]:

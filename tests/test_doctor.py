@@ -7,11 +7,12 @@ import json
 
 import pytest
 import torch
+from torch.nn import functional
 
 from ampscope.roofline import GROUPS
 from ampscope.timing import amdahl
 from commands import doctor
-from measuring import advice, hardware, probe
+from measuring import advice, arithmetic, hardware, probe
 from reports.doctor import doctor_text
 from system.cards import nvidia_card, processor
 from utils import RunError, UserError
@@ -56,6 +57,7 @@ def findings():
         "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32},
         "failed": {},
         "measured": {"fp32": row(50.0, 1.0, 960, 0.2), "amp-bf16": row(80.0, 1.6, 480, 0.5)},
+        "arithmetic": {"bfloat16": {"right": 24, "wrong": {"GELU": 0.5}, "slow": {"linear": 9.0}, "missing": ["SiLU"]}},
     }
     found["ceiling"] = advice.ceilings(found["measured"])
     return found
@@ -239,3 +241,21 @@ def test_fp32_that_fails_fails_the_examination(monkeypatch):
     monkeypatch.setattr(doctor, "_take_turns", fail)
     with pytest.raises(RunError, match="out of memory(.|\n)*--batch_size"):
         doctor._measure(CPU, {"batch_size": 2})
+
+
+# -------------------------------------------------------------------------------- does it compute right
+def test_operators_agree_with_float64_and_a_planted_fault_is_named(monkeypatch, findings):
+    gelu = functional.gelu
+
+    def broken(inputs):
+        outputs = gelu(inputs)
+        return outputs * 1.1 if inputs.dtype == torch.bfloat16 else outputs
+
+    cases = {name: arithmetic.CASES[name] for name in ("linear", "layer norm", "attention", "max pooling", "SiLU")}
+    monkeypatch.setattr(arithmetic, "CASES", {**cases, "GELU": (broken, [(64, 200)])})
+    found = arithmetic.check(CPU, torch.bfloat16)
+    assert (
+        found["right"] == 5 and list(found["wrong"]) == ["GELU"] and found["wrong"]["GELU"] == pytest.approx(0.1, 0.1)
+    )
+    text = " ".join(doctor_text(advised(findings)).split())
+    assert "24 of 25 are right; WRONG: GELU (off by 50%)" in text and "linear (9 times); missing: SiLU" in text
