@@ -49,7 +49,7 @@ from runs.fitting import micro_batch_that_fits
 from runs.folder import RunDirectory
 from system.machine import GPUS, cores, device_name
 from system.meeting import share_cores
-from train import Trainer
+from train import Plan, Recipe, Trainer
 from transforms import Preprocess
 from utils import StopSignal, UserError, choose_device, log, printable, seed_everything
 
@@ -371,25 +371,18 @@ class Setup:
             warmup_epochs=asked.training.warmup_epochs,
             updates_per_epoch=batches.updates_per_epoch,
         )
-        return Trainer(
-            network,
-            optimizer,
-            schedule,
-            self.precision,
-            batches,
-            validation,
-            run,
+        criterion = SmoothedCrossEntropy(asked.training.label_smoothing, self._class_weights(data))
+        recipe = Recipe(optimizer, schedule, self.precision, criterion, asked.training.clip_grad_norm)
+        plan = Plan(
             epochs,
             asked.model.seed,
-            SmoothedCrossEntropy(asked.training.label_smoothing, self._class_weights(data)),
-            best_by=asked.training.best_by,
-            stop=StopSignal(seconds_of(asked.recording.max_time) if asked.recording.max_time else None),
-            clip_grad_norm=asked.training.clip_grad_norm,
-            log_interval=asked.recording.log_interval,
+            asked.training.best_by,
+            asked.training.patience,
+            asked.recording.log_interval,
             **intervals(asked.recording.checkpoint_every),
-            patience=asked.training.patience,
-            record=self._identity(data, model),
         )
+        stop = StopSignal(seconds_of(asked.recording.max_time) if asked.recording.max_time else None)
+        return Trainer(network, recipe, plan, batches, validation, run, self._identity(data, model), stop)
 
     def _optimizer(self, model: nn.Module, heads: tuple[str, ...]) -> torch.optim.Optimizer:
         """The optimizer of all weights, in groups by --decay_norms, --backbone_lr and --layer_decay."""

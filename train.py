@@ -68,37 +68,51 @@ def update_weights(
     return record.stats()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The parts of an update."""
+
+    optimizer: torch.optim.Optimizer
+    make_scheduler: Callable[..., LRScheduler]  # make_scheduler(done=n) returns the schedule as it is after n updates
+    precision: Precision
+    criterion: nn.Module  # returns the summed loss of a micro-batch
+    clip_grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of a training, the choice of its best epoch, and the times to read numbers and to save."""
+
+    epochs: int
+    seed: int
+    best_by: str = "accuracy"  # a key of choices.METRICS
+    patience: int | None = None  # epochs
+    log_interval: int = 20  # updates
+    save_every_updates: int | None = None  # within an epoch, too
+    save_every_seconds: float | None = None
+
+
 @dataclass
 class Trainer:
     """Train `network` on `batches`, validate after each epoch, keep last.pt and best_model.pt in `run`."""
 
     network: Network
-    optimizer: torch.optim.Optimizer
-    make_scheduler: Callable[..., LRScheduler]  # make_scheduler(done=n) returns the schedule as it is after n updates
-    precision: Precision
+    recipe: Recipe
+    plan: Plan
     batches: Batches
     validation: Batches
     run: RunDirectory
-    epochs: int
-    seed: int
-    criterion: nn.Module  # returns the summed loss of a micro-batch
-    best_by: str = "accuracy"  # a key of choices.METRICS
-    clip_grad_norm: float | None = None
-    log_interval: int = 20  # updates
-    save_every_updates: int | None = None  # within an epoch, too
-    save_every_seconds: float | None = None
-    patience: int | None = None  # epochs
+    record: dict[str, Any] = field(default_factory=dict)  # the part of a checkpoint that describes the run
     stop: StopSignal = field(default_factory=StopSignal)
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
-    record: dict[str, Any] = field(default_factory=dict)  # the part of a checkpoint that describes the run
 
     def __post_init__(self) -> None:
-        self.scaler = self.precision.grad_scaler()
-        self.scheduler = self.make_scheduler(done=0)
+        self.scaler = self.recipe.precision.grad_scaler()
+        self.scheduler = self.recipe.make_scheduler(done=0)
         self.progress = Progress()
-        failures = Failures(self.run.path, self.precision, self.batches.updates_per_epoch)
+        failures = Failures(self.run.path, self.recipe.precision, self.batches.updates_per_epoch)
         self.meter = Meter(failures, self.scaler, self.batches.ranks)
-        self.unused = UnusedParameters(self.optimizer, self.network.model)
+        self.unused = UnusedParameters(self.recipe.optimizer, self.network.model)
         self.begun = time.perf_counter()  # less the time that was trained before a resume
         self.epoch_begun = self.begun  # likewise
         self.prepared = 0.0  # seconds from the beginning to the first epoch
@@ -114,11 +128,11 @@ class Trainer:
         self.begun = time.perf_counter() - self.progress.elapsed
         self.meter.waiting = Waiting()
         with self.stop:
-            if self.progress.epoch < self.epochs:
+            if self.progress.epoch < self.plan.epochs:
                 self.frozen_seconds = self.batches.prepare()
                 self.validation.prepare()
             self.prepared = 0.0 if self.progress.elapsed else self.seconds
-            while self.progress.epoch < self.epochs and not self._out_of_patience():
+            while self.progress.epoch < self.plan.epochs and not self._out_of_patience():
                 self._train_epoch()
                 self._finish_epoch()
         self.run.write_metrics(self.progress.history)  # an earlier process may have ended before it wrote all
@@ -146,20 +160,20 @@ class Trainer:
         with self._bar() as bar:
             for micro_batches in batches.epoch(state.epoch, state.update):
                 image_count = batches.images_in(state.update)
-                seed_everything(self.seed, state.epoch, state.update, batches.ranks.rank)  # for dropout
+                seed_everything(self.plan.seed, state.epoch, state.update, batches.ranks.rank)  # for dropout
                 stats = update_weights(
                     self.network.forward,
                     micro_batches,
                     image_count,
-                    optimizer=self.optimizer,
+                    optimizer=self.recipe.optimizer,
                     scaler=self.scaler,
-                    precision=self.precision,
-                    criterion=self.criterion,
-                    clip_grad_norm=self.clip_grad_norm,
+                    precision=self.recipe.precision,
+                    criterion=self.recipe.criterion,
+                    clip_grad_norm=self.recipe.clip_grad_norm,
                     ranks=batches.ranks.size,
                 )
                 self.meter.add(stats)
-                state.learning_rate = self.optimizer.param_groups[0]["lr"]
+                state.learning_rate = self.recipe.optimizer.param_groups[0]["lr"]
                 self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
                 self.network.after_update(self.updates_done)
                 state.update += 1
@@ -167,7 +181,7 @@ class Trainer:
                 ended = state.update == batches.updates_per_epoch
                 stopping = self._must_stop()
                 saving = not ended and self._save_is_due()
-                if ended or stopping or saving or state.update % self.log_interval == 0:
+                if ended or stopping or saving or state.update % self.plan.log_interval == 0:
                     self._read(bar)
                 state.epoch_seconds = time.perf_counter() - self.epoch_begun
                 state.epoch_waited = batches.seconds_waited
@@ -211,7 +225,8 @@ class Trainer:
             self.frozen_seconds = 0.0
         state.close_epoch(line)
         files = {}
-        if state.epoch in best_epochs(state.history, self.best_by):  # of equal ones the later: it was trained longer
+        # Of equal epochs the later is kept: it was trained longer.
+        if state.epoch in best_epochs(state.history, self.plan.best_by):
             state.best_epoch = state.epoch
             state.best_val_acc = validation.accuracy
             found = {"model": self.network.ema_or_model.state_dict(), "epoch": state.epoch}
@@ -224,7 +239,7 @@ class Trainer:
     def _validate(self) -> Evaluation:
         """Validate in the precision of the training. Raise Interrupted after a signal."""
         model = self.network.ready_to_evaluate()
-        return evaluate(model, self.validation, self.precision, stop=self._must_stop, description="validating")
+        return evaluate(model, self.validation, self.recipe.precision, stop=self._must_stop, description="validating")
 
     def _bar(self) -> Any:
         """Return the progress bar of this epoch."""
@@ -233,7 +248,7 @@ class Trainer:
         return progress(
             total=image_count,
             initial=min(state.update * self.batches.batch_size, image_count),
-            desc=f"epoch {state.epoch + 1}/{self.epochs}",
+            desc=f"epoch {state.epoch + 1}/{self.plan.epochs}",
             unit="image",
             bar_format="{desc} {percentage:3.0f}%|{bar}| {remaining}, {rate_fmt}{postfix}",
         )
@@ -250,7 +265,7 @@ class Trainer:
     def seconds_left(self) -> float:
         """Return how long the run will still take if it does not stop early."""
         return seconds_left(
-            [self.batches.size_in(epoch) for epoch in range(self.epochs)],
+            [self.batches.size_in(epoch) for epoch in range(self.plan.epochs)],
             [self.prepared, *(line["elapsed"] for line in self.progress.history)],
             epoch_share=self.progress.update / self.batches.updates_per_epoch,
             epoch_seconds=time.perf_counter() - self.epoch_begun,
@@ -263,9 +278,9 @@ class Trainer:
         """
         sizes = self.batches.sizes
         frozen = self.network.freeze_epochs
-        best = min(best_epochs(self.progress.history, self.best_by), default=0)  # of equal ones the first
-        since = max(best, sizes.index(sizes[-1]), frozen if frozen < self.epochs else 0)
-        return self.patience is not None and self.progress.epoch - since >= self.patience
+        best = min(best_epochs(self.progress.history, self.plan.best_by), default=0)  # of equal ones the first
+        since = max(best, sizes.index(sizes[-1]), frozen if frozen < self.plan.epochs else 0)
+        return self.plan.patience is not None and self.progress.epoch - since >= self.plan.patience
 
     def _must_stop(self) -> bool:
         """Return True if any rank had a signal or is out of time. Ranks ask on the CPU: nothing waits for a device."""
@@ -290,11 +305,11 @@ class Trainer:
 
     def _save_is_due(self) -> bool:
         """Return True if last.pt is to be written within the epoch, after this update."""
-        if self.save_every_updates is not None:
-            return self.updates_done % self.save_every_updates == 0
-        if self.save_every_seconds is None:
+        if self.plan.save_every_updates is not None:
+            return self.updates_done % self.plan.save_every_updates == 0
+        if self.plan.save_every_seconds is None:
             return False
-        due = time.monotonic() - self.last_save > self.save_every_seconds
+        due = time.monotonic() - self.last_save > self.plan.save_every_seconds
         return self.batches.ranks.any(due)  # the clocks of ranks differ
 
     def state(self) -> dict[str, Any]:
@@ -302,7 +317,7 @@ class Trainer:
         return {
             **self.record,
             **self.network.state(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.recipe.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "progress": {**vars(self.progress)},
         }
@@ -310,11 +325,11 @@ class Trainer:
     def load_state(self, content: dict[str, Any]) -> None:
         """Go on from the result of `state()`. The schedule is rebuilt and replayed, not loaded."""
         self.network.load_state(content)
-        load_moments(self.optimizer, content["optimizer"])
+        load_moments(self.recipe.optimizer, content["optimizer"])
         if self.scaler.is_enabled() and content["scaler"]:  # a disabled scaler's state is {}, which it would refuse
             self.scaler.load_state_dict(content["scaler"])
         state = Progress.restored(content["progress"])
-        if not (0 <= state.epoch <= self.epochs and 0 <= state.update <= self.batches.updates_per_epoch):
+        if not (0 <= state.epoch <= self.plan.epochs and 0 <= state.update <= self.batches.updates_per_epoch):
             raise ValueError(f"no such position in this run: epoch {state.epoch}, update {state.update}")
         self.progress = state
-        self.scheduler = self.make_scheduler(done=self.updates_done)
+        self.scheduler = self.recipe.make_scheduler(done=self.updates_done)

@@ -163,10 +163,10 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
                     trainer.network.forward,
                     next(source),
                     arguments.batch_size,
-                    optimizer=trainer.optimizer,
+                    optimizer=trainer.recipe.optimizer,
                     scaler=trainer.scaler,
-                    precision=trainer.precision,
-                    criterion=trainer.criterion,
+                    precision=trainer.recipe.precision,
+                    criterion=trainer.recipe.criterion,
                     clip_grad_norm=None,
                 )
             )
@@ -196,12 +196,12 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         updates(loader, 2)
         facts = {
             **machine.peak_memory(setup.device),
-            "matmul_flops": matrix_product_rate(setup.device, trainer.precision),
+            "matmul_flops": matrix_product_rate(setup.device, trainer.recipe.precision),
         }
         trainer.network.model.eval()
         data.test.keep(8 * arguments.batch_size)
         started = time.perf_counter()
-        evaluate(trainer.network.model, setup.batches(data, data.test), trainer.precision)
+        evaluate(trainer.network.model, setup.batches(data, data.test), trainer.recipe.precision)
         return {**facts, "evaluation": len(data.test) / (time.perf_counter() - started)}
 
     return answer_to, {"open_seconds": open_seconds}

@@ -129,9 +129,9 @@ def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
     """Tells the terminal and the logs how an epoch went, and how long the rest will take."""
     scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
     loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
-    left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.epochs else ""
+    left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.plan.epochs else ""
     log.info(
-        f"epoch {line['epoch']:>3}/{trainer.epochs}  train {loss} {line['train_acc']:5.1f}%  "
+        f"epoch {line['epoch']:>3}/{trainer.plan.epochs}  train {loss} {line['train_acc']:5.1f}%  "
         f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}{left}"
     )
     logs.epoch(line)

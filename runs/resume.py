@@ -148,11 +148,12 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
             f"({was.get('train')} + {was.get('val')} + {was.get('test')} images then, {len(data.train)} + "
             f"{len(data.validation)} + {len(data.test)} now). Restore them, or start another --checkpoint_name."
         )
-    changed = state.get("precision") != trainer.precision.name  # "auto" may choose another precision on another device
+    now = trainer.recipe.precision.name  # --amp_dtype auto may choose another one on another device
+    changed = state.get("precision") != now
     if changed and not trainer.batches.ranks.share(lambda: overflowed(run)):
         raise UserError(
             f"--resume would change the precision: begun in {printable(state.get('precision'))}, now "
-            f"{trainer.precision.name}. Choose with --amp_dtype and --device, or start another run."
+            f"{now}. Choose with --amp_dtype and --device, or start another run."
         )
     try:
         if (state["classes"], state["model_name"]) != (data.classes, model_name):
@@ -168,7 +169,7 @@ def restore(trainer: Trainer, data: DataSet, *, model_name: str, was: dict[str, 
     epochs = amount(trainer.progress.epoch, "epoch", "epochs")
     if changed:
         log.warning(
-            f"this run was begun in {printable(state['precision'])} and goes on in {trainer.precision.name}, because "
+            f"this run was begun in {printable(state['precision'])} and goes on in {now}, because "
             f"its validation overflowed after {epochs}: it is not a run of one precision"
         )
     log.info(f"resuming after {epochs} and {amount(trainer.progress.update, 'update', 'updates')}")

@@ -108,9 +108,9 @@ def test_every_parameter_moves_in_one_update_or_is_frozen(data, opened, seed):
     one_update(
         network.forward,
         trainer.batches,
-        trainer.criterion,
-        trainer.optimizer,
-        precision=trainer.precision,
+        trainer.recipe.criterion,
+        trainer.recipe.optimizer,
+        precision=trainer.recipe.precision,
         clip=options["clip_grad_norm"],
     )
     heads = in_heads(network.model)

@@ -21,7 +21,7 @@ from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import load_checkpoint, snapshot
 from runs.folder import RunDirectory
-from train import Trainer
+from train import Plan, Recipe, Trainer
 from transforms import Preprocess, each, random_transform
 from utils import Stopped, fold
 
@@ -61,19 +61,8 @@ def trainer(folder, store, *, precision=FP32, optimizer="ADAM", decay="cosine_wa
     network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, **kept)
     validation = Batches(subset(store, [11, 12, 13]), Preprocess(CPU, 12), 3, 3)
     record = tiny.identity(image_size=12)
-    made = Trainer(
-        network,
-        rule,
-        schedule,
-        precision,
-        fed,
-        validation,
-        RunDirectory(folder),
-        2,
-        5,
-        SmoothedCrossEntropy(),
-        record=record,
-    )
+    recipe = Recipe(rule, schedule, precision, SmoothedCrossEntropy())
+    made = Trainer(network, recipe, Plan(2, seed=5), fed, validation, RunDirectory(folder), record)
     made.run.open()
     return made
 

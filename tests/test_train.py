@@ -24,7 +24,7 @@ from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from runs.folder import RunDirectory
-from train import Trainer, update_weights
+from train import Plan, Recipe, Trainer, update_weights
 from transforms import Preprocess
 from utils import RunError, Stopped
 
@@ -48,11 +48,13 @@ def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, 
     schedule = partial(make_scheduler, rule, decay, epochs=epochs, updates_per_epoch=fed.updates_per_epoch)
     own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema", "compile") if name in options}
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
-    options = {"log_interval": 2, "record": tiny.identity(image_size=side)} | options
     validation = batches(subset(9, seed=1, side=side), side=side)
     criterion = SmoothedCrossEntropy(options.pop("label_smoothing", 0.0))
-    run = RunDirectory(folder)
-    made = Trainer(watched, rule, schedule, precision, fed, validation, run, epochs, 3, criterion, **options)
+    recipe = Recipe(rule, schedule, precision, criterion)
+    on_epoch = {"on_epoch": options.pop("on_epoch")} if "on_epoch" in options else {}
+    plan = Plan(epochs, seed=3, **{"log_interval": 2} | options)
+    record = tiny.identity(image_size=side)
+    made = Trainer(watched, recipe, plan, fed, validation, RunDirectory(folder), record, **on_epoch)
     made.run.open()
     return made
 
@@ -279,7 +281,7 @@ def test_step_warmup_counts_its_milestones_from_the_end_of_warmup():
 def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
     used = []
     made = trainer(tmp_path, network(spoil=[3]) if precision is FP16 else None, precision, rate=0.3, epochs=4)
-    made.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
+    made.recipe.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
     made.train()
     made.run.close()
     assert used == pytest.approx(closed_form(12, 1), rel=1e-12)
@@ -294,7 +296,7 @@ def test_skips_are_counted_named_and_shift_nothing(tmp_path, fused, decay_type):
     assert first["skips"] == [{"update": 1, "parameter": "head.weight", "scale": 65536.0}]
     assert second["skips"] == [{"update": 5, "parameter": "head.weight", "scale": 32768.0}]
     assert second["loss_scale"] == 16384 and math.isfinite(first["train_loss"])
-    ours, theirs = (run.optimizer.param_groups[0]["lr"] for run in (found, plain))
+    ours, theirs = (run.recipe.optimizer.param_groups[0]["lr"] for run in (found, plain))
     assert ours == theirs
 
 
@@ -405,7 +407,7 @@ def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     expected = model.head.weight.detach().clone()
     trail = []
     made = trainer(tmp_path, model, ema=0.15, epochs=1)
-    made.optimizer.register_step_post_hook(lambda *_: trail.append(model.head.weight.detach().clone()))
+    made.recipe.optimizer.register_step_post_hook(lambda *_: trail.append(model.head.weight.detach().clone()))
     made.train()
     made.run.close()
     # The average by hand; the schedule's own empty step comes before the three updates.
