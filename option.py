@@ -1,7 +1,7 @@
 """Every option of every command: declared once, with its kind, default, help and role. Imports no torch.
 
-What may be typed for an option is in command_line/kinds.py, how a command line becomes options in
-command_line/parsing.py.
+command_line/kinds.py defines the values that an option accepts, command_line/parsing.py turns a command line into
+options.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ COMMANDS = {
     "evaluate": "test the best checkpoint of a named run, with the options that it was trained with",
     "predict": "classify image files and folders with a trained run",
     "compare": "train once per precision and tabulate accuracy, memory and time",
-    "audit": "find doubtful labels: train on folds, and list images whose label other models deny",
+    "audit": "find images whose labels are probably wrong, by models trained on folds of the data",
     "report": "draw the pictures and the page of a finished run again, from its files",
     "doctor": "say what this machine can do, and what to expect of AMP on it",
     "inspect": "show what AMP does to a model, also to yours: types, memory, ranges, faults, gain",
@@ -67,7 +67,7 @@ FIRST_STEPS = """first steps:
   python main.py doctor                       see what this machine can do
   python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
 README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
-# What --demo changes: a problem that two CPU cores learn from scratch in well under a minute.
+# Defaults of --demo: two CPU cores learn this problem from scratch in well under a minute.
 DEMO = {
     "data_dir": "data/demo",
     "pretrained": 0,
@@ -78,11 +78,11 @@ DEMO = {
     "log_interval": 5,
 }
 
-# What --demo changes on a CUDA device, beyond DEMO, and the scenes that it draws there: 300 updates of 4 GB in FP32.
+# Further defaults of --demo on a CUDA device, and the scenes that it draws there: 300 updates of 4 GB in FP32.
 DEMO_ON_CUDA = {"data_dir": "data/demo_cuda", "image_size": 224, "batch_size": 128, "epochs": 8}
 SCENES_ON_CUDA = {"train_images": 6000, "test_images": 1500, "size": 224}
 
-# What --preset changes: a layer between the defaults, which are the tutorial's of 2020, and --demo's.
+# Defaults of --preset. They replace the defaults of the 2020 tutorial; those of --demo replace both.
 PRESETS: dict[str, dict[str, Any]] = {
     "tutorial": {},
     "finetune": {
@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "ema": 0.99,
         "tta": "flip",
-        "split": "77,8,15",  # beside a test folder a tenth is held out, where the tutorial holds out a fifth
+        "split": "77,8,15",  # if there is a test folder, a tenth is held out; the tutorial holds out a fifth
     },
     "scratch": {
         "pretrained": 0,
@@ -164,7 +164,8 @@ OPTIONS = {
         "normalize": Option(
             one_of("imagenet", "none"),
             "imagenet",
-            "imagenet: by the mean and deviation that the model's ImageNet weights saw; none: values from 0 to 1",
+            "imagenet: subtract the mean and divide by the standard deviation of the model's ImageNet weights; none: "
+            "values from 0 to 1",
         ),
         "cache": Option(
             one_of("auto", "memory", "none"),
@@ -180,8 +181,8 @@ OPTIONS = {
         "group": Option(
             {"metavar": "PATTERN"},
             None,
-            "keep images of one group on one side of the split: a column of --labels, or what this regular expression "
-            "finds in their paths",
+            "keep images of one group on one side of the split: a column of --labels, or a regular expression to "
+            "find the group in each path",
         ),
         "split": Option(
             {"metavar": "SHARES", "type": split},
@@ -192,7 +193,10 @@ OPTIONS = {
         "window": WINDOW,
         "max_megapixels": MEGAPIXELS,
         "cache_limit": Option(
-            {**POSITIVE, "metavar": "GB"}, 100.0, "keep at most this much of decoded images, the latest used", HANDLING
+            {**POSITIVE, "metavar": "GB"},
+            100.0,
+            "limit the cache of decoded images to this size; the least recently used are deleted",
+            HANDLING,
         ),
     },
     "model": {
@@ -200,7 +204,9 @@ OPTIONS = {
         "num_classes": Option(whole(2), None, "number of classes (default: counted from the folders)"),
         "pretrained": Option(one_of(1, 0, type=int), 1, "1: start from ImageNet weights; 0: from random ones", START),
         "weights": Option(NAME, None, "set of torchvision's ImageNet weights (default: DEFAULT, its best)", START),
-        "pretrained_path": Option(FILE, None, "start from the weights in this file, whoever wrote it", START),
+        "pretrained_path": Option(
+            FILE, None, "start from the weights in FILE (PyTorch, timm, Lightning, safetensors)", START
+        ),
     },
     "device and precision": {
         "device": DEVICE,
@@ -225,7 +231,9 @@ OPTIONS = {
             START,
         ),
         "batch_size": Option(
-            COUNT_OR_AUTO, 256, "number of images in one update; auto: as without it, in micro-batches that fit"
+            COUNT_OR_AUTO,
+            256,
+            "number of images in one update; auto: the default, split into micro-batches that fit into memory",
         ),
         "accumulate": Option(
             COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
@@ -234,7 +242,7 @@ OPTIONS = {
         "optimizer": Option(key_of(OPTIMIZERS, type=str.upper), "ADAM", "optimizer that updates weights"),
         "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
         "weight_decay": Option(RATE, 1e-4, "weight of the L2 penalty; with ADAMW it is decoupled from the gradient"),
-        "decay_norms": Option(SWITCH, True, "apply the weight decay to norms and biases, too"),
+        "decay_norms": Option(SWITCH, True, "also apply the weight decay to norms and biases"),
         "backbone_lr": Option(RATE, 1.0, "learning rate of all layers but the head, as a factor of --learning_rate"),
         "layer_decay": Option(
             FACTOR, 1.0, "factor of the learning rate for each transformer block between a layer and the head"
@@ -275,7 +283,9 @@ OPTIONS = {
             EPOCHS, 0, "train only the new head for the first N epochs; all: for all, on outputs computed once"
         ),
         "patience": Option(
-            COUNT, None, "stop when N epochs in a row, of full size and with all layers, were not better than the best"
+            COUNT,
+            None,
+            "stop after N epochs without improvement (epochs with frozen layers or small images do not count)",
         ),
         "tta": TTA,
         "sync_batchnorm": Option(FLAG, False, "compute batch statistics over all processes"),
@@ -285,7 +295,7 @@ OPTIONS = {
         "resume": Option(
             one_of("yes", "auto", nargs="?", const="yes", metavar="auto"),
             None,
-            "go on from last.pt; auto: begin a new run if there is none",
+            "continue from last.pt; auto: start a new run if there is none",
             CALL,
         ),
         "overwrite": Option(FLAG, False, "replace a finished run of the same name", CALL),
@@ -321,7 +331,9 @@ OPTIONS = {
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
-        "explain": Option(FILE, None, "write a PNG that shows what in each image spoke for its class (Grad-CAM)", CALL),
+        "explain": Option(
+            FILE, None, "write a PNG that shows which parts of each image its class depends on (Grad-CAM)", CALL
+        ),
     },
     "comparison": {
         "precisions": Option(
@@ -401,8 +413,8 @@ GROUPS = {
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
 }
-# A command's own defaults, and what it does not ask but its data or model want to know. Those that take a finished
-# run also take its recorded options; None: as its checkpoint says.
+# A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
+# run also use its recorded options; None: the value in its checkpoint.
 _AS_TRAINED = {"image_size": None, "normalize": None, "window": None, "augment": "flip", "num_classes": None}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": _AS_TRAINED,
@@ -426,12 +438,12 @@ OWN_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def options_of(command: str) -> dict[str, Option]:
-    """A command's options by name."""
+    """Return a command's options by name."""
     return {name: option for group in GROUPS[command] for name, option in OPTIONS[group].items()}
 
 
 def named(*roles: str) -> frozenset[str]:
-    """The names of all options that have one of these roles wherever they occur."""
+    """Return the names of all options that have only these roles, in all groups that contain them."""
     table = [(name, option.role) for group in OPTIONS.values() for name, option in group.items()]
     return frozenset(name for name, role in table if role in roles) - {n for n, role in table if role not in roles}
 

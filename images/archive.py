@@ -1,4 +1,4 @@
-"""Unpack a zip archive whole, or refuse it: nothing in it may be hostile or get lost. Imports no torch."""
+"""Unpack a zip archive completely, or refuse it: no member may be hostile or get lost. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WINDOWS = os.name == "nt"
 
 
 def opened_zip(file: Path, encoding: str | None) -> zipfile.ZipFile:
-    """Open a zip. `encoding` is the code page of names that it does not mark as Unicode; UTF-8 if None.
+    """Open a zip. `encoding` is the code page of names that are not marked as Unicode; UTF-8 if None.
 
     Raise UserError if it is not a zip, or the names do not fit the code page.
     """
@@ -48,12 +48,12 @@ def checked(archive: zipfile.ZipFile, source: Path) -> list[zipfile.ZipInfo]:
     size = sum(info.file_size for info in infos)
     places: dict[str, str] = {}
     for info in infos:
-        info.filename = info.filename.replace("\\", "/")  # as old programs of Windows write them
+        info.filename = info.filename.replace("\\", "/")  # old Windows programs write backslashes
         problem = _problem(info)
         place = composed(str(PurePosixPath(info.filename))).casefold()
         if place in places:
             same = places[place] == info.filename
-            problem = "occurs twice" if same else f"is {printable(places[place])!r} where capitals do not count"
+            problem = "occurs twice" if same else f"is {printable(places[place])!r} on systems that ignore case"
         if problem:
             raise _hostile(source, info.filename, problem)
         if not info.is_dir():
@@ -67,12 +67,12 @@ def checked(archive: zipfile.ZipFile, source: Path) -> list[zipfile.ZipInfo]:
 
 
 def _problem(info: zipfile.ZipInfo) -> str:
-    """Return why a member must not be unpacked; empty if it may."""
+    """Return the reason why a member must not be unpacked; an empty string if it may."""
     name = info.filename
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in info.orig_filename or re.search(r"(^|/)[A-Za-z]:", name):
         return "points outside the target folder"
-    if WINDOWS and re.search(r'[<>:"|?*]|[. ](/|$)', name):  # a stream of another file, or a name that is changed
+    if WINDOWS and re.search(r'[<>:"|?*]|[. ](/|$)', name):  # another file's stream, or a name that Windows changes
         return "is not a file name on Windows"
     if any(len(os.fsencode(part)) > 240 for part in path.parts) or len(path.parts) > 32:
         return "is not a usable file name"

@@ -1,4 +1,4 @@
-"""Decode a listing once and keep it, checked against checksums, or find it decoded earlier. Imports no torch."""
+"""Decode a listing once and keep the result with checksums, or find an earlier result. Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from utils import log, progress
 
 @dataclass
 class Opening:
-    """Say how files are opened: what is kept decoded and where, and by which rules they become pixels."""
+    """The way to open files: where decoded images are kept, and by which rules files become pixels."""
 
     cache: str = "auto"  # auto, memory or none
     workers: int | None = None  # None: one a core, at most 8
     pin: bool = False  # prepare batches in page-locked memory for a CUDA device
     cache_limit: float = math.inf  # GB
     rules: Rules = field(default_factory=Rules)
-    own_window: bool = False  # the windows that `rules` leave open are the range of the training images
-    own: set[Path] = field(default_factory=set)  # caches of this data set, which stay whatever `cache_limit` says
+    own_window: bool = False  # use the range of the training images for windows that `rules` leave open
+    own: set[Path] = field(default_factory=set)  # caches of this data set, which `cache_limit` never removes
 
     def __post_init__(self) -> None:
         if self.workers is None:
@@ -43,7 +43,7 @@ class Opening:
 
 
 def file_state(path: Path) -> tuple[int, int, int]:
-    """Return size and times of a file, which change with its content; no program sets the last one (ctime) back."""
+    """Return a file's size and times. They change with its content; no program can set the last one (ctime) back."""
     try:
         status = path.stat()
     except OSError:
@@ -53,10 +53,10 @@ def file_state(path: Path) -> tuple[int, int, int]:
 
 @dataclass
 class Kept:
-    """What is known of a listing's images once each was read: KEY.json, beside the images themselves in KEY.npy.
+    """The facts known about a listing's images after reading each: KEY.json, beside the images themselves in KEY.npy.
 
-    `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None if all fill it.
-    `several` counts the files that hold more pictures than the first; `deep` lists the modes of deep grey pictures.
+    `box` is the (height, width) that holds each of them; `shapes` their own (count, 2), None if all fill it. `several`
+    counts the files that contain several pictures; `deep` lists the modes of deep grey pictures.
     """
 
     box: tuple[int, int]
@@ -66,13 +66,13 @@ class Kept:
     deep: list[str] = field(default_factory=list)
     crc32: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
     unreadable: dict[int, str] = field(default_factory=dict)
-    array: np.ndarray | None = None  # None: streamed, or kept by no file
+    array: np.ndarray | None = None  # None: streamed, or not kept in a file
 
     def shape(self, count: int) -> tuple[int, int, int, int]:
         return count, *self.box, 3
 
     def own(self, array: np.ndarray, position: int) -> np.ndarray:
-        """Return the image at a position of the array, without the padding around it."""
+        """Return the image at a position of the array, without padding."""
         image = array[position]
         if self.shapes is None:
             return image
@@ -81,11 +81,14 @@ class Kept:
 
 
 class _OtherShape(Exception):
-    """An image came out in another size than its header said."""
+    """A decoded image has another size than its header says."""
 
 
 def make_room(root: Path, opening: Opening) -> None:
-    """Remove caches of other data sets and sizes beyond `opening.cache_limit`; call it when all parts are open."""
+    """Remove the least recently used caches of other data sets and sizes beyond `opening.cache_limit`.
+
+    Call it when all parts are open.
+    """
     limit_caches(cache_folder(root), opening.cache_limit * 2**30, keep=opening.own)
 
 
@@ -95,9 +98,9 @@ def checksums(paths: list[Path], root: Path, limit: int, opening: Opening) -> np
 
 
 def decoded(paths: list[Path], root: Path, limit: int, opening: Opening, part: str = "") -> Kept:
-    """Return what is known of a listing's images: found in the cache folder, or decoded now.
+    """Return the facts about a listing's images: found in the cache folder, or decoded now.
 
-    `part` begins the sentences that say so.
+    `part` begins the log messages.
     """
     workers = opening.workers or 0
     states = [file_state(path) for path in paths]
@@ -126,7 +129,7 @@ def _is_streamed(cache: str, size: int, room: float) -> bool:
 
 
 def read_notes(file: Path, count: int) -> Kept | None:
-    """Return what KEY.json says of `count` images; None if there is no such file, or it is damaged."""
+    """Return the facts in KEY.json about `count` images; None if it is missing or damaged."""
     try:
         notes = json.loads(file.with_suffix(".json").read_text())
         shapes = notes["shapes"]
@@ -139,7 +142,7 @@ def read_notes(file: Path, count: int) -> Kept | None:
             np.array(notes["crc32"], np.uint32).reshape(count),
             {int(position): str(reason) for position, reason in notes["unreadable"].items()},
         )
-        os.utime(file.with_suffix(".json"))  # the last use, by which caches are kept
+        os.utime(file.with_suffix(".json"))  # the last use, which decides which caches are kept
         return kept
     except FileNotFoundError:
         return None
@@ -149,7 +152,7 @@ def read_notes(file: Path, count: int) -> Kept | None:
 
 
 def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | None:
-    """Return the decoded images of KEY.npy; None if there is no such file, or its checksums differ."""
+    """Return the decoded images in KEY.npy; None if it is missing or its checksums differ."""
     shape = kept.shape(len(kept.crc32))
     try:
         array: np.ndarray = np.load(file, mmap_mode="r")
@@ -174,8 +177,8 @@ def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | N
 def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, workers: int) -> Kept:
     """Read the files' headers; return the box that holds all images, and the windows of deep grey pictures.
 
-    Images up to `limit` pixels are kept as they are, larger ones are resized to `limit` square. With `own_window` the
-    windows that `rules` do not state are the range of the values in these files.
+    Images up to `limit` pixels keep their size, larger ones are resized to `limit` square. With `own_window`, windows
+    missing in `rules` are the range of the values in these files.
     """
     headers: list[Header | None] = []
     with ThreadPoolExecutor(max(1, workers)) as pool, _bar(paths, "reading headers") as bar:
@@ -213,11 +216,11 @@ def _bar(paths: list[Path], what: str) -> Any:
 def build_cache(
     file: Path, paths: list[Path], kept: Kept, limit: int, *, streamed: bool, workers: int, part: str
 ) -> Kept:
-    """Decode every image into a cache file, or into memory if there is no room; only check streamed ones.
+    """Decode every image into a cache file, or into memory if the disk is too small; only check streamed ones.
 
-    `part` begins the sentence that says so.
+    `part` begins the log message.
     """
-    remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of builders that were killed: a living one holds the lock
+    remove(*file.parent.glob(f".{file.stem}.*.tmp"))  # of killed builders: a living one holds the lock
     temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp")
     started = time.perf_counter()
     try:
@@ -234,8 +237,8 @@ def build_cache(
             write_notes(file, kept, paths[0].absolute().parent)
         if mapped:
             kept.array = None
-            place = temporary  # Windows moves no file that is mapped
-            with suppress(OSError):  # not waiting for the disk: what a power cut loses fails its checksum
+            place = temporary  # Windows cannot move a mapped file
+            with suppress(OSError):  # without waiting for the disk: after a power cut the checksum fails
                 os.replace(temporary, file)
                 place = file
             kept.array = np.load(place, mmap_mode="r")
@@ -282,7 +285,7 @@ def _allocate(file: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, streamed: bool, workers: int) -> Kept:
-    """Decode every path with threads, into an array unless streamed; return `kept` with all that was found.
+    """Decode every path with threads, into an array unless streamed; return `kept` with the results.
 
     Raise _OtherShape if an image does not fit the box, or does not fill it although all images should.
     """
@@ -290,7 +293,7 @@ def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, stre
     crc32 = np.zeros(len(paths), np.uint32)
     unreadable = {}
 
-    def some(start: int) -> int:  # a task for each image costs a tenth of the speed
+    def some(start: int) -> int:  # a task per image costs a tenth of the speed
         positions = range(start, min(start + 16, len(paths)))
         for position in positions:
             image = try_decode(paths[position], limit, kept.rules)

@@ -1,4 +1,4 @@
-"""Keep caches of decoded images on disk: in which folder, one builder at a time, at most so many. Imports no torch."""
+"""Keep caches of decoded images on disk: choose the folder, allow one builder, limit the size. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from utils import log
 def cache_folder(root: Path) -> Path:
     """Return the folder for decoded images: in the data folder, or the user's cache if that is read-only.
 
-    If there is no home, or this process may not enter it, return one in the folder for temporary files.
+    If there is no home folder, or this process may not enter it, return one in the folder for temporary files.
     """
     inside = root / ".cache"
     places = [inside]
@@ -39,10 +39,10 @@ def cache_folder(root: Path) -> Path:
 
 @contextmanager
 def only_builder(file: Path) -> Iterator[None]:
-    """Let one process of this machine build a cache at a time; the others wait, and then find it built."""
+    """Let one process of this machine build a cache at a time; the others wait, and then find the cache."""
     try:
         handle = open(file, "w")  # noqa: SIM115 (held while the lock is)
-    except OSError:  # where no lock can be written no cache can
+    except OSError:  # without a lock file there can be no cache
         yield
         return
     with handle:
@@ -54,7 +54,7 @@ def only_builder(file: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CacheFile:
-    """One listing's decoded images on disk: their size in bytes, and when they were last used (seconds, as time())."""
+    """One listing's decoded images on disk: their size in bytes, and the time of their last use (as from time())."""
 
     file: Path
     size: int
@@ -75,7 +75,7 @@ def caches(folder: Path) -> list[CacheFile]:
 def limit_caches(folder: Path, limit: float, *, keep: Path | Collection[Path]) -> None:
     """Remove the least recently used caches until all take at most `limit` bytes.
 
-    Never remove those in `keep`: the caches of one data set would remove one another at every start.
+    Never remove those in `keep`: otherwise the caches of one data set would remove one another at every start.
     """
     kept = {keep} if isinstance(keep, Path) else set(keep)
     there = caches(folder)
@@ -100,9 +100,9 @@ def remove_cache(cache: CacheFile) -> bool:
 
 
 def clean_caches(root: Path) -> list[CacheFile]:
-    """Remove the caches of the images below `root`; return those that are gone.
+    """Remove the caches of the images below `root`; return the removed ones.
 
-    If `root` is read-only, its caches are in a folder that all data sets share. Those of the others stay.
+    If `root` is read-only, its caches are in a folder that all data sets share. Those of other data sets stay.
     """
     folder = cache_folder(root)
     is_shared = folder != root / ".cache"

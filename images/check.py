@@ -1,4 +1,4 @@
-"""Check a data set as `prepare --check` does: read every image, and report what a training would meet."""
+"""Check a data set for `prepare --check`: read every image, and report what a training would find."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from utils import printable, progress
 
 @dataclass(frozen=True)
 class Look:
-    """What one file came to: a digest of its pixels, size and mode, or its problem, and what is odd about it."""
+    """The result of reading one file: a digest of its pixels, size and mode, or its problem, and its peculiarities."""
 
     digest: bytes | None
     size: str
     mode: str
     problem: str
-    flat: bool = False  # it comes out in one colour
-    several: bool = False  # the file holds more pictures
-    transparent: bool = False  # some pixels are, and come out white
+    flat: bool = False  # all its pixels have one colour
+    several: bool = False  # the file contains several pictures
+    transparent: bool = False  # some pixels are transparent, and become white
 
 
 def look(path: Path, rules: Rules) -> Look:
-    """Decode a file as every other command does, and return what it came to."""
+    """Decode a file as every other command does, and return the result."""
     pixels = try_decode(path, None, rules)
     if isinstance(pixels, str):
         return Look(None, "", "", pixels)
@@ -50,14 +50,14 @@ def look(path: Path, rules: Rules) -> Look:
 def check(
     data_dir: str | Path, *, labels: str | None = None, rules: Rules | None = None, own_window: bool = True
 ) -> dict[str, Any]:
-    """Read every image of a data set, and report what a training would meet.
+    """Read every image of a data set, and report what a training would find.
 
-    Returns `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
+    Return `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
     empty}, `sizes` and `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep
-    grey pictures, `unreadable` {file: reason}, `flat` (files that come out in one colour), `several` (files of several
-    pictures), `transparent` (files with transparent pixels), and lists of groups of equal pictures: `duplicates`, and
-    of these `across_splits` (`shared` has them for each two splits) and `across_labels`. Files are named relative to
-    `data_dir`. Raise UserError if that holds no data set.
+    grey pictures, `unreadable` {file: reason}, `flat` (files of one colour), `several` (files of several pictures),
+    `transparent` (files with transparent pixels), and lists of groups of equal pictures: `duplicates`, and of these
+    `across_splits` (`shared` has them for each two splits) and `across_labels`. Files are named relative to `data_dir`.
+    Raise UserError if there is no data set.
     """
     images = list_images(data_dir, labels=labels)
     rules = rules or Rules()
@@ -142,7 +142,7 @@ def format_check(report: dict[str, Any], *, most: int = 10) -> str:
 
 
 def _sizes(sizes: dict[str, int], most: int) -> str:
-    """Return a line about the sizes of pictures: each with its count, or of many the smallest and the largest."""
+    """Return a line about the sizes of pictures: each with its count, or the smallest and the largest of many."""
     if len(sizes) <= most:
         return "sizes: " + ", ".join(f"{size}: {count:,}" for size, count in sizes.items())
     by_area = sorted(sizes, key=lambda size: math.prod(map(int, size.split("x"))))
@@ -157,9 +157,9 @@ def _lists(report: dict[str, Any], most: int) -> list[str]:
     for title, groups in (
         ("\nunreadable files", unreadable),
         ("pictures that come out in one colour", [[name] for name in report["flat"]]),
-        ("files of several pictures, of which the first is used", [[name] for name in report["several"]]),
+        ("files of several pictures (only the first is used)", [[name] for name in report["several"]]),
         (
-            "pictures with transparency (or a fourth band, which counts as such), laid on white",
+            "pictures with transparency or a fourth band (transparent pixels become white)",
             [[name] for name in report["transparent"]],
         ),
         ("equal pictures that are stored more than once", report["duplicates"]),

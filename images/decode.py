@@ -19,11 +19,11 @@ from PIL import Image, ImageCms, TiffImagePlugin, UnidentifiedImageError
 from images.walk import CAMERA_RAW, picture_formats
 from system.machine import submitted
 
-# Pillow's warnings about odd files are not shown: what matters is an error, or a limit of `Rules`.
+# Hide Pillow's warnings about odd files: only errors, and the limits of `Rules`, matter.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
-BACKGROUND = (255, 255, 255)  # transparency is laid on white, as paper and most viewers show it
+BACKGROUND = (255, 255, 255)  # transparent pixels become white, as on paper and in most viewers
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 ORIENTATION = 0x0112
@@ -45,10 +45,10 @@ NO_DEEP = "--window changes nothing: no picture here has more than 8 bits"
 
 @dataclass(frozen=True)
 class Rules:
-    """How files become pixels: the largest picture in megapixels, the windows of deep grey pictures, the filter.
+    """The rules that turn files into pixels: the largest size in megapixels, windows of deep grey pictures, the filter.
 
-    `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white. Modes without an entry
-    take the range of their type. `interpolation` names Pillow's filter for resizing, bilinear or bicubic.
+    `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white. Modes without an entry use
+    the range of their type. `interpolation` names Pillow's filter for resizing, bilinear or bicubic.
     """
 
     max_megapixels: float = 179.0  # Pillow refuses a larger file as a decompression bomb
@@ -74,12 +74,12 @@ class Rules:
 
     @property
     def identity(self) -> str:
-        """Return what tells decoded images of one reading from those of another."""
+        """Return a text that identifies these rules: images decoded by other rules are different."""
         return f"{DECODER}; {sorted(asdict(self).items())}"
 
 
 def windows_of(text: str) -> dict[str, tuple[float, float]]:
-    """Return the windows that --window states: LOW,HIGH for all modes; none for `type` and `data`."""
+    """Return the windows of --window: LOW,HIGH for all modes; an empty dictionary for `type` and `data`."""
     if text in ("data", "type"):
         return {}
     low, high = map(float, text.split(","))
@@ -98,11 +98,11 @@ def deep_mode(mode: str) -> str | None:
 
 @dataclass(frozen=True)
 class Header:
-    """Hold what a file says before it is decoded; `size` is (height, width) of the upright picture."""
+    """The facts in a file that are known before decoding; `size` is (height, width) of the upright picture."""
 
     size: tuple[int, int]
     mode: str
-    several: bool  # it has more frames or pages than the first, which is used
+    several: bool  # it has several frames or pages; the first is used
     transparent: bool = False  # it has a band or a colour for transparency
 
 
@@ -114,18 +114,18 @@ def read_header(path: Path, rules: Rules) -> Header | None:
 
 def _read_header(path: Path, rules: Rules) -> Header:
     with _open(path, rules) as image:
-        turned = image.format != "TIFF" and _early_orientation(image) >= 5  # of a TIFF Pillow says the upright size
+        turned = image.format != "TIFF" and _early_orientation(image) >= 5  # Pillow reports the upright size of a TIFF
         width, height = reversed(image.size) if turned else image.size
         several = False
-        with suppress(Exception):  # of frames that are damaged
+        with suppress(Exception):  # damaged frames
             several = _holds_several(image)
         return Header((height, width), image.mode, several, image.has_transparency_data)
 
 
 def _holds_several(image: Image.Image) -> bool:
-    """Return True if a file holds pictures beside the first that are not made from it.
+    """Return True if a file contains further pictures that are not made from the first.
 
-    Phones add gain maps and views (MPO), programs add layers (PSD), and TIFF files hold smaller copies of the first.
+    Phones add gain maps and views (MPO), programs add layers (PSD), and TIFF files contain smaller copies of the first.
     """
     if image.format in ("MPO", "PSD") or not getattr(image, "is_animated", False):
         return False
@@ -136,7 +136,7 @@ def _holds_several(image: Image.Image) -> bool:
 
 
 def _is_reduced(image: Image.Image) -> bool:
-    """Return True if a TIFF calls the present picture a reduced version of another one in the file."""
+    """Return True if a TIFF marks the current picture as a reduced version of another one in the file."""
     subfile_type = 254
     return bool(getattr(image, "tag_v2", {}).get(subfile_type, 0) & 1)
 
@@ -160,11 +160,11 @@ def resized(
 ) -> Image.Image:
     """Return an opened picture as RGB, upright, `side` pixels square; `window` is that of `to_rgb`."""
     width, height = image.size
-    # A photograph in JPEG can be decoded to 1/2, 1/4 or 1/8: here to at least twice `side`. Small files gain nothing.
+    # Decode a JPEG photograph at 1/2, 1/4 or 1/8, but at least at twice `side`. Small files gain nothing.
     if min(width, height) >= 4 * side and width * height > 1_000_000:
         reduced = image.draft(None, (2 * side, 2 * side))
         if reduced:
-            box = reduced[1]  # the last row and column may hold less than a whole pixel
+            box = reduced[1]  # the last row and column may cover less than a whole pixel
             return upright(to_rgb(image, window).resize((side, side), resampling, box))
     return to_rgb(shown(image), window).resize((side, side), resampling)
 
@@ -192,19 +192,19 @@ def _open(path: Path, rules: Rules) -> Image.Image:
 
 
 def _unfit(image: Image.Image) -> str:
-    """Return why a TIFF that Pillow opens would be read as another picture than it shows; empty if it would not."""
+    """Return the reason why Pillow would read another picture than the TIFF shows; an empty string if it would not."""
     tags = getattr(image, "tag_v2", {})
     bands = tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1)
     if bands > 4 and image.mode != "CMYK":
         return f"{bands} bands: save three of them as RGB"
-    lower_pictures = 330  # the tag under which camera raw has its full picture
+    lower_pictures = 330  # the tag of the full picture in camera raw files
     if _is_reduced(image) and (lower_pictures in tags or getattr(image, "n_frames", 1) > 1):
         return "its first picture is a preview, as in camera raw: save the full picture alone"
     return ""
 
 
 def _kind_of_tiff(path: Path) -> str:
-    """Return what a file that Pillow does not know is, if it is a TIFF; else that nothing is known of it."""
+    """Describe a file that Pillow does not recognise: the kind of TIFF, or that the format is unknown."""
     with suppress(Exception), path.open("rb") as file:
         start = file.read(8)
         tags = TiffImagePlugin.ImageFileDirectory_v2(start + (file.read(8) if start[2] == 43 else b""))  # 43: BigTIFF
@@ -311,9 +311,9 @@ def _is_transparent(path: Path, rules: Rules) -> bool:
 
 
 def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
-    """Return what `function` returns, or in one line why it raised."""
+    """Return the result of `function`, or in one line the reason why it raised."""
     try:
-        if path.exists() and not path.is_file():  # a named pipe would be waited for, a device read without end
+        if path.exists() and not path.is_file():  # reading a named pipe would wait, reading a device would not end
             return "not a regular file"
         return function(path, *arguments)
     except UnidentifiedImageError:
@@ -322,7 +322,7 @@ def _or_reason(function: Callable, path: Path, *arguments: Any) -> Any:
         return f"larger than --max_megapixels allows ({str(error).splitlines()[0][:80]})"
     except FileNotFoundError:
         return "a link to a file that does not exist" if path.is_symlink() else "the file does not exist"
-    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):  # the process's fault, not the file's
             raise
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]

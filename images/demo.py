@@ -1,6 +1,6 @@
-"""The built-in demo data set: drawn scenes of six classes, in the layout of the Intel archive.
+"""Draw the built-in demo data set: scenes of six classes, in the layout of the Intel archive.
 
-Imports no torch. How many scenes a device gets, and how large, is in option.py.
+Imports no torch. option.py decides how many scenes a device gets, and their size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from images.scenes import CLASSES, SIZE, VERSION, draw_scene
 from system.files import json_text
 from utils import RunError, progress
 
-IN_PROCESSES = 400  # from so many scenes on processes draw them: fewer are done before the processes have started
+IN_PROCESSES = 400  # the number of scenes above which processes draw faster than one, their start included
 
 
 def draw_demo(
@@ -35,9 +35,9 @@ def draw_demo(
 ) -> None:
     """Draw six balanced classes of scenes, `size` pixels square, in the Intel layout below `root`.
 
-    Every picture depends on (seed, split, class, index, size) alone, not on how many processes draw. Return at once
-    if `root` holds these scenes already, or, unless `exact`, others of this version; an interrupted drawing starts
-    anew. Raise UserError if `root` holds other data or cannot be written, RunError if the disk is full or a process
+    Every picture depends on (seed, split, class, index, size) only, not on the number of processes. Return at once if
+    `root` contains these scenes already, or, unless `exact`, others of this version; an interrupted drawing starts
+    again. Raise UserError if `root` contains other data or cannot be written, RunError if the disk is full or a process
     died.
     """
     settings = {"scenes": VERSION, "seed": seed, "train_images": train_images, "test_images": test_images}
@@ -84,7 +84,7 @@ def _draw_all(scenes: list[Job], workers: int) -> Iterator[int]:
             yield _draw([scene])
         return
     parts = [scenes[start : start + 50] for start in range(0, len(scenes), 50)]
-    context = multiprocessing.get_context("spawn")  # a copy of a process with threads or a GPU may hang
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads or a GPU may hang
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_leave_signals_alone)
     try:
         yield from pool.map(_draw, parts)

@@ -15,7 +15,7 @@ from utils import UserError, amount, printable, typed
 
 Listing = list[tuple[Path, int]]
 
-# What a folder, or a cell of a table, may call a part of a data set; case, blanks and punctuation do not count.
+# Names of a folder, or of a table cell, for a part of a data set; case, blanks and punctuation do not count.
 PART_NAMES = {
     "train": ("train", "training", "segtrain"),
     "validation": ("val", "valid", "validation", "segval"),
@@ -33,11 +33,11 @@ WAYS = (
 
 @dataclass
 class ImageSet:
-    """The files of a data set: (path, label) lists, labels indexing `classes`.
+    """The files of a data set: (path, label) lists, with labels as indices into `classes`.
 
-    `validation` or `test` is None if it is to be split off `train`. `groups` names for a path the images that
-    must stay together; `from_table` says that a table gave labels and groups. `passed_over` counts the files that are
-    no images, by suffix; `notes` are sentences to say.
+    `validation` or `test` is None if it is to be split off `train`. `groups` names for a path the images that must stay
+    together; `from_table` is True if a table gave labels and groups. `passed_over` counts files that are not images by
+    suffix; `notes` are sentences to log.
     """
 
     root: Path
@@ -52,21 +52,21 @@ class ImageSet:
 
     @property
     def parts(self) -> dict[str, Listing]:
-        """Return the parts that are there by their names, in the order in which they are counted and decoded."""
+        """Return the existing parts by name, in the order in which they are counted and decoded."""
         parts = {"train": self.train, "test": self.test, "validation": self.validation}
         return {name: listing for name, listing in parts.items() if listing}
 
     def remarks(self) -> list[str]:
-        """Return the sentences about what was passed over, missing or taken for something else."""
+        """Return sentences about files that were skipped, missing or interpreted in another way."""
         return [*self.notes, *([counted(self.passed_over)] if self.passed_over else [])]
 
 
 def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) -> ImageSet:
     """List the class folders below `data_dir`: in parts (`train/`, `test/`, `val/` by any usual name), or alone.
 
-    With `known`, the classes of a trained model, list only these; training images may be missing, and
-    a folder of class folders is listed as `train`. Raise UserError if there is no data, fewer than two classes,
-    an empty class, or a class in another part that the training images lack.
+    With `known`, the classes of a trained model, list only these; training images may be missing, and a folder of class
+    folders is listed as `train`. Raise UserError if there is no data, fewer than two classes, an empty class, or a
+    class in another part that the training images lack.
     """
     root = Path(data_dir)
     if (root / ".partial").exists():
@@ -97,7 +97,9 @@ def find_image_set(data_dir: str | Path, *, known: Sequence[str] | None = None) 
         )
     odd = [name for name in image_set.classes if part_of(name)] if not parts and not known else []
     if odd:
-        image_set.notes.append(f"taken for classes, like the folders beside: {some(odd)} (move elsewhere what is none)")
+        image_set.notes.append(
+            f"taken for classes, like the folders beside: {some(odd)} (move folders of other data elsewhere)"
+        )
     left = list(walk(str(root), Counter(), [], seen))
     if left:
         images = amount(len(left), "image", "images")
@@ -113,7 +115,7 @@ def part_of(name: str) -> str | None:
 
 
 def _find_parts(root: Path) -> dict[str, Path]:
-    """Return the folders of class folders that are called after a part. Raise UserError if two mean the same one."""
+    """Return the folders of class folders with the name of a part. Raise UserError if two name the same part."""
     found: dict[str, list[Path]] = {}
     for folder in subfolders(root):
         part = part_of(folder.name)
@@ -128,10 +130,10 @@ def _find_parts(root: Path) -> dict[str, Path]:
 
 
 def _are_classes(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> bool:
-    """Return True if the folders in `root` are classes, some of which have the name of a part, as a class of trains.
+    """Return True if the folders in `root` are classes, although one is named like a part, as "train" among vehicles.
 
-    The classes of a trained model decide. Without them parts are parts if they have classes in common, or if nothing
-    lies beside them, and classes if as many images lie beside them. Raise UserError for anything between.
+    The classes of a trained model decide. Without them, parts are parts if they have classes in common, or if nothing
+    lies beside them, and classes if as many images lie beside them. Raise UserError in any other case.
     """
     inner = [{same_name(name) for name in _class_names(folder)} for folder in parts.values()]
     if known:
@@ -152,7 +154,7 @@ def _are_classes(root: Path, parts: dict[str, Path], known: Sequence[str] | None
 
 
 def _beside(root: Path) -> list[Path]:
-    """Return the folders of images in `root` whose names have no word for a part, nor for images without labels."""
+    """Return the folders of images in `root` with names that neither mean a part nor images without labels."""
     words = {"pred", "prediction", "unlabeled", "unlabelled"}.union(*PART_NAMES.values())
     return [
         path
@@ -162,13 +164,13 @@ def _beside(root: Path) -> list[Path]:
 
 
 def _outweigh(folders: Sequence[Path], others: Iterable[Path]) -> bool:
-    """Return True if there are two of these folders or more, with as many images as the others or more."""
+    """Return True if there are at least two of these folders, with at least as many images as the others."""
     counts = [sum(1 for folder in side for _ in find_images(folder)) for side in (folders, others)]
     return len(folders) > 1 and counts[0] >= counts[1]
 
 
 def _without_doubling(folder: Path) -> Path:
-    """Return the inner folder of `train/train` or `seg_train/seg_train`, if it is alone and means the same."""
+    """Return the inner folder of `train/train` or `seg_train/seg_train`, if it is alone and has the same meaning."""
     inner = subfolders(folder)
     if len(inner) == 1 and (
         inner[0].name.casefold() == folder.name.casefold() or part_of(inner[0].name) == part_of(folder.name) is not None
@@ -178,7 +180,7 @@ def _without_doubling(folder: Path) -> Path:
 
 
 def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | None) -> Path:
-    """Return the folder of class folders: `root`, or its double in it. Raise UserError if that holds no classes."""
+    """Return the folder of class folders: `root`, or its double in it. Raise UserError if it has no classes."""
     folder = _without_doubling(root) if root.is_dir() else root
     names = [path.name for path in subfolders(folder) if _has_images(path)] if folder.is_dir() else []
     if known and names:
@@ -188,7 +190,7 @@ def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | Non
             f"{printable(folder)} holds none of the classes that the model knows: there are {some(names)}, "
             f"it knows {some(known)}."
         )
-    flat = [folder / name for name in names if part_of(name)]  # train/ and test/ full of images are no classes
+    flat = [folder / name for name in names if part_of(name)]  # train/ and test/ full of images are not classes
     whole = [name for name in names if _find_parts(folder / name)]  # a data set by itself is not a class
     if not parts and not whole and len(names) > 1 and (len(flat) < 2 or _outweigh(_beside(folder), flat)):
         return folder
@@ -196,7 +198,7 @@ def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | Non
 
 
 def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
-    """Say what was looked for, what is there instead, and what each folder would be taken for."""
+    """Describe what was expected, what was found, and the meaning that each folder would have."""
     lines = [f"no training images in {printable(root)}: looked for train/ and test/ or val/, or for class folders."]
     if not folder.is_dir():
         return lines[0] + WAYS
@@ -222,7 +224,7 @@ def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Return the names of the class folders by alphabet; a lone inner folder of the same name is not a class.
+    """Return the names of the class folders in alphabetical order; a lone inner folder of the same name is not a class.
 
     Of several spellings of a name return the first.
     """
@@ -269,8 +271,8 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, 
         image_set.notes.append(f"left out, as the model does not know them: {images} of {shown}")
     if empty and part == "train" and not alone:
         raise UserError(f"class folder {printable(folder / empty[0])} holds no image. Fill it or remove it.")
-    if empty and part == "train":  # beside the classes lies something else
-        image_set.notes.append(f"folders without an image, which are no classes: {some(empty)}")
+    if empty and part == "train":  # other files lie beside the classes
+        image_set.notes.append(f"folders without an image, not used as classes: {some(empty)}")
         names = [name for name in image_set.classes if name not in empty]
         moved = {image_set.classes.index(name): label for label, name in enumerate(names)}
         image_set.classes = names

@@ -1,4 +1,4 @@
-"""List a data set: which image has which class, part and group, by tables or by class folders. Imports no torch."""
+"""List a data set: the class, part and group of each image, from tables or from class folders. Imports no torch."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def list_images(
     group: str | None = None,
     known: Sequence[str] | None = None,
 ) -> ImageSet:
-    """Return the images of a data set, labelled by a table if one is named or found, or else by their class folders.
+    """Return the images of a data set, labelled by a table if one is named or found, otherwise by their class folders.
 
-    `group` is a column of the table, or a regular expression whose find in a file's path names its group. `known` are
-    the classes of a trained model. Raise UserError if there are none to train on, or to test.
+    `group` is a column of the table, or a regular expression that finds an image's group in its path. `known` are the
+    classes of a trained model. Raise UserError if there are no images to train on, or to test.
     """
     tables = [labels] if labels else find_metadata(Path(data_dir))
     if tables:
@@ -74,10 +74,10 @@ def _has_labels(file: Path) -> bool:
 def find_labelled(
     data_dir: str | Path, *tables: str | Path, group: str | None = None, known: Sequence[str] | None = None
 ) -> ImageSet:
-    """Return the images below `data_dir` that tables label: columns of images and labels, perhaps of part and group.
+    """Return the images below `data_dir` that tables label: columns of images and labels, optionally of part and group.
 
-    A table is looked for in the working folder, then in `data_dir`; FILE:IMAGE,LABEL names its columns. The images of
-    a table in the folder of a part are of that part. `group` names the column of groups. With `known`, the classes of
+    A table is looked for in the working folder, then in `data_dir`; FILE:IMAGE,LABEL names its columns. The images of a
+    table in the folder of a part belong to that part. `group` names the column of groups. With `known`, the classes of
     a trained model, leave out rows of other classes. Raise UserError if a table cannot be read, names no image, or
     gives an image two labels.
     """
@@ -101,7 +101,7 @@ def find_labelled(
 
 
 def _located(table: str | Path, root: Path) -> tuple[Path, tuple[str, ...]]:
-    """Return the file that --labels names, and the names of its columns if they follow a colon."""
+    """Return the file in --labels, and the names of its columns if they follow a colon."""
     name, colon, columns = str(table).rpartition(":")
     if not colon or Path(table).exists() or (root / table).exists():
         name, columns = str(table), ""
@@ -109,10 +109,10 @@ def _located(table: str | Path, root: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 class _Found:
-    """Hold what the rows of tables came to: an entry for each image, and the rows without one."""
+    """The result of reading tables: an entry for each image, and the rows without one."""
 
     def __init__(self, index: Index):
-        self.file = Path()  # the table whose rows are entered
+        self.file = Path()  # the table that is being read
         self.index = index
         self.entries: dict[Path, tuple[str, str, str]] = {}  # label, part, group
         self.moved: dict[str, Path] = {}
@@ -120,13 +120,13 @@ class _Found:
         self.unlabelled: dict[Path, str] = {}
 
     def add(self, file: Path, rows: list[Row]) -> None:
-        """Enter the rows of a table."""
+        """Add the rows of a table."""
         self.file = file
         for row in rows:
             self._add(row)
 
     def _add(self, row: Row) -> None:
-        """Enter a row. Raise UserError if it may mean two images, or says another thing than an earlier one."""
+        """Add a row. Raise UserError if it may mean two images, or contradicts an earlier row."""
         paths = self.index.find(row.image) if row.image else []
         file = printable(self.file)
         if len(paths) > 1:
@@ -175,7 +175,7 @@ class _Found:
 
 
 def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
-    """Sort the entries into parts and say what is missing or left out. Raise UserError if too little is left."""
+    """Sort the entries into parts and log what is missing or left out. Raise UserError if too little is left."""
     file = printable(found.file)
     image_set.notes += found.notes(image_set.root)
     labels = {label for label, *_ in found.entries.values()}
@@ -208,6 +208,6 @@ def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> No
 
 
 def _in_order(labels: set[str]) -> list[str]:
-    """Return class names by alphabet, and whole numbers by their value."""
+    """Return class names in alphabetical order, integers in numerical order."""
     numeric = all(re.fullmatch(r"-?\d+", label) for label in labels)
     return sorted(labels, key=int) if numeric else sorted(labels)

@@ -1,4 +1,4 @@
-"""Find the images below a folder by what a table says of them. Imports no torch."""
+"""Find the images below a folder from the names in a table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Index:
         folders: list[str] = []
         self.root = root
         self.paths = list(find_images(root, folders=folders))
-        self.named: set[str] = set()  # the folders in which the table's images lie, as it says itself
+        self.named: set[str] = set()  # the folders of the table's images, as the table names them
         names = [relative_name(path, root) for path in self.paths]
         folders = [relative_name(folder, root) for folder in folders]
         self._fold = _folding([*names, *folders])
@@ -51,7 +51,7 @@ class Index:
         return []
 
     def folder(self, cell: str) -> str:
-        """Return the name of the folder that a cell gives its image, folded; empty if it gives none."""
+        """Return the folder in a cell, with case and Unicode form folded; an empty string if it has none."""
         return self._split(cell)[0].rpartition("/")[2]
 
     def _split(self, cell: str) -> tuple[str, str]:
@@ -59,10 +59,10 @@ class Index:
         return folder, last
 
     def _lying(self, table: dict[str, list[Path]], key: str, folder: str) -> list[Path]:
-        """Return the images of a key that lie in the longest end of `folder` that is on disk.
+        """Return the images of a key that lie in the longest existing end of `folder`.
 
-        If no end is on disk, the folder was perhaps renamed. Then return the images of the key alone, but none from a
-        folder that other cells name.
+        If no end exists, the folder was perhaps renamed. Then return the images of the key without regard to the
+        folder, except those in a folder that other cells name.
         """
         if not folder:
             return table.get(f"/{key}") or table.get(key, [])
@@ -89,7 +89,7 @@ def _keys(name: str, stem: str) -> tuple[str, str, str]:
 
 
 def _folding(names: list[str]) -> Callable[[str], str]:
-    """Return how to compare names: by case and Unicode form only if two of them differ by nothing else."""
+    """Return a function to compare names: exact in case and Unicode form only if two names differ in nothing else."""
     different = len(set(names))
     for fold in (lambda name: composed(name).casefold(), composed):
         if len({fold(name) for name in names}) == different:

@@ -1,4 +1,4 @@
-"""Judge names: classes that are perhaps mistakes, augmented copies of one picture, groups. Imports no torch."""
+"""Check names: classes that may be mistakes, augmented copies of one picture, groups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from images.folders import ImageSet
 from utils import UserError, amount, printable, typed
 
 _MISSING = {"nan", "na", "n/a", "#n/a", "<na>", "nat", "none", "null", "nil", "-", "?"}
-_BETWEEN = re.compile(r"[\s,;|+&/]+")  # labels that stand together in one cell
+_BETWEEN = re.compile(r"[\s,;|+&/]+")  # between labels in one cell
 
 
 def odd_names(image_set: ImageSet) -> list[str]:
-    """Return sentences about names of classes that are perhaps mistakes."""
+    """Return sentences about class names that may be mistakes."""
     images = Counter(image_set.classes[label] for listing in image_set.parts.values() for _, label in listing)
     folded: dict[str, str] = {}
     notes = []
@@ -32,16 +32,16 @@ def odd_names(image_set: ImageSet) -> list[str]:
     return notes
 
 
-# Each expression finds, in its first bracket, the picture that an augmented copy was made from.
-_EXPORTED = r"(.+)_(?:jpe?g|png|bmp|webp|tiff?)\.rf\."  # as Roboflow names them: p01_jpg.rf.0a1b.jpg
+# The first group of each expression is the picture that an augmented copy was made from.
+_EXPORTED = r"(.+)_(?:jpe?g|png|bmp|webp|tiff?)\.rf\."  # Roboflow's names: p01_jpg.rf.0a1b.jpg
 _MARK = r"(?:[ _-]+(?:aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated)?|mirror(?:ed)?|nois[ey]|blur(?:red)?)[ _-]?\d*)"
 _AUGMENTED = rf"(.+?){_MARK}*\.[^./]+$"
 
 
 def augmented_copies(names: list[str]) -> str | None:
-    """Return a sentence about files whose names say that they are copies of one picture, and how to group them.
+    """Return a sentence about files with names of copies of one picture, and how to group them.
 
-    `names` are paths from the data folder on.
+    `names` are relative to the data folder.
     """
     for marked, expression in ((_EXPORTED, _EXPORTED), (rf"{_MARK}\.[^./]+$", _AUGMENTED)):
         copies = [name for name in names if re.search(marked, name, re.IGNORECASE)]
@@ -59,7 +59,7 @@ def augmented_copies(names: list[str]) -> str | None:
 
 
 def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
-    """Return the group of each name: what the first bracket of a pattern finds in it, or else all that it finds."""
+    """Return the group of each name: the first group of the pattern, or the whole match if it has none."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:

@@ -40,12 +40,12 @@ def open_data_set(
     """Find, decode and divide the images below `data_dir`.
 
     `labels` and `group` are those of `list_images`; `split` is shares, or a split.csv to follow; `recorded` is the
-    split of a run that goes on. `keep_larger` keeps training images of up to 1.5 times `image_size` pixels, for random
+    split of a run to continue. `keep_larger` keeps training images of up to 1.5 times `image_size` pixels, for random
     crops. Raise UserError if anything is wrong with the data.
     """
     image_set = list_images(data_dir, labels=labels, group=group)
     shares, follow = _asked(split, recorded)
-    if split and shares is None:  # a file decides about all images, whatever folder they lie in
+    if split and shares is None:  # a file decides about all images, whatever their folder
         _merge(image_set)
     if follow is not None:
         _keep(image_set, follow, strictly=recorded is not None)
@@ -74,10 +74,10 @@ def open_test_set(
     skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
-    """Return the images to test a trained model on, whose classes are `known`.
+    """Return the images to test a trained model on; `known` are its classes.
 
-    Return the test images of the run's split `recorded` if `data_dir` is where it was trained (`same_place`), or if all
-    of them are there, nothing else is called a test part, and the files have the run's `checksum`. Else return the
+    Return the test images of the run's split `recorded` if `data_dir` is its training folder (`same_place`), or if all
+    of them exist, nothing else is called a test part, and the files have the run's `checksum`. Otherwise return the
     test part, or all images.
     """
     image_set = list_images(data_dir, labels=labels, known=known)
@@ -116,7 +116,7 @@ def open_test_set(
 
 
 def _asked(split: str | None, recorded: Split | None) -> tuple[tuple[float, ...] | None, Split | None]:
-    """Return --split as shares or as a split to follow; the split of a run that goes on replaces both."""
+    """Return --split as shares or as a split to follow; the split of a continued run replaces both."""
     if split and not is_split_file(split):
         return parse_shares(split), recorded
     return None, recorded or (read_split(Path(split)) if split else None)
@@ -169,7 +169,7 @@ def _keep(image_set: ImageSet, follow: Split, *, strictly: bool) -> None:
 
 
 def _say_relabelled(image_set: ImageSet, split: Split, listing: Listing) -> None:
-    """Note images that have another label now than when a split was written."""
+    """Log which images have another label now than when a split was written."""
     changed = []
     for path, label in listing:
         name = split_name(path, image_set.root)
@@ -183,7 +183,7 @@ def _say_relabelled(image_set: ImageSet, split: Split, listing: Listing) -> None
 
 @dataclass
 class _Opened:
-    """Hold the stores of a data set's parts, and what can be read of them."""
+    """The stores of a data set's parts, and the facts read from them."""
 
     image_set: ImageSet
     opening: Opening
@@ -209,9 +209,9 @@ class _Opened:
             self.subsets[name] = subset
 
     def fingerprint(self) -> str:
-        """Return what tells these images from others: classes, names and pixels of all listed files.
+        """Return a text that identifies these images: classes, names and pixels of all listed files.
 
-        Labels and groups count if a table gives them; of class folders the names of the files say them.
+        It includes labels and groups if they come from a table; with class folders, the file names contain the labels.
         """
         image_set = self.image_set
         found = hashlib.sha256(json.dumps(image_set.classes).encode())
@@ -225,7 +225,7 @@ class _Opened:
         return found.hexdigest()[:16]
 
     def data_set(self) -> DataSet:
-        """Return what was opened, its parts in the order of PARTS."""
+        """Return the opened data set with its parts in the order of PARTS."""
         image_set = self.image_set
         return DataSet(
             image_set.root,
@@ -243,11 +243,11 @@ def _open_parts(
 ) -> _Opened:
     """Open a store for each part. The windows of deep pictures come from the first one, the training images.
 
-    Say what was passed over. Raise UserError if images are unreadable, unless `skip_unreadable` leaves them out.
+    Log which files were skipped. Raise UserError if images are unreadable, unless `skip_unreadable` leaves them out.
     """
     for sentence in image_set.remarks():
         log.info(sentence)
-    said: dict[str, str] = {}  # of the window of each mode of deep grey pictures
+    said: dict[str, str] = {}  # by mode of deep grey pictures: a sentence on its window
     opened = _Opened(image_set, opening, train_limit)
     for name, listing in image_set.parts.items():
         paths = [path for path, _ in listing]
@@ -274,7 +274,7 @@ def _open_parts(
 def _divided(
     opened: _Opened, follow: Split | None, shares: tuple[float, ...] | None, seed: int, *, with_test: bool
 ) -> np.ndarray:
-    """Return the part of each training image, an index of PARTS: as a split says, or drawn by `seed`."""
+    """Return the part of each training image, an index of PARTS: from a split, or random by `seed`."""
     pool = opened.subsets["train"]
     image_set = opened.image_set
     together = _joined(pool, image_set.groups)
@@ -301,6 +301,6 @@ def _joined(pool: Subset, groups: dict[Path, str]) -> list[list[int]]:
 
 
 def _parts(pool: Subset, image_set: ImageSet, follow: Split | None) -> np.ndarray:
-    """Return the part of each image of the pool, an index of PARTS, as a split says; -1 if it does not name it."""
+    """Return the part of each image of the pool in a split, an index of PARTS; -1 if the split does not name it."""
     said = [(follow or {}).get(split_name(path, image_set.root), ("", ""))[1] for path in pool.paths]
     return np.array([PARTS.index(part) if part else -1 for part in said], np.int64)

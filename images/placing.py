@@ -1,4 +1,4 @@
-"""Put a data set on disk whole or not at all: one writer at a time, moved into place when it is complete."""
+"""Write a data set to disk completely or not at all: one writer at a time, moved into place when complete."""
 
 import contextlib
 import errno
@@ -20,7 +20,7 @@ def one_writer(data_dir: Path) -> Iterator[None]:
     data_dir.mkdir(parents=True, exist_ok=True)
     try:
         folder = os.open(data_dir, os.O_RDONLY)
-    except OSError:  # Windows opens no folders
+    except OSError:  # Windows cannot open folders
         yield
         return
     try:
@@ -34,9 +34,9 @@ def one_writer(data_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def building(data_dir: Path, source: str) -> Iterator[Path]:
-    """Yield a hidden folder for a data set to grow in; move its contents into place when the block succeeds.
+    """Yield a hidden folder to write a data set into; move its contents into place when the block succeeds.
 
-    Delete what a killed process left there; until then a folder that holds `.partial` is refused as a data set.
+    Delete the remains of a killed process; until then a folder that contains `.partial` is refused as a data set.
     """
     stage = data_dir / ".partial"
     if stage.exists():
@@ -53,15 +53,15 @@ def building(data_dir: Path, source: str) -> Iterator[Path]:
 
 
 def finish_interrupted(data_dir: Path) -> str | None:
-    """Move a whole data set into place, its training images last, and return its source; None if there is none.
+    """Move a complete data set into place, its training images last, and return its source; None if there is none.
 
-    Call it before anything else, too: it ends what a stop between two moves left undone.
+    Call it before anything else: it finishes moves that were interrupted.
     """
     stage = data_dir / ".partial"
     if not (stage / ".complete").exists():
         return None
     source = os.fsdecode((stage / ".complete").read_bytes())
-    if not source:  # it was stopped between opening that file and writing it: `building` begins anew
+    if not source:  # it was stopped between opening that file and writing it: `building` starts again
         return None
     for name in sorted(set(os.listdir(stage)) - {".complete"}, key=lambda name: (part_of(name) == "train", name)):
         os.replace(stage / name, data_dir / name)
@@ -71,7 +71,7 @@ def finish_interrupted(data_dir: Path) -> str | None:
 
 @contextlib.contextmanager
 def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
-    """Turn what the disk, or a damaged archive, raises into one clear message."""
+    """Turn the errors of the disk, or of a damaged archive, into one clear message."""
     try:
         yield
     except Exception as error:  # zipfile, tarfile and the decompressors raise nearly every type on damage
@@ -82,7 +82,7 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
             problem = f"damaged or incomplete ({printable(error)}). Download it again."
             if "password" in str(error) or "encrypted" in str(error):
                 problem = "protected by a password; unpack it by hand."
-            if isinstance(error, NotImplementedError):  # such as Deflate64, which Windows uses beyond 2 GB
+            if isinstance(error, NotImplementedError):  # such as Deflate64, which Windows uses above 2 GB
                 problem = f"packed in a way that Python cannot unpack ({printable(error)}); unpack it by hand."
             raise UserError(f"{printable(source)} is {problem}") from None
         if number in FULL:
@@ -98,7 +98,7 @@ def explained(data_dir: Path, source: Path | None = None) -> Iterator[None]:
 
 
 def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
-    """Raise UserError if a folder holds a part of a data set, or anything of these names."""
+    """Raise UserError if a folder contains a part of a data set, or anything with these names."""
     held = {name for name in names if (data_dir / name).exists()}
     if data_dir.is_dir():
         held |= {path.name for path in subfolders(data_dir) if part_of(path.name)}
@@ -110,9 +110,9 @@ def refuse_existing(data_dir: Path, names: Iterable[str]) -> None:
 
 
 def put_in_place(data_dir: Path, source: Path, fill: Callable[[Path], object]) -> None:
-    """Let `fill` write a data set into a hidden folder, and move it into `data_dir` when it is whole.
+    """Let `fill` write a data set into a hidden folder, and move it into `data_dir` when it is complete.
 
-    Leave out a folder that holds everything else, unless it is called after a part.
+    Leave out a folder that contains everything else, unless it has the name of a part.
     """
     key = str(source.absolute())
     with one_writer(data_dir):

@@ -1,7 +1,7 @@
 """Draw one small landscape or town scene, from a class name and a random generator.
 
-The demo data must be a real problem that needs no download: six classes that share light, colours and parts.
-Knows nothing of files, folders or splits: prepare.py writes what this module draws.
+The demo data must be a real problem that needs no download: six classes that share light, colours and parts. Knows
+nothing of files, folders or splits: images/demo.py writes the pictures.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 CLASSES = ("buildings", "forest", "glacier", "mountain", "sea", "street")
 SIZE = 150  # pixels of a side unless asked otherwise, as in the Intel set
-VERSION = 3  # raised whenever the same seed would draw another picture
+VERSION = 3  # increased whenever the same seed would draw another picture
 
 BILINEAR = Image.Resampling.BILINEAR
 LIGHTS = (  # sky above, sky at the horizon, the light that falls on things; the first ones are drawn most often
@@ -75,7 +75,8 @@ class Scene:
         return options[self.count(len(options))]
 
     def colour(self, colour: tuple, depth: float = 0.0, shade: float = 1.0) -> tuple[int, ...]:
-        """Return the colour under this light, a little varied, lost in haze with depth (0 near, 1 at the horizon)."""
+        """Return the colour under this light, slightly varied, fading into haze with depth (0 near, 1 at the
+        horizon)."""
         mist = depth * self.haze
         shift = 24 * self.random() - 12
         return tuple(
@@ -91,7 +92,7 @@ class Scene:
         self.pen.polygon([(x * self.size, y * self.size) for x, y in points], fill=colour)
 
     def box(self, colour: tuple, x: float, y: float, width: float, height: float, *, round: bool = False) -> None:
-        """Return the mask of a rectangle, or of the ellipse in it; x is its middle and y its foot."""
+        """Draw a rectangle, or the ellipse in it; x is its middle and y its foot."""
         draw = self.pen.ellipse if round else self.pen.rectangle
         draw(
             [(x - width / 2) * self.size, (y - height) * self.size, (x + width / 2) * self.size, y * self.size],
@@ -99,7 +100,7 @@ class Scene:
         )
 
     def noise(self, columns: int, rows: int) -> np.ndarray:
-        """Return smooth noise [size, size] from 0 to 1 with so many cells across and down, and a finer octave."""
+        """Return smooth noise [size, size] from 0 to 1 with this many cells across and down, and a finer octave."""
         cells = [Image.fromarray(self.count(0, 256, (rows * size, columns * size), np.uint8)) for size in (1, 3)]
         blend = Image.blend(cells[0].resize(cells[1].size, BILINEAR), cells[1], 0.4)
         blend = blend.resize((self.size, self.size), BILINEAR)

@@ -1,4 +1,4 @@
-"""Refuse or warn of a data set that is unfit to train and test on: unreadable files, empty classes, shared images."""
+"""Refuse, or warn of, a data set that is unfit for training: unreadable files, empty classes, shared images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils import UserError, amount, log, printable
 
 
 def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
-    """Name unreadable files, each with its reason. Raise UserError unless `skip` leaves them out."""
+    """Log unreadable files, each with its reason. Raise UserError unless `skip` leaves them out."""
     if not bad:
         return
     lines = [f"  {printable(path)}: {printable(reason)}" for path, reason in list(bad.items())[:10]]
@@ -29,7 +29,7 @@ def report_unreadable(bad: dict[Path, str], skip: bool) -> None:
 
 
 def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Raise UserError if a part is empty or a class has no training image; say which classes other parts lack."""
+    """Raise UserError if a part is empty or a class has no training image; log which classes other parts lack."""
     for name, subset in subsets.items():
         if not len(subset):
             raise UserError(f"no {name} image is left in {printable(image_set.root)}.")
@@ -40,7 +40,7 @@ def refuse_empty(subsets: dict[str, Subset], image_set: ImageSet) -> None:
 
 
 def say_uneven(train: Subset, classes: list[str], *, balanced: bool, best_by: str | None) -> None:
-    """Say if one class has more than ten times the training images of another, and which options help.
+    """Warn if one class has more than ten times the training images of another, and name options that help.
 
     `balanced` is True if rare classes are already sampled or weighted more.
     """
@@ -59,7 +59,7 @@ def say_uneven(train: Subset, classes: list[str], *, balanced: bool, best_by: st
 
 
 def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
-    """Say which classes have no image in a part."""
+    """Log which classes have no image in a part."""
     for name, subset in subsets.items():
         absent = sorted(set(range(len(image_set.classes))) - set(subset.labels.tolist()))
         if absent:
@@ -70,7 +70,7 @@ def say_absent(subsets: dict[str, Subset], image_set: ImageSet) -> None:
 def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet, crc32: dict[str, np.ndarray]) -> None:
     """Warn of pictures, or groups, that a given test or validation part shares with the training images.
 
-    `crc32` holds for each given part the checksums of its listing's images, all kept to one size.
+    `crc32` contains for each given part the checksums of its listing's images, all decoded to one size.
     """
     train = subsets["train"]
     for name in PARTS[1:]:
@@ -96,7 +96,8 @@ def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet, crc32: dict[s
 def _copies(train: Subset, other: Subset, crc32: np.ndarray) -> list[Path]:
     """Return the images of another part that are also training images.
 
-    `crc32` holds the checksums of the other part's listing. Equal ones may be chance, so the files are compared.
+    `crc32` contains the checksums of the other part's listing. Equal checksums may be chance, so the files are
+    compared.
     """
     theirs = crc32[other.positions]
     both = np.intersect1d(train.store.crc32, theirs)

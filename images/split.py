@@ -16,11 +16,11 @@ from utils import UserError
 
 PARTS = ("train", "validation", "test")
 SHARES = (70.0, 15.0, 15.0)  # of one folder, in percent; beside a test folder 80 and 20
-TEST_SEED = 0  # of what is tested: the same images whatever --seed, so that runs of any seed can be compared
+TEST_SEED = 0  # for the test images: they stay the same with any --seed, so that runs can be compared
 
 
 def united(pairs: Iterable[Sequence[int]], count: int) -> np.ndarray:
-    """Return the unit of each of `count` images, named by its first; each list in `pairs` joins its images."""
+    """Return the unit of each of `count` images, named by its first image; each list in `pairs` joins its images."""
     unit = np.arange(count)
 
     def first(place: int) -> int:
@@ -46,7 +46,7 @@ def in_groups(keys: Iterable[Hashable]) -> list[list[int]]:
 
 
 def same_pictures(crc32: np.ndarray, look: Callable[[int], bytes | None]) -> list[list[int]]:
-    """Return lists of the positions of equal pictures: of equal checksum, and equal in what `look` returns."""
+    """Return lists of the positions of equal pictures: of equal checksum, and equal in the result of `look`."""
     return [
         [candidates[place] for place in group]
         for candidates in in_groups(int(value) if value else None for value in crc32)
@@ -95,27 +95,27 @@ def divide(
 
 
 def _shared_out(labels: np.ndarray, units: np.ndarray, shares: Sequence[float], seeds: Sequence[int]) -> np.ndarray:
-    """Return the part of each image: 0, or that of the share that it was drawn for.
+    """Return the part of each image: 0, or the number of the share that it was drawn for.
 
-    `seeds` has one for each share but the first. A unit goes whole, and is of the class of its first image.
+    `seeds` has one seed for each share except the first. A unit is drawn whole, with the class of its first image.
     """
     _, heads, inverse, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
-    weights = np.rint(np.asarray(shares) * 1e6).astype(np.int64)  # whole numbers: 15/85 of 170 images are 30
+    weights = np.rint(np.asarray(shares) * 1e6).astype(np.int64)  # integers: 15/85 of 170 images are 30
     own = labels[heads]
     parts = _stratified(own, weights, seeds[0]) if len(weights) == 2 and sizes.max() == 1 else None
     return (_drawn(own, sizes, weights, seeds) if parts is None else parts)[inverse]
 
 
 def _stratified(labels: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarray | None:
-    """Return scikit-learn's part of each image, 0 or 1; None if a class of it is not within one image of its share.
+    """Return scikit-learn's part of each image, 0 or 1; None if a class is not within one image of its share.
 
-    Computed here as `train_test_split` with `stratify` does, whose import takes a second.
+    The computation is that of `train_test_split` with `stratify`; importing it takes a second.
     """
     counts = np.bincount(labels)
     counts = counts[counts > 0]
     exact = counts[:, None] * weights
     whole = weights.sum()
-    if (exact < whole).any():  # a class would be left out of a part
+    if (exact < whole).any():  # a part would lack a class
         return None
     held = (2 * exact[:, 1].sum() + whole) // (2 * whole)
     random = np.random.RandomState(seed % 2**32)
@@ -129,7 +129,7 @@ def _stratified(labels: np.ndarray, weights: np.ndarray, seed: int) -> np.ndarra
 
 
 def _most_likely(counts: np.ndarray, draws: int, random: np.random.RandomState) -> np.ndarray:
-    """Return how many of each class so many draws most likely take; `random` decides between equal remainders."""
+    """Return the most probable number of draws for each class; `random` decides between equal remainders."""
     exact = counts / counts.sum() * draws
     taken = np.floor(exact)
     remainders = exact - taken
@@ -144,19 +144,19 @@ def _most_likely(counts: np.ndarray, draws: int, random: np.random.RandomState) 
 def _drawn(labels: np.ndarray, sizes: np.ndarray, weights: np.ndarray, seeds: Sequence[int]) -> np.ndarray:
     """Return the part of each unit, given its class, its number of images, and the parts' weights.
 
-    Class by class, each part gets its share rounded down, and what is left goes to the parts that are furthest behind
-    in all classes so far. Units are drawn in the order of each part's seed until their images come nearest to that.
+    Class by class, each part gets its share rounded down, and the rest goes to the parts that are furthest behind in
+    all classes so far. Units are drawn in the order of each part's seed until their images come nearest to that.
     """
     counts = np.bincount(labels)
     orders = [np.random.default_rng(seed % 2**32).permutation(len(labels)) for seed in seeds]
     by_class = [np.split(order[np.argsort(labels[order], kind="stable")], np.cumsum(counts)) for order in orders]
     parts = np.zeros(len(labels), np.int64)
     behind = np.zeros(len(weights), np.int64)  # images, in units of 1 / weights.sum()
-    owed = np.zeros(len(weights), np.int64)  # images by which whole units missed what was wanted
+    owed = np.zeros(len(weights), np.int64)  # images by which whole units missed the wanted number
     pairs = 0
     for label in np.flatnonzero(counts):
         gives = np.arange(len(weights)) < counts[label]
-        if len(weights) == 3 and counts[label] == 2:  # of two units, one is tested or validated
+        if len(weights) == 3 and counts[label] == 2:  # of two units, one is for test or validation
             gives[1:] = [pairs % 2, not pairs % 2]
             pairs += 1
         wanted = _wanted(int(sizes[by_class[0][label]].sum()), weights, behind, gives)
@@ -195,7 +195,7 @@ def _nearest(units: list[int], sizes: np.ndarray, images: int, most: int) -> lis
 
 
 def extend(recorded: np.ndarray, divided: np.ndarray, together: Iterable[Sequence[int]]) -> np.ndarray:
-    """Return `recorded` parts; instead of -1 the part of an equal or grouped image, or else that of `divided`."""
+    """Return `recorded` parts; for -1 the part of an equal or grouped image, or otherwise that in `divided`."""
     parts = recorded.copy()
     units = united(together, len(recorded))
     known = {int(unit): int(part) for unit, part in zip(units[recorded >= 0], recorded[recorded >= 0], strict=True)}

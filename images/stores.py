@@ -1,7 +1,7 @@
 """Give batches of uint8 images, mapped from a cache file or streamed by workers.
 
-Decoding is the slowest part of loading, so it is done once and kept; what is kept is checked against checksums.
-Knows nothing of classes, labels, splits or the device.
+Decoding is the slowest part of loading, so it is done once and the result is kept with checksums. Knows nothing of
+classes, labels, splits or the device.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from utils import STOP_SIGNALS, RunError, amount, log, printable
 Batch = tuple[torch.Tensor, np.ndarray | None]
 
 warnings.filterwarnings("ignore", message="This DataLoader will create")  # as many as the user asked for
-PREFETCH = 2  # batches that each worker is asked for ahead
+PREFETCH = 2  # batches that each worker prepares ahead
 PINNING = 2  # batches that are copied to page-locked memory ahead
 LONGEST_WAIT = 900  # seconds for one batch: a file system may be slow, but a worker that never answers is an error
 EACH_TAKES = 6, 3  # files, and threads or processes, that one worker takes
@@ -40,7 +40,7 @@ EACH_TAKES = 6, 3  # files, and threads or processes, that one worker takes
 
 @dataclass
 class DecodedImages:
-    """Hold all images decoded, in one array (count, height, width, 3), usually mapped from a cache file."""
+    """All images decoded, in one array (count, height, width, 3), usually mapped from a cache file."""
 
     array: np.ndarray
     crc32: np.ndarray
@@ -68,8 +68,8 @@ class StreamedImages:
     """Decode images on request by DataLoader workers; hold a few batches in memory.
 
     The workers are forked, and write into memory that they share with this process (an anonymous mapping), slot by
-    slot. So a batch needs neither an open file nor room in /dev/shm, which is small in containers. On systems
-    without fork batches come through pipes.
+    slot. So a batch needs neither an open file nor room in /dev/shm, which is small in containers. On systems without
+    fork, batches come through pipes.
     """
 
     def __init__(self, paths: list[Path], kept: Kept, limit: int, *, workers: int, pin: bool):
@@ -79,9 +79,9 @@ class StreamedImages:
         self.shapes = kept.shapes
         self.deep = kept.deep
         self._files = _Files(paths, kept.box, limit, kept.rules)
-        self._order: list[tuple[int, list[int]]] = []  # of the epoch that comes: workers stay from one to the next
+        self._order: list[tuple[int, list[int]]] = []  # of the next epoch: workers stay from one to the next
         self._loader: torch.utils.data.DataLoader | None = None
-        self._largest = 0  # batch for which the slots have room
+        self._largest = 0  # the largest batch that fits into a slot
         self._memory: mmap.mmap | None = None
         self._workers = workers
         self._pin = pin
@@ -99,11 +99,11 @@ class StreamedImages:
             with ThreadPoolExecutor(1) as pool:
                 yield from ahead(pool, self._taken, loaded, PINNING)
         if self._memory is not None:
-            with contextlib.suppress(OSError, AttributeError):  # of systems that cannot
-                self._memory.madvise(mmap.MADV_REMOVE)  # until the next epoch others may have the slots' memory
+            with contextlib.suppress(OSError, AttributeError):  # systems without it
+                self._memory.madvise(mmap.MADV_REMOVE)  # until the next epoch others may use the slots' memory
 
     def _taken(self, item: tuple[int, tuple[np.ndarray, Any]]) -> Batch:
-        """Copy a batch out of its slot, which the workers fill again later."""
+        """Copy a batch out of its slot, because the workers fill it again later."""
         number, (positions, answer) = item
         if isinstance(answer, str):
             raise RunError(f"{answer}, then repeat the command, a training with --resume.")
@@ -114,7 +114,7 @@ class StreamedImages:
 
     def _started(self, largest: int) -> torch.utils.data.DataLoader:
         """Start the workers: few, or none, if files, threads, processes or memory are short."""
-        self._loader = None  # ends the workers of smaller slots
+        self._loader = None  # ends the workers with smaller slots
         self._order.clear()
         self._largest = largest
         workers = startable(self._workers, *EACH_TAKES)
@@ -146,7 +146,8 @@ class StreamedImages:
             multiprocessing_context="fork" if workers and forked else None,
             worker_init_fn=_quiet_worker,
             collate_fn=_as_it_is,
-            generator=torch.Generator(),  # the default one belongs to dropout: each new iterator draws a seed
+            # not the default one, which belongs to dropout: each new iterator draws a seed
+            generator=torch.Generator(),
         )
         before = multiprocessing.active_children()
         with _without_half_made():
@@ -177,8 +178,8 @@ class _Files(torch.utils.data.Dataset):
     def __getitem__(self, item: tuple[int, list[int]]) -> np.ndarray | str | None:
         """Decode a batch, given (its number in the epoch, positions in the listing).
 
-        Return the batch, None if it is in its slot, or a sentence that says why it cannot be made: an exception would
-        bring the traceback of its worker along.
+        Return the batch, None if it is in its slot, or a sentence on why it cannot be decoded: an exception would
+        include the traceback of its worker.
         """
         try:
             return self._batch(*item)
@@ -216,7 +217,7 @@ def _shared(size: int) -> mmap.mmap | None:
 
 @contextlib.contextmanager
 def _without_half_made() -> Iterator[None]:
-    """Keep quiet about an iterator of PyTorch that is deleted although its constructor did not come to an end."""
+    """Hide the message of a PyTorch iterator that is deleted although its constructor was interrupted."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: None
     try:
@@ -235,12 +236,12 @@ def _quiet_worker(_worker: int) -> None:
 def open_store(
     paths: list[Path], root: Path, *, limit: int, opening: Opening | None = None, part: str = ""
 ) -> ImageStore:
-    """Decode a listing, or find it decoded by an earlier run, as `opening.cache` says.
+    """Decode a listing, or find the images that an earlier run decoded, as `opening.cache` asks.
 
-    `limit` is the largest side kept, in pixels: what a file becomes depends on it and on the rules alone, not on the
+    `limit` is the largest side kept, in pixels: the pixels of a file depend on it and on the rules only, not on the
     other files. Read every image once in each mode, so that `store.unreadable` (listing position to reason) is known
     before training starts. With `own_window` the windows of deep grey pictures are the range of these files' values;
-    `store.rules` says which. Add the cache to `opening.own`: if the next one does not fit beside those, it is
+    `store.rules` contains them. Add the cache to `opening.own`: if the next one does not fit beside those, it is
     streamed. `part` names the images in messages.
     """
     opening = opening or Opening()

@@ -1,4 +1,4 @@
-"""Hold an opened data set: training, validation and test images as positions in stores, and the rows of split.csv."""
+"""An opened data set: training, validation and test images as positions in stores, and the rows of split.csv."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Split = dict[str, tuple[str, str]]  # path in one Unicode form: (class, part), a
 
 @dataclass
 class Subset:
-    """Hold some images of a store: listing positions and their labels, in evaluation order."""
+    """Some images of a store: listing positions and their labels, in evaluation order."""
 
     store: ImageStore
     listing: Listing
@@ -36,7 +36,7 @@ class Subset:
         return len(self.positions)
 
     def keep(self, count: int) -> None:
-        """Cut the subset to at most `count` images, spread evenly over it."""
+        """Reduce the subset to at most `count` images, spread evenly over it."""
         chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
         self.positions = self.positions[chosen]
         self.labels = self.labels[chosen]
@@ -48,15 +48,15 @@ class Subset:
 
 @dataclass
 class DataSet:
-    """Hold training, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
+    """Training, validation and test images, ready to be batched; `fingerprint` identifies their pixels."""
 
     root: Path
     classes: list[str]
     subsets: dict[str, Subset]  # train, validation and test, or test alone
     fingerprint: str
     unreadable: list[str]
-    rules: Rules = field(default_factory=Rules)  # by which the files became pixels
-    listed: Listing = field(default_factory=list)  # all files, those that cannot be read among them
+    rules: Rules = field(default_factory=Rules)  # the rules that turned the files into pixels
+    listed: Listing = field(default_factory=list)  # all files, including unreadable ones
     divided: tuple[str, ...] = ()  # parts that were split off the training images
 
     @property
@@ -88,7 +88,7 @@ def relative(path: Path, root: Path) -> str:
 
 
 def split_name(path: Path, root: Path) -> str:
-    """Return the name by which a split that was read knows a file: in one Unicode form."""
+    """Return a file's name in a split that was read: its path in one Unicode form."""
     return composed(relative(path, root))
 
 

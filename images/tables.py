@@ -1,4 +1,4 @@
-"""A table of labels: read it, and find which of its columns say image, label, part and group. Imports no torch."""
+"""Read a table of labels, and find its columns of images, labels, parts and groups. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from images.lookup import Index
 from system.files import from_cell, read_text, reading
 from utils import UserError, amount, printable
 
-# Names of columns, the likeliest first; case, blanks and punctuation do not count.
+# Names of columns, the most probable first; case, blanks and punctuation do not count.
 _IMAGE = (
     *("path", "filepath", "imagepath", "file", "filename", "imagefile", "imagename", "image", "img", "picture"),
     *("photo", "imageid", "imgid", "idcode", "isicid", "id", "name"),
@@ -29,11 +29,11 @@ _GROUP = ("group", "groupid")
 _ONES = ("true", "t", "1", "1.0", "yes", "y")
 _ZEROS = ("false", "f", "0", "0.0", "no", "n", "")
 SPREADSHEET = b"PK\x03\x04"
-BETWEEN = "\x1f"  # labels that a row has several of
+BETWEEN = "\x1f"  # separates several labels of one row
 
 
 class Row(NamedTuple):
-    """What a row says, in its own words; empty if it says nothing."""
+    """The content of a row; empty strings for missing values."""
 
     image: str
     label: str
@@ -42,10 +42,10 @@ class Row(NamedTuple):
 
 
 def read_rows(file: Path, index: Index, group: str | None = None, named: tuple[str, ...] = ()) -> tuple[list[Row], str]:
-    """Return the rows of a table, and in words what its columns were taken for.
+    """Return the rows of a table, and a description of how its columns were interpreted.
 
-    `group` names the column of groups, `named` those of images and labels. Raise UserError if the table cannot be
-    read, names no image, or has no column that can be the label.
+    `group` names the column of groups, `named` those of images and labels. Raise UserError if the table cannot be read,
+    names no image, or has no column that can be the label.
     """
     table = read_table(file)
     columns = _columns(file, table, index, group, named)
@@ -62,10 +62,10 @@ def read_rows(file: Path, index: Index, group: str | None = None, named: tuple[s
 
 
 def read_table(file: Path) -> list[list[str]]:
-    """Return the rows of a table that a spreadsheet or a program wrote, without the empty ones.
+    """Return the rows of a table from a spreadsheet or a program, without empty ones.
 
-    Cells are separated by comma, semicolon or tab, or else by the last blank of each line; `.jsonl` has an object in
-    each line. The text is UTF-8, UTF-16 with its mark, or else Windows' western code page.
+    Cells are separated by comma, semicolon or tab, or otherwise by the last blank of each line; `.jsonl` has an object
+    in each line. The text is UTF-8, UTF-16 with a BOM, or otherwise Windows-1252.
     """
     with reading(file):
         with open(file, "rb") as content:
@@ -75,7 +75,7 @@ def read_table(file: Path) -> list[list[str]]:
         if file.suffix.lower() == ".jsonl":
             return _of_objects([json.loads(line) for line in text.splitlines() if line.strip()])
         first, _, rest = text.partition("\n")
-        if re.fullmatch(r"\"?sep=.\"?\s*", first):  # Excel's hint to itself
+        if re.fullmatch(r"\"?sep=.\"?\s*", first):  # Excel's own separator line
             text = rest
         tables = [list(csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=False)) for sign in ",;\t"]
     tables = [[row for row in table if any(cell.strip() for cell in row)] for table in tables]
@@ -89,7 +89,7 @@ def read_table(file: Path) -> list[list[str]]:
 
 
 def _of_objects(lines: list[dict[str, object]]) -> list[list[str]]:
-    """Return lines of JSON as a table: the keys, then each line's values; a list is several values."""
+    """Return lines of JSON as a table: the keys, then each line's values; a list means several values."""
     keys = list(dict.fromkeys(key for line in lines for key in line))
 
     def cell(value: object) -> str:
@@ -101,7 +101,7 @@ def _of_objects(lines: list[dict[str, object]]) -> list[list[str]]:
 
 
 def _regularity(table: list[list[str]]) -> tuple[float, int]:
-    """Return how likely a separator is the right one: the share of rows as wide as the first, then its columns."""
+    """Return a score for a separator: the share of rows as wide as the first, then the number of columns."""
     if not table or len(table[0]) < 2:
         return 0.0, 0
     return sum(len(row) == len(table[0]) for row in table) / len(table), len(table[0])
@@ -117,7 +117,7 @@ def _plain(name: str) -> str:
 
 @dataclass
 class _Columns:
-    """What the columns of a table are for: places, and columns of yes and no with the part or class that each means."""
+    """The meaning of a table's columns: positions, and yes/no columns with the part or class that each means."""
 
     image: int
     label: int | None = None
@@ -128,7 +128,7 @@ class _Columns:
     has_header: bool = True
 
     def row(self, row: list[str]) -> Row:
-        """Return what a row says; several labels are separated by BETWEEN."""
+        """Return the content of a row; several labels are separated by BETWEEN."""
         label = _cell(row, self.label)
         part = _cell(row, self.part)
         if self.classes:
@@ -139,7 +139,7 @@ class _Columns:
         return Row(_cell(row, self.image), label, part, _cell(row, self.group))
 
     def described(self, first: list[str]) -> str:
-        """Return in words what each column was taken for, given the first row."""
+        """Describe how each column was interpreted, given the first row."""
         names = [
             f"'{printable(cell)}'" if self.has_header else f"column {place + 1}" for place, cell in enumerate(first)
         ]
@@ -153,12 +153,12 @@ class _Columns:
 
 
 def _chosen(row: list[str], columns: dict[int, str]) -> list[str]:
-    """Return the meanings of the columns that a row says yes to."""
+    """Return the meanings of the columns with a yes in this row."""
     return [meaning for place, meaning in columns.items() if _cell(row, place).casefold() in _ONES]
 
 
 def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None, named: tuple[str, ...]) -> _Columns:
-    """Return what the columns of a table are for. Files on disk decide which one names images."""
+    """Return the meaning of a table's columns. Files on disk decide which column names images."""
     header = [_plain(cell) for cell in rows[0]]
     image = _image_column(file, rows, header, index)
     if named:
@@ -180,7 +180,7 @@ def _columns(file: Path, rows: list[list[str]], index: Index, group: str | None,
 
 
 def _places_of(file: Path, first: list[str], named: tuple[str, ...]) -> tuple[int, int]:
-    """Return the columns of images and labels that --labels FILE:IMAGE,LABEL names."""
+    """Return the columns of images and labels in --labels FILE:IMAGE,LABEL."""
     header = [cell.strip() for cell in first]
     if len(named) != 2 or not set(named) <= set(header):
         raise UserError(
@@ -191,7 +191,7 @@ def _places_of(file: Path, first: list[str], named: tuple[str, ...]) -> tuple[in
 
 
 def _image_column(file: Path, rows: list[list[str]], header: list[str], index: Index) -> int:
-    """Return the column whose cells name the most images; of several that with the likeliest name."""
+    """Return the column with the most cells that name images; of several, the one with the most probable name."""
     sample = rows[1:200] or rows
     hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(len(header))]
     if not any(hits):
@@ -209,7 +209,7 @@ def _image_column(file: Path, rows: list[list[str]], header: list[str], index: I
 def _of_header(
     rows: list[list[str]], header: list[str], image: int, others: list[int], group_names: tuple[str, ...]
 ) -> _Columns:
-    """Return the columns that a header names, or that their cells give away."""
+    """Return the columns that a header names, or that their cells reveal."""
     cells = {place: {_cell(row, place).casefold() for row in rows[1:]} for place in others}
     binary = [place for place in others if cells[place] <= {*_ONES, *_ZEROS}]
     part = _part_column(rows, header, others)
@@ -220,13 +220,13 @@ def _of_header(
     label = left[0] if len(left) == 1 else _named(header, left, _LABEL)
     classes = {place: from_cell(rows[0][place].strip()) for place in left if place in binary}
     once = sum(len(_chosen(row, classes)) == 1 for row in rows[1:])
-    if label is not None or len(classes) < 2 or 2 * once < len(rows) - 1:  # such columns say other things
+    if label is not None or len(classes) < 2 or 2 * once < len(rows) - 1:  # such columns have another meaning
         classes = {}
     return _Columns(image, label, part, group, parts, classes)
 
 
 def _part_column(rows: list[list[str]], header: list[str], places: list[int]) -> int | None:
-    """Return the column that says each row's part: by its name, or else, beside a named label, by all its cells."""
+    """Return the column with each row's part: by its name, or, beside a named label, by all its cells."""
     named = _named(header, places, _PART)
     if named is not None or _named(header, places, _LABEL) is None:
         return named
@@ -235,12 +235,12 @@ def _part_column(rows: list[list[str]], header: list[str], places: list[int]) ->
 
 
 def _named(header: list[str], places: list[int], names: tuple[str, ...]) -> int | None:
-    """Return the place of the likeliest of `names`; None if no column has one."""
+    """Return the position of the most probable of `names`; None if no column has one."""
     named = [place for place in places if header[place] in names]
     return min(named, key=lambda place: names.index(header[place]), default=None)
 
 
 def _unnamed(rows: list[list[str]], places: list[int]) -> tuple[int | None, int | None]:
-    """Return part and group of a table without a header: a column of the usual names of parts, and another one."""
+    """Return part and group of a table without a header: the column with usual names of parts, and another one."""
     part = next((p for p in places if all(part_of(_cell(row, p)) for row in rows if _cell(row, p))), None)
     return part, next((place for place in places if place != part), None)

@@ -16,7 +16,7 @@ from utils import amount, printable
 
 Seen = set[tuple[int, int]]  # device and number of each folder that was walked
 
-# Formats that are never opened, whatever a file is called: EPS starts Ghostscript, WMF and IPTC open what lies in them,
+# Formats that are never opened, whatever a file's name is: EPS starts Ghostscript, WMF and IPTC open embedded files,
 # MIC and FPX need another package, the others are stubs that only a handler of another package can draw.
 NO_PICTURES = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "IPTC", "MIC", "MPEG", "PDF", "WMF"}
 # Suffixes of cameras' own formats. Many are TIFF files whose first picture is a thumbnail, which Pillow would show.
@@ -24,7 +24,7 @@ CAMERA_RAW = {
     *(".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dcr", ".dng", ".erf", ".iiq", ".k25", ".kdc", ".mef", ".mos", ".mrw"),
     *(".nef", ".nrw", ".orf", ".pef", ".raf", ".rw2", ".rwl", ".sr2", ".srf", ".srw", ".x3f"),
 }
-HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # pictures even without their plugin
+HEIF_SUFFIXES = {".heic", ".heif", ".hif"}  # images even without the plugin
 _LEFT_BEHIND = {"__macosx", "thumbs.db", "desktop.ini", "@eadir"}
 
 
@@ -33,18 +33,18 @@ def find_images(
 ) -> Iterator[Path]:
     """Return every image below `folder`, in the order of names, files before subfolders; follow linked folders.
 
-    Pass over hidden files, and count files that are no images in `passed_over` by suffix. Append the folders that
-    were walked to `folders`, `folder` first.
+    Skip hidden files, and count files that are not images in `passed_over` by suffix. Append the folders that were
+    searched to `folders`, `folder` first.
     """
     passed_over = Counter() if passed_over is None else passed_over
     return map(Path, walk(str(folder), passed_over, [] if folders is None else folders, set()))
 
 
 def relative_name(path: Path | str, root: Path) -> str:
-    """Return the path of a file from `root` on as it stands in tables: with slashes on every system."""
+    """Return the path of a file relative to `root` as it appears in tables: with slashes on every system."""
     text = str(path)
     before = "" if str(root) == "." else f"{root}{os.sep}"
-    inside = text[len(before) :] if text.startswith(before) else os.path.relpath(text, root)  # which is slow
+    inside = text[len(before) :] if text.startswith(before) else os.path.relpath(text, root)  # relpath is slow
     return inside.replace(os.sep, "/")
 
 
@@ -59,7 +59,7 @@ def same_name(name: str) -> str:
 
 
 def counted(passed_over: Counter[str], most: int = 12) -> str:
-    """Return a sentence about the files that are no images, by suffix."""
+    """Return a sentence about the files that are not images, by suffix."""
     kinds = sorted(passed_over.items(), key=lambda kind: (-kind[1], kind[0]))
     shown = ", ".join(f"{count:,} {printable(kind)}" for kind, count in kinds[:most])
     rest = sum(count for _, count in kinds[most:])
@@ -68,7 +68,7 @@ def counted(passed_over: Counter[str], most: int = 12) -> str:
 
 
 def raw_advice(passed_over: Counter[str]) -> list[str]:
-    """Return a sentence about camera raw files among those that were passed over, if there are any."""
+    """Return a sentence about skipped camera raw files, if there are any."""
     raw = sum(count for kind, count in passed_over.items() if kind in CAMERA_RAW)
     return [f"{amount(raw, 'file', 'files')} of camera raw: convert to TIFF or JPEG to use them"] if raw else []
 
@@ -80,7 +80,7 @@ def subfolders(folder: Path) -> list[Path]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return True if an entry is a folder; a link that leads to itself is not."""
+    """Return True if an entry is a folder; a link to itself is not."""
     try:
         return entry.is_dir()
     except OSError as error:
@@ -90,14 +90,14 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def is_wanted(name: str) -> bool:
-    """Return True if a file or folder is the user's own, not one that a desktop left behind."""
+    """Return True if a file or folder is the user's own, not made by a desktop."""
     return not name.startswith(".") and name.lower() not in _LEFT_BEHIND
 
 
 def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen) -> Iterator[str]:
-    """Yield the images below a folder as `find_images` does, without the folders in `seen`, which gathers all others.
+    """Yield the images below a folder as `find_images` does, except in the folders of `seen`; add all others to `seen`.
 
-    A link may lead back, or to a folder already walked.
+    A link may lead back, or to a folder already searched.
     """
     waiting = [folder]
     while waiting:
@@ -121,14 +121,14 @@ def walk(folder: str, passed_over: Counter[str], folders: list[str], seen: Seen)
 
 
 def is_image_name(name: str) -> bool:
-    """Return True if a file has the suffix of a kind of picture that Pillow opens."""
+    """Return True if a file has the suffix of a format that Pillow opens."""
     return os.path.splitext(name)[1].lower() in _picture_kinds()[0]
 
 
 def picture_formats() -> list[str]:
-    """Return the names of Pillow's formats that may be opened: give them to each `Image.open`.
+    """Return the names of Pillow's formats that may be opened: pass them to each `Image.open`.
 
-    Pillow tells formats by content, not by suffix: without the list, PostScript called photo.jpg runs in Ghostscript.
+    Pillow recognises formats by content, not by suffix: without the list, PostScript in photo.jpg runs in Ghostscript.
     """
     Image.init()
     return sorted(Image.OPEN.keys() - NO_PICTURES)
@@ -136,14 +136,14 @@ def picture_formats() -> list[str]:
 
 @cache
 def _picture_kinds() -> tuple[frozenset[str], tuple[Callable[[bytes], bool | str], ...]]:
-    """Return the suffixes of pictures, and of each kind the function that knows it by its first bytes."""
+    """Return the suffixes of image formats, and for each format the function that recognises its first bytes."""
     kinds = {*picture_formats()}
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds | {"MPO"}}
     return frozenset(suffixes | HEIF_SUFFIXES), tuple(accept for kind in kinds if (accept := Image.OPEN[kind][1]))
 
 
 def _is_image(path: str) -> bool:
-    """Return True if Pillow opens a file whose suffix says nothing: try its first bytes, then open it."""
+    """Return True if Pillow opens a file without a known suffix: test its first bytes, then open it."""
     if os.path.splitext(path)[1].lower() in CAMERA_RAW:
         return False
     try:
@@ -153,12 +153,12 @@ def _is_image(path: str) -> bool:
             return False
         with Image.open(path, formats=picture_formats()):
             return True
-    except Exception:  # Pillow's readers raise many kinds for what is not theirs
+    except Exception:  # Pillow's readers raise many types for other formats
         return False
 
 
 def _accepts(accept: Callable[[bytes], bool | str], start: bytes) -> bool:
     try:
         return accept(start) is True
-    except Exception:  # fewer bytes than it looks at
+    except Exception:  # the file is shorter than the test expects
         return False

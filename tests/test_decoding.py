@@ -165,4 +165,4 @@ def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
     draw(tmp_path / "a" / "opaque.png")
     report = check(tmp_path)
     assert report["transparent"] == ["a/0.tif", "a/2.tif", "a/4.tif", "b/1.tif", "b/3.tif"]
-    assert "laid on white: 5" in format_check(report)
+    assert "(transparent pixels become white): 5" in format_check(report)
