@@ -67,6 +67,7 @@ class ScriptWatch(Listener):
         self._wrong = False  # this update has been spoken of
         self._repeating = False
         self._written = time.perf_counter()
+        self._memory: int | None = None
 
     def __enter__(self) -> ScriptWatch:
         self.updates.__enter__()
@@ -297,7 +298,7 @@ class ScriptWatch(Listener):
             "skips": self._skips,
             "gradient_norm": self._read_norm(),
             "seconds": sum(updates.seconds[-self.every :]) / max(1, len(updates.seconds[-self.every :])),
-            "memory": _memory(),
+            "memory": self._read_memory(),
         }
         del updates.seconds[: -self.every]
         del updates.loading[: -self.every]
@@ -306,6 +307,12 @@ class ScriptWatch(Listener):
         if time.perf_counter() - self._written > WRITTEN:
             self._file.flush()
             self._written = time.perf_counter()
+
+    def _read_memory(self) -> int | None:
+        """Asking the system takes a hundredth of a short update, so it is asked as often as the file is written."""
+        if self._memory is None or time.perf_counter() - self._written > WRITTEN:
+            self._memory = _memory()
+        return self._memory
 
     def _read_norm(self) -> float | str | None:
         """JSON has no number for what is not finite. On a GPU reading waits, so it is done rarely."""
