@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import option
-from command_line.groups import grouped
+from command_line.groups import Computing, grouped
 from command_line.idle import about_division
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
 from command_line.parsing import training_words
@@ -63,6 +63,13 @@ def draw_scenes(data_dir: str, device_name: str) -> None:
 def _data_of(config: Path) -> dict[str, Any]:
     """Return what config.json says of the images that a run was trained on; nothing if there is no such file."""
     return read_config(config)["dataset"] if config.exists() else {}
+
+
+def _compile_mode(computing: Computing) -> str | None:
+    """Return the mode of torch.compile; None if the model is not compiled."""
+    if computing.cuda_graphs:
+        return "reduce-overhead"
+    return "default" if computing.compile else None
 
 
 class Setup:
@@ -185,7 +192,6 @@ class Setup:
             split=asked.data.split,
             recorded=recorded,
             keep_larger="crop" in asked.training.augment.split(","),
-            skip_unreadable=asked.data.skip_unreadable,
             opening=self._opening(self._rules(windows_of(window)), own_window=window == "data"),
         )
         balanced = asked.training.sampler == "balanced" or asked.training.class_weights == "balanced"
@@ -217,7 +223,6 @@ class Setup:
                 recorded=self._recorded(folder),
                 same_place=was.get("folder") == str(Path(asked.data.data_dir).resolve()),
                 checksum=was.get("tested"),
-                skip_unreadable=asked.data.skip_unreadable,
                 opening=self._opening(self.rules, own_window=False),
             ),
             self.checkpoint["classes"],
@@ -236,7 +241,8 @@ class Setup:
     def _opening(self, rules: Rules, own_window: bool) -> Opening:
         asked = self.asked
         pin = self.device.type == "cuda"
-        return Opening(asked.data.cache, asked.data.num_workers, pin, asked.data.cache_limit, rules, own_window)
+        own = asked.data
+        return Opening(own.cache, own.num_workers, pin, own.cache_limit, rules, own.skip_unreadable, own_window)
 
     def _prepare_folder(self) -> None:
         asked = self.asked
@@ -358,8 +364,7 @@ class Setup:
             heads=heads,
             freeze_epochs=frozen,
             ema=asked.training.ema,
-            compile=asked.computing.compile,
-            graphs=asked.computing.cuda_graphs,
+            compile_mode=_compile_mode(asked.computing),
             only_head=kept is not None,
         )
         optimizer = self._optimizer(model, heads)

@@ -210,8 +210,8 @@ class Network:
 
     `heads` are the names of the layers that alone are trained for the first `freeze_epochs`; `ema` is the decay of the
     moving average of the weights (0: there is none), which is then validated and saved. `sizes` are the numbers of
-    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. With `graphs` the
-    model is compiled and its training kernels are replayed as CUDA graphs.
+    images that a full micro-batch can hold, `evaluation_size` that of a full batch in evaluation. `compile_mode`
+    is that of torch.compile (None: nothing is compiled); "reduce-overhead" replays training kernels as CUDA graphs.
 
     With `only_head` batches contain the inputs of the model's one head instead of images.
     """
@@ -226,9 +226,8 @@ class Network:
         heads: tuple[str, ...] = (),
         freeze_epochs: int = 0,
         ema: float = 0.0,
-        compile: bool = False,
+        compile_mode: str | None = None,
         only_head: bool = False,
-        graphs: bool = False,
     ):
         self.model = model
         self.only_head = only_head
@@ -237,8 +236,8 @@ class Network:
         self.heads = heads
         self.freeze_epochs = freeze_epochs
         self.ema = ema
-        self.compile = compile or graphs
-        self.graphs = graphs
+        self.compile = compile_mode is not None
+        self.graphs = graphs = compile_mode == "reduce-overhead"
         self.average = copy.deepcopy(model).requires_grad_(False) if ema else None
         self.forward = StepModel(self._fed(model), sizes, self.compile, graphs)
         # Without graphs: the output is kept.

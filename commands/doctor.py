@@ -130,8 +130,7 @@ def loader_rate(
         data_dir,
         image_size=image_size,
         seed=0,
-        skip_unreadable=True,
-        opening=Opening(pin=device.type == "cuda", own_window=True),
+        opening=Opening(pin=device.type == "cuda", skip_unreadable=True, own_window=True),
     )
     batches = Batches(data.train, Preprocess(device, image_size), min(batch_size, len(data.train)), len(data.classes))
     updates = endless(batches)

@@ -34,6 +34,7 @@ class Opening:
     pin: bool = False  # prepare batches in page-locked memory for a CUDA device
     cache_limit: float = math.inf  # GB
     rules: Rules = field(default_factory=Rules)
+    skip_unreadable: bool = False  # leave out images that cannot be read, instead of raising UserError
     own_window: bool = False  # use the range of the training images for windows that `rules` leave open
     own: set[Path] = field(default_factory=set)  # caches of this data set, which `cache_limit` never removes
 

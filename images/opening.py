@@ -34,7 +34,6 @@ def open_data_set(
     split: str | None = None,
     recorded: Split | None = None,
     keep_larger: bool = False,
-    skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
     """Find, decode and divide the images below `data_dir`.
@@ -50,7 +49,7 @@ def open_data_set(
     if follow is not None:
         _keep(image_set, follow, strictly=recorded is not None)
     limit = image_size * 3 // 2 if keep_larger else image_size
-    opened = _open_parts(image_set, opening or Opening(), image_size, limit, skip_unreadable)
+    opened = _open_parts(image_set, opening or Opening(), image_size, limit)
     missing = [name for name in PARTS[1:] if name not in opened.subsets]
     if missing or follow:
         parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
@@ -71,7 +70,6 @@ def open_test_set(
     recorded: Split | None = None,
     same_place: bool = False,
     checksum: str | None = None,
-    skip_unreadable: bool = False,
     opening: Opening | None = None,
 ) -> DataSet:
     """Return the images to test a trained model on; `known` are its classes.
@@ -107,7 +105,7 @@ def open_test_set(
             "is tested"
         )
     image_set = replace(image_set, train=[], validation=None, test=listing)
-    opened = _open_parts(image_set, opening or Opening(), image_size, image_size, skip_unreadable)
+    opened = _open_parts(image_set, opening or Opening(), image_size, image_size)
     make_room(image_set.root, opened.opening)
     if not len(opened.subsets["test"]):
         raise UserError(f"no readable image is left in {printable(data_dir)}.")
@@ -238,12 +236,10 @@ class _Opened:
         )
 
 
-def _open_parts(
-    image_set: ImageSet, opening: Opening, image_size: int, train_limit: int, skip_unreadable: bool
-) -> _Opened:
+def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_limit: int) -> _Opened:
     """Open a store for each part. The windows of deep pictures come from the first one, the training images.
 
-    Log which files were skipped. Raise UserError if images are unreadable, unless `skip_unreadable` leaves them out.
+    Log which files were skipped. Raise UserError for unreadable images unless `opening.skip_unreadable`.
     """
     for sentence in image_set.remarks():
         log.info(sentence)
@@ -267,7 +263,7 @@ def _open_parts(
         log.info(sentence)
     if "train" in opened.subsets and opening.rules.windows and not said:
         log.info(NO_DEEP)
-    report_unreadable(opened.bad, skip_unreadable)
+    report_unreadable(opened.bad, opening.skip_unreadable)
     return opened
 
 

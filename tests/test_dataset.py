@@ -37,8 +37,9 @@ def folders(root, *splits, count=5):
     return root
 
 
-def opened(root, size=10, *, cache="auto", workers=1, **options):
-    return open_data_set(root, image_size=size, seed=42, opening=Opening(cache, workers), **options)
+def opened(root, size=10, *, cache="auto", workers=1, skip_unreadable=False, **options):
+    opening = Opening(cache, workers, skip_unreadable=skip_unreadable)
+    return open_data_set(root, image_size=size, seed=42, opening=opening, **options)
 
 
 def fed(data, subset=None, batch_size=8, size=10, kind="flip", **options):

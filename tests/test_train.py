@@ -46,7 +46,7 @@ def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, 
     rule = make_optimizer(model.parameters(), name, learning_rate=rate, weight_decay=1e-4, fused=fused)
     decay = options.pop("decay_type", "cosine_warmup")
     schedule = partial(make_scheduler, rule, decay, epochs=epochs, updates_per_epoch=fed.updates_per_epoch)
-    own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema", "compile") if name in options}
+    own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema") if name in options}
     watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
     validation = batches(subset(9, seed=1, side=side), side=side)
     criterion = SmoothedCrossEntropy(options.pop("label_smoothing", 0.0))

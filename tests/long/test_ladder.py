@@ -256,7 +256,7 @@ def test_cuda_graphs_ask_the_compiler_and_mark_each_step(monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
-    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), graphs=True)
+    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), compile_mode="reduce-overhead")
     assert [options["mode"] for options in asked] == ["reduce-overhead", None]
     network.forward(torch.ones(4, 2))
     assert asked[2:] == ["step"]
