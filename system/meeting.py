@@ -28,8 +28,8 @@ PATIENCE = timedelta(minutes=5)  # for processes that start later
 def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
     """Join torchrun's process group if there is one: NCCL between CUDA devices, gloo between CPUs.
 
-    Raise UserError if only a part of torchrun's environment is set, RunError if the processes cannot connect. torchrun
-    gives each restart its own part of the store, so that a process does not read keys of an earlier attempt.
+    Raise UserError if only a part of torchrun's environment is set, RunError if the processes cannot connect. Each
+    restart by torchrun has its own part of the store, so that a process does not read keys of an earlier attempt.
     """
     if ranks.size == 1:
         return
@@ -41,7 +41,8 @@ def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         store, rank, size = next(dist.rendezvous("env://", timeout=patience or PATIENCE))
-        dist.init_process_group(backend, store=dist.PrefixStore("amp-train", store), rank=rank, world_size=size)
+        own = dist.PrefixStore(f"amp-train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=size)
 
     meeting = _in_thread(meet)
     started = time.monotonic()
