@@ -1,7 +1,7 @@
-"""The rules, and what a finding is: which rule is broken, where, by how much, and what helps.
+"""Define the rules and the findings: which rule is broken, where, by how much, and the cures.
 
-A finding breaks a rule and makes --strict fail. A note says the same of a library's code, which its user cannot
-mend; it breaks no rule.
+A finding breaks a rule and makes --strict fail. A note reports the same in a library's code, which its user cannot fix;
+it breaks no rule.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ RULES = {
 
 @dataclass
 class Finding:
-    """`rule` is one of RULES, `message` what was seen in whole sentences, `cures` what helps, the best first."""
+    """A broken rule. `rule` is one of RULES, `message` the observation in sentences, `cures` what helps, best first."""
 
     rule: str
     message: str
@@ -67,7 +67,7 @@ class Finding:
     level: str = "finding"
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return the finding as plain values for JSON."""
         return {
             "rule": self.rule,
             "level": self.level,
@@ -84,7 +84,7 @@ class Finding:
 
 
 def by_place(findings: list[Finding]) -> list[Finding]:
-    """The same thing said once, findings before notes."""
+    """Keep the first finding of each rule at each place; return findings before notes."""
     kept: dict[tuple, Finding] = {}
     for finding in findings:
         where = (finding.place.file, finding.place.line) if finding.place else (finding.module, finding.op)

@@ -1,7 +1,7 @@
-"""Where the first value came from that is not finite: every infinity and NaN is followed from operator to operator.
+"""Find the operator that made the first value that is not finite: follow each infinity and NaN through the step.
 
-Infinities that are made on purpose (a mask of -inf before a softmax) are no fault: only what reaches the loss or a
-gradient is reported, with the operator at which it began.
+Infinities made on purpose (a mask of -inf before a softmax) are not faults: only values that reach the loss or a
+gradient are reported, with the operator that made them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ampscope.places import Place
 from ampscope.subject import Subject
 from ampscope.tensors import address, dtype_name, tensors_in
 
-# Operators that write what they are told to, infinity too.
+# Operators that write a value that they are given, infinity included.
 CREATE = (
     "full",
     "fill",
@@ -36,7 +36,7 @@ CREATE = (
 )
 UNINITIALISED = ("empty", "new_empty", "resize_", "set_")
 ROUND = ("_to_copy", "to", "copy_")
-DANGEROUS = {  # what such an operator does at the edge of its domain, and the cure
+DANGEROUS = {  # the failure of each operator at the edge of its domain, and the cure
     "log": "takes the logarithm of zero or of a negative number: add an eps, or use log_softmax or logsigmoid",
     "sqrt": "takes the root of zero, whose gradient is infinite, or of a negative number: add an eps inside the root",
     "rsqrt": "takes 1/sqrt of zero: add an eps inside the root",
@@ -45,7 +45,7 @@ DANGEROUS = {  # what such an operator does at the edge of its domain, and the c
     "exp": "is the exponential of a large number: subtract the maximum first, or clamp",
     "pow": "raises to a power that the type cannot hold, or zero to a negative one: clamp, or add an eps",
     "norm": "has the norm of zeros, whose gradient is not defined: add an eps",
-    "softmax": "has a row of which everything is masked: let each row see at least one position",
+    "softmax": "has a row that is masked completely: let each row see at least one position",
     "binary_cross_entropy": "takes the logarithm of 0 or 1: use binary_cross_entropy_with_logits",
     "acos": "has its argument outside of its domain: clamp it",
     "asin": "has its argument outside of its domain: clamp it",
@@ -55,8 +55,7 @@ DANGEROUS = {  # what such an operator does at the edge of its domain, and the c
 
 @dataclass
 class Origin:
-    """Where something that is not finite began. `inputs` are dtype, shape and range (of the finite values) of what
-    went in."""
+    """The operator that made the first value that is not finite. `inputs` are dtype, shape and finite range of each."""
 
     kind: str  # "inf" or "NaN"
     phase: str
@@ -69,14 +68,14 @@ class Origin:
     reached: str = ""
 
     def record(self) -> dict[str, Any]:
-        """As plain values for JSON."""
+        """Return the origin as plain values for JSON."""
         record = asdict(self)
         record["place"] = None if self.place is None else {"file": self.place.file, "line": self.place.line}
         return record
 
 
 class Lineage:
-    """Follows what is not finite by the memory in which it lies."""
+    """Follow values that are not finite by the memory of their tensors."""
 
     def __init__(self) -> None:
         self.origins: dict[int, Origin] = {}
@@ -84,7 +83,7 @@ class Lineage:
         self.reached: list[Origin] = []
 
     def expect(self, subject: Subject) -> None:
-        """Notes what is not finite before the step: in the batch and in the weights."""
+        """Record values that are not finite before the step: in the batch and in the weights."""
         some = [("the batch", tensor) for tensor in tensors_in(subject.batch)]
         some += [(name, parameter) for name, parameter in subject.named_parameters()]
         for name, tensor in some:
@@ -94,7 +93,7 @@ class Lineage:
                 self.origins[address(tensor)] = origin
 
     def observe(self, op: str, given: list[torch.Tensor], made: list[torch.Tensor], **where: Any) -> None:
-        """After each operator: `where` is phase, module and place."""
+        """Record the outputs of an operator; `where` is phase, module and place."""
         for tensor in made:
             memory = address(tensor)
             if memory < 1 or not tensor.is_floating_point():
@@ -111,7 +110,7 @@ class Lineage:
         if faults:
             return faults[0]
         intended = kind == "inf" and (bool(known) or op.startswith(CREATE)) and op not in ROUND
-        if known and kind == "inf":  # a mask goes on through sums and products
+        if known and kind == "inf":  # a mask passes through sums and products
             return known[0]
         finite = all(_fault(tensor) is None for tensor in given if tensor.is_floating_point() and tensor is not made)
         if op in ROUND and not finite:
@@ -121,14 +120,14 @@ class Lineage:
         return Origin(kind, where["phase"], where["module"], op, output, inputs, where["place"], intended)
 
     def arrived(self, what: str, tensor: torch.Tensor) -> None:
-        """A tensor that has to be finite: the loss, or the gradient of a parameter."""
+        """Record a tensor that must be finite: the loss, or the gradient of a parameter."""
         origin = self.origins.get(address(tensor))
         if origin is not None and _fault(tensor) is not None:
             origin.reached = origin.reached or what
             self.reached.append(origin)
 
     def finish(self, roots: list[torch.Tensor]) -> None:
-        """The first place: of what reached the loss, else of what reached a gradient first."""
+        """Return the first origin: of a value that reached the loss, otherwise of one that reached a gradient first."""
         with torch.no_grad():
             gradients = list(self.reached)
             self.reached.clear()
@@ -139,12 +138,12 @@ class Lineage:
 
 
 def _fault(tensor: torch.Tensor) -> str | None:
-    """ "NaN", "inf" or None."""
+    """Return "NaN", "inf" or None."""
     if not tensor.is_floating_point() or tensor.layout is not torch.strided or not tensor.numel() or tensor.is_meta:
         return None
     if tensor.element_size() < 2:
         tensor = tensor.float()
-    # A sum is finite if every value is, but for a sum that overflows: one pass, and a second one in that case alone.
+    # A sum is finite if all values are, unless it overflows: one pass, and a second one only if it is not finite.
     if torch.isfinite(tensor.detach().sum(dtype=torch.float64 if tensor.device.type == "cpu" else torch.float32)):
         return None
     if torch.isnan(tensor).any():
@@ -153,7 +152,7 @@ def _fault(tensor: torch.Tensor) -> str | None:
 
 
 def ranged(tensor: torch.Tensor) -> dict[str, Any]:
-    """dtype, shape, and the range of the finite values; None if there are none."""
+    """Return dtype, shape, and the range of the finite values; None if there are none."""
     values = tensor.detach()
     values = values[torch.isfinite(values)] if values.element_size() > 1 else values.float()
     low, high = (value.item() for value in values.float().aminmax()) if values.numel() else (None, None)
@@ -161,7 +160,7 @@ def ranged(tensor: torch.Tensor) -> dict[str, Any]:
 
 
 def cures(origin: Origin, *, overflow: bool) -> list[str]:
-    """What helps, the most fitting first. `overflow`: the same step is finite in float32, so that range is to blame."""
+    """Return the cures, the best first. `overflow`: the same step is finite in float32, so the range is to blame."""
     found = [text for op, text in DANGEROUS.items() if op in origin.op and not overflow]
     if origin.phase == "before":
         return ["look at where these values were made"]

@@ -1,6 +1,6 @@
-"""One HTML file with tables and pictures inside, opened straight from disk.
+"""Write one HTML file with tables and pictures inside, opened from disk.
 
-It needs no script, no network and no other file, reads well in light and dark and on paper.
+It needs no script, network or other file, and is readable in light and dark mode and on paper.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ def table(header: list[str], rows: Sequence[Sequence[object]], kind: str = "") -
 
 
 def picture(file: Path, name: str, width: int) -> str:
-    """Return a PNG inside the page, or nothing if the file is missing."""
+    """Return a PNG embedded in HTML, or an empty string if the file is missing."""
     return embedded(file.read_bytes(), "png", name, width) if file.exists() else ""
 
 
 def embedded(content: bytes, kind: str, name: str, width: int) -> str:
-    """Return the content of a picture file inside the page; `kind` is its format, `width` in pixels."""
+    """Return the content of a picture file embedded in HTML; `kind` is its format, `width` in pixels."""
     data = base64.b64encode(content).decode()
     return f'<img src="data:image/{kind};base64,{data}" alt="{text(name)}" style="width:{width}px">\n'
 
 
 def html_page(title: str, body: str) -> str:
-    """Return a whole page, whose policy forbids everything but what is inside it."""
+    """Return a whole page; its policy forbids everything outside it."""
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!doctype html>
 <html lang="en">

@@ -1,4 +1,4 @@
-"""How every picture looks: colours, lines and hatches that read in grey and to the colour-blind, fonts, the file.
+"""The style of every picture: fonts, and colours, lines and hatches that read in grey and for the colour-blind.
 
 Keeps no global plotting state. Knows nothing of what is drawn.
 """
@@ -20,8 +20,8 @@ from PIL import Image
 
 from ampscope.files import replacing
 
-# Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, chosen for steps of lightness that stay in grey;
-# line, marker and hatch say the same once more.
+# Hues of Okabe and Ito and of Tol, which the colour-blind tell apart, with steps of lightness that remain in grey;
+# line, marker and hatch repeat the distinction.
 BLUE = "#004488"
 VERMILION = "#D55E00"
 GOLD = "#EEBB33"
@@ -73,9 +73,9 @@ DPI = 150  # pixels of an inch
 def picture(
     path: Path, width: float, height: float, photographs: Sequence[tuple[Image.Image, tuple[int, int]]] = ()
 ) -> Iterator[Figure]:
-    """Yield a figure of so many inches, and write it to `path` as PNG when the block ends.
+    """Yield a figure of this size in inches, and write it to `path` as PNG when the block ends.
 
-    `photographs` are put over it, each with the column and the row of its upper left corner in pixels. The figure is
+    `photographs` are pasted over it, each with the column and the row of its upper left corner in pixels. The figure is
     painted once and without transparency; `savefig` paints it twice to lay it out.
     """
     installed = {font.name for font in font_manager.fontManager.ttflist}
@@ -89,5 +89,6 @@ def picture(
     painted = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     for photograph, place in photographs:
         painted.paste(photograph, place)
-    with replacing(path) as file:  # runs of equal bytes alone: as small as the default, at a fraction of its time
+    # compress runs of equal bytes only: as small as the default, in a fraction of its time
+    with replacing(path) as file:
         painted.save(file, "PNG", dpi=(DPI, DPI), compress_type=zlib.Z_RLE)

@@ -1,4 +1,4 @@
-"""What one update holds in memory, by purpose, in each precision."""
+"""Measure the memory that one update holds, by purpose, in each precision."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ampscope.subject import Subject
 from ampscope.tensors import address, bytes_of, tensors_in
 from ampscope.tracing import eager
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on its own
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler writes to stderr
 
 
 class KeptForBackward(TorchDispatchMode):
-    """Notes the storages that autograd keeps, by address, and which of them are casts of parameters."""
+    """Record the storages that autograd keeps, by address, and which of them are casts of parameters."""
 
     def __init__(self, parameters: Sequence[torch.Tensor]):
         super().__init__()
@@ -53,23 +53,23 @@ class KeptForBackward(TorchDispatchMode):
 
 
 def nbytes(tensors: Any) -> int:
-    """Bytes of distinct storages."""
+    """Return the bytes of distinct storages."""
     return sum({_memory(tensor): bytes_of(tensor) for tensor in tensors}.values())
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Return what tells two tensors apart: their memory, or the object if it has none that can be named."""
+    """Return a key that tells two tensors apart: their memory, or the object if its memory has no address."""
     place = address(tensor)
     return place if place > 0 else -id(tensor)
 
 
 def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = True) -> dict[str, Any]:
-    """The bytes that an update holds, by purpose; what cannot be measured on this device is None.
+    """Return the bytes that an update holds, by purpose; a value that this device cannot measure is None.
 
-    Activations are the distinct storages autograd keeps between forward and backward, parameters, buffers,
-    autocast's copies of weights and the batch left out. The peak is the allocator's own on CUDA, on the CPU that of
-    the allocations torch.profiler records. Workspace is what is left of it without gradients, which fill the place
-    of activations that backward has freed. Reserved (by the allocator) and driver (in use on the whole GPU) are
+    Activations are the distinct storages that autograd keeps between forward and backward, except parameters, buffers,
+    autocast's copies of weights and the batch. The peak is the allocator's own on CUDA; on the CPU it is the peak of
+    the allocations that torch.profiler records. Workspace is the rest of the peak without gradients, which use the
+    memory of activations that backward has freed. Reserved (by the allocator) and driver (in use on the whole GPU) are
     CUDA's; resident is this process's on a CPU.
     """
     device = subject.device
@@ -86,7 +86,7 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
         if parameter.requires_grad and parameter.is_leaf
     ]
     kept = KeptForBackward(parameters)
-    execution.run(update=True)  # the optimizers' state is made in the first update
+    execution.run(update=True)  # the first update creates the optimizers' state
     followed = True
     with eager():
         try:
@@ -94,7 +94,7 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
-            followed = False  # torch.func's transforms allow no hooks on what backward keeps
+            followed = False  # torch.func's transforms allow no saved-tensor hooks
     for hook in watched:
         hook.remove()
     optimizers = [*subject.update_optimizers()] if not execution.full else [*subject.optimizers.values()]
@@ -123,7 +123,7 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
 
 
 def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int | None, dict[str, int | None]]:
-    """The most bytes during a step, of which `held` are there before it; and what the system says."""
+    """Return the most bytes during a step, of which `held` exist before it, and the system's own figures."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -131,7 +131,7 @@ def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int
         torch.cuda.reset_peak_memory_stats(device)
         step()
         free, total = torch.cuda.mem_get_info(device)
-        # What the caller holds besides (another model, say) is no part of this update.
+        # Other memory of the caller (another model, say) does not belong to this update.
         peak = torch.cuda.max_memory_allocated(device) - before + held
         return peak, {"reserved": torch.cuda.memory_reserved(device), "driver": total - free}
     if device.type == "cpu":
@@ -141,7 +141,7 @@ def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int
 
 
 def peak_of_allocations(function: Callable[[], Any]) -> int:
-    """Most bytes that CPU tensors made inside `function` held at one time, oneDNN's scratch memory included."""
+    """Return the most bytes of CPU tensors held at one time inside `function`, oneDNN's scratch memory included."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -150,8 +150,8 @@ def peak_of_allocations(function: Callable[[], Any]) -> int:
 
 
 def resident_peak() -> int | None:
-    """The most memory that this process had, in bytes; None where Linux is not there to say it."""
-    # Not getrusage: its maximum begins with what the parent had when it started this process.
+    """Return the peak memory of this process in bytes; None on systems other than Linux."""
+    # Not getrusage: its maximum begins with the parent's memory when it started this process.
     return of_this_process("VmHWM")
 
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page, with its tables and pictures inside."""
+"""Write the report as one HTML page, with its tables and pictures inside."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURES = {
 
 
 def write_report_page(report: Report, folder: Path) -> None:
-    """inspect.html in a folder that holds the report's pictures."""
+    """Write inspect.html into a folder that contains the report's pictures."""
     content = report.content
     parts = [_findings(report), _payoff(report), _memory(content["memory"])]
     for name, (title, width) in PICTURES.items():
@@ -66,7 +66,7 @@ def _payoff(report: Report) -> str:
 
 
 def _trials(payoff: dict[str, Any] | None) -> str:
-    """A program's updates as it is written and with AMP switched off."""
+    """Return a table of a program's updates as written and with AMP switched off."""
     if payoff is None:
         return ""
     rows = [

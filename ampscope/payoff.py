@@ -1,4 +1,4 @@
-"""Whether AMP pays for this step on this device: measured time and memory, and the most that casting could gain."""
+"""Decide if AMP pays for this step on this device: measured time and memory, and the most that casting could gain."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ampscope.tracing import Trace, eager
 
 ROUNDS = 7
 BUDGET = 12.0  # seconds for all precisions together
-ENOUGH = 1.05  # a gain below this factor is not worth a word
-SIDE = 1024  # of the square product that says how much faster 16 bits multiply
-ATTEMPTS = 3  # at the rates of the device, while a step seems to be faster than they allow
+ENOUGH = 1.05  # a smaller gain is not mentioned
+SIDE = 1024  # size of the square product that measures how much faster 16 bits multiply
+ATTEMPTS = 3  # measurements of the device's rates, while a step seems to exceed them
 
 
 def measure_speed(
     subject: Subject, precisions: list[Precision], prepare: Callable[[Precision], Precision], *, ambient: bool
 ) -> dict[str, dict[str, Any]]:
-    """Seconds of an update by precision, in turns, so that whatever else runs on the machine meets all of them.
+    """Return the seconds of an update by precision, measured in turns, so that other load affects all of them.
 
-    `prepare` sets a precision up again: on CUDA float32's mode is a global switch.
+    `prepare` activates a precision: on CUDA float32's mode is a global switch.
     """
     executions = {precision.name: Execution(subject, precision, ambient=ambient) for precision in precisions}
     seconds: dict[str, list[float]] = {name: [] for name in executions}
@@ -57,9 +57,9 @@ def measure_speed(
 
 
 def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What the casts of a step cost: the same casts timed again by themselves.
+    """Return the cost of a step's casts, timed again by themselves.
 
-    Their number by phase, the bytes read and written, and seconds (a median of 3).
+    It is their number by phase, the bytes read and written, and seconds (a median of 3).
     """
     phases: Counter = Counter()
     size = 0
@@ -78,10 +78,10 @@ def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device)
 def bounds(
     subject: Subject, precisions: list[Precision], speed: dict[str, dict[str, Any]], *, ambient: bool
 ) -> dict[str, Any] | None:
-    """The least time an update could take on this device by its operators' work and traffic, and the share reached.
+    """Return the least time of an update on this device by its operators' work and traffic, and the share reached.
 
-    Keys: rates (FLOP/s of a square product by type), bandwidth (bytes per second), precisions (bound_seconds and
-    share of the measured update), words. None if the operators cannot be counted.
+    Keys: rates (FLOP/s of a square product by type), bandwidth (bytes per second), precisions (bound_seconds and share
+    of the measured update), words. Return None if the operators cannot be counted.
     """
     device = subject.device
     dtypes = list(dict.fromkeys([torch.float32, *(precision.dtype for precision in precisions)]))
@@ -91,7 +91,7 @@ def bounds(
         try:
             with eager():
                 operators[precision.name] = roofline.count_step(partial(execution.run, update=True), device)
-        except RuntimeError:  # FLOPs of an operator that two ways of counting see differently
+        except RuntimeError:  # two ways of counting differ in an operator's FLOPs
             return None
         finally:
             execution.put_back()
@@ -99,7 +99,7 @@ def bounds(
     rates = dict.fromkeys(map(dtype_name, dtypes), 0.0)
     bandwidth = 0.0
     found: dict[str, dict[str, float]] = {}
-    for _ in range(ATTEMPTS):  # the best of some: whatever else runs on the machine can only lower a rate
+    for _ in range(ATTEMPTS):  # use the best: other load can only lower a rate
         for dtype in dtypes:
             name = dtype_name(dtype)
             rates[name] = max(rates[name], roofline.matrix_rate(device, dtype, size=SIDE))
@@ -116,13 +116,13 @@ def bounds(
 
 
 def products_ceiling(trace: Trace, update_seconds: float, gain: float | None) -> dict[str, float | None]:
-    """The products' share of a float32 update, and the speed-up if only they become faster.
+    """Return the products' share of a float32 update, and the speed-up if only they become faster.
 
     `ceiling`: products cost nothing. `expected`: they become `gain` times faster.
     """
     products = sum(product.seconds for product in trace.products if product.dtype == "float32")
     every = sum(trace.seconds.values())
-    # In the trace each operator is timed alone; what an update takes beyond their sum is Python and the optimizer.
+    # The trace times each operator alone; the rest of an update is Python and the optimizer.
     share = products / max(every, update_seconds, 1e-12)
     return {
         "product_share": share,
@@ -133,7 +133,7 @@ def products_ceiling(trace: Trace, update_seconds: float, gain: float | None) ->
 
 
 def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]) -> dict[str, Any]:
-    """Which precision to take, and why in whole sentences."""
+    """Return the recommended precision, and the reasons in whole sentences."""
     base, *others = [name for name in speed if name not in failed]
     peaks = {row["precision"]: row["peak"] for row in memory}
     gains = {name: speed[base]["shortest"] / speed[name]["shortest"] for name in others}
@@ -143,7 +143,7 @@ def recommend(speed: dict[str, dict], memory: list[dict], failed: dict[str, str]
         return {"precision": base, "speedup": gains, "memory_saving": savings, "words": words}
     best = max(others, key=gains.__getitem__)
     noise = max(entry["longest"] / entry["shortest"] for entry in speed.values())
-    gained = round(gains[best], 2)  # as it is printed
+    gained = round(gains[best], 2)  # rounded as it is printed
     if gained >= ENOUGH:
         choice = best
         words.append(f"{best} is {gains[best]:.2f} times as fast as {base}: use it.")

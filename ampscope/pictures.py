@@ -1,4 +1,4 @@
-"""Pictures of a report: memory by purpose, gradient magnitudes, activation ranges, the scaler's diary."""
+"""Draw a report's pictures: memory by purpose, gradient magnitudes, activation ranges, the scaler's diary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PARTS = ("parameters", "gradients", "optimizer_state", "activations", "weight_co
 
 
 def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
-    """Stacked bars of what stays FP32 and what AMP changes."""
+    """Draw stacked bars of the memory that stays FP32 and of the memory that AMP changes."""
     with picture(path, 9, 1.9 + 0.7 * len(ledger)) as figure:
         axes = figure.add_subplot()
         ends = [0.0] * len(ledger)
@@ -47,7 +47,7 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
 
 
 def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
-    """Gradient magnitudes against the ranges of float16 and bfloat16."""
+    """Draw gradient magnitudes against the ranges of float16 and bfloat16."""
     half = torch.finfo(torch.float16)
     brain = torch.finfo(torch.bfloat16)
     # Half of the smallest subnormal number rounds to zero, everything above it to that number or more.
@@ -60,7 +60,7 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
         axes = figure.add_subplot()
         for group, color, line in (("parameter", BLUE, "-"), ("activation", VERMILION, "--")):
             counts: Counter = Counter()
-            for exponent, count in histogram[group].items():  # what lies beyond the picture stands at its edge
+            for exponent, count in histogram[group].items():  # values beyond the picture count at its edge
                 counts[min(max(exponent, span[0]), span[-2])] += count
             shares = [100 * counts[exponent] / max(1, counts.total()) for exponent in span[:-1]]
             axes.stairs(shares, span, color=color, linestyle=line, linewidth=1.8, label=f"gradients of {group}s")
@@ -90,9 +90,9 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
 
 
 def activation_picture(activations: list[dict[str, Any]], path: Path, most: int = 40) -> None:
-    """From the smallest to the largest nonzero activation of each module, against the formats' limits.
+    """Draw the smallest to the largest nonzero activation of each module, against the formats' limits.
 
-    Of more modules than `most`, the ones that reach highest.
+    Of more modules than `most`, draw those with the largest values.
     """
     measured = [row for row in activations if row["largest"]]
     highest = {id(row) for row in sorted(measured, key=lambda row: -row["largest"])[:most]}
@@ -120,16 +120,16 @@ def activation_picture(activations: list[dict[str, Any]], path: Path, most: int 
 
 
 def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
-    """The loss scale of each update, as the skips and the ends of epochs tell it, and the updates skipped."""
+    """Draw the loss scale of each update, from the skips and the ends of epochs, and the skipped updates."""
     skips = {skip["update"]: skip["scale"] for line in metrics for skip in line.get("skips") or []}
-    scales = skips | {  # an epoch's line says what the next update begins with
+    scales = skips | {  # an epoch's entry has the scale of the next update
         line["updates"] + 1: line["loss_scale"] for line in metrics if line.get("updates") and line.get("loss_scale")
     }
     with picture(path, 9, 3.6) as figure:
         axes = figure.add_subplot()
         axes.step(sorted(scales), [scales[update] for update in sorted(scales)], color=BLUE)
         axes.plot(list(skips), list(skips.values()), "v", color=VERMILION, label="skipped")
-        axes.set_xscale("log")  # the search happens in the first updates
+        axes.set_xscale("log")  # the search for the scale happens in the first updates
         axes.set_yscale("log", base=2)
         axes.set(xlabel="update", ylabel="loss scale", title=f"Loss scale, and the {len(skips)} updates skipped")
         axes.xaxis.set_major_formatter("{x:,.0f}")

@@ -1,6 +1,6 @@
-"""Where a call came from: the innermost frame that is neither PyTorch's, nor Python's own, nor this package's.
+"""Find the origin of a call: the innermost frame outside PyTorch, Python's own files, and this package.
 
-A place is the user's, or that of a library (site-packages), and says through which file of PyTorch it passed.
+A place is in the user's code or in a library (site-packages), and names the file of PyTorch in between.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 
 TORCH = str(Path(torch.__file__).parent) + os.sep
 TOOL = str(Path(__file__).parent) + os.sep
-TESTS = TOOL + "tests" + os.sep  # whose files count as a user's
+TESTS = TOOL + "tests" + os.sep  # these files count as a user's
 STANDARD = tuple(sysconfig.get_paths()[name] + os.sep for name in ("stdlib", "platstdlib"))
-# Files of PyTorch that only pass a call on: what happens in them is the caller's doing.
+# Files of PyTorch that only pass a call on: the caller is responsible.
 WRAPPERS = (
     "_tensor.py",
     "_tensor_str.py",
@@ -40,14 +40,14 @@ WRAPPERS = (
     "utils/_",
     "_dynamo/",
 )
-_users: dict[str, list[CodeType]] = {}  # files that are the user's wherever they lie, and functions in them
+_users: dict[str, list[CodeType]] = {}  # files that are the user's in any folder, and functions in them
 _outermost: set[CodeType] = set()
 
 
 @dataclass(frozen=True)
 class Place:
-    """`kind` is "user" or "library"; `via` is PyTorch's file between this line and the operator, "" if there is none
-    but those that pass a call on."""
+    """A line of code. `kind` is "user" or "library"; `via` is PyTorch's file between this line and the operator, ""
+    if it only passes calls on or there is none."""
 
     file: str
     line: int
@@ -68,7 +68,7 @@ class Place:
 
 
 def shown(file: str) -> str:
-    """A path as short as it stays clear: from the working folder, or below site-packages."""
+    """Return a path, shortened: relative to the working folder, or below site-packages."""
     for folder in ("site-packages", "dist-packages"):
         if f"{os.sep}{folder}{os.sep}" in file:
             return file.rpartition(f"{os.sep}{folder}{os.sep}")[2]
@@ -77,7 +77,7 @@ def shown(file: str) -> str:
 
 
 def count_as_users(function: object) -> None:
-    """The file in which `function` is written is the user's, even inside site-packages."""
+    """Count the file of `function` as the user's, even inside site-packages."""
     code = getattr(function, "__code__", None)
     if code is not None and (not code.co_filename.startswith((TORCH, TOOL)) or code.co_filename.startswith(TESTS)):
         _users.setdefault(code.co_filename, []).append(code)
@@ -85,16 +85,16 @@ def count_as_users(function: object) -> None:
 
 
 def count_file_as_users(file: str) -> None:
-    """A whole file is the user's, even inside site-packages."""
+    """Count a whole file as the user's, even inside site-packages."""
     _users.setdefault(file, [])
     kind_of_file.cache_clear()
 
 
 def users_sources() -> list[tuple[str, int, list[str]]]:
-    """(file, first line, lines) of the functions named as the user's (make(), the step, the loss), then their files."""
+    """Return (file, first line, lines) of the functions named as the user's (make(), step, loss), then their files."""
     functions = []
     for file, codes in _users.items():
-        # The latest first; but the line of a lambda also holds what stands beside it, so lambdas come last.
+        # The latest first, but lambdas last, because their line also contains the code beside them.
         latest = [*reversed(codes)]
         for code in sorted(latest, key=lambda code: code.co_name == "<lambda>"):
             with contextlib.suppress(OSError, TypeError):
@@ -104,7 +104,7 @@ def users_sources() -> list[tuple[str, int, list[str]]]:
 
 
 def line_with(pattern: str, sources: list[tuple[str, int, list[str]]]) -> Place | None:
-    """The first line of code in these sources that the pattern is found in."""
+    """Return the first line of code in these sources that matches the pattern."""
     for file, start, lines in sources:
         for number, line in enumerate(lines, start):
             if re.search(pattern, line.partition("#")[0]):
@@ -114,7 +114,7 @@ def line_with(pattern: str, sources: list[tuple[str, int, list[str]]]) -> Place 
 
 @functools.cache
 def kind_of_file(file: str) -> str:
-    """Whose a file is: "user", "library", "torch", "tool" (this package's) or "standard"."""
+    """Return the owner of a file: "user", "library", "torch", "tool" (this package's) or "standard"."""
     if file in _users:
         return "user"
     if file.startswith(TOOL) and not file.startswith(TESTS):
@@ -134,13 +134,13 @@ def _passes(file: str) -> bool:
 
 
 def outermost(function: Callable) -> Callable:
-    """Marks the function that calls the step: who called that is not asked."""
+    """Mark the function that calls the step: the search for a place stops there."""
     _outermost.add(function.__code__)
     return function
 
 
 def place_of_caller() -> Place | None:
-    """The place that led here, or None if only PyTorch and this package are on the way."""
+    """Return the place of the current call, or None if only PyTorch and this package are on the way."""
     frame: FrameType | None = sys._getframe(1)
     via = ""
     while frame is not None and frame.f_code not in _outermost:

@@ -1,4 +1,4 @@
-"""Matrix products, convolutions, attention and recurrent layers: what autocast exists for, with sizes and FLOPs."""
+"""Describe matrix products, convolutions, attention and recurrent layers, the targets of autocast: sizes and FLOPs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ampscope.tensors import dtype_name
 PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|matmul|_scaled_mm)_?(\.|$)"
 PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"
 PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_"
-ALIGNED = 8  # a multiple of this many 16-bit numbers is what Tensor Cores read
+ALIGNED = 8  # Tensor Cores read multiples of this many 16-bit numbers
 BUILT_IN = (  # namespaces of operators
     "aten",
     "prims",
@@ -33,7 +33,7 @@ BUILT_IN = (  # namespaces of operators
 
 @dataclass
 class Product:
-    """One product as it ran. `dims` are the sizes of inner and output features, whatever the batch."""
+    """One product of the step. `dims` are the sizes of inner and output features, whatever the batch."""
 
     op: str
     dtype: str
@@ -52,22 +52,22 @@ class Product:
 
     @property
     def narrow(self) -> bool:
-        """Whether it ran in 16 bits."""
+        """Return True if it ran in 16 bits."""
         return self.dtype in ("float16", "bfloat16")
 
 
 def is_product(op: str, operator: Any) -> bool:
-    """Whether an operator is a product; of custom operators, those that hold floating point are judged by time."""
+    """Return True if an operator is a product; custom operators on floating point are judged by time."""
     return bool(re.search(PRODUCTS, op)) or is_custom(operator)
 
 
 def is_custom(operator: Any) -> bool:
-    """Whether an operator was registered outside PyTorch and its own packages."""
+    """Return True if an operator was registered outside PyTorch and its own packages."""
     return operator.namespace not in BUILT_IN
 
 
 def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[torch.Tensor]) -> Product:
-    """The product's type, sizes and floating point operations (None if no formula is known)."""
+    """Return the product's type, sizes and floating-point operations (None if no formula is known)."""
     packet = operator.overloadpacket
     op = str(packet).removeprefix("aten.")
     floating = [tensor for tensor in given if tensor.is_floating_point()]
@@ -75,14 +75,14 @@ def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[tor
     if op in ("addmm", "baddbmm") and len(floating) > 1:
         dtype = dtype_name(floating[1].dtype)
     if is_custom(operator) and isinstance(result, torch.Tensor) and result.dtype in (torch.float16, torch.bfloat16):
-        dtype = dtype_name(result.dtype)  # autocast covers the operators that it calls
+        dtype = dtype_name(result.dtype)  # autocast applies to the operators that it calls
     flops = None
     formula = flop_registry.get(packet) or flop_registry.get(getattr(torch.ops.aten, op.rstrip("_"), None))
     if formula is not None:
         given_out = {name: value for name, value in kwargs.items() if name != "out"}
         try:
             flops = float(formula(*args, **given_out, out_val=result))
-        except Exception:  # an overload that the formula does not know
+        except Exception:  # the formula does not support this overload
             flops = None
     product = Product(op, dtype, flops, out_form="out" in kwargs or "out" in operator._overloadname)
     if op in ("mm", "addmm", "bmm", "baddbmm") and len(floating) > 1:

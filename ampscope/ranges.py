@@ -1,7 +1,7 @@
-"""What narrow formats would do to the true gradients and activations of one step, layer by layer.
+"""Count which gradients and activations of one step would vanish or overflow in narrow formats, layer by layer.
 
-Everything comes from a plain FP32 step; what a format would do follows from its limits (torch.finfo), exactly as
-rounding to the nearest, ties to even, does it.
+Everything comes from a plain FP32 step; the effect of a format follows exactly from its limits (torch.finfo), with
+rounding to the nearest, ties to even.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ LOWEST = -160  # below the exponent of float32's smallest number
 
 
 def limits(dtype: torch.dtype) -> tuple[float, float, float]:
-    """The largest float32 magnitudes that become zero, subnormal or zero, and finite in `dtype`."""
+    """Return the largest float32 magnitudes that become zero, subnormal or zero, and finite in `dtype`."""
     info = torch.finfo(dtype)
     smallest = info.smallest_normal * info.eps
     spacing = info.eps * 2.0 ** (math.frexp(info.max)[1] - 1)
-    edge = info.max + spacing / 2  # halfway to the next number there would be
+    edge = info.max + spacing / 2  # halfway to the number that would be next
     # float8_e4m3fn has the next number's pattern for NaN: its largest is even, so the tie goes down to it.
     return smallest / 2, -(info.tiny - smallest / 2), edge if dtype is torch.float8_e4m3fn else -edge
 
 
 @functools.cache
 def _boundaries(scales: tuple[float, ...]) -> tuple[torch.Tensor, list[tuple[str, float, int]]]:
-    """Sorted magnitudes up to which (inclusive) values share a fate, and whose they are."""
+    """Return sorted magnitudes up to which (inclusive) values have the same outcome, and the format of each."""
     found = []
     for name, dtype in FORMATS.items():
         for scale in scales:
             for index, limit in enumerate(limits(dtype)):
                 value = torch.tensor(abs(limit) / scale, dtype=torch.float64).to(torch.float32)
-                if limit < 0:  # the limit itself does not belong to it
+                if limit < 0:  # values equal to the limit are above it
                     value = torch.nextafter(value, torch.zeros(()))
                 found.append((value.item(), (name, scale, index)))
     found.sort(key=lambda pair: pair[0])
@@ -57,7 +57,7 @@ def _boundaries(scales: tuple[float, ...]) -> tuple[torch.Tensor, list[tuple[str
 
 
 def _magnitudes(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sizes of the values that a tensor holds, in one dimension: of sparse and nested ones, those stored."""
+    """Return the magnitudes of a tensor's values, in one dimension: of sparse and nested tensors, the stored values."""
     values = tensor.detach()
     if values.is_nested:
         values = values.values() if values.layout is torch.jagged else torch.cat([part.flatten() for part in values])
@@ -71,13 +71,13 @@ def _magnitudes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_counted(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor has values that can be read: inside torch.func's transforms there are none."""
+    """Return True if a tensor has values that can be read: inside torch.func's transforms there are none."""
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return (tensor.is_floating_point() or tensor.is_complex()) and not wrapped and not tensor.is_meta
 
 
 class Fates:
-    """Adds up, for tensors of one layer, how many of their nonzero values each format turns into what."""
+    """Count, for tensors of one layer, how many nonzero values become zero, subnormal or infinite in each format."""
 
     def __init__(self, scales: list[float]):
         self.scales = scales
@@ -91,7 +91,7 @@ class Fates:
         self._counts = torch.zeros(len(self._keys) + 1, dtype=torch.int64)
 
     def add(self, tensor: torch.Tensor, factor: float = 1.0, *, exponents: bool = True) -> None:
-        """Counts the values of `tensor` times `factor`; without `exponents` the histogram is left out."""
+        """Count the values of `tensor` times `factor`; without `exponents` the histogram is left out."""
         sizes = _magnitudes(tensor).mul_(factor)
         self.values += sizes.numel()
         if not sizes.numel():
@@ -120,7 +120,7 @@ class Fates:
             self.exponents.update({i + LOWEST: count for i, count in enumerate(numbers) if count})
 
     def formats(self) -> dict[str, dict[str, dict[str, int] | None]]:
-        """By format and scale (as text) the counts of zero, subnormal and overflow; None if nothing was nonzero."""
+        """Return by format and scale the counts of zero, subnormal and overflow; None if nothing was nonzero."""
         below = self._counts.cumsum(0).tolist()
         count = {key: below[index] for index, key in enumerate(self._keys)}
         result: dict[str, dict[str, dict[str, int] | None]] = {}
@@ -143,17 +143,17 @@ class Fates:
 
 
 class Watch:
-    """Counts the gradients and the activations of one run by layer; `hooks` sees them."""
+    """Count the gradients and activations of one run by layer; `hooks` attaches it."""
 
     def __init__(self, execution: Execution, scales: list[float]):
         self.gradients: dict[tuple[str, str], Fates] = defaultdict(lambda: Fates(scales))  # by group and name
         self.activations: dict[str, Fates] = defaultdict(lambda: Fates([1.0]))
         self._execution = execution
         self._seen: set[tuple[int, int]] = set()
-        self._kept: list[torch.Tensor] = []  # so that no address is used again meanwhile
+        self._kept: list[torch.Tensor] = []  # so that no address is reused meanwhile
 
     def hooks(self, modules: dict[str, nn.Module], parameters: dict[str, nn.Parameter]) -> list[Any]:
-        """Puts a hook on each module and parameter; the caller removes them."""
+        """Put a hook on each module and parameter; the caller removes them."""
         on_modules = [
             module.register_forward_hook(lambda _module, _inputs, output, name=name: self._output(name, output))
             for name, module in modules.items()
@@ -165,9 +165,10 @@ class Watch:
         return on_modules + on_parameters
 
     def _output(self, name: str, output: Any) -> None:
-        # A hook on the tensor, not on the module: an in-place ReLU would overwrite what a module's hook hands on.
+        # The hook is on the tensor, not on the module: an in-place ReLU would overwrite the output that a module's hook
+        # gets.
         for tensor in tensors_in(output):
-            key = id(tensor), tensor._version  # an in-place module puts out the tensor it was given, changed
+            key = id(tensor), tensor._version  # an in-place module returns its input tensor, changed
             if key in self._seen or not _is_counted(tensor) or self._execution.phase == "backward":
                 continue
             self._seen.add(key)
@@ -184,13 +185,13 @@ class Watch:
 def measure_ranges(
     subject: Subject, *, scaler_scale: float | None = None, product_modules: set[str] | None = None
 ) -> dict[str, Any]:
-    """Gradients and activations of one FP32 step against the narrow formats.
+    """Compare gradients and activations of one FP32 step with the ranges of narrow formats.
 
-    Keys: scales, scaler_scale, histogram (of gradients, by floor(log2 of the magnitude)), layers (gradients: `group`
-    is parameter, or activation for what a module puts out) and activations (values of what each module puts out, at
-    scale 1). A layer's `through_float16` says whether autocast would compute that gradient in 16 bits at all:
-    BatchNorm's parameters, for one, never leave FP32. `by_scale` is `formats` of float16. Counts are among the
-    `nonzero` values, and None if there are none: nothing measured is not zero.
+    Keys: scales, scaler_scale, histogram (of gradients, by floor(log2 of the magnitude)), layers (gradients: `group` is
+    parameter, or activation for a module's output) and activations (values of each module's output, at scale 1). A
+    layer's `through_float16` is True if autocast would compute that gradient in 16 bits: BatchNorm's parameters, for
+    one, never leave FP32. `by_scale` is `formats` of float16. Counts are among the `nonzero` values, and None if there
+    are none, because nothing was measured.
     """
     scales = list(dict.fromkeys([*SCALES, float(scaler_scale or 1)]))
     modules = dict(subject.named_modules())
@@ -215,7 +216,7 @@ def measure_ranges(
 def records(
     watch: Watch, modules: dict[str, nn.Module], parameters: list[str], product_modules: set[str]
 ) -> dict[str, Any]:
-    """What a run's gradients and activations were: layers, activations and histogram of `measure_ranges`."""
+    """Return layers, activations and histogram of a run, as in `measure_ranges`."""
     activations = [
         {"name": name, "kind": type(modules[name]).__name__, **fates.record()}
         for name, fates in watch.activations.items()
@@ -248,6 +249,6 @@ def _histogram(gradients: dict, wanted: str) -> dict[int, int]:
 
 
 def is_product_module(module: nn.Module) -> bool:
-    """Whether autocast runs this module's own product in 16 bits; if a trace is at hand, it knows better."""
+    """Return True if autocast runs this module's own product in 16 bits; a trace, if there is one, is more exact."""
     kinds = (nn.Linear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.MultiheadAttention)
     return isinstance(module, kinds)

@@ -1,8 +1,8 @@
-"""The roofline of a training step: how long it must take on this machine, by group of operators, and why.
+"""Compute the roofline of a training step: its least time on this machine, by group of operators, and the limit.
 
-Each operator needs at least its floating-point operations divided by the rate of a large matrix product, and at
-least the bytes that it reads and writes divided by the rate of a copy; the longer of the two is its bound. The model
-is that of Williams, Waterman and Patterson, "Roofline", CACM 2009. A library: knows only the step that it is given.
+Each operator needs at least its floating-point operations divided by the rate of a large matrix product, and at least
+the bytes that it reads and writes divided by the rate of a copy; the longer of the two is its bound. The model is that
+of Williams, Waterman and Patterson, "Roofline", CACM 2009. A library: it knows only the given step.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ GROUPS = {
     "casts and copies": r"_to_copy|::copy_|::to(\.|$)|clone|contiguous|fill_|zero_",
 }
 OTHER = "other"
-# Operators that only make a name for memory, or make memory that nobody has written yet.
+# Operators that only create a view, or allocate memory without writing it.
 _FREE = re.compile(r"::(empty|new_empty|detach|alias|lift_fresh|resize_|set_|record_stream|_local_scalar_dense)")
 
 
 def group_of(operator: str) -> str:
-    """The group of an operator's name (`aten::convolution_backward`, `aten.convolution_backward.default`)."""
+    """Return the group of an operator's name (`aten::convolution_backward`, `aten.convolution_backward.default`)."""
     name = re.sub(r"^(\w+)\.", r"\1::", operator)
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, name)), OTHER)
 
@@ -54,10 +54,10 @@ class Operator:
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Records every operator that runs on `device` inside the block, forward and backward, below autocast.
+    """Record every operator that runs on `device` inside the block, forward and backward, below autocast.
 
-    Bytes count each tensor that goes in or comes out once: the least that must move if nothing stays in a cache.
-    Views cost nothing, and neither do copies to and from other devices, which overlap with the computation.
+    Bytes count each input and output tensor once: the least traffic if nothing stays in a cache. Views cost nothing,
+    and neither do copies to and from other devices, which overlap with the computation.
     """
 
     def __init__(self, device: torch.device):
@@ -87,7 +87,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def _bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements; those of a broadcast one are in memory once."""
+    """Return the bytes of a tensor's elements; those of a broadcast one are in memory once."""
     elements = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         elements *= size if stride else 1
@@ -95,9 +95,9 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def count_step(step: Callable[[], Any], device: torch.device) -> list[Operator]:
-    """The operators of one call of `step`.
+    """Return the operators of one call of `step`.
 
-    Raises RuntimeError if torch's own FlopCounterMode counts other FLOPs: then the bound would be wrong.
+    Raise RuntimeError if torch's own FlopCounterMode counts other FLOPs: then the bound would be wrong.
     """
     with FlopCounterMode(display=False) as flops, OperatorCounter(device) as counter:
         step()
@@ -109,9 +109,9 @@ def count_step(step: Callable[[], Any], device: torch.device) -> list[Operator]:
 
 # ------------------------------------------------------------------------------------- the machine
 def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int, repeats: int = 6) -> float:
-    """FLOP/s of a square matrix product of that type, in the float32 mode that is set.
+    """Return the FLOP/s of a square matrix product of this dtype, in the current float32 mode.
 
-    The shortest of some runs: whatever else runs on the machine can only make one longer.
+    It is that of the shortest of some runs: other load can only make one longer.
     """
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
@@ -119,7 +119,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, *, size: int, repeats:
 
 
 def copy_bandwidth(device: torch.device, *, megabytes: float = 256, repeats: int = 6) -> float:
-    """Bytes per second, read and written together, of copies of so many MB of float32 numbers."""
+    """Return the bytes per second, read and written together, of copies of this many MB of float32 numbers."""
     source = torch.zeros(max(1, int(megabytes * 2**20 / 4)), device=device)
     target = torch.empty_like(source)
     moved = 2 * source.numel() * source.element_size()
@@ -127,7 +127,7 @@ def copy_bandwidth(device: torch.device, *, megabytes: float = 256, repeats: int
 
 
 def typical_megabytes(operators: Iterable[Operator]) -> float:
-    """Half of the bytes that the median byte's operator moves: what a copy should move to be as much in the caches."""
+    """Return half of the bytes of the operator that moves the median byte: such a copy uses the caches as much."""
     moved = sorted(operator.bytes for operator in operators)
     half = sum(moved) / 2
     for size in moved:
@@ -138,7 +138,7 @@ def typical_megabytes(operators: Iterable[Operator]) -> float:
 
 
 def _seconds(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
-    """Seconds of each of some calls, after one that warms up; several at once where one would be too short."""
+    """Return the seconds of each of some calls, after one for warm-up; time several together if one is too short."""
     calls = 1
 
     def several() -> None:
@@ -158,10 +158,10 @@ def roofline(
     bandwidth: float,
     measured: dict[str, float] | None = None,
 ) -> dict[str, Any]:
-    """The bound of a step and of each group of operators, in seconds, as plain values.
+    """Return the bound of a step and of each group of operators, in seconds, as plain values.
 
-    `rates` are FLOP/s by the name of a dtype (that of float32 stands in for one that is missing), `bandwidth` is in
-    bytes per second, `measured` are seconds by group if they are known. `limit` says what bounds most of a group.
+    `rates` are FLOP/s by the name of a dtype (that of float32 replaces a missing one), `bandwidth` is in bytes per
+    second, `measured` are seconds by group if they are known. `limit` is what bounds most of a group.
     """
     groups: dict[str, dict[str, Any]] = {}
     for operator in operators:
@@ -193,7 +193,7 @@ def roofline(
 
 
 def measured_groups(events: Iterable[Any], *, cuda: bool) -> dict[str, float]:
-    """Seconds by group from a profiler's `key_averages()`, scaled by nothing: those of all profiled steps."""
+    """Return the seconds by group from a profiler's `key_averages()`, summed over all profiled steps."""
     totals: dict[str, float] = {}
     for event in events:
         microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -203,11 +203,11 @@ def measured_groups(events: Iterable[Any], *, cuda: bool) -> dict[str, float]:
 
 
 def beyond(shares: Iterable[float | None]) -> list[str]:
-    """Return a sentence on what it means if one of these shares of a bound, as it is printed, is above 100 %."""
+    """Return a sentence that explains a printed share of a bound above 100 %, if one of these shares is."""
     if not any(share is not None and round(share, 2) > 1 for share in shares):
         return []
     return [
         "The bound is an estimate: a share of it above 100 % means that tensors stayed in the caches or operators were "
-        "joined, as it counts what each operator moves from and to memory, or that its rates were measured while the "
+        "joined, because it counts the traffic of each operator alone, or that its rates were measured while the "
         "machine was busier."
     ]

@@ -1,4 +1,4 @@
-"""How long something takes on a device, waited for; and how far a faster part can speed up the whole."""
+"""Time a call on a device, and compute how far a faster part can speed up the whole."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def wait(device: torch.device) -> None:
-    """Returns when the device has done all it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
 
 def timed_once(function: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     wait(device)
     started = time.perf_counter()
     function()
@@ -25,14 +25,14 @@ def timed_once(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def timed(function: Callable[[], Any], device: torch.device, repeats: int = 3) -> list[float]:
-    """Seconds of each of some calls; one more before them is warm-up and not counted."""
+    """Return the seconds of each of some calls, after one for warm-up."""
     return [timed_once(function, device) for _ in range(repeats + 1)][1:]
 
 
 def amdahl(share: float, speedup: float) -> float:
-    """Speed-up of the whole where only a part, `share` of the old time, gets faster by `speedup`: 1 / (1 - f + f/s).
+    """Return the speed-up of the whole if a part, `share` of the old time, gets faster by `speedup`: 1 / (1 - f + f/s).
 
-    Source: G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing
-    capabilities", AFIPS 1967.
+    Source: G. M. Amdahl, "Validity of the single processor approach to achieving large scale computing capabilities",
+    AFIPS 1967.
     """
     return 1 / (1 - share + share / speedup)

@@ -1,4 +1,4 @@
-"""A report's sections as lines of a terminal: types and casts, memory, ranges, the scaler's diary."""
+"""Write a report's sections as lines for a terminal: types and casts, memory, ranges, the scaler's diary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ampscope.text import end_of, heading, paragraph, table
 def dtype_lines(
     label: str, reason: str, rows: list[dict[str, Any]], cost: dict[str, Any], *, full: bool = False
 ) -> list[str]:
-    """The trace as a table grouped by operator and types, or with `full` module by module."""
+    """Return the trace as a table grouped by operator and types, or with `full` module by module."""
     lines = paragraph(f"{label}: {reason}")
     ran = [row for row in rows if not row["view"]]
     calls, count = (sum(row["calls"] for row in some) for some in (ran, rows))
@@ -40,7 +40,7 @@ def dtype_lines(
 
 
 def cast_words(cost: dict[str, Any]) -> str:
-    """What the casts cost, in a sentence or two."""
+    """Return the cost of the casts in a sentence or two."""
     phases = ", ".join(f"{cost['casts'].get(phase, 0)} in {phase}" for phase in ("forward", "loss", "backward"))
     text = (
         f"Casts: {sum(cost['casts'].values())} an update ({phases}), {cost['bytes'] / 2**20:,.0f} MB read and "
@@ -55,12 +55,12 @@ def megabytes(size: int | None) -> str:
 
 
 def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
-    """The ledger as a table with a column for each precision, and why the peak fell or did not."""
+    """Return the ledger as a table with a column for each precision, and why the peak fell or did not."""
     lines = heading(
         "2. Memory ledger",
         "What one training update holds, in MB of 2**20 bytes, by what it is for; the "
         "parts do not add up to the peak, because gradients are made while activations are freed. AMP "
-        "shrinks activations only: weights, gradients and the optimizer's state stay FP32, and autocast adds 16-bit "
+        "shrinks only activations: weights, gradients and the optimizer's state stay FP32, and autocast adds 16-bit "
         "copies of the weights. A dash is not measured.",
     )
     if not ledger:
@@ -85,7 +85,7 @@ def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
 
 
 def share(part: int | None, whole: int) -> str:
-    """A share of values; a dash if there were none."""
+    """Return a share of values as text; a dash if there were none."""
     if part is None or not whole:
         return "–"
     value = part / whole
@@ -93,14 +93,14 @@ def share(part: int | None, whole: int) -> str:
 
 
 def underflow_lines(underflow: dict[str, Any]) -> list[str]:
-    """The map as a table of the layers whose products autocast computes in float16."""
+    """Return the underflow map as a table of the layers whose products autocast computes in float16."""
     rows = {(row["group"], row["name"]): row for row in underflow["layers"] if row["through_float16"]}
     names = [name.removesuffix(".weight") for group, name in rows if group == "parameter" and name.endswith(".weight")]
     scales = {f"{scale:g}": f"2^{math.log2(scale):.4g}" for scale in underflow["scales"]}
     room = 78 - 14 * len(scales)
 
     def cells(title: str, kind: str, layers: list[str]) -> list[str]:
-        """A line: the shares among these layers' weight gradients, then among those of their outputs."""
+        """Return a row: the shares among these layers' weight gradients, then among the gradients of their outputs."""
         shares = []
         for keys in ([("parameter", f"{name}.weight") for name in layers], [("activation", name) for name in layers]):
             found = [rows[key] for key in keys if key in rows and rows[key]["nonzero"]]
@@ -137,7 +137,7 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
 
 
 def activation_lines(activations: list[dict[str, Any]], most: int = 12) -> list[str]:
-    """What each format would do to activations: all together, and the modules that reach highest."""
+    """Return the effect of each format on activations: of all together, and of the modules with the largest values."""
     lines = heading(
         "5. Activation ranges",
         "What modules put out in FP32, and the share of the nonzero values that a format would make zero, subnormal "
@@ -166,11 +166,11 @@ def activation_lines(activations: list[dict[str, Any]], most: int = 12) -> list[
 
 
 def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
-    """A run's loss scale and skipped updates; quiet epochs of the same scale share a line.
+    """Return a run's loss scale and skipped updates; epochs of the same scale without skips share a line.
 
     `metrics` are the lines of metrics.jsonl or of watch's diary: epoch, updates, loss_scale, skipped_updates, and
-    `skips`, a list of {"update": 1-based over the run, "parameter": first one on the way back whose gradient was not
-    finite, "scale"}.
+    `skips`, a list of {"update": 1-based over the run, "parameter": the first one in the backward pass with a gradient
+    that was not finite, "scale"}.
     """
     if not metrics:
         return heading(
@@ -212,7 +212,7 @@ def diary_lines(metrics: list[dict[str, Any]]) -> list[str]:
 
 
 def payoff_words(payoff: dict[str, Any]) -> list[str]:
-    """The ceiling, the roofline if it was measured, and the recommendation."""
+    """Return the ceiling, the roofline if it was measured, and the recommendation."""
     lines = []
     ceiling = payoff["amdahl"]
     if ceiling is not None:
@@ -227,7 +227,7 @@ def payoff_words(payoff: dict[str, Any]) -> list[str]:
         measured = max(payoff["recommendation"]["speedup"].values(), default=0.0)
         estimates = [value for value in (ceiling["ceiling"], ceiling["expected"]) if value is not None]
         if any(measured > value for value in estimates):
-            text += f". {measured:.2f} was measured: what is no product became faster, too"
+            text += f". {measured:.2f} was measured: other operators became faster too"
         lines += paragraph(f"{text}.", "  ")
     roofline = payoff.get("roofline")
     if roofline is not None:
