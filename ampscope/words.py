@@ -58,7 +58,7 @@ def memory_lines(ledger: list[dict[str, Any]]) -> list[str]:
     """Return the ledger as a table with a column for each precision, and why the peak fell or did not."""
     lines = heading(
         "2. Memory ledger",
-        "What one training update holds, in MB of 2**20 bytes, by what it is for; the "
+        "The memory of one training update, in MB of 2**20 bytes, by purpose; the "
         "parts do not add up to the peak, because gradients are made while activations are freed. AMP "
         "shrinks only activations: weights, gradients and the optimizer's state stay FP32, and autocast adds 16-bit "
         "copies of the weights. A dash is not measured.",
@@ -111,10 +111,10 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
     lines = heading(
         "3. Underflow map",
         "The share of nonzero gradient values, computed in true FP32, that become zero "
-        "when they are multiplied by the loss scale and cast to float16. What vanishes at scale 2^0 and "
-        "not at 2^16 is what GradScaler saves; bfloat16 has FP32's range and needs no scale. A dash: no gradient was "
-        "nonzero, so nothing was measured. The last line is what would overflow: one such value, and GradScaler "
-        "skips the update.",
+        "when they are multiplied by the loss scale and cast to float16. GradScaler saves the values that "
+        "vanish at scale 2^0 and not at 2^16; bfloat16 has FP32's range and needs no scale. A dash: no gradient was "
+        "nonzero, so nothing was measured. The last line counts values that would overflow: with one such value, "
+        "GradScaler skips the update.",
     )
     if not underflow["layers"]:
         return [*lines, "  No gradient was computed: the loss does not depend on a trained parameter."]
@@ -140,7 +140,7 @@ def activation_lines(activations: list[dict[str, Any]], most: int = 12) -> list[
     """Return the effect of each format on activations: of all together, and of the modules with the largest values."""
     lines = heading(
         "5. Activation ranges",
-        "What modules put out in FP32, and the share of the nonzero values that a format would make zero, subnormal "
+        "The outputs of modules in FP32, and the share of the nonzero values that a format would make zero, subnormal "
         "(few digits) or infinite. The loss scale does not touch activations. float8 is shown without the scale of "
         "its own that each tensor gets there.",
     )
