@@ -22,6 +22,7 @@ from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
 from features.cpu_layers import adapt_to_cpu
+from features.float32_layers import keep_layers_float32
 from features.frozen import keep_outputs
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
@@ -331,7 +332,16 @@ class Setup:
             )
         )
 
+    @property
+    def float32_layers(self) -> str:
+        """Return --float32_layers or, for a finished run, the pattern that its checkpoint records; empty if none."""
+        asked = self.asked.computing.float32_layers
+        recorded = self.checkpoint.get("float32_layers") if asked is None and self._uses_checkpoint else None
+        return asked or recorded or ""
+
     def placed(self, model: nn.Module) -> nn.Module:
+        """Return `model` on the device, in the layout and with the layers that suit it."""
+        keep_layers_float32(model, self.float32_layers)
         layout = torch.channels_last if self.asked.computing.channels_last else torch.contiguous_format
         if self.device.type == "cpu":
             adapt_to_cpu(model, amp=self.asked.computing.amp)
@@ -448,7 +458,7 @@ class Setup:
                 f"--sync_batchnorm needs an image on each of {ranks} processes, and the last batch holds {left_over}: "
                 "choose another --batch_size."
             )
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return keep_layers_float32(nn.SyncBatchNorm.convert_sync_batchnorm(model), self.float32_layers)  # new layers
 
     def _identity(self, data: DataSet, model: nn.Module) -> dict[str, Any]:
         return identity(
@@ -461,6 +471,7 @@ class Setup:
             precision=self.precision.name,
             fingerprint=data.fingerprint,
             windows={mode: list(window) for mode, window in data.rules.windows.items()},
+            float32_layers=self.float32_layers or None,
         )
 
     def config(self, data: DataSet, model_options: dict[str, Any]) -> dict[str, Any]:

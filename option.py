@@ -217,6 +217,12 @@ OPTIONS = {
             "16-bit type of --amp; auto: float16 on CUDA, bfloat16 elsewhere",
             PRECISION,
         ),
+        "float32_layers": Option(
+            {"metavar": "PATTERN"},
+            None,
+            "layers that compute in float32 with --amp: names or shell patterns of modules, separated by commas, such "
+            "as fc,layer4.* (a finished run: as it was trained)",
+        ),
         "tf32": Option(SWITCH, False, "without --amp, let CUDA round the factors of products to TF32", PRECISION),
         "channels_last": Option(SWITCH, True, "store images and convolutions with channels last, which is faster"),
         "compile": Option(SWITCH, False, "compile the model with torch.compile; doctor --ladder says if it pays"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,13 +19,18 @@ class KeptFloat32:
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
         """Run in float32 without autocast; return outputs in the type of the first floating input."""
-        floating = [tensor for tensor in tensors_in((arguments, options)) if tensor.is_floating_point()]
-        device = (floating or [torch.empty(0)])[0].device.type
-        if not torch.is_autocast_enabled(device):
-            return super().forward(*arguments, **options)  # type: ignore[misc]
-        with torch.autocast(device, enabled=False):
-            outputs = super().forward(*tree_map(_wide, arguments), **tree_map(_wide, options))  # type: ignore[misc]
-        return tree_map(lambda value: _narrow(value, floating[0].dtype), outputs) if floating else outputs
+        return in_float32(super().forward, *arguments, **options)  # type: ignore[misc]
+
+
+def in_float32(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call `forward` in float32 without autocast; return outputs in the type of the first floating input."""
+    floating = [tensor for tensor in tensors_in((arguments, options)) if tensor.is_floating_point()]
+    device = (floating or [torch.empty(0)])[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):  # the meta device has none
+        return forward(*arguments, **options)
+    with torch.autocast(device, enabled=False):
+        outputs = forward(*tree_map(_wide, arguments), **tree_map(_wide, options))
+    return tree_map(lambda value: _narrow(value, floating[0].dtype), outputs) if floating else outputs
 
 
 def keep_float32(model: nn.Module, pattern: str) -> list[str]:

@@ -71,6 +71,7 @@ class Computing:
     device: str
     amp: bool
     amp_dtype: str
+    float32_layers: str | None
     tf32: bool
     channels_last: bool
     compile: bool

@@ -47,9 +47,16 @@ def _table() -> Iterator[Idle]:
     yield Idle("export", frozenset({"seed"}), "nothing is drawn at random")
     for command in ("compare", "audit"):
         yield Idle(command, frozenset({"resume"}), "the same command goes on by itself, unless --overwrite is given")
+    for command in ("train", "audit", "predict"):
+        yield _without_amp(command, lambda values: not values["amp"])
+    yield _without_amp("evaluate", lambda values: not values["amp"] and not values["precisions"])
     for command in ("train", "compare", "audit"):
         yield from _of_a_training(command)
     yield from _of_a_mode()
+
+
+def _without_amp(command: str, when: Callable[[Values], Any]) -> Idle:
+    return Idle(command, frozenset({"float32_layers"}), "without --amp all layers compute in float32", when)
 
 
 def _of_a_training(command: str) -> Iterator[Idle]:

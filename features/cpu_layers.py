@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ampscope.float32_layers import in_float32
 from system.machine import cpu_instructions
 
 MANY_WEIGHTS = 1_000_000  # of a convolution: with fewer weights a matrix product is not faster
@@ -112,10 +113,8 @@ class DepthwiseConv2d(nn.Conv2d):
     """
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.training and torch.is_autocast_enabled("cpu")):  # the forward pass alone is faster in 16 bits
-            return super().forward(images)
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(images.float()).to(images.dtype)
+        forward = super().forward
+        return in_float32(forward, images) if self.training else forward(images)  # which alone is faster in 16 bits
 
 
 def keep_depthwise_float32(model: nn.Module) -> nn.Module:

@@ -95,6 +95,7 @@ def identity(
     precision: str,
     fingerprint: str,
     windows: dict[str, list[float]] | None = None,
+    float32_layers: str | None = None,
 ) -> dict[str, Any]:
     """Return the description that every checkpoint contains, enough to use it without its run's folder.
 
@@ -113,6 +114,7 @@ def identity(
         "precision": precision,
         "fingerprint": fingerprint,
         "windows": windows or {},
+        "float32_layers": float32_layers,
     }
 
 
@@ -158,6 +160,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _are_numbers(value),
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "interpolation": lambda value: value in ("bilinear", "bicubic"),
+    "float32_layers": lambda value: value is None or isinstance(value, str),  # older checkpoints do not say it
     "epoch": lambda value: value is None or isinstance(value, int),  # last.pt keeps it in `progress`
     "val_acc": lambda value: value is None or isinstance(value, (int, float)),
 }
@@ -221,6 +224,7 @@ def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
 
 
 _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", "epoch", "val_acc")
+_IF_GIVEN = ("float32_layers",)
 
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
@@ -230,6 +234,7 @@ def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
         "model": checkpoint["model_name"],
         **plain,
         **{name: json_text(checkpoint[name]) for name in _AS_TEXT if name in checkpoint},
+        **{name: json_text(checkpoint[name]) for name in _IF_GIVEN if checkpoint.get(name)},
     }
 
 
@@ -242,7 +247,7 @@ def _from_metadata(weights: Any, facts: dict[str, str], file: Path) -> dict[str,
             "again with export --safetensors."
         )
     try:
-        told = {name: json.loads(facts[name]) for name in _AS_TEXT}
+        told = {name: json.loads(facts[name]) for name in (*_AS_TEXT, *_IF_GIVEN) if name in facts}
     except (ValueError, RecursionError):
         return None
     plain = {name: facts[name] for name in ("normalize", "interpolation")}

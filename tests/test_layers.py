@@ -144,9 +144,9 @@ def test_precision_alone_configures_autocast_and_the_scaler():
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and any("fp32_precision" in ast.unparse(target) for target in node.targets)
     }
-    # Of the program, and of the library. Layers for CPUs leave autocast within one operator, and set oneDNN's mode.
-    both = {"precision", "features.cpu_layers", "ampscope.precisions"}
-    assert (configuring, setting) == (both | {"ampscope.float32_layers"}, both)
+    # Of the program, and of the library. Layers for CPUs set the mode of oneDNN; layers kept in float32 leave autocast.
+    both = {"precision", "ampscope.precisions"}
+    assert (configuring, setting) == (both | {"ampscope.float32_layers"}, both | {"features.cpu_layers"})
 
 
 def test_nobody_below_main_touches_the_options():

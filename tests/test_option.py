@@ -19,7 +19,7 @@ RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
 DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
 DATA += " --labels --group --split --window --max_megapixels --cache_limit"
 MODEL = "--model --num_classes --pretrained --weights --pretrained_path"
-DEVICE = "--device --amp --amp_dtype --tf32 --channels_last --compile --cuda_graphs"
+DEVICE = "--device --amp --amp_dtype --float32_layers --tf32 --channels_last --compile --cuda_graphs"
 TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
     "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
