@@ -49,6 +49,8 @@ RULES = {
     "fails": "the step does not run in this precision",
     "nonfinite-forward": "the forward pass or the loss is not finite",
     "nonfinite-backward": "a gradient is not finite",
+    "overflow-hidden": "float16 overflows, and a later operator makes zeros or a limit of the infinity",
+    "unsafe-function": "a function that autocast refuses on a GPU",
     "float16-range": "activations are larger than float16 can hold",
 }
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from ampscope.places import Place
 from ampscope.subject import Subject
@@ -66,6 +67,8 @@ class Origin:
     place: Place | None
     intended: bool = False
     reached: str = ""
+    count: int = 0  # of the values before the step that are not finite
+    values: int = 0
 
     def record(self) -> dict[str, Any]:
         """Return the origin as plain values for JSON."""
@@ -81,15 +84,18 @@ class Lineage:
         self.origins: dict[int, Origin] = {}
         self.first: Origin | None = None
         self.reached: list[Origin] = []
+        self.vanished: Origin | None = None  # an overflow of float16 that a later operator made finite again
 
     def expect(self, subject: Subject) -> None:
         """Record values that are not finite before the step: in the batch and in the weights."""
-        some = [("the batch", tensor) for tensor in tensors_in(subject.batch)]
+        some = [(f"the batch{path}", tensor) for path, tensor in _by_path(subject.batch)]
         some += [(name, parameter) for name, parameter in subject.named_parameters()]
         for name, tensor in some:
             kind = _fault(tensor)
             if kind:
                 origin = Origin(kind, "before", name, "", dtype_name(tensor.dtype), [], None, intended=kind == "inf")
+                origin.count = int((~torch.isfinite(tensor)).sum())
+                origin.values = tensor.numel()
                 self.origins[address(tensor)] = origin
 
     def observe(self, op: str, given: list[torch.Tensor], made: list[torch.Tensor], **where: Any) -> None:
@@ -101,7 +107,12 @@ class Lineage:
             kind = None if op.startswith(UNINITIALISED) else _fault(tensor)
             if kind:
                 self.origins[memory] = self._origin(kind, op, given, tensor, where)
-            elif tensor.nbytes >= tensor.untyped_storage().nbytes():
+                continue
+            if self.vanished is None and where["phase"] != "backward":
+                self.vanished = self._vanishes(op, given)
+            if op.startswith(UNINITIALISED):
+                continue
+            if tensor.nbytes >= tensor.untyped_storage().nbytes():
                 self.origins.pop(memory, None)
 
     def _origin(self, kind: str, op: str, given: list, made: torch.Tensor, where: dict[str, Any]) -> Origin:
@@ -119,6 +130,20 @@ class Lineage:
         output = dtype_name(made.dtype)
         return Origin(kind, where["phase"], where["module"], op, output, inputs, where["place"], intended)
 
+    def _vanishes(self, op: str, given: list[torch.Tensor]) -> Origin | None:
+        """Return the overflow that this operator turns into a finite value, such as 1/inf into 0."""
+        if not op.startswith(("rsqrt", "reciprocal", "div", "pow", "exp", "clamp", "tanh", "sigmoid")):
+            return None
+        for tensor in given:
+            origin = self.origins.get(address(tensor))
+            overflowed = (
+                origin is not None and not origin.intended and origin.kind == "inf" and origin.phase != "before"
+            )
+            if origin is not None and overflowed and origin.output == "float16" and not origin.op.startswith("log"):
+                origin.reached = op
+                return origin
+        return None
+
     def arrived(self, what: str, tensor: torch.Tensor) -> None:
         """Record a tensor that must be finite: the loss, or the gradient of a parameter."""
         origin = self.origins.get(address(tensor))
@@ -135,6 +160,15 @@ class Lineage:
                 self.arrived("the loss", root)
         self.first = next(iter([*self.reached, *gradients]), None)
         self.origins.clear()
+
+
+def _by_path(batch: Any) -> list[tuple[str, torch.Tensor]]:
+    """Return the tensors of a batch, each with the way to it, such as ['image'] or [0]."""
+    if isinstance(batch, torch.Tensor):
+        return [("", batch)]
+    leaves, _ = tree_flatten_with_path(batch)
+    found = [(keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return found or [("", tensor) for tensor in tensors_in(batch)]
 
 
 def _fault(tensor: torch.Tensor) -> str | None:
@@ -159,11 +193,23 @@ def ranged(tensor: torch.Tensor) -> dict[str, Any]:
     return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "min": low, "max": high}
 
 
+def _divides_by_zero(origin: Origin) -> bool:
+    """Return whether an operator that needs an eps met a zero."""
+    if not origin.op.startswith(("div", "rsqrt", "reciprocal", "log", "sqrt")) or not origin.inputs:
+        return False
+    low, high = origin.inputs[-1]["min"], origin.inputs[-1]["max"]
+    return low is not None and low <= 0 <= high
+
+
 def cures(origin: Origin, *, overflow: bool) -> list[str]:
     """Return the cures, the best first. `overflow`: the same step is finite in float32, so the range is to blame."""
     found = [text for op, text in DANGEROUS.items() if op in origin.op and not overflow]
     if origin.phase == "before":
         return ["look at where these values were made"]
+    if origin.op in ROUND and origin.output == "float16" and not overflow:
+        return ["float16 ends at 65,504: leave this cast to it out, or cast to bfloat16"]
+    if overflow and origin.output == "float16" and _divides_by_zero(origin):
+        found.append("float16 makes an eps below 6e-8 zero: use a larger one, such as 1e-4, or float32 for this line")
     if overflow and origin.phase != "backward":
         module = origin.module or "the lines around it"
         found.append(f"run {module} with autocast off (torch.autocast(device, enabled=False), inputs as .float())")

@@ -23,6 +23,8 @@ from ampscope.subject import Subject, core
 from ampscope.tensors import buffers_not_finite, dtype_name
 from ampscope.tracing import Trace, place_of_error, trace_step
 
+SHORT = 3.0  # seconds of a traced step, up to which a CPU also traces it in float16
+FLOAT16 = ("overflow-hidden", "unsafe-function")
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)  # that a scaler which starts at the first would come down to
 
 
@@ -133,7 +135,26 @@ class Inspection:
         for name, trace in self.traces.items():
             if trace.error is None and self.precisions[name].amp:
                 self.everything += model_findings(trace, name, self.subject.device.type)
+        if self._hides_float16(written):
+            self.traces["amp-fp16"] = hidden = self._trace("amp-fp16")
+            self.everything += self._of_float16_alone(hidden)
         self._judge_finite()
+
+    def _hides_float16(self, written: Trace) -> bool:
+        """Return whether a CPU's default precisions leave out float16, in which the step may run on a GPU."""
+        if self.names is not None or self.subject.device.type != "cpu" or "amp-fp16" in self.traces:
+            return False
+        trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
+        short = sum(written.seconds.values()) < SHORT
+        return written.error is None and trains and short and not self.written_types - {torch.float16}
+
+    def _of_float16_alone(self, hidden: Trace) -> list[Finding]:
+        """What float16 does that bfloat16 does not; an operator that only the CPU lacks is left out."""
+        if hidden.error is not None:
+            found = [failure(hidden, "amp-fp16")]
+        else:
+            found = [finding for finding in model_findings(hidden, "amp-fp16", "cpu") if finding.rule in FLOAT16]
+        return [finding for finding in found if finding.level == "finding"]
 
     def _trace(self, name: str) -> Trace:
         """One precision; where float16's backward overflows, at lower and lower loss scales, as GradScaler would."""
@@ -202,7 +223,9 @@ class Inspection:
     def _judge_range(self, ranges: dict[str, Any] | None) -> None:
         """If float16 could not hold the activations, the place is looked for in float16 itself."""
         found = range_findings(ranges, self._places()) if ranges is not None else []
-        if found and not any(finding.rule.startswith("nonfinite") for finding in self.everything):
+        hidden = "amp-fp16" not in self.precisions
+        known = [finding for finding in self.everything if not hidden or finding.precision != "amp-fp16"]
+        if found and not any(finding.rule.startswith("nonfinite") for finding in known):
             if "amp-fp16" not in self.traces:
                 self.traces["amp-fp16"] = trace = self._trace("amp-fp16")
                 if trace.error is None and trace.lineage.first is not None:
@@ -236,7 +259,11 @@ class Inspection:
         rates = roof["rates"] if roof else {}
         gain = rates[dtype_name(amp.dtype)] / rates["float32"] if amp is not None and roof else None
         ceiling = payoff.products_ceiling(self.traces[base], speed[base]["shortest"], gain) if base else None
-        failed = {name: _in_words(trace) for name, trace in self.traces.items() if trace.error is not None}
+        failed = {
+            name: _in_words(trace)
+            for name, trace in self.traces.items()
+            if trace.error is not None and name in self.precisions
+        }
         return {
             "speed": speed,
             "amdahl": ceiling,

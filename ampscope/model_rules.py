@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -114,7 +115,26 @@ def model_findings(trace: Trace, precision: str, device: str) -> list[Finding]:
         message = f"float32 is asked for here, and {function} casts straight back to 16 bits ({count} in a step)."
         cure = ["leave the cast out: autocast casts what needs float32 by itself"]
         found.append(Finding("explicit-float", message, cure, place, None, function, precision, level_of(place)))
-    return [*found, *_sizes(trace, precision)]
+    return [*found, *_of_narrow_types(trace, precision), *_sizes(trace, precision)]
+
+
+def _of_narrow_types(trace: Trace, precision: str) -> list[Finding]:
+    """What a GPU would refuse or lose, and a CPU lets pass."""
+    found = []
+    for place, function in trace.unsafe.items():
+        message = f"CUDA's autocast refuses {function} with an error; on a CPU it runs in 16 bits without a word."
+        cure = ["binary_cross_entropy_with_logits on what the sigmoid takes", "autocast off for this line, in float32"]
+        found.append(Finding("unsafe-function", message, cure, place, None, function, precision, level_of(place)))
+    origin = trace.lineage.vanished
+    if origin is not None and trace.lineage.first is None:
+        ranges = "; ".join(describe_range(entry) for entry in origin.inputs[:2])
+        message = f"{origin.op} overflows in float16 ({ranges}), and {origin.reached} makes the infinity finite again."
+        cure = ["float32 for this line: autocast off, inputs as .float()", "bfloat16, which has float32's range"]
+        level = level_of(origin.place)
+        found.append(
+            Finding("overflow-hidden", message, cure, origin.place, origin.module, origin.op, precision, level)
+        )
+    return found
 
 
 def _sizes(trace: Trace, precision: str) -> list[Finding]:
@@ -161,7 +181,14 @@ def failure(trace: Trace, precision: str) -> Finding:
     help_ = ["mend what the error says"]
     rule = "fails"
     place = trace.error_place
-    if "dtype" in text or "type" in text:
+    lacking = re.search(r"not implemented for '(Half|BFloat16)'", text)
+    if lacking and trace.execution.device == "cpu":
+        message = f"{type(trace.error).__name__}: {text[:300]} This kernel lacks on the CPU; a GPU may have it."
+        cures_ = ["inspect on the device that trains", "float32 for this operator, if it is to run here"]
+        return Finding(rule, message, cures_, place, precision=precision, level="note")
+    if "without overflow" in text:
+        help_ = ["a number that the type holds, such as torch.finfo(x.dtype).min"]
+    elif "dtype" in text or "type" in text:
         help_ = ["cast explicitly, for example x.to(y.dtype), where types meet"]
         if place is not None and place.function == "backward":
             rule = "custom-function"
@@ -173,7 +200,8 @@ def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | 
     """Return the finding for the first place that is not finite; `spoiled` are the buffers that the step left so."""
     rule = "nonfinite-backward" if origin.phase == "backward" else "nonfinite-forward"
     if origin.phase == "before":
-        message = f"{origin.module} holds {origin.kind} before the step begins."
+        message = f"{origin.module} holds {origin.kind} before the step begins"
+        message += f": {origin.count:,} of {origin.values:,} values." if origin.values else "."
     else:
         ranges = "; ".join(describe_range(entry) for entry in origin.inputs[:3]) or "none"
         where = f" of module {origin.module}" if origin.module else ""
@@ -182,7 +210,7 @@ def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | 
             f"(output {origin.output}). Its inputs: {ranges}. It reached {origin.reached or 'the loss'}."
         )
         if scale is not None and origin.phase == "backward":
-            message += f" No loss scale down to {scale:g} avoids it."
+            message += f" No loss scale from 65536 down to {scale:g} avoids it."
     helpful = cures(origin, overflow=overflow)
     if spoiled:
         more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""

@@ -14,7 +14,8 @@ from ampscope.tensors import dtype_name
 
 PRODUCTS = r"^(addmm|mm|bmm|baddbmm|addbmm|mv|addmv|dot|linear|linear_backward|matmul|_scaled_mm)_?(\.|$)"
 PRODUCTS += r"|convolution|conv\w*$|scaled_dot_product|attention|mkldnn_(linear|rnn)|rnn_layer|_cudnn_rnn|lstm|gru"
-PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_"
+PRODUCTS += r"|^_?cdist|^_?trilinear|_fft_|grouped_mm|^_?sparse_(mm|addmm|semi_structured)|^s?spm|^smm$|^hspmm"
+PRODUCTS += r"|^_int_mm|^_weight_int\d|^_addmm_activation|^ger$|^addr|^vdot|^einsum|^bilinear|^linalg_multi_dot"
 ALIGNED = 8  # Tensor Cores read multiples of this many 16-bit numbers
 BUILT_IN = (  # namespaces of operators
     "aten",
@@ -84,6 +85,8 @@ def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[tor
             flops = float(formula(*args, **given_out, out_val=result))
         except Exception:  # the formula does not support this overload
             flops = None
+    if flops is None and len(floating) > 1:
+        flops = _counted(op, floating)
     product = Product(op, dtype, flops, out_form="out" in kwargs or "out" in operator._overloadname)
     if op in ("mm", "addmm", "bmm", "baddbmm") and len(floating) > 1:
         left, right = floating[-2:]
@@ -93,3 +96,13 @@ def describe(operator: Any, args: Any, kwargs: Any, result: Any, given: list[tor
         product.groups = args[8] if len(args) > 8 else 1
         product.dims = (weight.shape[1], weight.shape[0]) if not args[6] else (weight.shape[0], weight.shape[1])
     return product
+
+
+def _counted(op: str, floating: list[torch.Tensor]) -> float | None:
+    """Return the floating point operations of products that PyTorch's own table does not know."""
+    left, right = floating[-2:] if op.startswith("addmv") else floating[:2]
+    if op.rstrip("_") in ("mv", "addmv", "dot", "vdot"):
+        return 2.0 * left.numel()
+    if "grouped_mm" in op:  # each row meets the weights of one group
+        return 2.0 * left.numel() * right.shape[-1]
+    return None

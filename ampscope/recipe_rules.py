@@ -245,10 +245,10 @@ def _order(events: list[Event]) -> list[Finding]:
         elif event.kind == "schedule":
             scheduled.setdefault(optimizer, event)
         elif event.kind in ("step", "scaler.step"):
-            if event.details.get("again"):
+            if event.details.get("again") and backward is not None:
                 message = "backward adds to the gradients of the update before, which nobody has cleared."
                 cures = ["optimizer.zero_grad() once an update"]
-                found.append(_broken("gradients-kept", backward or event, message, *cures))
+                found.append(_broken("gradients-kept", backward, message, *cures))
             if optimizer in scheduled:
                 message = "The schedule steps before its optimizer, so that the first learning rate is passed over."
                 cures = ["scheduler.step() after optimizer.step()"]

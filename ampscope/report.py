@@ -91,7 +91,8 @@ class Report:
                 some = True
                 lines += ["", f"{name}:", *table("<<><", cells)]
         if not some:
-            lines.append("  None: every product ran in 16 bits.")
+            ran = bool(self.content["float32_products"])
+            lines.append("  None: every product ran in 16 bits." if ran else "  Nothing ran under AMP.")
         return lines
 
     def _sync_lines(self) -> list[str]:

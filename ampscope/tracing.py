@@ -72,6 +72,7 @@ class Trace:
     round_trips: Counter = field(default_factory=Counter)
     float32_places: dict[tuple, tuple] = field(default_factory=dict)
     first_events: list[Event] = field(default_factory=list)
+    unsafe: dict[Place, str] = field(default_factory=dict)  # functions that CUDA's autocast refuses
     with_gradient: set[str] = field(default_factory=set)
     evaluated: dict[str, str] = field(default_factory=dict)
     error: BaseException | None = None
@@ -99,6 +100,8 @@ class Functions(TorchFunctionMode):
         super().__init__()
         self.trace = trace
         self.stack: list[tuple[str, bool, Place | None]] = []
+        self.quiet: list[bool] = []  # of each call: what it reads or makes stays on the host
+        self.host: set[int] = set()  # memory that would be the host's if the model were on a GPU
         self.written: dict[int, tuple[Place, torch.Tensor]] = {}  # tensors that the user's own casts made float32
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,13 +114,19 @@ class Functions(TorchFunctionMode):
         if name in ("__get__", "__set__"):
             return function(*args, **kwargs)
         enabled = torch.is_autocast_enabled(execution.device)
-        if function in TO_PYTHON:
+        if function in TO_PYTHON and address(args[0]) not in self.host:
             self._reads(TO_PYTHON[function])
         self.stack.append((name, enabled, place_of_caller()))
+        self.quiet.append(_on_host(name, args, kwargs))
         try:
             result = function(*args, **kwargs)
         finally:
+            self.quiet.pop()
             place = self.stack.pop()[2]
+        if name == "binary_cross_entropy" and enabled and place is not None:
+            self.trace.unsafe.setdefault(place, name)
+        if name in ("to", "cuda") and isinstance(result, torch.Tensor) and _names_device(name, args, kwargs):
+            self.host.discard(address(result))
         if function in CASTS and enabled and isinstance(args[0], torch.Tensor) and place is not None:
             self._cast(args[0], result, place)
         return result
@@ -134,6 +143,18 @@ class Functions(TorchFunctionMode):
     @property
     def current(self) -> tuple[str, bool | None, Place | None]:
         return self.stack[-1] if self.stack else ("", None, None)
+
+
+def _on_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call makes a tensor without naming a device, or reads values in its CPU's kernel alone."""
+    if name == "one_hot":
+        return (args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) >= 0
+    return "device" not in kwargs and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
+
+
+def _names_device(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    named = any(isinstance(value, (str, torch.device, torch.Tensor)) for value in args[1:])
+    return name == "cuda" or "device" in kwargs or named
 
 
 def _backward(
@@ -219,6 +240,7 @@ class Operators(TorchDispatchMode):
         op = _name(operator)
         self._notice(op, place, given, made)
         self._edits(op, operator, given)
+        self._stays_on_host(op, given, made)
         if phase == "update" or operator.namespace == "profiler":
             return result
         inputs = tuple(dict.fromkeys(dtype_name(tensor.dtype) for tensor in given))
@@ -265,7 +287,10 @@ class Operators(TorchDispatchMode):
         if place is None:
             return
         to_host = op == "_to_copy" and given and given[0].device.type != "cpu" and made[0].device.type == "cpu"
-        if (op in WAITS or to_host) and not place.via:
+        quiet = (self.functions.quiet and self.functions.quiet[-1]) or (
+            bool(given) and all(address(tensor) in self.functions.host for tensor in given)
+        )
+        if (op in WAITS or to_host) and not place.via and not quiet:
             self.trace.synchronisations[place, WAITS.get(op, "cpu")] += 1
         elif op in ("zero_", "_foreach_zero_"):
             gradients = {address(parameter.grad) for parameter in self.parameters if parameter.grad is not None}
@@ -275,6 +300,18 @@ class Operators(TorchDispatchMode):
             execution.carried.is_gradient(tensor, self.parameters) for tensor in given
         ):
             execution.note_once("clip", place)
+
+    def _stays_on_host(self, op: str, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
+        """On a CPU, tell what would lie on the GPU from what is made without a device, and computed from that alone."""
+        host = self.functions.host
+        inside = bool(self.functions.quiet) and self.functions.quiet[-1]
+        stays = all(address(tensor) in host for tensor in given) if given else inside
+        for index, tensor in enumerate(made):
+            sizes = op == "_pack_padded_sequence" and index == 1  # which PyTorch keeps on the CPU
+            if (stays or sizes) and tensor.device.type == "cpu":
+                host.add(address(tensor))
+            else:
+                host.discard(address(tensor))
 
     def _edits(self, op: str, operator: Any, given: list[torch.Tensor]) -> None:
         """Gradients that are computed with, or changed in place, while the loss scale is on them."""

@@ -95,14 +95,20 @@ def share(part: int | None, whole: int) -> str:
 def underflow_lines(underflow: dict[str, Any]) -> list[str]:
     """Return the underflow map as a table of the layers whose products autocast computes in float16."""
     rows = {(row["group"], row["name"]): row for row in underflow["layers"] if row["through_float16"]}
-    names = [name.removesuffix(".weight") for group, name in rows if group == "parameter" and name.endswith(".weight")]
+    weights: dict[str, list[str]] = defaultdict(list)  # by module, whatever its parameters are called
+    for group, name in rows:
+        module, _, last = name.rpartition(".")
+        if group == "parameter" and not last.startswith("bias"):
+            weights[module].append(name)
+    names = [*weights]
     scales = {f"{scale:g}": f"2^{math.log2(scale):.4g}" for scale in underflow["scales"]}
     room = 78 - 14 * len(scales)
 
     def cells(title: str, kind: str, layers: list[str]) -> list[str]:
         """Return a row: the shares among these layers' weight gradients, then among the gradients of their outputs."""
         shares = []
-        for keys in ([("parameter", f"{name}.weight") for name in layers], [("activation", name) for name in layers]):
+        parameters = [("parameter", weight) for name in layers for weight in weights[name]]
+        for keys in (parameters, [("activation", name) for name in layers]):
             found = [rows[key] for key in keys if key in rows and rows[key]["nonzero"]]
             total = sum(row["nonzero"] for row in found)
             shares += [share(sum(row["by_scale"][scale][kind] for row in found), total) for scale in scales]
@@ -123,7 +129,7 @@ def underflow_lines(underflow: dict[str, Any]) -> list[str]:
         [
             ["gradient of", *["weight"] * len(scales), *["output"] * len(scales)],
             ["at loss scale", *2 * [*scales.values()]],
-            *(cells(name, "zero", [name]) for name in names),
+            *(cells(name or "(the model)", "zero", [name]) for name in names),
             *(cells(f"all: {kind}", kind, names) for kind in ("zero", "subnormal", "overflow")),
         ],
         gap=1,
