@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -55,10 +55,10 @@ class Carried:
         with unseen():
             self.left = {key: part for key, part in self.left.items() if _holds(part.grad)}
 
-    def versions(self, parameters: list[torch.Tensor]) -> dict[int, tuple[int, int]]:
+    def versions(self, parameters: Sequence[torch.Tensor]) -> dict[int, tuple[int, int]]:
         return {id(part): (id(part.grad), part.grad._version) for part in parameters if part.grad is not None}
 
-    def went_back(self, before: dict[int, tuple[int, int]], parameters: list[torch.Tensor], scaled: bool) -> bool:
+    def went_back(self, before: dict[int, tuple[int, int]], parameters: Sequence[torch.Tensor], scaled: bool) -> bool:
         """Note a backward pass; return whether it added to gradients that were unscaled already."""
         after = self.versions(parameters)
         changed = {key for key, version in after.items() if before.get(key) != version}
@@ -101,7 +101,7 @@ class Carried:
             del self._scaled_gradients[key]
         return not divided
 
-    def is_gradient(self, tensor: torch.Tensor, parameters: list[torch.Tensor]) -> bool:
+    def is_gradient(self, tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
         """Return whether a tensor is the gradient, still scaled, of one of these parameters."""
         memory = address(tensor)
         return memory > 0 and any(
