@@ -1,4 +1,4 @@
-"""What each part of the preset `scratch` gives: trains with all, and once for each part without that part.
+"""Measure what each part of the preset `scratch` gives: train with all, and once without each part.
 
     python benchmarks/ablation.py --data_dir data --epochs 6
 
@@ -29,12 +29,12 @@ ROWS = {
 
 
 def train(row: str, folder: Path, words: list[str]) -> dict:
-    """The result of the run of `row`, trained to its end. Raises CalledProcessError if it fails."""
+    """Return the result of the run of `row`, trained to its end. Raise CalledProcessError if it fails."""
     name = row.replace(" ", "_").replace(",", "")
     begun = (folder / name / "last.pt").exists()
     place = ["--checkpoint_dir", str(folder), "--checkpoint_name", name, "--resume" if begun else "--overwrite"]
     command = [sys.executable, str(ROOT / "main.py"), *words, *ROWS[row], *place, "--quiet"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # its own table
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # hide the run's own table
     return json.loads((folder / name / "result.json").read_text())
 
 

@@ -1,4 +1,4 @@
-"""Everything worth measuring on a GPU, in one command: draws full-size scenes, then runs the project's own tools.
+"""Measure everything on a GPU in one command: draw full-size scenes, then run the project's own tools.
 
 The tests that only a GPU can pass; the ladder of ResNet-18 and ResNet-50 with its bounds; other libraries in turn;
 throughput of each precision, plain and compiled; how long the GPU idles (doctor); the 2020 recipe (256 px, batch 256,
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--data_dir", default="data/full", help="scenes are drawn there where it is missing")
+    parser.add_argument("--data_dir", default="data/full", help="scenes are drawn there if it does not exist")
     parser.add_argument("--images", type=int, default=14_034, help="training images to draw")
     parser.add_argument("--image_size", type=int, default=256)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def run(command: list[str], out) -> None:
-    """Runs one of the project's scripts; shows and keeps what it prints. After a failure the rest goes on."""
+    """Run one of the project's scripts; print and keep its output. Continue after a failure."""
     title = f"$ python {' '.join(command)}\n"
     print(title, end="", flush=True)
     out.write(title)

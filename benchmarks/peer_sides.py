@@ -1,4 +1,4 @@
-"""The sides of peers.py: each trains a ResNet-18 without end with its own loop and calls `turn` after every update."""
+"""The sides of peers.py: each trains a ResNet-18 without end in its own loop and calls `turn` after every update."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ LEARNING_RATE = 1e-4
 
 
 def train_folder(arguments: argparse.Namespace) -> Path:
-    """The folder of the training images' class folders."""
+    """Return the folder of the training images' class folders."""
     from images.folders import find_image_set
 
     return Path(find_image_set(arguments.data_dir).train[0][0]).parents[1]
 
 
 def image_folder(arguments: argparse.Namespace) -> Any:
-    """torchvision's data set with the tutorial's transforms: resize, flip, to a tensor."""
+    """Return torchvision's data set with the tutorial's transforms: resize, flip, to a tensor."""
     import torchvision
     from torchvision import transforms
 
@@ -42,7 +42,7 @@ def loader_of(arguments: argparse.Namespace, images: Any) -> Any:
 
 # ---------------------------------------------------------------------------------------- the sides
 def tutorial(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """The 2020 tutorial's loop, its `.cuda()` made device-agnostic: ImageFolder, PIL transforms, DataLoader."""
+    """Run the 2020 tutorial's loop with a device instead of `.cuda()`: ImageFolder, PIL transforms, DataLoader."""
     import torch
     import torchvision
 
@@ -72,7 +72,7 @@ def tutorial(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None],
 
 
 def lightning(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """Lightning's Trainer with its own precision plugin."""
+    """Run Lightning's Trainer with its own precision plugin."""
     import torch
     import torchvision
     from lightning import pytorch as pl
@@ -110,7 +110,7 @@ def lightning(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None]
 
 
 def hugging_face(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """transformers.Trainer on torchvision's ResNet-18, wrapped as it wants models to be."""
+    """Run transformers.Trainer on torchvision's ResNet-18, wrapped in the interface that it needs."""
     import torch
     import torchvision
     import transformers
@@ -157,7 +157,7 @@ def hugging_face(arguments: argparse.Namespace, amp: bool, turn: Callable[[], No
     trainer.train()
 
 
-# Its own yolo11-cls-resnet18.yaml, but for the weights, which it would download.
+# Its own yolo11-cls-resnet18.yaml without the weights, which it would download.
 ULTRALYTICS_MODEL = """
 nc: 1000
 backbone:
@@ -168,7 +168,7 @@ head:
 
 
 def ultralytics(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """Ultralytics' classify on its ResNet-18, with its own augmentation and EMA."""
+    """Run Ultralytics' classify on its ResNet-18, with its own augmentation and EMA."""
     from ultralytics.models.yolo.classify import ClassificationTrainer
 
     (folder / "resnet18-cls.yaml").write_text(ULTRALYTICS_MODEL)
@@ -201,7 +201,7 @@ def ultralytics(arguments: argparse.Namespace, amp: bool, turn: Callable[[], Non
 
 
 def timm(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """timm's model, loader, optimizer and scaler, as its train.py joins them, with --channels-last."""
+    """Run timm's model, loader, optimizer and scaler, joined as in its train.py, with --channels-last."""
     import timm as library
     import torch
     from timm.data import create_dataset, create_loader
@@ -246,7 +246,7 @@ def timm(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], fol
 
 
 def ours(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
-    """This package's own Trainer, as `python main.py` runs it."""
+    """Run this package's own Trainer, as `python main.py` does."""
     import train
     from assemble import Setup
     from command_line.parsing import parse

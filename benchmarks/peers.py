@@ -1,4 +1,4 @@
-"""Images per second of five ways to train a ResNet-18, each with its own loop and loader, and of this package.
+"""Measure images per second of this package and of five others that train a ResNet-18, each with its own loop.
 
 The 2020 tutorial's loop, PyTorch Lightning, Hugging Face's Trainer, Ultralytics' classify and timm, in FP32 and in 16
 bits. Each side is a process of its own that stops after so many updates and goes on when its turn comes again (A B C
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def groups(sides: list[str], *, one_at_a_time: bool) -> list[list[str]]:
-    """Which sides take turns: as many as memory holds. With each precision the first side is measured again."""
+    """Return which sides take turns: as many as memory holds. Each precision measures the first side again."""
     if one_at_a_time:
         return [[side] for side in sides]
     by_precision = [[side for side in sides if side.endswith(precision)] for precision in ("fp32", "amp")]
@@ -97,7 +97,7 @@ def uses_cuda(arguments: argparse.Namespace) -> bool:
 
 # ------------------------------------------------------------------------------ parent and children
 def measure(sides: list[str], rounds: int, rates: dict[str, list[float]]) -> dict[str, str]:
-    """Lets some sides take turns; returns those that failed, with what they said last."""
+    """Let some sides take turns; return the failed ones with their last output."""
     failed = {}
     children: dict[str, subprocess.Popen] = {}
 
@@ -118,7 +118,7 @@ def measure(sides: list[str], rounds: int, rates: dict[str, list[float]]) -> dic
             failed[side] = f"{error}: {last_words(child)}"
             del children[side]
 
-    for side in sides:  # one by one: all that begin at once would need more memory than all that wait
+    for side in sides:  # one by one: all that start at once would need more memory than all that wait
         children[side] = start(side)
         ask(side, None)
         print(f"{side}: {'ready' if side in children else failed[side]}", file=sys.stderr, flush=True)
@@ -127,7 +127,7 @@ def measure(sides: list[str], rounds: int, rates: dict[str, list[float]]) -> dic
             ask(side, "round")
         print(f"round {number + 1} of {rounds}", file=sys.stderr, flush=True)
     for child in children.values():
-        child.kill()  # in the middle of its loop, as it was
+        child.kill()  # in the middle of its loop
         child.wait()
     return failed
 
@@ -143,7 +143,7 @@ def start(side: str) -> subprocess.Popen:
 
 
 def environment() -> dict[str, str]:
-    """No side may look something up on the network or write outside a temporary folder while it is timed."""
+    """Return an environment in which no side uses the network or writes outside a temporary folder."""
     quiet = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
     return {**os.environ, **quiet, "YOLO_CONFIG_DIR": tempfile.gettempdir(), "TOKENIZERS_PARALLELISM": "false"}
 
@@ -155,13 +155,13 @@ def last_words(child: subprocess.Popen) -> str:
 
 
 class Turn:
-    """Called by a side's loop after every update: counts, times rounds, and waits for its turn between them."""
+    """Count updates, time rounds, and wait for the side's turn between them; called after every update."""
 
     def __init__(self, updates: int, batch_size: int, out: Any, finish: Callable[[], None]):
         self.updates = updates
         self.batch_size = batch_size
         self.out = out
-        self.finish = finish  # returns when the device has done all it was given
+        self.finish = finish  # returns when the device has finished its work
         self.left = WARM_UP
         self.started: float | None = None
 
@@ -179,8 +179,8 @@ class Turn:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """A child: trains one side without end."""
-    out = os.fdopen(os.dup(1), "w")  # what the libraries print must not come between the figures
+    """Train one side without end, in a child process."""
+    out = os.fdopen(os.dup(1), "w")  # the libraries' output must not mix with the figures
     os.dup2(2, 1)
     name, _, precision = arguments.child.partition(" ")
     if name == "ours":  # as main.py does, before torch is imported
@@ -267,7 +267,7 @@ def cell(values: list[float] | None) -> str:
 
 
 def ratio(rates: dict[str, list[float]], ours: str, theirs: str) -> str:
-    """How many times as fast this package is: the median over rounds, whose sides stood beside one another."""
+    """Return the speed-up of this package: the median over rounds of neighbouring measurements."""
     if ours == theirs or not rates.get(ours) or not rates.get(theirs):
         return ""
     return f"{statistics.median(one / other for one, other in zip(rates[ours], rates[theirs], strict=False)):.2f}"

@@ -1,4 +1,4 @@
-"""Training throughput: the 2020 tutorial's loop, this package's in each precision, and the compute bound.
+"""Measure training throughput: the 2020 tutorial's loop, this package's in each precision, the compute bound.
 
 Each side is a process of its own, warmed up and then asked for rounds in turn (A B C A B C ...), so that a
 drifting machine does not favour one; on a GPU, whose memory may hold one side only, they come one after another.
@@ -52,10 +52,10 @@ def main() -> None:
 
 
 def measure(sides: list[str], rounds: int, rates: dict[str, list[float]], facts: dict[str, dict]) -> None:
-    """Lets some sides take turns. Raises RuntimeError if one ends early."""
+    """Let some sides take turns. Raise RuntimeError if one ends early."""
     children = {side: start(side) for side in sides}
-    for side, child in children.items():  # each has been setting itself up since it was started
-        facts[side] = answer(child)  # what it measured while warming up
+    for side, child in children.items():  # each has been preparing itself since its start
+        facts[side] = answer(child)  # measured during warm-up
         print(f"{side}: ready", file=sys.stderr)
     for number in range(rounds):
         for child in children.values():
@@ -109,7 +109,7 @@ def ask(child: subprocess.Popen, word: str = "round") -> dict:
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """A child: sets one side up, then runs a round for each line it reads."""
+    """Prepare one side in a child process, then run a round for each line of input."""
     side, _, compiled = arguments.child.partition("+")
     with tempfile.TemporaryDirectory() as folder:
         make = tutorial_loop if side == "tutorial" else package_loop
@@ -123,7 +123,7 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
-    """This package's own loop, fed by its loader and, for the compute bound, by one batch that stays put."""
+    """Return this package's own loop, with its loader or, for the compute bound, with one constant batch."""
     import utils
 
     utils.keep_freed_memory()
@@ -154,7 +154,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     trainer.network.begin_epoch(0)
 
     def updates(source: Iterator, count: int) -> float:
-        """Images per second over `count` full updates, read back at the end as the trainer does."""
+        """Return images per second over `count` full updates, read back at the end as the trainer does."""
         started = time.perf_counter()
         records = []
         for _ in range(count):
@@ -178,7 +178,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         full = len(data.train) // arguments.batch_size
         for epoch in range(10**6):
             for number, pieces in enumerate(trainer.batches.epoch(epoch)):
-                if number == full:  # a ragged batch would cost less
+                if number == full:  # a smaller last batch would cost less
                     break
                 yield pieces
 
@@ -191,7 +191,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     def answer_to(word: str) -> dict:
         if word == "round":
             return {"": updates(loader, arguments.updates), " bound": updates(resident, arguments.updates)}
-        piece.clear()  # what the compute bound held is no part of the loop
+        piece.clear()  # the batch of the compute bound does not belong to the loop
         machine.reset_peak_memory(setup.device)
         updates(loader, 2)
         facts = {
@@ -208,14 +208,14 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
 
 
 def decode_rate(arguments: argparse.Namespace) -> float:
-    """Images per second from files into a new cache on disk: the median of three passes over up to 4,000 images."""
+    """Return images per second from files into a new cache: the median of three passes over up to 4,000 images."""
     from images.cache import Opening
     from images.folders import find_image_set
     from images.stores import open_store
 
     paths = [path for path, _ in find_image_set(arguments.data_dir).train][:4000]
     seconds = []
-    for _ in range(4):  # the first one fetches the files from the disk
+    for _ in range(4):  # the first pass reads the files from the disk
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
             open_store(paths, Path(folder), limit=arguments.image_size, opening=Opening(cache="memory"))
@@ -239,7 +239,7 @@ main.main(sys.argv[2:])
 
 
 def start_up(arguments: argparse.Namespace) -> float:
-    """Seconds from the end of `import torch` to the first update of a training whose images are decoded already."""
+    """Return the seconds from the end of `import torch` to the first update of a training with cached images."""
     with tempfile.TemporaryDirectory() as folder:
         words = [
             "--pretrained=0",
@@ -257,7 +257,7 @@ def start_up(arguments: argparse.Namespace) -> float:
 
 
 def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Callable[[str], dict], dict]:
-    """The 2020 tutorial's loop, its `.cuda()` made device-agnostic: ImageFolder, PIL transforms, DataLoader."""
+    """Return the 2020 tutorial's loop with a device instead of `.cuda()`: ImageFolder, PIL transforms, DataLoader."""
     import torch
     import torchvision
     from torchvision import transforms
@@ -267,7 +267,7 @@ def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Ca
     from precision import named_precision
 
     device = utils.choose_device(arguments.device)
-    named_precision("fp32", device)  # convolutions would use TF32 unasked
+    named_precision("fp32", device)  # otherwise convolutions would use TF32 by default
     train = find_image_set(arguments.data_dir).train[0][0].parents[1]
     side_pixels = (arguments.image_size, arguments.image_size)
     transform = transforms.Compose(
@@ -309,10 +309,10 @@ def tutorial_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Ca
 
 
 def matrix_product_rate(device, precision) -> float:
-    """Floating-point operations per second of a large matrix product in this precision's dtype."""
+    """Return the floating-point operations per second of a large matrix product in this precision's dtype."""
     import torch
 
-    side, times = (4096, 1) if device.type == "cpu" else (8192, 10)  # a GPU is done with few too soon
+    side, times = (4096, 1) if device.type == "cpu" else (8192, 10)  # a GPU finishes a few too soon
     one, other = (torch.randn(side, side, device=device, dtype=precision.dtype) for _ in range(2))
     seconds = []
     for _ in range(4):

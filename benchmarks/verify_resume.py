@@ -46,13 +46,13 @@ def main() -> None:
 
 
 def start(words: list[str], runs: Path, name: str) -> subprocess.Popen:
-    """Start a training, or go on with it, that saves after each update."""
+    """Start a training, or continue it, that saves after each update."""
     own = [f"--checkpoint_dir={runs}", f"--checkpoint_name={name}", "--checkpoint_every=1u", "--resume=auto"]
     return subprocess.Popen([sys.executable, str(ROOT / "main.py"), "train", *words, *own])
 
 
 def stop_after(count: int, training: subprocess.Popen, file: Path) -> None:
-    """Send SIGINT once `file` was replaced `count` times; exit if the training ends before."""
+    """Send SIGINT after `file` was replaced `count` times; exit if the training ends before."""
     seen = {file.stat().st_mtime_ns} if file.exists() else {0}
     goal = len(seen) + count
     while len(seen) < goal and training.poll() is None:
@@ -64,13 +64,13 @@ def stop_after(count: int, training: subprocess.Popen, file: Path) -> None:
 
 
 def finish(training: subprocess.Popen, expected: int) -> None:
-    """Wait for a training; exit unless its status is the expected one."""
+    """Wait for a training; exit unless it ends with the expected status."""
     if training.wait() != expected:
         sys.exit(f"exit status {training.returncode} instead of {expected}: train for more --epochs, or fewer --stops.")
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """Return the names of the values in which two finished runs differ."""
+    """Return the names of the values that differ between two finished runs."""
     return [name for name in one | other if one.get(name) != other.get(name)]
 
 

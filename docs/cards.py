@@ -1,4 +1,4 @@
-"""Writes docs/cards.md: which precision each GPU and processor computes with, from the table in cards.py.
+"""Write docs/cards.md: the precisions of each GPU and processor, from the table in system/cards.py.
 
 python docs/cards.py
 """
@@ -15,7 +15,7 @@ from system.cards import markdown_table  # noqa: E402 (found beside this folder)
 
 PAGE = """# Which precision on my card?
 
-`python main.py doctor` shows the row of your device and times it. `--amp` chooses by the same table, which stands in
+`python main.py doctor` shows the row of your device and times it. `--amp` chooses by the same table, which is in
 `system/cards.py`; `python docs/cards.py` writes this page. Where the table and your own timing disagree,
 believe the timing.
 
@@ -45,7 +45,7 @@ set](https://developer.apple.com/metal/Metal-Feature-Set-Tables.pdf); cards that
 
 
 def page() -> str:
-    """The whole of docs/cards.md."""
+    """Return the whole of docs/cards.md."""
     return PAGE.format(table=markdown_table())
 
 

@@ -1,4 +1,4 @@
-"""Draws assets/demo_scenes.png: the first ten test scenes of each class of the demo data.
+"""Draw assets/demo_scenes.png: the first ten test scenes of each class of the demo data.
 
 python docs/demo_scenes.py
 """
@@ -25,6 +25,7 @@ font = ImageFont.load_default(15)
 for label, name in enumerate(CLASSES):
     pen.text((LEFT - 10, label * STEP + SIDE / 2), name, "#222222", font, anchor="rm")
     for index in range(COUNT):
-        scene = draw_scene(name, np.random.default_rng([0, 1, label, index]))  # seed, test, class, as prepare.py has it
+        # seed, test, class, index, as in images/demo.py
+        scene = draw_scene(name, np.random.default_rng([0, 1, label, index]))
         sheet.paste(scene.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (LEFT + index * STEP, label * STEP))
 sheet.quantize(256).save(ROOT / "assets" / "demo_scenes.png", optimize=True)

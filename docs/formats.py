@@ -1,6 +1,6 @@
-"""Draws docs/formats.png: the bits, the range and the spacing of the four float formats, to scale.
+"""Draw docs/formats.png: the bits, the range and the spacing of the four float formats, to scale.
 
-Everything comes from torch.finfo, except TF32, which is no dtype of PyTorch: NVIDIA gives it float32's exponent and
+Everything comes from torch.finfo, except TF32, which is not a dtype of PyTorch: NVIDIA gives it float32's exponent and
 float16's fraction. Knows nothing of training.
 
     python docs/formats.py
@@ -21,7 +21,7 @@ from ampscope.look import FAINT, INK, STYLES, picture  # noqa: E402
 
 @dataclass(frozen=True)
 class Format:
-    """A binary float: how many bits of exponent and of fraction, beside the one of the sign."""
+    """A binary float format: the number of bits of exponent and of fraction, besides one sign bit."""
 
     name: str
     exponent: int
@@ -29,7 +29,7 @@ class Format:
 
     @property
     def eps(self) -> float:
-        """From 1 to the next number."""
+        """Return the distance from 1 to the next number."""
         return 2.0**-self.fraction
 
     @property
@@ -38,7 +38,7 @@ class Format:
 
     @property
     def normal(self) -> float:
-        """The smallest number that has all bits of its fraction."""
+        """Return the smallest number that has all bits of its fraction."""
         return 2.0 ** (2 - 2 ** (self.exponent - 1))
 
     @property
@@ -47,7 +47,7 @@ class Format:
 
 
 def formats() -> list[Format]:
-    """float32, TF32, bfloat16 and float16, the three of PyTorch checked against torch.finfo."""
+    """Return float32, TF32, bfloat16 and float16; check the three of PyTorch against torch.finfo."""
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         limits = torch.finfo(dtype)
@@ -64,7 +64,7 @@ def power_of_two(exponent: int) -> str:
 
 
 def bits_panel(axes: Axes, rows: list[Format]) -> None:
-    """A box for each bit."""
+    """Draw a box for each bit."""
     for place, row in enumerate(rows):
         start = 0
         for part, count, (color, _, _, hatch) in zip(
@@ -102,7 +102,7 @@ def bits_panel(axes: Axes, rows: list[Format]) -> None:
 
 
 def range_panel(axes: Axes, rows: list[Format]) -> None:
-    """From the smallest number above zero to the largest, on a logarithmic axis."""
+    """Draw the range from the smallest number above zero to the largest, on a logarithmic axis."""
     for place, row in enumerate(rows):
         low, normal, high = (math.log2(value) for value in (row.smallest, row.normal, row.largest))
         (color, *_) = STYLES[0]
@@ -131,7 +131,7 @@ def range_panel(axes: Axes, rows: list[Format]) -> None:
 
 
 def spacing_panel(axes: Axes, rows: list[Format]) -> None:
-    """Every number that a format has from 1 to a little above."""
+    """Draw every number of a format from 1 to a little above."""
     end = 1 + 4 * rows[2].eps
     for place, row in enumerate(rows):
         count = round((end - 1) / row.eps)

@@ -1,4 +1,4 @@
-"""Draws docs/roofline.png from a ladder's numbers: why the gain of AMP ends where it ends.
+"""Draw docs/roofline.png from a ladder's numbers: why the gain of AMP ends.
 
 Each bar is the least time that one update can take on the machine that the ladder ran on. In the last but one bar it is
 split by group of operators; the last bar is the same without products, which no 16-bit type can make shorter.
@@ -22,7 +22,7 @@ PRODUCTS = ("convolutions", "matrix products")
 
 
 def rungs_of(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rungs that were kept and have a bound, up to the one whose roofline is known."""
+    """Return the rungs that were kept and have a bound, up to the one with a known roofline."""
     rungs = []
     for rung in found["rungs"]:
         if rung["skipped"] or not rung["kept"]:
@@ -34,7 +34,7 @@ def rungs_of(found: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def groups_of(found: dict[str, Any]) -> dict[str, float]:
-    """The bound of each group of operators in milliseconds: products first, then the longest, small ones together."""
+    """Return the bound of each group of operators in milliseconds: products first, then the longest."""
     times = {name: 1e3 * group["bound_seconds"] for name, group in found["roofline"]["groups"].items()}
     small = 0.02 * sum(times.values())
     groups = {name: times[name] for name in PRODUCTS if times.get(name, 0) >= small}
@@ -45,7 +45,7 @@ def groups_of(found: dict[str, Any]) -> dict[str, float]:
 
 
 def draw(axes: Axes, found: dict[str, Any]) -> str:
-    """The bars; returns what they say in one sentence."""
+    """Draw the bars; return their message in one sentence."""
     rungs = rungs_of(found)
     batch = found["setting"]["batch_size"]
     names = [rung["name"] for rung in rungs]

@@ -32,7 +32,7 @@ def notebook(address: str) -> nbformat.NotebookNode:
     made.cells = [cell for cell in made.cells if address or MARK not in cell.source]
     for number, cell in enumerate(made.cells):
         cell.source = cell.source.replace(MARK, address.removeprefix("https://github.com/"))
-        cell.id = f"cell-{number}"  # jupytext draws them by chance
+        cell.id = f"cell-{number}"  # jupytext chooses random ones
         cell.metadata = {}
     return made
 

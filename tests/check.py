@@ -21,13 +21,13 @@ CHECKS = (("ruff", "format", "--check", "."), ("ruff", "check", "."), ("mypy",))
 
 
 def run(words: list[str]) -> bool:
-    """Runs one tool in the project's folder; returns whether it was content."""
+    """Run one tool in the project's folder; return True if it passed."""
     print(f"\n$ {' '.join(words)}", flush=True)
     return subprocess.run([sys.executable, "-m", *words], cwd=ROOT).returncode == 0
 
 
 def in_parallel() -> list[str]:
-    """pytest's options for sharing the files of tests among processes; none where that is not installed."""
+    """Return pytest's options for sharing the files of tests among processes; an empty list without pytest-xdist."""
     processes = min(4, os.cpu_count() or 1)
     if processes == 1 or importlib.util.find_spec("xdist") is None:
         return []

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import utils
 
-tqdm.set_lock(threading.RLock())  # tqdm's own is shared with forks: one killed while it holds it would end all bars
+# tqdm's own lock is shared with forks: one killed while it holds it would block all bars
+tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0  # no thread that could hold it while a test forks
 
 ARCHIVE = ROOT.parent / "shared" / "intel-image-classification.zip"
@@ -31,34 +32,34 @@ def run():
 
 @pytest.fixture(scope="session", autouse=True)
 def zoo():
-    """Makes the tiny classifier a model, and leaves out pictures wherever a test does not ask for them."""
+    """Register the tiny classifier as a model, and skip pictures unless a test asks for them."""
     tiny.register_classifier()
     tiny.leave_out_pictures()
 
 
 @pytest.fixture(autouse=True)
 def heard():
-    """A --quiet of an earlier test silences no later one."""
+    """Undo the --quiet of an earlier test."""
     utils.log.setLevel(logging.INFO)
     utils.log.disabled = False
 
 
 @pytest.fixture
 def drawn():
-    """Pictures and pages are drawn in this test."""
+    """Draw pictures and pages in this test."""
     with tiny.drawing():
         yield
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """The zoo's data set, drawn anew for each file of tests."""
+    """Return the zoo's data set, drawn anew for each file of tests."""
     return tiny.draw(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def scenes_folder(tmp_path_factory):
-    """Sixty training scenes (48 after the split) and eighteen to test, ten and three a class."""
+    """Return sixty training scenes (48 after the split) and eighteen to test, ten and three a class."""
     folder = tmp_path_factory.mktemp("data") / "scenes"
     demo.draw_demo(folder, train_images=60, test_images=18)
     return folder
@@ -66,7 +67,7 @@ def scenes_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def real_folder(tmp_path_factory):
-    """Twenty photographs a class and split from the Intel archive, where it lies beside the checkout."""
+    """Return twenty photographs per class and split from the Intel archive, if it lies beside the checkout."""
     if not ARCHIVE.exists():
         pytest.skip("the Intel archive is not beside the checkout")
     folder = tmp_path_factory.mktemp("data") / "real"
@@ -83,7 +84,7 @@ def real_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(scenes_folder, tmp_path_factory):
-    """Finished runs of each precision by name: (folder, exit status, stdout, stderr)."""
+    """Return finished runs of each precision by name: (folder, exit status, stdout, stderr)."""
     checkpoints = tmp_path_factory.mktemp("runs")
     flags = {
         "fp32": [],
@@ -100,6 +101,6 @@ def trained(scenes_folder, tmp_path_factory):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """Say at the end how to run the rest."""
+    """Print how to run the other tests."""
     if "long" in config.getini("norecursedirs") and not any("long" in str(word) for word in config.args):
         terminalreporter.write_line("These were the smoke tests. Everything: python tests/check.py")

@@ -1,8 +1,8 @@
-"""Real processes of the program in milliseconds: one process imports it once, and each test gets a fork of that.
+"""Start real processes of the program in milliseconds: one process imports it once, and each test gets a fork of it.
 
 Importing PyTorch and torchvision takes five seconds; a fork takes ten milliseconds. Arguments, environment, working
-folder, limits, signals, streams, exit status and the end of Python are the process's own. What is not tried this way
-is the start itself: for that, start `python main.py`.
+folder, limits, signals, streams, exit status and the end of Python are the process's own. Only the start itself is not
+tested this way: for that, start `python main.py`.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = (  # imported once; no test that looks at what a start imports may use a fork
+MODULES = (  # imported once; a test of the imports at start must not use a fork
     "assemble",
     "commands.compare",
     "commands.evaluate",
@@ -44,13 +44,13 @@ MODULES = (  # imported once; no test that looks at what a start imports may use
 
 
 class Process:
-    """A fork that runs `main.py` with `words`; the part of subprocess.Popen that tests use.
+    """A fork that runs `main.py` with `words`; it has the part of subprocess.Popen that tests use.
 
-    `script` is run in place of `main.py`. `limits` holds soft and hard limits by name, such as {"NOFILE": 48}.
-    `shared_memory` holds mount options of a tmpfs that this process alone finds in /dev/shm, such as "size=1m".
-    Signals in `ignored` are ignored from the start, as under nohup. `closed` names descriptors among 0, 1, 2 that are
-    closed. Without `pictures` none is drawn, because they take longer than a tiny training. Each process leads a
-    session of its own. Streams are named as in Popen: `stdin` (nothing to read), `stdout` and `stderr` (pipes).
+    `script` is run instead of `main.py`. `limits` holds soft and hard limits by name, such as {"NOFILE": 48}.
+    `shared_memory` holds mount options of a tmpfs in /dev/shm for this process alone, such as "size=1m". Signals in
+    `ignored` are ignored from the start, as under nohup. `closed` names descriptors among 0, 1, 2 that are closed.
+    Without `pictures` none is drawn, because they take longer than a tiny training. Each process leads a session of its
+    own. Streams are named as in Popen: `stdin` (nothing to read), `stdout` and `stderr` (pipes).
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Process:
         self.args = words
 
     def wait(self, timeout=None):
-        """Return the exit status, negative for a signal. Raises subprocess.TimeoutExpired."""
+        """Return the exit status, negative for a signal. Raise subprocess.TimeoutExpired."""
         if self.returncode is None:
             if not _readable(self._status, timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout)
@@ -110,7 +110,7 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Return output and errors of the ended process. Raises subprocess.TimeoutExpired."""
+        """Return output and errors of the ended process. Raise subprocess.TimeoutExpired."""
         found = ["", ""]
 
         def read(place, stream):
@@ -150,7 +150,7 @@ class Process:
 
 
 def _stream(target):
-    """The descriptor that a child gets, and our end of the pipe if `target` is None."""
+    """Return the descriptor for a child, and our end of the pipe if `target` is None."""
     if target is not None:
         return os.dup(target if isinstance(target, int) else target.fileno()), None
     ours, theirs = os.pipe()
@@ -166,7 +166,7 @@ _one_at_a_time = threading.Lock()
 
 
 def _server() -> socket.socket:
-    """Our end of the line to the process that forks, which is started when it is first needed."""
+    """Return our end of the connection to the process that forks; start it at the first call."""
     global _control
     if _control is None:
         _control, theirs = socket.socketpair()
@@ -181,14 +181,14 @@ def _server() -> socket.socket:
 
 
 def serve(control: socket.socket) -> dict | None:
-    """Forks for each request; returns None when the tests have ended, and in a fork the request."""
+    """Fork for each request; return None when the tests have ended, and in a fork the request."""
     reports: dict[int, int] = {}
 
     def reap(*_):
         while reports:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:  # another signal came meanwhile, which has reaped the last one
+            except ChildProcessError:  # another signal came meanwhile and reaped the last child
                 return
             if pid == 0:
                 return
@@ -221,7 +221,7 @@ def serve(control: socket.socket) -> dict | None:
 
 
 def become(request: dict, descriptors: list[int]) -> None:
-    """Gives this fork what the request says: streams, session, environment, folder, limits and signals."""
+    """Set up this fork as requested: streams, session, environment, folder, limits and signals."""
     os.setsid()
     for number, descriptor in enumerate(descriptors[:3]):
         os.dup2(descriptor, number)
@@ -230,7 +230,7 @@ def become(request: dict, descriptors: list[int]) -> None:
     for number in request["closed"]:
         os.close(number)
         setattr(sys, ("stdin", "stdout", "stderr")[number], None)  # as Python itself does
-    for number in (signal.SIGCHLD, signal.SIGHUP):  # tests may themselves run under nohup
+    for number in (signal.SIGCHLD, signal.SIGHUP):  # the tests may run under nohup
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in request["ignored"]:
@@ -250,7 +250,7 @@ def become(request: dict, descriptors: list[int]) -> None:
 
 
 def mount_shared_memory(options: str) -> None:
-    """Mounts a tmpfs over /dev/shm that this process and its children alone see."""
+    """Mount a tmpfs over /dev/shm that only this process and its children see."""
     new_mounts = 0x00020000
     if ctypes.CDLL(None, use_errno=True).unshare(new_mounts):
         raise OSError(ctypes.get_errno(), "unshare")
@@ -266,7 +266,7 @@ if __name__ == "__main__":
     line = socket.socket(fileno=int(sys.argv[1]))
     for name in MODULES:
         importlib.import_module(name)
-    sys.modules["PIL.Image"].init()  # imports what reads each format
+    sys.modules["PIL.Image"].init()  # imports the reader of each format
     sys.modules["tiny"].register_classifier()
     gc.freeze()
     if serve(line) is not None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("train", "metrics", "evaluate", "dataset", "transforms", "optimizer", "precision", "model")
-FIRST = {  # tests that most probably see a fault in the file: run before the others
+FIRST = {  # tests that most probably detect a fault in the file: run before the others
     "train": ("test_train", "test_same_run", "test_resume"),
     "metrics": ("test_train", "test_training_numbers", "test_resume"),
     "evaluate": ("test_report", "test_finite", "test_train"),
@@ -62,7 +62,7 @@ SWAPS = {
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: what it does to which line of which file, and the whole text of the file with it."""
+    """One fault: the change, its line and file, and the whole text of the changed file."""
 
     file: str
     line: int
@@ -155,7 +155,7 @@ def drawn(count: int, seed: int) -> list[Mutant]:
 
 
 def tests_for(folder: Path, name: str) -> tuple[list[str], list[str], list[str]]:
-    """Return the files of smoke tests that most probably see the fault, the other smoke tests, and the long tests."""
+    """Return the smoke tests that most probably detect the fault, the other smoke tests, and the long tests."""
     files = sorted((folder / "tests").glob("test_*.py"))
     first = [file for wanted in FIRST[name] for file in files if file.stem == wanted]
     others = [file for file in files if file not in first]
@@ -193,7 +193,7 @@ def outcome(folder: Path, files: list[str], seconds: float) -> str:
 
 
 def _run(folder: Path, files: list[str], report: Path) -> None:
-    """The fork: run pytest until a test fails, write its name down, end."""
+    """Run pytest in the fork until a test fails, write its name to the report, and end."""
     import pytest
 
     class Failed:

@@ -1,6 +1,6 @@
 """The zoo: data sets and networks small enough to train in a second, and the ways to run the program on them.
 
-Shared by all tests. Knows nothing of what they look for.
+All tests share it. Knows nothing of what they test.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import main
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--pretrained=0", "--image_size=33", "--batch_size=16", "--epochs=2"]
 CLASSES = ("coast", "field", "town")
-# What a clock or the memory allocator says: all that may differ between two equal runs.
+# Measured by a clock or the memory allocator: only these may differ between two equal runs.
 MEASURED = {
     "seconds",
     "elapsed",
@@ -49,7 +49,7 @@ MEASURED = {
 
 
 class Classifier(nn.Module):
-    """What a torchvision classifier is made of, in 2,000 weights: `--model=tiny_classifier` once it is registered."""
+    """A torchvision classifier with 2,000 weights: `--model=tiny_classifier` once it is registered."""
 
     def __init__(self, num_classes: int = 1000):
         super().__init__()
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
 
 def register_classifier() -> None:
-    """Makes `Classifier` one of torchvision's models in this process."""
+    """Register `Classifier` as one of torchvision's models in this process."""
 
     def tiny_classifier(*, weights: None = None, **options: int) -> Classifier:
         return Classifier(**options)
@@ -80,7 +80,7 @@ def register_classifier() -> None:
 
 
 class Network(nn.Module):
-    """A convolution and a head; `spoil` makes its gradients infinite when its count of backward passes comes."""
+    """A convolution and a head; `spoil` makes its gradients infinite at that backward pass."""
 
     def __init__(self, spoil=(), classes=3):
         super().__init__()
@@ -104,7 +104,7 @@ def network(seed=0, **options):
 
 
 def subset(count=22, classes=3, seed=0, side=9):
-    """Noise whose brightness tells the class, so that there is something to learn."""
+    """Return noise images with a brightness that depends on the class, so that there is something to learn."""
     from images.stores import DecodedImages
     from images.subsets import Subset
 
@@ -117,7 +117,7 @@ def subset(count=22, classes=3, seed=0, side=9):
 
 
 def identity(image_size: int = 9) -> dict:
-    """The part of a checkpoint that says what it is, of a network with three classes."""
+    """Return the description in a checkpoint of a network with three classes."""
     from pretrained.torchvision_models import preprocessing
     from runs import checkpoint
 
@@ -134,12 +134,12 @@ def identity(image_size: int = 9) -> dict:
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (12, 10)) -> Image.Image:
-    """An RGB image of noise; `size` is (width, height)."""
+    """Return an RGB image of noise; `size` is (width, height)."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
-    """Writes noisy coloured squares as PNG in Intel's layout, equally many of each class."""
+    """Write noisy coloured squares as PNG in Intel's layout, equally many of each class."""
     numbers = np.random.default_rng(7)
     for part, count in (("seg_train", train), ("seg_test", test)):
         for position in range(count):
@@ -157,7 +157,7 @@ def images(folder: Path, part: str = "seg_train") -> list[Path]:
 
 
 def words(data: Path, runs: Path, *more: object, name: str = "run") -> list[str]:
-    """A command line that trains two epochs of three updates, the last of each ragged; `more` wins."""
+    """Return a command line that trains two epochs of three updates, the last batch smaller; `more` wins."""
     return [
         str(word)
         for word in (
@@ -181,7 +181,7 @@ def words(data: Path, runs: Path, *more: object, name: str = "run") -> list[str]
 
 
 def train(data: Path, runs: Path, *more: object, name: str = "run") -> int:
-    """Runs that command line in this process; returns its exit status."""
+    """Run that command line in this process; return its exit status."""
     torch.set_num_threads(1)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -193,7 +193,7 @@ def train(data: Path, runs: Path, *more: object, name: str = "run") -> int:
 
 
 def run_main(argv):
-    """main(argv) in this process, on the CPU unless it says otherwise; returns (exit status, stdout, stderr)."""
+    """Call main(argv) in this process, on the CPU unless argv names a device; return (exit status, stdout, stderr)."""
     out = io.StringIO()
     err = io.StringIO()
     words = [str(word) for word in argv]
@@ -206,7 +206,7 @@ def run_main(argv):
 
 
 def stop_after(patch, updates: int, number: int = signal.SIGINT) -> None:
-    """Sends this process a signal after so many updates of the trainings to come; `patch` is a pytest.MonkeyPatch."""
+    """Send this process a signal after this many updates of later trainings; `patch` is a pytest.MonkeyPatch."""
     import train as training
 
     update_weights = training.update_weights
@@ -227,12 +227,12 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def start(command: list[str], **options) -> forks.Process:
-    """Starts a command line in a process of its own, which may use `tiny_classifier`; see forks.py."""
+    """Start a command line in a process of its own, which may use `tiny_classifier`; see forks.py."""
     return forks.Process(command, env=environment(), **options)
 
 
 class Subprocess:
-    """Stands for the module subprocess where a command starts trainings: they are forks then."""
+    """Replace the module subprocess in a command that starts trainings: they are forks then."""
 
     TimeoutExpired = subprocess.TimeoutExpired
 
@@ -242,7 +242,7 @@ class Subprocess:
 
 
 def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, str]:
-    """Waits for a process; returns its exit status, output and errors. One that hangs fails the test."""
+    """Wait for a process; return its exit status, output and errors. Fail the test if it hangs."""
     try:
         out, errors = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -252,7 +252,7 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str, s
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
-    """Waits until `condition` holds; fails when the process ends before, or never gets there."""
+    """Wait until `condition` is true; fail if the process ends before, or after the time limit."""
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -261,7 +261,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
 
 
 def leaves(value, name: str = ""):
-    """Every tensor and plain value of nested content by its path, what was measured left out."""
+    """Yield every tensor and plain value of nested content with its path, except measured ones."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key not in MEASURED:
@@ -274,7 +274,7 @@ def leaves(value, name: str = ""):
 
 
 def outcome(run: Path) -> dict:
-    """All that a finished run computed: both checkpoints, the metrics, the result, the predictions."""
+    """Return everything that a finished run computed: both checkpoints, the metrics, the result, the predictions."""
     content = {name: torch.load(run / name, weights_only=True) for name in ("last.pt", "best_model.pt")}
     content["metrics"] = metrics(run)
     content["result"] = json.loads((run / "result.json").read_text())
@@ -283,7 +283,7 @@ def outcome(run: Path) -> dict:
 
 
 def assert_equal(one: dict, other: dict) -> None:
-    """Bit for bit, naming the first values that differ."""
+    """Compare bit for bit; name the first values that differ."""
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]][:5] == []
 
@@ -293,17 +293,17 @@ def config(run: Path) -> dict:
 
 
 def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def computed_metrics(run: Path) -> list[dict]:
-    """The same without what was measured: equal for equal runs."""
+    """Return the same without measured values: equal for equal runs."""
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in metrics(run)]
 
 
 def refused(call: Callable, *positional, **options) -> str:
-    """What a call says to the user when it refuses, as it must."""
+    """Return the message of the UserError that a call must raise."""
     from utils import UserError
 
     with pytest.raises(UserError) as error:
@@ -312,7 +312,7 @@ def refused(call: Callable, *positional, **options) -> str:
 
 
 def free_port() -> int:
-    """One that nobody listens on."""
+    """Return a port without a listener."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -333,7 +333,7 @@ _functions: dict[tuple[object, str], Callable] = {}
 
 
 def leave_out_pictures(*_: object) -> None:
-    """The one seam for pictures and pages, which take most of the time of a tiny run and have tests of their own."""
+    """Skip pictures and pages, which take most of the time of a tiny run and have tests of their own."""
     for owner, name in _drawn():
         _functions.setdefault((owner, name), getattr(owner, name))
         setattr(owner, name, lambda *_, **__: None)
@@ -341,7 +341,7 @@ def leave_out_pictures(*_: object) -> None:
 
 @contextlib.contextmanager
 def drawing():
-    """Within it pictures and pages are drawn."""
+    """Draw pictures and pages inside this context."""
     for (owner, name), function in _functions.items():
         setattr(owner, name, function)
     try:

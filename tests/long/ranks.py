@@ -31,7 +31,7 @@ from system import meeting
 
 
 def steady(build):
-    """`build`, with dropout off and with batch statistics that never change."""
+    """Return a `build` with dropout off and with batch statistics that never change."""
 
     def built(*positional, **options):
         network = build(*positional, **options)
@@ -47,7 +47,7 @@ def steady(build):
 
 
 class Counting(nn.parallel.DistributedDataParallel):
-    """Counts the times that all gradients were exchanged."""
+    """Count the exchanges of all gradients."""
 
     exchanges = 0
 
@@ -62,7 +62,7 @@ class Counting(nn.parallel.DistributedDataParallel):
 
 
 def disturbing(update_weights, what, at):
-    """`update_weights`, disturbed at update number `at` (from 1): kill, stop or spoil this process."""
+    """Return `update_weights`, disturbed at update number `at` (from 1): kill, stop or spoil this process."""
     calls = [0]
 
     def disturbed(network, *positional, **options):
@@ -84,7 +84,7 @@ def disturbing(update_weights, what, at):
 
 
 def play(scenario, ranks, attempt):
-    """Runs one command line; returns what this rank saw of it."""
+    """Run one command line; return what this rank observed."""
     update_weights = train.update_weights
     wrapper = nn.parallel.DistributedDataParallel
     trainers = []
@@ -113,7 +113,7 @@ def play(scenario, ranks, attempt):
 
 
 def run(scenarios, folder):
-    """Plays all scenarios in one process group and writes what each rank saw to FOLDER/rankN.json."""
+    """Run all scenarios in one process group and write the observations of each rank to FOLDER/rankN.json."""
     torch.set_num_threads(1)
     assemble.build_model = steady(assemble.build_model)
     assemble.empty_model = steady(assemble.empty_model)
