@@ -412,13 +412,6 @@ def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, n
     assert not (tmp_path / "runs" / "run" / "config.json").exists()
 
 
-def test_unreadable_images_may_be_left_out_and_are_recorded(scenes_folder, tmp_path, run):
-    data = broken_copy(scenes_folder, tmp_path / "data", unreadable)
-    status, out, err = run(words(data, tmp_path, "run", "--skip_unreadable", "--model=tiny_classifier", "--epochs=1"))
-    assert status == 0 and "are left out" in out, err
-    assert len(read(tmp_path / "run", "config.json")["dataset"]["unreadable"]) == 2
-
-
 def test_no_data_names_the_three_ways_to_get_it(tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, _, err = run(["--pretrained", "0"])
@@ -458,12 +451,6 @@ def test_weights_and_checkpoints_that_do_not_fit_are_named(scenes_folder, traine
             ["evaluate", f"--data_dir={scenes_folder}", f"--checkpoint_dir={tmp_path}", f"--checkpoint_name={name}"]
         )
         assert status == 2 and named in err, err
-
-
-def test_an_output_folder_that_cannot_be_written_is_named(scenes_folder, tmp_path, run):
-    (tmp_path / "file").write_text("in the way")
-    status, _, err = run(words(scenes_folder, tmp_path / "file"))
-    assert status == 2 and str(tmp_path / "file") in err and "--checkpoint_dir" in err
 
 
 def test_another_data_sets_classes_are_refused(trained, tmp_path, run):
@@ -520,7 +507,7 @@ def test_a_loss_that_is_not_finite_is_status_1_and_recorded(scenes_folder, tmp_p
     more = ("--learning_rate=1e30", "--optimizer=SGD", "--warmup_epochs=0", "--epochs=3", "--model=tiny_classifier")
     status, _, err = run(words(scenes_folder, tmp_path, "run", *more))
     assert status == 1 and "not finite in epoch" in err and "update" in err and "Traceback" not in err
-    assert "not finite" in read(tmp_path / "run", "failure.json")["reason"]
+    assert "not finite" in read(tmp_path / "run", "failure.json")["reason"] and "--learning_rate" in err
     assert not (tmp_path / "run" / "result.json").exists()
 
 

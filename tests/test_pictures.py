@@ -75,16 +75,6 @@ def test_parts_by_any_usual_name():
     }
 
 
-@pytest.mark.parametrize("train, validation, test", [("Training", None, "Testing"), ("TRAIN", "Valid", "eval")])
-def test_folders_of_parts(tmp_path, train, validation, test):
-    for name in filter(None, (train, validation, test)):
-        classes(tmp_path / name, count=5)
-    found = find_image_set(tmp_path)
-    assert {path.parts[-3] for path, _ in found.train} == {train}
-    assert {path.parts[-3] for path, _ in found.test} == {test}
-    assert {path.parts[-3] for path, _ in found.validation or []} == ({validation} if validation else set())
-
-
 @pytest.mark.parametrize("inner", [".", "pets", "train"])
 def test_one_folder_of_class_folders_is_split_in_three(tmp_path, inner):
     root = tmp_path / "pets"

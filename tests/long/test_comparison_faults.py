@@ -2,9 +2,7 @@
 
 import json
 
-import pytest
 import tiny
-import torch
 from test_main import broken_copy, comparison, words
 
 from command_line import parsing
@@ -46,13 +44,6 @@ def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder,
     file.write_bytes(b"no image")
     status, out, _ = run(["compare", *words(tmp_path / "data", tmp_path, "own"), "--precisions=fp32"])
     assert status == 1 and "cannot be read" in out and "an old one" not in out
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device may have TF32")
-def test_a_precision_that_the_device_lacks_is_shown_with_its_reason(comparison, run):
-    folder, given, _ = comparison
-    status, out, err = run([*given[:-1], "--precisions=fp32,tf32"])
-    assert status == 1 and "TF32: failed: --tf32 is a mode of NVIDIA's Tensor Cores" in " ".join(out.split()), err
 
 
 def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_path, run, monkeypatch):

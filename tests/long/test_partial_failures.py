@@ -5,13 +5,10 @@ In this process. Run it alone: pytest tests/long/test_partial_failures.py
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 
-import pytest
 import tiny
 import torch
 
@@ -144,41 +141,6 @@ def test_report_of_what_is_no_run(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------ exit statuses
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    assert tiny.train(data, runs) == 0
-    return runs
-
-
-def test_predict_says_that_some_files_could_not_be_read(finished, data, tmp_path, capsys):
-    (tmp_path / "bad.png").write_text("no image")
-    words = [f"--checkpoint_dir={finished}", "--checkpoint_name=run", f"--csv={tmp_path / 'p.csv'}"]
-    assert main.main(["predict", *words, str(data / "seg_test"), str(tmp_path / "bad.png")]) == 1
-    said = capsys.readouterr()
-    assert "1 of 7 files could not be read" in said.err and "6 images" in said.out
-    assert len((tmp_path / "p.csv").read_text().splitlines()) == 7
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_predict_leaves_what_it_has(number, finished, data, tmp_path, monkeypatch, capsys):
-    from commands import predict
-
-    calls = []
-    original = predict.probabilities
-
-    def stop_at_the_third(logits):
-        calls.append(1)
-        if len(calls) == 3:
-            os.kill(os.getpid(), number)
-        return original(logits)
-
-    monkeypatch.setattr(predict, "probabilities", stop_at_the_third)
-    words = [f"--checkpoint_dir={finished}", "--checkpoint_name=run", "--batch_size=2", f"--json={tmp_path / 'p.json'}"]
-    assert main.main(["predict", *words, str(data / "seg_train")]) == 128 + number
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"stopped after 4 predictions, which are in {tmp_path / 'p.json'}" in said
-    assert len(json.loads((tmp_path / "p.json").read_text())) == 4
 
 
 def test_check_says_that_some_images_cannot_be_read(tmp_path, capsys):
