@@ -262,6 +262,7 @@ class ScriptTrace(Listener):
         for hook in operators.hooks:
             self._open.callback(hook.remove)
         self._kept = KeptForBackward(self.subject.parameters())
+        self._open.enter_context(_apart_from_transforms(self._kept))
         for mode in (self._kept, functions, operators):
             self._open.enter_context(mode)
 
@@ -357,6 +358,32 @@ class ScriptTrace(Listener):
         if self.finished is None:
             raise Ended
         self.finished(self)
+
+
+@contextlib.contextmanager
+def _apart_from_transforms(kept: KeptForBackward) -> Iterator[None]:
+    """Take the hooks on saved tensors away while a transform of torch.func runs: it refuses them."""
+    graph: Any = torch.autograd.graph
+    refuse = graph.disable_saved_tensors_hooks
+
+    @contextlib.contextmanager
+    def without(error_message: str) -> Iterator[None]:
+        if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None:  # one inside another
+            with refuse(error_message):
+                yield
+            return
+        kept.hooks.__exit__()
+        try:
+            with refuse(error_message):
+                yield
+        finally:
+            kept.hooks.__enter__()
+
+    graph.disable_saved_tensors_hooks = without
+    try:
+        yield
+    finally:
+        graph.disable_saved_tensors_hooks = refuse
 
 
 def in_order(events: list[Event]) -> list[Event]:

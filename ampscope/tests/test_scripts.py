@@ -88,6 +88,13 @@ def test_the_program_starts_as_python_starts_it(tmp_path):
     assert ours.stdout == own.stdout
 
 
+def test_transforms_of_torch_func_run_as_they_do_alone(tmp_path):
+    head = HEAD.replace("for step", "slope = torch.func.vmap(torch.func.grad(lambda row: row.tanh().sum()))\nfor step")
+    seen, report = report_of(write(tmp_path, PLAIN.replace("model(inputs)", "model(slope(inputs))"), head))
+    assert seen.whole and report.findings == []
+    assert torch.autograd.graph.disable_saved_tensors_hooks.__module__ == "torch.autograd.graph"
+
+
 def test_accumulation_is_one_update(tmp_path):
     loop = """
     with torch.autocast("cpu", torch.bfloat16):
