@@ -1,4 +1,4 @@
-"""Which gradients carry the loss scale, and which are left over from the update before."""
+"""Track gradients that carry the loss scale, and gradients left over from the previous update."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ampscope.tensors import address, tensors_in
 
-FAR = 64  # operators between a loss and the scaled one that it is made of
+FAR = 64  # operators to follow from a scaled loss back to the loss
 
 
 @contextlib.contextmanager
 def unseen() -> Iterator[None]:
-    """What runs here is no part of the step: no mode sees it."""
+    """Hide operators in this context from all modes: they do not belong to the step."""
     with torch._C.DisableTorchFunction(), _disable_current_modes(), torch.no_grad():
         yield
 
 
 class Carried:
-    """Follows the gradients of a step from backward pass to optimizer.
+    """Follow the gradients of a step from the backward pass to the optimizer.
 
-    `scaled` are the ids of parameters whose gradients are multiplied by the loss scale, `left` are
-    the parameters whose gradients an optimizer has used and nobody has cleared since.
+    `scaled` are the ids of parameters whose gradients are multiplied by the loss scale, `left` are the parameters whose
+    gradients an optimizer has used and nothing has cleared since.
     """
 
     def __init__(self) -> None:
         self.scaled: set[int] = set()
         self.left: dict[int, torch.Tensor] = {}
-        self._nodes: list[Any] = []  # that made scaled losses
+        self._nodes: list[Any] = []  # nodes that made scaled losses
         self._unscaled: dict[int, list[torch.Tensor]] = {}  # parameters by optimizer, from unscale_ to update
-        self._scaled_gradients: dict[int, torch.Tensor] = {}  # that autograd.grad returned
+        self._scaled_gradients: dict[int, torch.Tensor] = {}  # returned by autograd.grad
 
     def loss_scaled(self, losses: Any) -> None:
         self._nodes += [loss.grad_fn for loss in tensors_in(losses) if loss.grad_fn is not None]
 
     def is_scaled(self, losses: Any) -> bool:
-        """Return whether a loss is made of one that was scaled."""
+        """Return True if a loss was computed from a scaled one."""
         waiting = [loss.grad_fn for loss in tensors_in(losses) if loss.grad_fn is not None]
         for _ in range(FAR):
             if not waiting or not self._nodes:
@@ -59,7 +59,7 @@ class Carried:
         return {id(part): (id(part.grad), part.grad._version) for part in parameters if part.grad is not None}
 
     def went_back(self, before: dict[int, tuple[int, int]], parameters: Sequence[torch.Tensor], scaled: bool) -> bool:
-        """Note a backward pass; return whether it added to gradients that were unscaled already."""
+        """Record a backward pass; return True if it added to gradients that were already unscaled."""
         after = self.versions(parameters)
         changed = {key for key, version in after.items() if before.get(key) != version}
         if scaled:
@@ -75,7 +75,7 @@ class Carried:
         return any(id(part) in self.scaled for part in _parameters_of(optimizer))
 
     def step(self, optimizer: Any) -> bool:
-        """Note a step; return whether it used gradients of the update before once more."""
+        """Record a step; return True if it used gradients of the previous update again."""
         parts = [part for part in _parameters_of(optimizer) if part.grad is not None]
         again = any(id(part) in self.left for part in parts)
         self.left |= {id(part): part for part in parts}
@@ -83,16 +83,16 @@ class Carried:
         return again
 
     def end_update(self) -> None:
-        """After scaler.update."""
+        """Record the end of an update, after scaler.update."""
         self.scaled.clear()
         self._unscaled.clear()
 
     def gradients_made(self, gradients: Any) -> None:
-        """Note what autograd.grad returned of a scaled loss."""
+        """Record the gradients that autograd.grad returned for a scaled loss."""
         self._scaled_gradients |= {address(gradient): gradient for gradient in tensors_in(gradients)}
 
     def misuses(self, op: str, given: list[torch.Tensor]) -> bool:
-        """Return whether an operator computes with scaled gradients before anybody divided them by the scale."""
+        """Return True if an operator computes with scaled gradients before they are unscaled."""
         used = [address(tensor) for tensor in given if address(tensor) in self._scaled_gradients]
         if not used or op in ("detach", "view", "reshape", "alias", "_to_copy"):
             return False
@@ -102,7 +102,7 @@ class Carried:
         return not divided
 
     def is_gradient(self, tensor: torch.Tensor, parameters: Sequence[torch.Tensor]) -> bool:
-        """Return whether a tensor is the gradient, still scaled, of one of these parameters."""
+        """Return True if a tensor is the gradient, still scaled, of one of these parameters."""
         memory = address(tensor)
         return memory > 0 and any(
             id(part) in self.scaled and part.grad is not None and address(part.grad) == memory for part in parameters
@@ -114,7 +114,7 @@ def _parameters_of(optimizer: Any) -> list[torch.Tensor]:
 
 
 def _holds(gradient: torch.Tensor | None) -> bool:
-    """Return whether a gradient has a value that is not zero."""
+    """Return True if a gradient has a nonzero value."""
     if gradient is None:
         return False
     values = gradient._values() if gradient.layout is torch.sparse_coo else gradient

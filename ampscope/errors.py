@@ -1,5 +1,5 @@
-"""What the library raises for its user to read."""
+"""Define the errors that the library raises for its user."""
 
 
 class InspectError(ValueError):
-    """A model, a step or a file does not fit what was asked; the message says what to do."""
+    """The model, the step or a file does not fit the request; the message says what to do."""

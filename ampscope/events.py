@@ -1,4 +1,4 @@
-"""What went wrong in an update of a watched training: find it by repeating the update's calls, say it in words."""
+"""Find the cause of a failed update in a watched training by repeating its calls, and describe it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def finding(
 
 
 def _parameters(models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
-    """Return all parameters, those that are not trained, too."""
+    """Return all parameters, including those that are not trained."""
     return {
         ".".join(word for word in (prefix, name) if word): parameter
         for prefix, part in models.items()
@@ -81,7 +81,7 @@ def _described(models: Mapping[str, nn.Module], origin: Origin | None) -> dict[s
 
 
 def in_words(event: dict[str, Any], *, skipped: bool) -> str:
-    """Return one event in a sentence or four."""
+    """Describe one event in one to four sentences."""
     what = f"skipped at loss scale {event['scale']:,.10g}" if skipped else "not finite"
     text = f"update {event['update']:,} was {what}: "
     if event["weights"]:

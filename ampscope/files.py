@@ -1,4 +1,4 @@
-"""Files that are written whole, and strict JSON."""
+"""Write files atomically, and strict JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO, Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`, and put it in place of `path` when the block succeeds."""
+    """Open a temporary file beside `path`, and rename it to `path` when the block succeeds."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -24,7 +24,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
-    """Return `content` as strict JSON. A number that is not finite, which JSON does not have, becomes null."""
+    """Return `content` as strict JSON. NaN and infinities, which JSON does not have, become null."""
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The largest magnitude of each gradient, update by update, as often as stays cheap; nothing waits for a device."""
+"""Measure the largest magnitude of each gradient, update by update, while it is cheap; nothing waits for a device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-SHARE = 0.005  # of an update, which a look may cost; there may be two
-RARELY = 50  # updates between two looks, at most
-KEPT = 8  # looks that are remembered
-GROWING = 5  # looks that must each have grown
-DRIFT = 100.0  # times the usual largest gradient, reached by growth alone, is worth a word
+SHARE = 0.005  # of an update: the most that a measurement may cost; there may be two
+RARELY = 50  # updates between two measurements, at most
+KEPT = 8  # measurements that are kept
+GROWING = 5  # consecutive measurements that must all have grown
+DRIFT = 100.0  # report growth beyond this multiple of the usual largest gradient
 
 
 class Gradients:
-    """The gradients of some parameters by name, and the order in which they arrive on the way back."""
+    """The gradients of some parameters by name, and their order of arrival in the backward pass."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor]):
         self.parameters = parameters
@@ -32,7 +32,7 @@ class Gradients:
         self._seconds = 0.0
 
     def follow_arrivals(self) -> None:
-        """Learn the order in the first updates."""
+        """Learn the order of arrival in the first updates."""
         self._arrivals = [
             parameter.register_post_accumulate_grad_hook(lambda _, name=name: self._arrived(name))
             for name, parameter in self.parameters.items()
@@ -43,13 +43,13 @@ class Gradients:
         self.order.setdefault(name, len(self.order))
 
     def forget_arrivals(self) -> None:
-        """The order is known."""
+        """Stop learning the order of arrival."""
         for handle in self._arrivals:
             handle.remove()
         self._arrivals = []
 
     def begin(self) -> None:
-        """Note the time at which an optimizer steps."""
+        """Record the time at which an optimizer steps."""
         now = time.perf_counter()
         if self._began is not None:
             self._seconds = now - self._began
@@ -60,18 +60,18 @@ class Gradients:
         return [name for name in names if self.parameters[name].grad is not None]
 
     def first(self, names: list[str]) -> str:
-        """Return the one whose gradient arrives first, which is the nearest to the loss."""
+        """Return the name of the gradient that arrives first, the nearest to the loss."""
         return min(names, key=lambda name: self.order.get(name, len(self.order)))
 
     def last(self, names: list[str]) -> torch.Tensor | None:
-        """Return the gradient that arrives last: what is not finite before it most often reaches it."""
+        """Return the gradient that arrives last: a value that is not finite in an earlier one usually reaches it."""
         key = names[0], names[-1]
         if self._arrivals or key not in self._ends:
             self._ends[key] = self.parameters[max(names, key=lambda name: self.order.get(name, -1))]
         return self._ends[key].grad
 
     def measure(self, names: list[str], update: int, *, always: bool = False) -> torch.Tensor | None:
-        """Return the largest magnitude of each, on the device, unless this update is one to leave out."""
+        """Return the largest magnitude of each, on the device, or None if this update is left out."""
         if not always and update % self.interval:
             return None
         started = time.perf_counter()
@@ -89,8 +89,8 @@ class Gradients:
         return torch.stack([norm.float() for norm in torch._foreach_norm(gradients, torch.inf)])
 
     def remember(self, update: int, names: list[str], measured: torch.Tensor, scale: torch.Tensor | None) -> None:
-        """Keep what was measured at an update; `scale` is the loss scale that is still in it."""
-        if self._ring and self._ring[-1][:2] == (update, names):  # the sum of more micro-batches
+        """Keep the measurement of an update; `scale` is the loss scale that is still in it."""
+        if self._ring and self._ring[-1][:2] == (update, names):  # the sum of several micro-batches
             self._ring.pop()
             self._largest = [entry for entry in self._largest if entry[0] != update]
         self._ring.append((update, names, measured, scale))
@@ -101,7 +101,7 @@ class Gradients:
             self._largest.append((update, largest / factor, names[values.index(largest)]))
 
     def before(self, name: str) -> list[dict[str, float]]:
-        """Return the largest magnitude of one gradient in the updates before, without the loss scale."""
+        """Return the largest magnitude of one gradient in the previous updates, without the loss scale."""
         moved: dict[int, float] = {}
         for update, names, measured, scale in self._ring:
             if name in names:
@@ -110,7 +110,7 @@ class Gradients:
         return [{"update": update, "largest": value} for update, value in moved.items() if value < float("inf")]
 
     def drift(self) -> str | None:
-        """Say how the largest gradient grew, if it did so from look to look, far beyond what was usual."""
+        """Describe the growth of the largest gradient, if it grew at each measurement, far beyond the usual."""
         usual, last = self._largest[:KEPT], self._largest[-GROWING:]
         del self._largest[KEPT:-GROWING]
         if len(self._largest) < 2 * GROWING - 2:
@@ -124,7 +124,7 @@ class Gradients:
 
 
 class Late:
-    """What was measured on a device at one update, read at the next one, so that nothing waits for it."""
+    """A measurement on a device at one update, read at the next one, so that nothing waits for it."""
 
     def __init__(self, update: int, names: list[str], calls: list[Any], **tensors: torch.Tensor | None):
         self.update = update

@@ -1,4 +1,4 @@
-"""One step that a function of the reader's file makes: `ampscope inspect FILE.py:make`."""
+"""Inspect the step that a function of the user's file returns: `ampscope inspect FILE.py:make`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def inspect_module(
 
 @contextmanager
 def made(target: str, device: torch.device | None) -> Iterator[dict[str, Any]]:
-    """Yield what `make` in FILE.py returns, as arguments; the file's folder is searched first for imports meanwhile."""
+    """Yield the result of `make` in FILE.py as keyword arguments; meanwhile the file's folder is first in sys.path."""
     file, name = split_target(target)
     sys.path.insert(0, str(file.parent))
     try:
@@ -110,13 +110,13 @@ def show_layers(
 
 
 def broken_rules(report: Report) -> str:
-    """Return in one sentence which rules are broken."""
+    """Return a sentence that names the broken rules."""
     rules = [f"{finding.rule}{f' ({finding.place})' if finding.place else ''}" for finding in report.findings]
     return f"{len(rules)} {'rule is' if len(rules) == 1 else 'rules are'} broken: {', '.join(rules)}."
 
 
 def split_target(target: str) -> tuple[Path, str]:
-    """The file and the function's name in "FILE.py:make"."""
+    """Return the file and the function's name in "FILE.py:make"."""
     path, colon, name = target.rpartition(":")
     if not colon or not path.endswith(".py"):
         path, name = target, "make"
@@ -129,10 +129,10 @@ def split_target(target: str) -> tuple[Path, str]:
 
 
 def load(file: Path) -> ModuleType:
-    """The user's file as a module. Raises InspectError with the line at which importing it fails."""
+    """Return the user's file as a module. Raise InspectError with the line that fails in importing it."""
     spec = importlib.util.spec_from_file_location(f"inspected_{file.stem}", file)
     if spec is None or spec.loader is None:
-        raise InspectError(f"{printable(file)}: it is no Python file.")
+        raise InspectError(f"{printable(file)}: it is not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
@@ -143,7 +143,7 @@ def load(file: Path) -> ModuleType:
 
 
 def call_make(module: ModuleType, name: str, file: Path) -> Any:
-    """What the function returns."""
+    """Return the result of the function."""
     make = getattr(module, name, None)
     if not callable(make):
         known = [key for key, value in vars(module).items() if callable(value) and value.__module__ == module.__name__]
@@ -156,7 +156,7 @@ def call_make(module: ModuleType, name: str, file: Path) -> Any:
 
 
 def _reason(error: BaseException, file: Path) -> str:
-    """An error in words, with the innermost line of the user's file that led to it."""
+    """Describe an error with the innermost line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
     where = f" ({file.name}:{lines[-1]})" if lines else ""
     text = " ".join(str(error).split())[:300]
@@ -164,7 +164,7 @@ def _reason(error: BaseException, file: Path) -> str:
 
 
 def arguments_of(made: Any) -> dict[str, Any]:
-    """What make() returned as the arguments of inspect_step."""
+    """Return the result of make() as keyword arguments of inspect_step."""
     if isinstance(made, Mapping):
         parts = {ALIASES.get(str(name), str(name)): value for name, value in made.items()}
         unknown = [name for name in parts if name not in KEYS]
@@ -181,7 +181,7 @@ def arguments_of(made: Any) -> dict[str, Any]:
 
 
 def move(parts: dict[str, Any], device: torch.device) -> None:
-    """Models in place, and the batch's tensors, to a device."""
+    """Move models in place, and the batch's tensors, to a device."""
     models = parts["model"]
     for model in models.values() if isinstance(models, Mapping) else [models]:
         if isinstance(model, nn.Module):

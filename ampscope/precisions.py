@@ -1,4 +1,4 @@
-"""The precisions that a step is run in: a name, a 16-bit type, a scaler, and the float32 mode of a GPU."""
+"""Define the precisions of a step: a name, a 16-bit type, a scaler, and the float32 mode of a GPU."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype if self.amp else None, enabled=self.amp)
 
     def grad_scaler(self) -> torch.amp.GradScaler:
-        """Return a scaler, which is enabled for float16 alone."""
+        """Return a scaler, which is enabled for float16 only."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
     def use(self) -> Precision:

@@ -1,4 +1,4 @@
-"""Repeat the calls of a model that led to a value that is not finite, under a trace that names where it arose."""
+"""Repeat the calls of a model that led to a value that is not finite, under a trace that finds its origin."""
 
 from __future__ import annotations
 
@@ -64,17 +64,17 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def finite(tensor: torch.Tensor | None) -> bool:
-    """Return whether all values of a tensor are finite; waits for its device."""
+    """Return True if all values of a tensor are finite; wait for its device."""
     if tensor is None or not (tensor.is_floating_point() or tensor.is_complex()):
         return True
     values = tensor.detach()
     values = values.coalesce().values() if values.is_sparse else values
-    # A sum is finite if every value is, unless it overflows: one pass, and a second one in that case alone.
+    # A sum is finite if all values are, unless it overflows: one pass, and a second one only if it is not finite.
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
 def wrong_inputs(calls: list[Call]) -> str | None:
-    """Say which tensor that went into a model is not finite, and how many of its values; a mask of -inf is meant."""
+    """Name the input tensor of a model that is not finite, and the number of such values; a mask of -inf is allowed."""
     for call in calls:
         for index, tensor in enumerate(tensors_in((call.args, call.kwargs))):
             if finite(tensor):
@@ -88,9 +88,9 @@ def wrong_inputs(calls: list[Call]) -> str | None:
 def first_origin(
     models: Mapping[str, nn.Module], calls: list[Call], *, backward: bool
 ) -> tuple[Origin | None, str | None]:
-    """Return where the first value arose that is not finite, in a forward pass or on the way back, or None.
+    """Return the operator of the first value that is not finite, in a forward or backward pass, or None.
 
-    The way back is repeated from the last call to the first. Buffers, gradients and random numbers stay as they are.
+    The backward pass is repeated from the last call to the first. Buffers, gradients and random numbers do not change.
     The text is the error of a call that cannot be repeated, if there is no origin.
     """
     failed = None
@@ -200,7 +200,7 @@ class Calls:
         for name, model in given.items():
             inner = self.models[name]
             for module in [model] if model is not inner else inner.modules():
-                if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+                if isinstance(module, torch.jit.ScriptModule):  # it accepts no hooks
                     continue
                 self._hooks[id(module)] = [
                     module.register_forward_pre_hook(Hook(self._enter), with_kwargs=True),
@@ -215,7 +215,7 @@ class Calls:
         self._hooks.clear()
 
     def of_update(self) -> list[Call]:
-        """Return the calls of this update; of several optimizers' the calls before the last step, too."""
+        """Return the calls of this update; with several optimizers, also the calls before the last step."""
         return [*self._earlier, *self._calls]
 
     def end(self, *, keep: bool) -> None:
@@ -224,7 +224,7 @@ class Calls:
         self._calls = []
 
     def learnt(self) -> None:
-        """Follow no longer what is called by other modules alone."""
+        """Stop following modules that only other modules call."""
         for key in self._inner - self._outer:
             for hook in self._hooks.pop(key, []):
                 hook.remove()
@@ -239,7 +239,7 @@ class Calls:
             self.busy = False
 
     def _ignored(self) -> bool:
-        """While a call is compiled or repeated, or a checkpoint computes again."""
+        """Return True while a call is compiled or repeated, or a checkpoint computes again."""
         return torch.compiler.is_compiling() or self.busy or torch._C._current_autograd_node() is not None
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""What `inspect_step` found, as text of 80 columns, JSON, pictures and one HTML page."""
+"""Write the results of `inspect_step` as text of 80 columns, JSON, pictures and one HTML page."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from ampscope.words import (
 
 @dataclass
 class Report:
-    """`content` is what inspect.json holds (README.md describes it); `findings` are what broke a rule."""
+    """The results of an inspection. `content` is that of inspect.json (README.md); `findings` are the broken rules."""
 
     content: dict[str, Any]
     everything: list[Finding] = field(default_factory=list)
 
     @property
     def findings(self) -> list[Finding]:
-        """What breaks a rule, in the user's own code or in what was measured."""
+        """Return the broken rules in the user's own code or in the measurements."""
         return [finding for finding in self.everything if finding.level == "finding"]
 
     @property
     def notes(self) -> list[Finding]:
-        """The same in a library's code: reported, but no fault of the user's."""
+        """Return the broken rules in a library's code: they are reported, but are not the user's fault."""
         return [finding for finding in self.everything if finding.level == "note"]
 
     @property
     def ok(self) -> bool:
-        """Whether no rule is broken."""
+        """Return True if no rule is broken."""
         return not self.findings
 
     def __str__(self) -> str:
         return self.text()
 
     def text(self, *, full: bool = False) -> str:
-        """All sections; with `full` every operator of every module."""
+        """Return all sections as text; with `full` every operator of every module."""
         content = self.content
         lines = heading(
             "1. What ran in which dtype",
@@ -144,11 +144,11 @@ class Report:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """What inspect.json holds."""
+        """Return the content of inspect.json."""
         return self.content | {"findings": [finding.record() for finding in self.everything], "ok": self.ok}
 
     def write(self, folder: str | Path) -> list[Path]:
-        """inspect.json, the pictures and inspect.html. Raises InspectError if the folder cannot be written."""
+        """Write inspect.json, the pictures and inspect.html. Raise InspectError if the folder cannot be written."""
         from ampscope.page import write_report_page
         from ampscope.pictures import activation_picture, diary_picture, magnitude_picture, memory_picture
 

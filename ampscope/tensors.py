@@ -1,4 +1,4 @@
-"""Tensors of any kind: those in a nest of containers, the memory behind one, the name of a type."""
+"""Find tensors in nested containers, their memory, and the names of dtypes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """The tensors in any nesting of containers; also in objects that hold them as attributes, one level deep."""
+    """Return the tensors in nested containers, and in objects with tensor attributes, one level deep."""
     found = []
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor):
@@ -32,12 +32,12 @@ def buffers_not_finite(models: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor holds floating-point values: one that is lazy or on the meta device has none."""
+    """Return True if a tensor holds floating-point values: a lazy one or one on the meta device has none."""
     return not nn.parameter.is_lazy(tensor) and not tensor.is_meta and tensor.is_floating_point()
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Of the memory behind a tensor, which views share; 0 if it is empty, -1 if it has none that can be named."""
+    """Return the address of a tensor's memory, which views share; 0 if it is empty, -1 if it has no address."""
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):
@@ -54,5 +54,5 @@ def bytes_of(tensor: torch.Tensor) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As a report writes it, such as float16."""
+    """Return the name of a dtype in a report, such as float16."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Text laid out for a terminal of 80 columns."""
+"""Lay out text for a terminal of 80 columns."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ def printable(text: object) -> str:
 
 
 def paragraph(text: str, mark: str = "") -> list[str]:
-    """The lines of a wrapped text; `mark` stands before the first one and indents the others by its length."""
+    """Return the lines of a wrapped text; `mark` precedes the first one and indents the others by its length."""
     return textwrap.wrap(text, WIDTH, initial_indent=mark, subsequent_indent=" " * len(mark), break_on_hyphens=False)
 
 
 def cut(text: str, width: int = WIDTH) -> str:
-    """The beginning of a text, in at most so many letters."""
+    """Return the beginning of a text, with at most `width` letters."""
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def end_of(text: str, width: int) -> str:
-    """The end of a text, in at most so many letters: of a path or of a module's name the part that tells more."""
+    """Return the end of a text, with at most `width` letters: the end of a path or module name tells more."""
     return text if len(text) <= width else "…" + text[1 - width :]
 
 
 def heading(title: str, how_to_read: str = "") -> list[str]:
-    """An underlined title, and a paragraph on how to read what follows."""
+    """Return an underlined title, and a paragraph on how to read the section."""
     return [title, "-" * len(title), *paragraph(how_to_read)]
 
 
 def table(sides: str, rows: list[list[str]], gap: int = 2) -> list[str]:
-    """Rows of cells as lines, columns set to the left (<) or right (>) by `sides`, and cut where the terminal ends.
+    """Return rows of cells as lines, columns aligned left (<) or right (>) by `sides`, cut at the terminal's width.
 
     A row of one cell is a heading.
     """

@@ -1,4 +1,4 @@
-"""Time a program in processes of its own: as it is written, and with autocast and scaler switched off.
+"""Time a program in processes of its own: as written, and with autocast and scaler switched off.
 
 A process runs the program until enough updates have been timed; its output is not shown.
 """
@@ -26,13 +26,13 @@ MOST = 40  # updates that are timed
 BUDGET = 10.0  # seconds of timed updates, of which there are at least LEAST
 LEAST = 5
 PATIENCE = 120.0  # seconds that a program may take until its first updates, beyond what it took while it was traced
-ENOUGH = 1.05  # a gain below this factor is not worth a word
+ENOUGH = 1.05  # a smaller gain is not mentioned
 PACKAGE = str(Path(__file__).parent.parent)
 START = "import sys; sys.path.insert(0, sys.argv[1]); from ampscope.trial import main; main(sys.argv[2:])"
 
 
 class Timer:
-    """Keep the time of each update after the first ones, and end the program when there are enough."""
+    """Record the time of each update after the first ones, and end the program after enough of them."""
 
     def __init__(self) -> None:
         self.updates = Updates(self._at_end, modules=False)  # hooks would change what torch.compile makes
@@ -64,7 +64,7 @@ class Timer:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Between the first and the last of them lies the middle half."""
+    """Return the first quartile, the median and the third quartile."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -72,14 +72,14 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def _peak() -> int | None:
-    """The most that CUDA's allocator gave out, elsewhere the most memory that the process had."""
+    """Return the peak of CUDA's allocator, or, without CUDA, the peak memory of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resident_peak()
 
 
 def switch_off() -> None:
-    """Let no autocast region be on and no GradScaler be at work in this process."""
+    """Disable every autocast region and GradScaler in this process."""
     enter = torch.autocast.__enter__
     init = torch.amp.GradScaler.__init__
 
@@ -95,7 +95,7 @@ def switch_off() -> None:
 
 
 def main(words: list[str]) -> None:
-    """The process: OUTPUT, "on" or "off", "script" or "module", then the program and its arguments."""
+    """Run a program. `words` are OUTPUT, "on" or "off", "script" or "module", then the program and its arguments."""
     sys.path.remove(PACKAGE)
     output, amp, kind, name, *arguments = words
     if amp == "off":
@@ -111,7 +111,7 @@ def main(words: list[str]) -> None:
 
 
 def measure(program: Program, *, amp: bool, limit: float) -> dict[str, Any]:
-    """Run the program in a process; what `Timer.record` says, or {"error": a reason}."""
+    """Run the program in a process; return the content of `Timer.record`, or {"error": a reason}."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "trial.json"
         words = [str(output), "on" if amp else "off", "module" if program.module else "script"]
@@ -127,7 +127,7 @@ def measure(program: Program, *, amp: bool, limit: float) -> dict[str, Any]:
 
 
 def will_it_pay(program: Program, *, amp: bool, started: float) -> dict[str, Any]:
-    """Times and memory of both ways to run the program, and what follows from them in sentences.
+    """Return times and memory of both ways to run the program, and the conclusions in sentences.
 
     `started` is when the traced run began (time.perf_counter).
     """
@@ -151,7 +151,7 @@ def will_it_pay(program: Program, *, amp: bool, started: float) -> dict[str, Any
 
 
 def in_words(off: dict[str, Any], on: dict[str, Any]) -> list[str]:
-    """What two rows say about the gain, the memory, the loading of batches, and how sure that is."""
+    """Return sentences on the gain, the memory, the loading of batches, and how certain they are."""
     gain = off["seconds"] / on["seconds"]
     overlap = min(off["upper"], on["upper"]) >= max(off["lower"], on["lower"])
     if overlap or 1 / ENOUGH < round(gain, 2) < ENOUGH:

@@ -1,6 +1,6 @@
-"""See the updates of a program that nobody changed: its optimizers, models, scalers and batches, by global hooks.
+"""Observe the updates of an unchanged program by global hooks: its optimizers, models, scalers and batches.
 
-An update ends when each optimizer that takes part in it has stepped. Which ones do is learnt from the first updates.
+An update ends when each optimizer that takes part in it has stepped. The first updates show which ones do.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from torch.utils.data import dataloader
 from ampscope.places import kind_of_file
 from ampscope.subject import Subject, core
 
-FRAMES = 40  # up to which the owner of a called module is looked for
+FRAMES = 40  # to search for the owner of a called module
 
 
 class Listener:
-    """Who wants to know more than the ends of updates: these methods are called as things happen.
+    """An observer of more than the ends of updates: these methods are called for each event.
 
-    With `eager` models of torch.compile run as they were written.
+    With `eager` models of torch.compile run uncompiled.
     """
 
     eager = False
 
     def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A module with parameters is called from outside of any other; not told without Updates' `modules`."""
+        """Handle a call of a module with parameters from outside of any other; requires `modules` of Updates."""
 
     def going_back(self, losses: Any) -> None:
-        """A backward pass begins."""
+        """Handle the start of a backward pass."""
 
     def before_step(self, optimizer: Any) -> None:
-        """An optimizer is about to step."""
+        """Handle an optimizer that is about to step."""
 
     def after_step(self, optimizer: Any) -> None:
-        """An optimizer has stepped."""
+        """Handle an optimizer that has stepped."""
 
     def scaler_stepped(self, scaler: Any, optimizer: Any, *, skipped: bool) -> None:
-        """A call of scaler.step is about to return."""
+        """Handle a call of scaler.step that is about to return."""
 
     def paused(self) -> Any:
-        """Return a context in which a batch is loaded."""
+        """Return a context that batches are loaded in."""
         return contextlib.nullcontext()
 
     def loaded(self, batch: Any) -> None:
-        """A batch was loaded."""
+        """Handle a loaded batch."""
 
 
 class Updates:
@@ -121,7 +121,7 @@ class Updates:
             self._undo.pop()()
 
     def _follow_modules(self) -> None:
-        """Notice which modules are called from outside of any other."""
+        """Follow calls of modules from outside of any other."""
         warnings.filterwarnings("ignore", message="Using `torch.compile.module.` when there are global hooks")
         enter = module_hooks.register_module_forward_pre_hook(self._enter)
         leave = module_hooks.register_module_forward_hook(self._leave, always_call=True)
@@ -129,12 +129,12 @@ class Updates:
         self._undo += [enter.remove, leave.remove]
 
     def forget_modules(self) -> None:
-        """Notice it no longer, which takes time at each call of a module."""
+        """Stop following calls of modules, because this takes time at each call."""
         for handle in self._followed:
             handle.remove()
 
     def wrap(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
-        """Put `around(original, *args, **kwargs)` in the place of a function until the end."""
+        """Replace a function by `around(original, *args, **kwargs)` until the end."""
         original = getattr(owner, name)
 
         @functools.wraps(original)
@@ -151,10 +151,10 @@ class Updates:
         if self._depth == 1 and torch._C._current_autograd_node() is None:
             self.forwards[type(core(module)).__name__] += 1
             first = next(module.parameters(), None)
-            if first is None or first.is_meta:  # a rehearsal that computes nothing
+            if first is None or first.is_meta:  # a rehearsal without computation
                 return
             if id(module) not in self.roots:
-                if any(is_lazy(parameter) for parameter in module.parameters()):  # this call makes its weights
+                if any(is_lazy(parameter) for parameter in module.parameters()):  # this call creates its weights
                     return
                 self.roots[id(module)] = _named(module)
             # PyTorch hands keywords on to hooks of a single module alone; here they are the caller's variable.
@@ -190,13 +190,13 @@ class Updates:
         return result
 
     def _child(self, original: Callable, process: Any, *args: Any, **kwargs: Any) -> Any:
-        """Another process starts; those that load batches do not train."""
+        """Count a new process, unless it loads batches."""
         if getattr(getattr(process, "_target", None), "__name__", "") != "_worker_loop":
             self.children += 1
         return original(process, *args, **kwargs)
 
     def _next_batch(self, original: Callable, loader: Any) -> Any:
-        """A batch is loaded: what the data set computes belongs to no model."""
+        """Load a batch: modules that the data set calls are not the program's models."""
         started = time.perf_counter()
         with self.listener.paused():
             batch = original(loader)
@@ -258,7 +258,7 @@ class Updates:
 
 
 def _fused(optimizer: Any) -> bool:
-    """Whether an optimizer is called at skipped updates, too, and skips them itself."""
+    """Return True if an optimizer is also called at skipped updates, and skips them itself."""
     return bool(getattr(optimizer, "_step_supports_amp_scaling", False))
 
 
@@ -270,7 +270,7 @@ def _found_inf(scaler: Any, optimizer: Any) -> bool:
 
 
 def _named(module: nn.Module) -> tuple[str, nn.Module, nn.Module | None]:
-    """A called module's name where it is called, itself, and the module that it is a part of, if that calls it."""
+    """Return a called module's name in its caller, itself, and the module that contains it, if that calls it."""
     frame: FrameType | None = _callers_frame()
     name = ""
     owner = None
@@ -295,7 +295,7 @@ def _holds(owner: nn.Module, module: nn.Module) -> bool:
 
 
 def _name_in(frame: FrameType, caller: Any, module: nn.Module) -> str:
-    """The variable, or attribute of self, that holds a module."""
+    """Return the variable, or attribute of self, that holds a module."""
     for values in (frame.f_locals, getattr(caller, "__dict__", {}), getattr(caller, "_modules", {})):
         for name, value in [*values.items()]:
             if value is module and name not in ("self", "module"):
@@ -304,7 +304,7 @@ def _name_in(frame: FrameType, caller: Any, module: nn.Module) -> str:
 
 
 class ScriptSubject(Subject):
-    """The models and optimizers that were seen in a program, in the form that a trace reads.
+    """The models and optimizers of an observed program, in the form that a trace reads.
 
     `models` are the modules that the program calls; `called` is False if it calls none with parameters. A module that
     calls them as its own parts, as a Lightning module does, gives them their full names.
@@ -348,4 +348,4 @@ def _unused(name: str, taken: dict[str, Any]) -> str:
 
 
 def _nothing(model: Any, batch: Any) -> None:
-    """Stand for the step: the program itself takes it."""
+    """Do nothing in place of the step: the program itself runs it."""
