@@ -35,7 +35,10 @@ VIT = {
 IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
 LANGUAGE = {"input_ids": IDS, "labels": IDS}
 TEXT = {"input_ids": IDS, "labels": torch.tensor([0, 1])}
-IMAGE = {"pixel_values": torch.zeros(2, 3, 16, 16), "labels": torch.tensor([0, 1])}
+IMAGE = {
+    "pixel_values": torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)),
+    "labels": torch.tensor([0, 1]),
+}
 
 TRANSFORMERS = {
     "BertForMaskedLM": ("BertConfig", SIZES, LANGUAGE),
@@ -72,7 +75,7 @@ TRANSFORMERS = {
             "eos_token_id": 2,
             "decoder_start_token_id": 1,
         },
-        {"input_features": torch.zeros(2, 16, 100), "labels": IDS},
+        {"input_features": torch.randn(2, 16, 100, generator=torch.Generator().manual_seed(0)), "labels": IDS},
     ),
     "GPT2LMHeadModel": ("GPT2Config", {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 128}, LANGUAGE),
     "LlamaForCausalLM": ("LlamaConfig", SIZES, LANGUAGE),
