@@ -10,7 +10,6 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,16 @@ from torch.nn.utils import clip_grad
 from torch.utils.hooks import RemovableHandle
 
 from ampscope.files import json_text
-from ampscope.finite import Lineage, Origin
-from ampscope.memory import of_this_process
+from ampscope.finite import Origin
 from ampscope.places import Place, place_of_caller
-from ampscope.precisions import Precision
-from ampscope.script_trace import Live, ScriptExecution, ScriptFunctions, ScriptOperators
-from ampscope.tensors import address, tensors_in
-from ampscope.tracing import Trace
+from ampscope.script_causes import first_bad, in_words, is_finite, kept, memory, norm_of, wrong_inputs
+from ampscope.tensors import tensors_in
 from ampscope.updates import Listener, ScriptSubject, Updates
 
 SHARE = 0.01  # of an update, which looking at the gradients may cost
 RARELY = 100  # updates between two looks at the loss scale on a GPU, and at most between two at the gradients
 KNOWN = 2  # updates after which every model has been called
 WRITTEN = 1.0  # seconds between two writes of the file
-REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
 
 
 class ScriptWatch(Listener):
@@ -149,11 +144,11 @@ class ScriptWatch(Listener):
             return
         if self._device.type != "cpu":
             self._look_later()
-        elif not all(map(_finite, self._losses)) or not _finite(self._last_gradient(optimizer)):
+        elif not all(map(is_finite, self._losses)) or not is_finite(self._last_gradient(optimizer)):
             self._say(optimizer, None)
         elif self.updates.count % self._interval == 0 and self._norm is None:
             started = time.perf_counter()
-            self._norm = _norm(self._parameters(optimizer))
+            self._norm = norm_of(self._parameters(optimizer))
             bad = self._norm is not None and not math.isfinite(self._norm.item())
             cost = time.perf_counter() - started
             if self.updates.seconds:
@@ -213,7 +208,7 @@ class ScriptWatch(Listener):
         parameters = self._parameters(optimizer)
         if scaler is None:
             self._poisoned = True  # what comes later is this one's doing
-        bad = [part for part in parameters if not _finite(part.grad)]
+        bad = [part for part in parameters if not is_finite(part.grad)]
         # Until the order of their arrival is known, the last to be made is the first on the way back.
         places = {id(part): -index for index, part in enumerate(parameters)} | self._order
         bad.sort(key=lambda part: places[id(part)])
@@ -225,9 +220,9 @@ class ScriptWatch(Listener):
             "scale": self._scale if scaler is not None else None,
             "bad": len(bad),
             "of": len(parameters),
-            "loss_finite": update is None and all(map(_finite, self._losses)),
-            "batch": _wrong_inputs(self._batch, self._calls),
-            "weights": [name for name, part in subject.named_parameters() if not _finite(part)][:3],
+            "loss_finite": update is None and all(map(is_finite, self._losses)),
+            "batch": wrong_inputs(self._batch, self._calls),
+            "weights": [name for name, part in subject.named_parameters() if not is_finite(part)][:3],
             "origin": None,
         }
         if not event["loss_finite"] and not event["weights"]:
@@ -246,10 +241,10 @@ class ScriptWatch(Listener):
         """The operator at which the forward pass stopped being finite; None if that was not in a model."""
         self._repeating = True
         try:
-            with _kept(subject):
+            with kept(subject):
                 for call in self._calls:
                     with contextlib.suppress(Exception):
-                        origin = _first_bad(subject, *call)
+                        origin = first_bad(subject, *call)
                         if origin is not None:
                             return origin
         finally:
@@ -311,7 +306,7 @@ class ScriptWatch(Listener):
     def _read_memory(self) -> int | None:
         """Asking the system takes a hundredth of a short update, so it is asked as often as the file is written."""
         if self._memory is None or time.perf_counter() - self._written > WRITTEN:
-            self._memory = _memory()
+            self._memory = memory()
         return self._memory
 
     def _read_norm(self) -> float | str | None:
@@ -321,100 +316,3 @@ class ScriptWatch(Listener):
             return None
         value = norm.item()
         return value if math.isfinite(value) else str(value)
-
-
-def _finite(tensor: torch.Tensor | None) -> bool:
-    if tensor is None or not tensor.is_floating_point():
-        return True
-    values = tensor.detach()
-    values = values.coalesce().values() if values.is_sparse else values
-    return bool(torch.isfinite(values).all())
-
-
-def _norm(parameters: list[torch.Tensor]) -> torch.Tensor | None:
-    gradients = [part.grad for part in parameters if part.grad is not None and not part.grad.is_sparse]
-    if not gradients:
-        return None
-    with torch.no_grad():
-        return torch.nn.utils.get_total_norm(gradients)
-
-
-def _memory() -> int | None:
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return of_this_process("VmRSS")
-
-
-def _wrong_inputs(batch: Any, calls: list[tuple]) -> str | None:
-    """Which tensor of the batch, or of what went into the models, is not finite, and how many of its values."""
-    for what, tensors in [("the batch", tensors_in(batch)), *(("the input", tensors_in(call[1:3])) for call in calls)]:
-        for index, tensor in enumerate(tensors):
-            if not tensor.is_floating_point() or _finite(tensor):
-                continue
-            count = int((~torch.isfinite(tensor)).sum())
-            if count != int((tensor == -torch.inf).sum()):  # a mask of -inf is meant
-                return f"{what} holds {count:,} values of {tensor.numel():,} that are not finite (its tensor {index})"
-    return None
-
-
-@contextlib.contextmanager
-def _kept(subject: ScriptSubject) -> Iterator[None]:
-    """Put buffers and random numbers back as they were."""
-    buffers = [buffer for model in subject.models.values() for buffer in model.buffers()]
-    values = [(buffer, buffer.detach().clone()) for buffer in buffers]
-    devices = [subject.device] if subject.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-
-def _first_bad(
-    subject: ScriptSubject, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype | None
-) -> Origin | None:
-    """Call a model once more under a trace."""
-    execution = ScriptExecution(subject)
-    trace = Trace(execution, Lineage())
-    live = Live()
-    functions = ScriptFunctions(trace, live)
-    operators = ScriptOperators(trace, functions, subject, live)
-    try:
-        precision = Precision(REGIONS.get(dtype, "fp32"), subject.device)
-        with torch.no_grad(), precision.autocast(), execution._patches(), functions, operators:
-            outputs = module(*args, **kwargs)
-    finally:
-        for hook in operators.hooks:
-            hook.remove()
-    bad = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point() and not _finite(tensor)]
-    found = [trace.lineage.origins[address(tensor)] for tensor in bad if address(tensor) in trace.lineage.origins]
-    return next((origin for origin in found if not origin.intended), None)
-
-
-def in_words(event: dict[str, Any], backward: Place | None) -> str:
-    """One event in a few sentences."""
-    scale = event["scale"]
-    what = "was not finite" if scale is None else f"was skipped at loss scale {scale:,.10g}"
-    text = f"update {event['update']:,} {what}: "
-    if event["weights"]:
-        return text + f"the weights were not finite before it, the first of them {event['weights'][0]}."
-    origin = event["origin"]
-    if event["loss_finite"]:
-        text += f"the loss was finite; {event['parameter']} had the first bad gradient on the way back, "
-        text += f"of {event['bad']} among {event['of']}."
-        if event["bad"] == event["of"] > 1:
-            text += " None is good, so it began in the loss or in the last layer."
-        if scale is not None and scale > 1:
-            text += " The scaler halves its scale and goes on."
-    elif origin is not None:
-        where = f" at {origin['where']}" if origin["where"] else ""
-        text += f"the first {origin['kind']} came out of {origin['op']} in {origin['module'] or 'the model'}{where}"
-        text += f", in {origin['output']}."
-    else:
-        where = f" ({backward})" if backward is not None else ""
-        text += f"the loss was not finite, but what the models put out was: look at the loss{where}."
-    if event["batch"]:
-        text += f" {event['batch'][:1].upper()}{event['batch'][1:]}."
-    return text
