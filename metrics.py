@@ -127,8 +127,14 @@ class Meter:
         self.ranks = ranks
         self.warming = True  # this epoch's peak memory includes what is taken once, such as cuDNN's searches
         self.waiting = Waiting()  # since the epoch began
+        self.stood: float | None = None  # memory in MB before this process's first update; None: unknown
         self._unread: list[UpdateStats] = []
         self._scale_warned = False
+
+    def begin(self, device: torch.device) -> None:
+        """Measure the waiting for processors and the memory from here on, and note the memory that stands already."""
+        self.waiting = Waiting()
+        self.stood = peak_memory(device)["peak_memory_mb"] if reset_peak_memory(device) else None
 
     def add(self, stats: UpdateStats) -> None:
         """Keep the numbers of an update on the device until `read`."""
@@ -199,7 +205,7 @@ class Meter:
         The epoch had images of `size` pixels and trained `trained` tensors.
         """
         memory = peak_memory(device)
-        state.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming)
+        state.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming, stood=self.stood)
         sums = state.sums
         busy = self.waiting.share()
         return {

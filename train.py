@@ -26,7 +26,6 @@ from runs.failures import Failures
 from runs.folder import RunDirectory
 from system.progress import seconds_left
 from system.terminal import duration
-from system.waiting import Waiting
 from utils import Interrupted, StopSignal, progress, seed_everything
 
 
@@ -126,7 +125,7 @@ class Trainer:
         """
         self.last_save = time.monotonic()
         self.begun = time.perf_counter() - self.progress.elapsed
-        self.meter.waiting = Waiting()
+        self.meter.begin(self.batches.device)
         with self.stop:
             if self.progress.epoch < self.plan.epochs:
                 self.frozen_seconds = self.batches.prepare()

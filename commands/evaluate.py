@@ -63,6 +63,7 @@ def evaluate_run(
             "best_val_acc": checkpoint["val_acc"],
             "total_seconds": seconds,
             "train_seconds": None,
+            "training_memory_mb": None,
             "images_per_second": len(data.test) / seconds,
         }
         result = test_result(setup, data, found) | training

@@ -159,6 +159,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         "busy_share": busy_share(at.history),
         "skipped_updates": sum(line["skipped_updates"] for line in at.history),
     }
+    result["training_memory_mb"] = at.training_memory_mb
     result["peak_memory_mb"] = max(result["peak_memory_mb"], at.peak_memory_mb)
     run.write_csv("predictions.csv", predictions(data, found))
     run.write_json("result.json", result)

@@ -35,9 +35,8 @@ def set_ratio(row: dict[str, Any], base: dict[str, Any], name: str, measure: str
 
 def _by_seed(row: dict[str, Any], base: dict[str, Any], measure: str) -> list[float]:
     """Return the ratios of `measure` seed by seed; empty if a value is missing or 0, as memory is on Windows."""
-    own = row[measure]["values"]
-    theirs = base[measure]["values"]
-    if not all([*own, *theirs]):
+    own, theirs = ((part[measure] or {"values": []})["values"] for part in (row, base))
+    if not all([*own, *theirs]) or (len(own), len(theirs)) != (len(row["seeds"]), len(base["seeds"])):
         return []
     one = dict(zip(row["seeds"], own, strict=True))
     other = dict(zip(base["seeds"], theirs, strict=True))

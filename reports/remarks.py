@@ -15,7 +15,11 @@ from reports.ratios import UNCLEAR
 from system.waiting import BUSY
 from utils import printable
 
-_RATIOS = {"speed_up": ("speed-up", "images/s"), "memory_ratio": ("memory ratio", "memory")}
+_RATIOS = {
+    "speed_up": ("speed-up", "images/s"),
+    "memory_ratio": ("memory ratio", "memory"),
+    "training_memory_ratio": ("ratio of training memory", "values of training memory"),
+}
 FAR_APART = 0.25  # of a run's epochs: mention a larger distance between the tested epochs
 _SIZES = ("image_size", "start_size", "augment")  # options that change the size at which the same images are cached
 
@@ -28,6 +32,7 @@ def remarks(rows: list[dict[str, Any]], runs: list[dict[str, Any]]) -> list[str]
         if row["difference"]:
             base, own = ([run for run in runs if run["label"] == row[key]] for key in ("against", "label"))
             sentences += _choice_of_epoch(base, own)
+    sentences += _training_memory(rows)
     return [printable(text) for text in sentences]
 
 
@@ -39,6 +44,21 @@ def _busy_machines(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"The machine was busy: times are not comparable ({', '.join(lost)} of the time waiting for processors that "
         "other programs used)."
+    ]
+
+
+def _training_memory(rows: list[dict[str, Any]]) -> list[str]:
+    """Say what the trainings themselves took of the memory, which libraries and decoded images outweigh on a CPU."""
+    taken = []
+    for row in rows:
+        if row["training_memory_mb"]:
+            ratio = row["training_memory_ratio"]
+            against = f", {ratio:.2f}× FP32" if ratio is not None and row["precision"] != "fp32" else ""
+            taken.append(f"{row['training_memory_mb']['median']:,.0f} MB ({row['label']}{against})")
+    if not taken:
+        return []
+    return [
+        f"Of the memory, the training itself (peak less what stood before the first update) took {', '.join(taken)}."
     ]
 
 

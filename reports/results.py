@@ -244,9 +244,9 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
 
     It holds config (of the first run), devices, rows, remarks (sentences), and differences (options that differ between
     runs, except those in `may_differ`). A row holds the runs of one label: the spread of each measurement, the reasons
-    of failures, and, against the FP32 runs of the same model and device, `speed_up` (of images/s), `memory_ratio` and
-    `difference` (of accuracy). A ratio is the median over seeds, None if it may not be stated; `ratios` holds those of
-    each seed (reports/ratios.py).
+    of failures, and, against the FP32 runs of the same model and device, `speed_up` (of images/s), `memory_ratio`,
+    `training_memory_ratio` and `difference` (of accuracy). A ratio is the median over seeds, None if it may not be
+    stated; `ratios` holds those of each seed (reports/ratios.py).
     """
     tell_apart(runs)
     order = list(PRECISIONS)
@@ -269,6 +269,7 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
                 busy = row is not base and max(row["busy_share"], base["busy_share"]) > BUSY
                 set_ratio(row, base, "speed_up", "images_per_second", busy=busy)
             set_ratio(row, base, "memory_ratio", "memory_mb")
+            set_ratio(row, base, "training_memory_ratio", "training_memory_mb")
             row["against"] = base["label"]
             row["difference"] = None if row is base else _difference(base, row)
     configs = [run["config"] for run in runs if run["options"]]
@@ -288,7 +289,8 @@ def compare_runs(runs: list[dict[str, Any]], may_differ: Collection[str] = ()) -
 
 def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
     finished = [run for run in runs if run["result"]]
-    keys = ("test_acc", "peak_memory_mb", "reserved_memory_mb", "total_seconds", "train_seconds", "images_per_second")
+    memory = ("peak_memory_mb", "reserved_memory_mb", "training_memory_mb")
+    keys = ("test_acc", *memory, "total_seconds", "train_seconds", "images_per_second")
     return {
         **{name: runs[0][name] for name in ("label", "precision", "model", "device_name")},
         "runs": [str(run["directory"]) for run in finished],
@@ -298,6 +300,7 @@ def _row(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "busy_share": max((run["result"].get("busy_share") or 0.0 for run in finished), default=0.0),
         "speed_up": None,
         "memory_ratio": None,
+        "training_memory_ratio": None,
         "ratios": {},
         "against": None,
         "difference": None,

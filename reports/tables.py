@@ -23,7 +23,9 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     right = int(images[true == predicted].sum())
     total = int(images.sum())
     low, high = wilson(right, total)
-    training = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
+    time = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
+    taken = result.get("training_memory_mb")
+    training = f", the training itself {taken:,.0f} MB" if taken else ""
     flip = ("Test-time flip", "on", "mean logits of each image and its mirror image")
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
@@ -35,9 +37,9 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         *([flip] if result.get("tta") == "flip" else []),
         *_other_figures(result),
         (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),
-        ("Time", duration(result["total_seconds"]), f"{training}{result['images_per_second']:,.1f} images/s"),
+        ("Time", duration(result["total_seconds"]), f"{time}{result['images_per_second']:,.1f} images/s"),
         *_busy(result),
-        ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}"),
+        ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}{training}"),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
     ]
 
@@ -113,6 +115,7 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
         "Speed-up",
         "Memory ratio",
         "Time without evaluation",
+        "Training memory",
     ]
     longest = max((row["total_seconds"]["median"] for row in rows if row["total_seconds"]), default=0)
     divisor, unit = time_unit(longest)
@@ -137,6 +140,7 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
                     measured(row["images_per_second"], ",.0f" if row["images_per_second"]["median"] >= 100 else ".1f"),
                     *(_ratio(row, name) for name in ("speed_up", "memory_ratio")),
                     measured(row["train_seconds"], ".1f", divisor, unit),
+                    measured(row["training_memory_mb"], ".0f", 1, "MB"),
                 ]
             )
         for failure in row["failures"]:
@@ -219,7 +223,8 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
     if settings.get("freeze_epochs") == "all":
         rate += " (if the frozen network is computed once: of all epochs, with the time that this takes)"
     lines.append(
-        f"Images/s is {rate}; speed-up compares it, and the memory ratio peak memory, with FP32, seed by seed."
+        f"Images/s is {rate}; speed-up compares it, and the memory ratio peak memory, with FP32, seed by seed. "
+        "Training memory is the peak less what stood before the first update."
     )
     lines += [*spread_over_seeds(comparison), *comparison["remarks"]]
     lines += [

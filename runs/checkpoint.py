@@ -45,29 +45,49 @@ class Progress:
     elapsed: float = 0.0
     # Peak memory in MB for each image size and number of trained tensors; epochs that warmed up are kept apart.
     peaks: dict[tuple[int, int, bool], float] = field(default_factory=dict)
+    # The same, less the memory that stood before the first update.
+    training_peaks: dict[tuple[int, int, bool], float] = field(default_factory=dict)
 
     @property
     def peak_memory_mb(self) -> float:
-        """Return the largest peak of an epoch.
+        """Return the largest peak of an epoch that counts."""
+        return self._largest(self.peaks)
+
+    @property
+    def training_memory_mb(self) -> float | None:
+        """Return what the training itself took: that peak less what stood before the first update; None: unknown."""
+        return self._largest(self.training_peaks) or None
+
+    @staticmethod
+    def _largest(peaks: dict[tuple[int, int, bool], float]) -> float:
+        """Return the largest of these peaks that counts; 0 without peaks.
 
         Warm-up takes extra memory once, such as cuDNN's searches. A warm-up epoch counts only if no steady one had
         images as large and trained as many layers: with growing images there may be a single epoch of full size.
         """
-        steady = [kind for kind in self.peaks if not kind[2]]
+        steady = [kind for kind in peaks if not kind[2]]
 
         def counts(size: int, trained: int, warming: bool) -> bool:
             return not warming or not any(size <= other[0] and trained <= other[1] for other in steady)
 
-        return max((peak for kind, peak in self.peaks.items() if counts(*kind)), default=0.0)
+        return max((peak for kind, peak in peaks.items() if counts(*kind)), default=0.0)
 
-    def note_peak(self, size: int, trained: int, megabytes: float, *, warming: bool) -> None:
-        """Record the peak memory of an epoch with images of `size` pixels and `trained` trained tensors."""
+    def note_peak(
+        self, size: int, trained: int, megabytes: float, *, warming: bool, stood: float | None = None
+    ) -> None:
+        """Record the peak memory of an epoch with images of `size` pixels and `trained` trained tensors.
+
+        `stood` is the memory that this process held before its first update; None: unknown.
+        """
         kind = (size, trained, warming)
         self.peaks[kind] = max(megabytes, self.peaks.get(kind, 0.0))
+        if stood is not None:
+            self.training_peaks[kind] = max(round(megabytes - stood, 1), self.training_peaks.get(kind, 0.0))
 
     @classmethod
     def restored(cls, stored: dict[str, Any]) -> Progress:
         """Restore from a checkpoint. Raise TypeError or ValueError if fields are unknown or missing."""
+        stored = {"training_peaks": {}, **stored}  # which runs of earlier versions did not note
         found = cls(**stored)
         if len(stored) < len(vars(found)):
             raise ValueError("the progress is incomplete")

@@ -4,8 +4,8 @@ Of the test: a number for each of choices.METRICS (test_acc, balanced_acc and ma
 macro and per_class (shares: precision, recall, f1; support), classes, confusion (true by predicted class; or
 `confusion_cells`), calibration_error. Of the training: best_epoch, best_val_acc (percent; None: not validated),
 total_seconds, train_seconds (None: only tested), images_per_second, busy_share (share of the time lost to other
-programs; None: unknown), skipped_updates. Of the machine: precision, device, device_name, peak_memory_mb,
-reserved_memory_mb, memory_kind.
+programs; None: unknown), skipped_updates. Of the machine: precision, device, device_name, memory_kind,
+peak_memory_mb, reserved_memory_mb, training_memory_mb (peak less what stood before the first update; None: unknown).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_result(result: dict[str, Any]) -> None:
     """Raise ValueError, KeyError or TypeError if an entry that tables and pictures need is missing or wrong."""
     tested_alone = result["train_seconds"] is None
     numbers = [result[name] for name in NUMBERS if not (tested_alone and name in OF_TRAINING and result[name] is None)]
-    numbers.append(result.get("busy_share") or 0.0)
+    numbers += [result.get(name) or 0.0 for name in ("busy_share", "training_memory_mb")]
     rows = [result["per_class"][name] for name in result["classes"]]
     numbers += [row[name] for row in rows for name in (*SHARES, "support")]
     cells = confusion_cells(result)

@@ -205,15 +205,18 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peak: the allocator's on CUDA and XPU, the process's on Linux (if the kernel allows it)."""
+def reset_peak_memory(device: torch.device) -> bool:
+    """Reset the peak: the allocator's on CUDA and XPU, the process's on Linux. Return False if the system refuses."""
     if device.type in GPUS:
         import torch
 
         getattr(torch, device.type).reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def peak_memory(device: torch.device) -> dict[str, Any]:

@@ -37,7 +37,7 @@ METRICS = (
 RESULT = (
     "test_acc balanced_acc macro_f1 macro test_loss best_epoch best_val_acc total_seconds images_per_second busy_share "
     "peak_memory_mb memory_kind precision device classes per_class confusion reserved_memory_mb device_name "
-    "train_seconds skipped_updates calibration_error tta"
+    "train_seconds skipped_updates calibration_error tta training_memory_mb"
 )
 
 
@@ -71,6 +71,7 @@ def test_a_run_writes_what_the_contract_says(trained, name):
     assert [line["updates"] for line in lines] == [lines[0]["updates"] * line["epoch"] for line in lines]
     assert result["precision"] == name and result["device"] == "cpu" and result["classes"] == CLASSES
     assert result["memory_kind"] == "process resident peak" and result["peak_memory_mb"] > 50
+    assert (result["training_memory_mb"] or 0) < result["peak_memory_mb"]
     assert 0 < result["train_seconds"] <= result["total_seconds"]
     best = max(lines, key=lambda line: line["val_acc"])
     assert (result["best_epoch"], result["best_val_acc"]) == (best["epoch"], best["val_acc"])

@@ -256,6 +256,21 @@ def test_mcnemar_matches_by_path_not_by_order(tmp_path):
 # Comparison
 
 
+def test_training_memory_stands_beside_the_peak_of_the_process(tmp_path):
+    folders = [make_run(tmp_path / "fp32"), make_run(tmp_path / "amp", "amp-bf16"), make_run(tmp_path / "old", "tf32")]
+    for folder, taken in zip(folders, (1200.0, 700.0), strict=False):  # the third was written by an earlier version
+        result = json.loads((folder / "result.json").read_text()) | {"training_memory_mb": taken}
+        (folder / "result.json").write_text(json.dumps(result))
+    _, comparison = compare(*folders)
+    ratios = {row["precision"]: row["training_memory_ratio"] for row in comparison["rows"]}
+    assert ratios == {"fp32": 1, "tf32": None, "amp-bf16": pytest.approx(700 / 1200)}
+    assert {row["memory_ratio"] for row in comparison["rows"]} == {1}
+    said = "took 1,200 MB (ResNet18 FP32), 700 MB (ResNet18 AMP bfloat16, 0.58× FP32)."
+    assert comparison["remarks"][-1].endswith(said)
+    header, lines = tables.table_cells(comparison)
+    assert [line[header.index("Training memory")] for line in lines] == ["1200 MB", "–", "700 MB"]
+
+
 def test_comparison_of_two_precisions(tmp_path):
     truth = [0, 1] * 50
     _, comparison = compare(

@@ -22,7 +22,7 @@ from model import Network as Watched
 from model import StepModel, update_ema
 from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
 from precision import Precision
-from runs.checkpoint import load_checkpoint
+from runs.checkpoint import Progress, load_checkpoint
 from runs.folder import RunDirectory
 from train import Plan, Recipe, Trainer, update_weights
 from transforms import Preprocess
@@ -342,10 +342,20 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
 
 
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch):
-    readings = iter((900.0, 500.0, 800.0, 120.0))
+    readings = iter((90.0, 900.0, 500.0, 800.0, 120.0))  # before the first update, and in each epoch
+    monkeypatch.setattr("metrics.reset_peak_memory", lambda device: True)
     monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": next(readings)})
     run = trained(tmp_path, epochs=4, freeze_epochs=2, heads=("head",))
-    assert run.progress.peak_memory_mb == 500
+    assert run.progress.peak_memory_mb == 500 and run.progress.training_memory_mb == 500 - 90
+
+
+def test_training_memory_is_unknown_if_the_system_begins_no_new_peak_and_in_runs_of_earlier_versions(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metrics.reset_peak_memory", lambda device: False)
+        run = trained(tmp_path, epochs=1)
+    assert run.progress.peak_memory_mb > 0 and run.progress.training_memory_mb is None
+    stored = {name: value for name, value in vars(run.progress).items() if name != "training_peaks"}
+    assert Progress.restored(stored).training_memory_mb is None
 
 
 def test_saving_is_no_training_time(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ MEASURED = {
     "busy_share",
     "peak_memory_mb",
     "reserved_memory_mb",
+    "training_memory_mb",
     "epoch_seconds",
     "epoch_waited",
     "total_seconds",
@@ -45,6 +46,7 @@ MEASURED = {
     "frozen_seconds",
     "steady",
     "peaks",
+    "training_peaks",
 }
 
 
