@@ -18,7 +18,6 @@ import option
 from command_line.groups import Computing, grouped
 from command_line.idle import about_division
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
-from command_line.parsing import training_words
 from dataset import Batches
 from distributed import Ranks
 from features.cpu_layers import adapt_to_cpu
@@ -169,10 +168,6 @@ class Setup:
             return {name: self.checkpoint[name] for name in ("mean", "std", "interpolation")}
         own = preprocessing(self.checkpoint["model_name"] if self._uses_checkpoint else self.asked.model.model)
         return own if normalize == "imagenet" else {**own, "mean": [0.0] * 3, "std": [1.0] * 3}
-
-    def training_words(self) -> list[str]:
-        """The training options as words of a command line, less what each run of a comparison sets itself."""
-        return training_words(self.asked.flat)
 
     def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
         """The data set, decoded; the demo's scenes are drawn first if they are missing.

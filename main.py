@@ -6,8 +6,6 @@ it, so that `--help` and wrong options answer at once.
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import multiprocessing
 import os
 import signal
@@ -17,11 +15,12 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import utils
-from command_line import idle
+from command_line import groups, idle
 from command_line.failures import explain
+from command_line.groups import grouped, take
 from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
@@ -58,8 +57,8 @@ def main(argv: Sequence[str]) -> int:
         utils.on_stop(_terminate)
         meeting.join(ranks)
         with utils.importing():
-            function = entry(options.command)
-        call(function, options, ranks)
+            run_command = action(options, ranks)
+        run_command()
         return 0
     except (Exception, KeyboardInterrupt, Stopped) as error:
         status, reason = explain(error, options.command, vars(options))
@@ -109,24 +108,50 @@ def _end_workers(others: set[BaseProcess]) -> None:
         signal.signal(signal.SIGCHLD, heard or signal.SIG_DFL)
 
 
-def entry(command: str) -> Callable[..., None]:
-    """Return the function that does a command; its keyword-only parameters are names of options."""
-    if command == "train":
-        return train
-    module = importlib.import_module(f"commands.{command}")
-    return getattr(module, "evaluate_run" if command == "evaluate" else command)
+def action(options: Namespace, ranks: Ranks) -> Callable[[], None]:
+    """Import the module of the command, and torch if it needs it; return the call that runs the command."""
+    match options.command:
+        case "prepare":
+            from commands.prepare import prepare
 
+            return partial(prepare, take(groups.Preparation, options))
+        case "report":
+            from commands.report import report
 
-def call(function: Callable[..., None], options: Namespace, ranks: Ranks) -> None:
-    """Call a command with the options that it names, and with the Setup if it asks for one."""
-    names = inspect.signature(function).parameters
-    values: dict[str, Any] = {name: getattr(options, name) for name in names if name != "setup"}
-    if "setup" in names:
-        with utils.importing():
-            from assemble import Setup
+            return partial(report, take(groups.Place, options))
+        case "doctor":
+            from commands.doctor import doctor
 
-        values["setup"] = Setup(options, ranks)
-    function(**values)
+            return partial(doctor, take(groups.Examination, options))
+        case "compare":
+            from commands.compare import compare
+
+            return partial(compare, grouped(options), take(groups.Comparison, options))
+    from assemble import Setup
+
+    setup = Setup(options, ranks)
+    match options.command:
+        case "evaluate":
+            from commands.evaluate import evaluate_run
+
+            return partial(evaluate_run, setup, take(groups.Evaluation, options))
+        case "predict":
+            from commands.predict import predict
+
+            return partial(predict, setup, take(groups.Prediction, options))
+        case "inspect":
+            from commands.inspect import inspect
+
+            return partial(inspect, setup, take(groups.Inspection, options))
+        case "export":
+            from commands.export import export
+
+            return partial(export, setup, take(groups.Export, options))
+        case "audit":
+            from commands.audit import audit
+
+            return partial(audit, setup, take(groups.Auditing, options))
+    return partial(train, setup)
 
 
 def train(setup: Setup) -> None:

@@ -126,6 +126,101 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """The options of `compare` alone."""
+
+    precisions: list[str] | None
+    seeds: int
+    ladder: bool
+    report_only: bool
+    runs: list[str] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The options of `evaluate` alone."""
+
+    precisions: list[str] | None
+    out: str | None
+    csv: str | None
+    json: str | None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The options of `predict` alone."""
+
+    inputs: list[str]
+    top_k: int
+    csv: str | None
+    json: str | None
+    contact_sheet: str | None
+    explain: str | None
+
+
+@dataclass(frozen=True)
+class Auditing:
+    """The option of `audit` alone."""
+
+    folds: int
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The options of `doctor`."""
+
+    device: str
+    model: str
+    image_size: int | None
+    batch_size: int | None
+    data_dir: str | None
+    json: str | None
+    ladder: bool
+    out: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The options of `inspect` alone."""
+
+    module: str | None
+    script: str | None
+    inputs: list[str] | None
+    precisions: list[str] | None
+    diary: str | None
+    out: str
+    full: bool
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The options of `prepare`; the last thing to do, a check, needs no option of its own."""
+
+    data_dir: str
+    demo: bool
+    archive: str | None
+    archive_encoding: str | None
+    download: bool
+    clean: bool
+    train_images: int
+    test_images: int
+    seed: int
+    labels: str | None
+    window: str
+    max_megapixels: float
+    json: str | None
+
+
+@dataclass(frozen=True)
+class Export:
+    """The options of `export` alone."""
+
+    out: str | None
+    safetensors: bool
+
+
+@dataclass(frozen=True)
 class Asked:
     """Everything that one command line asks for."""
 

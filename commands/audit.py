@@ -16,7 +16,7 @@ import numpy as np
 
 from assemble import draw_scenes
 from command_line.kinds import seconds_of
-from command_line.parsing import precision_words
+from command_line.parsing import precision_words, training_words
 from commands.compare import plan, train_all
 from images.decode import Rules, ahead, try_decode, windows_of
 from images.folders import Listing
@@ -30,29 +30,19 @@ from utils import UserError, log, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup
+    from command_line.groups import Auditing
 
 
-def audit(
-    setup: Setup,
-    *,
-    folds: int,
-    checkpoint_dir: str,
-    checkpoint_name: str,
-    data_dir: str,
-    demo: bool,
-    labels: str | None,
-    group: str | None,
-    window: str,
-    max_megapixels: float,
-    seed: int,
-    overwrite: bool,
-    max_time: str | None,
-) -> None:
+def audit(setup: Setup, own: Auditing) -> None:
     """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
-    folder = Path(checkpoint_dir) / (checkpoint_name or "audit")
-    if demo:
-        draw_scenes(data_dir, setup.asked.computing.device)
-    image_set = list_images(data_dir, labels=labels, group=group)
+    asked = setup.asked
+    seed = asked.model.seed
+    overwrite = asked.place.overwrite
+    max_time = asked.recording.max_time
+    folder = Path(asked.place.checkpoint_dir) / (asked.place.checkpoint_name or "audit")
+    if asked.data.demo:
+        draw_scenes(asked.data.data_dir, asked.computing.device)
+    image_set = list_images(asked.data.data_dir, labels=asked.data.labels, group=asked.data.group)
     if len(image_set.classes) > PROBABILITIES:
         raise UserError(
             f"audit needs the probability of each class, which a run writes of at most {PROBABILITIES:,}; there are "
@@ -60,10 +50,10 @@ def audit(
         )
     listing = image_set.train
     names = [path.relative_to(image_set.root).as_posix() for path, _ in listing]
-    same = _same_pictures(listing, Rules(max_megapixels, windows_of(window)))
+    same = _same_pictures(listing, Rules(asked.reading.max_megapixels, windows_of(asked.reading.window or "data")))
     groups = in_groups(image_set.groups.get(path) for path, _ in listing)
-    own = np.array([label for _, label in listing])
-    fold_of = cut(own, united(same + groups, len(listing)), folds, seed, grouped=bool(groups))
+    labels = np.array([label for _, label in listing])
+    fold_of = cut(labels, united(same + groups, len(listing)), own.folds, seed, grouped=bool(groups))
     others = [
         path.relative_to(image_set.root).as_posix()
         for part in ("test", "validation")
@@ -73,15 +63,15 @@ def audit(
     precision = setup.precision.name
     planned = []
     for fold in range(fold_of.max() + 1):
-        parts = _parts(own, fold_of == fold, united(same + groups, len(listing)), seed)
+        parts = _parts(labels, fold_of == fold, united(same + groups, len(listing)), seed)
         file = folder / f"fold-{fold + 1}.csv"
-        text = _table(names, [image_set.classes[label] for label in own], parts, others)
+        text = _table(names, [image_set.classes[label] for label in labels], parts, others)
         _write_once(file, text, overwrite)
-        words = [*setup.training_words(), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
+        words = [*training_words(asked.flat), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
         planned.append(plan(folder / f"fold-{fold + 1}", precision, words, overwrite=overwrite))
     train_all(planned, max_seconds=seconds_of(max_time) if max_time else None)
-    copies = [[names[place] for place in places] for places in same if len(set(own[places])) > 1]
-    report_audit([run.folder for run in planned], folder, Path(data_dir), copies)
+    copies = [[names[place] for place in places] for places in same if len(set(labels[places])) > 1]
+    report_audit([run.folder for run in planned], folder, Path(asked.data.data_dir), copies)
 
 
 def _same_pictures(listing: Listing, rules: Rules) -> list[list[int]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from assemble import draw_scenes
 from command_line.kinds import seconds_of
-from command_line.parsing import parse, precision_words
+from command_line.parsing import parse, precision_words, training_words
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
@@ -44,7 +44,7 @@ from utils import (
 )
 
 if TYPE_CHECKING:
-    from assemble import Setup
+    from command_line.groups import Asked, Comparison
 
 
 PATIENCE = 60.0  # seconds in which a training whose comparison was killed may save and end
@@ -62,42 +62,29 @@ class Planned:
     epochs: int
 
 
-def compare(
-    setup: Setup,
-    *,
-    checkpoint_dir: str,
-    checkpoint_name: str,
-    demo: bool,
-    device: str,
-    ladder: bool,
-    precisions: list[str] | None,
-    seed: int,
-    seeds: int,
-    overwrite: bool,
-    max_time: str | None,
-    report_only: bool,
-    runs: list[str] | None,
-) -> None:
+def compare(asked: Asked, own: Comparison) -> None:
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
-    folder = Path(checkpoint_dir) / (checkpoint_name or "comparison")
-    if ladder:
+    folder = Path(asked.place.checkpoint_dir) / (asked.place.checkpoint_name or "comparison")
+    if own.ladder:
         raise UserError("the ladder trains no run and is measured by: python main.py doctor --ladder")
-    if runs:
-        report_runs([Path(run) for run in runs], folder)
+    if own.runs:
+        report_runs([Path(run) for run in own.runs], folder)
         return
-    if not report_only:
-        if demo:
-            draw_scenes(setup.asked.data.data_dir, device)
+    if not own.report_only:
+        device = asked.computing.device
+        max_time = asked.recording.max_time
+        if asked.data.demo:
+            draw_scenes(asked.data.data_dir, device)
         run_all(
             folder,
-            precisions or sensible_precisions(choose_device(device, use=False)),
-            [seed + extra for extra in range(seeds)],
-            setup.training_words(),
-            overwrite=overwrite,
+            own.precisions or sensible_precisions(choose_device(device, use=False)),
+            [asked.model.seed + extra for extra in range(own.seeds)],
+            training_words(asked.flat),
+            overwrite=asked.place.overwrite,
             max_seconds=seconds_of(max_time) if max_time else None,
         )
     failed = report_runs(run_folders(folder), folder)
-    if failed and not report_only:
+    if failed and not own.report_only:
         raise RunError(f"not all runs finished; the table shows the others. {'; '.join(failed)}.")
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ampscope.timing import wait
+from command_line.groups import Examination
 from dataset import Batches
 from images.opening import Opening, open_data_set
 from images.stores import StreamedImages
@@ -39,28 +40,23 @@ from transforms import Preprocess
 from utils import RunError, UserError, choose_device, printable
 
 
-def doctor(
-    *,
-    device: str,
-    model: str,
-    image_size: int | None,
-    batch_size: int | None,
-    data_dir: str | None,
-    json: str | None,
-    ladder: bool,
-    out: str,
-) -> None:
-    """Print what this machine can do and what to expect of AMP on it, or with `ladder` what each step brings."""
-    if ladder:
-        climb_and_report(choose_device(device), Path(out), model, image_size or 256, batch_size or 256)
+def doctor(asked: Examination) -> None:
+    """Print what this machine can do and what to expect of AMP on it, or with --ladder what each step brings."""
+    device = choose_device(asked.device)
+    if asked.ladder:
+        climb_and_report(device, Path(asked.out), asked.model, asked.image_size or 256, asked.batch_size or 256)
         return
-    refuse_missing_folders(json)
+    refuse_missing_folders(asked.json)
     findings = examine(
-        choose_device(device), image_size=image_size, batch_size=batch_size, model_name=model, data_dir=data_dir
+        device,
+        image_size=asked.image_size,
+        batch_size=asked.batch_size,
+        model_name=asked.model,
+        data_dir=asked.data_dir,
     )
     print(doctor_text(findings))
-    if json:
-        write_text(Path(json), json_text(findings, indent=1))
+    if asked.json:
+        write_text(Path(asked.json), json_text(findings, indent=1))
 
 
 def examine(

@@ -25,19 +25,19 @@ from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup
+    from command_line.groups import Evaluation as Options
     from images.subsets import DataSet
 
 
-def evaluate_run(
-    setup: Setup, *, precisions: list[str] | None, out: str | None, csv: str | None, json: str | None
-) -> None:
-    """Print the test's summary, or with `precisions` one line for each and which predictions change."""
-    if precisions and (csv or out):
+def evaluate_run(setup: Setup, own: Options) -> None:
+    """Print the test's summary, or with --precisions one line for each and which predictions change."""
+    precisions = own.precisions
+    if precisions and (own.csv or own.out):
         raise UserError(
-            f"--{'csv' if csv else 'out'} holds the test in one precision: leave it out, or leave out --precisions. "
-            "--json takes the table of all precisions."
+            f"--{'csv' if own.csv else 'out'} holds the test in one precision: leave it out, or leave out "
+            "--precisions. --json takes the table of all precisions."
         )
-    refuse_missing_folders(csv, json)
+    refuse_missing_folders(own.csv, own.json)
     checkpoint = setup.checkpoint
     data = setup.test_data()
     model = setup.trained(checkpoint)
@@ -47,7 +47,7 @@ def evaluate_run(
         if setup.ranks.is_first:
             file = setup.checkpoint_file.with_name("parity.json")
             print(tables.parity_table(rows))
-            for place in [file, *([Path(json)] if json else [])]:
+            for place in [file, *([Path(own.json)] if own.json else [])]:
                 write_text(place, json_text(rows, indent=1) + "\n")
             log.info(f"details: {file}")
         return
@@ -70,27 +70,21 @@ def evaluate_run(
         if "progress" in checkpoint:  # last.pt
             result["epoch_name"] = "Epoch"
         print(tables.summary(result))
-        _write(setup, data, found, result, out, csv, json)
+        _write(setup, own, data, found, result)
 
 
-def _write(
-    setup: Setup,
-    data: DataSet,
-    found: Evaluation,
-    result: dict[str, Any],
-    out: str | None,
-    csv: str | None,
-    json: str | None,
-) -> None:
-    """What a training writes of its test: into the folder `out`, or the predictions and the result alone."""
-    if json:
-        write_text(Path(json), json_text(result, indent=1) + "\n")
-    if csv:
-        write_text(Path(csv), csv_text(predictions(data, found)))
-    if out:
-        run = RunDirectory(out)
+def _write(setup: Setup, own: Options, data: DataSet, found: Evaluation, result: dict[str, Any]) -> None:
+    """What a training writes of its test: into the folder --out, or the predictions and the result alone."""
+    if own.json:
+        write_text(Path(own.json), json_text(result, indent=1) + "\n")
+    if own.csv:
+        write_text(Path(own.csv), csv_text(predictions(data, found)))
+    if own.out:
+        run = RunDirectory(own.out)
         if run.file("best_model.pt").exists():
-            raise UserError(f"--out {printable(out)} is a run's folder: choose another, or one that is not there yet.")
+            raise UserError(
+                f"--out {printable(own.out)} is a run's folder: choose another, or one that is not there yet."
+            )
         run.open()
         try:
             run.write_json("config.json", setup.config(data, setup.checkpoint["model_options"]))

@@ -31,6 +31,7 @@ from utils import RunError, UserError, log, printable
 
 if TYPE_CHECKING:
     from assemble import Setup
+    from command_line.groups import Export
 
 # The largest differences that may be between the exported graph and `predict`.
 PIXELS = 2  # of 255: ONNX Runtime resizes in float32, `predict` in fixed point
@@ -38,14 +39,14 @@ LOGITS = 1e-4  # as a share of the largest logit; eleven architectures stay belo
 PROBABILITIES = 1e-3
 
 
-def export(setup: Setup, *, out: str | None, safetensors: bool) -> None:
+def export(setup: Setup, own: Export) -> None:
     """The command: writes a trained run as ONNX, or its weights as safetensors."""
-    refuse_missing_folders(out)
+    refuse_missing_folders(own.out)
     checkpoint = setup.checkpoint
-    if safetensors:
-        write_safetensors(checkpoint, Path(out or setup.checkpoint_file.with_name("best_model.safetensors")))
+    if own.safetensors:
+        write_safetensors(checkpoint, Path(own.out or setup.checkpoint_file.with_name("best_model.safetensors")))
     else:
-        file = Path(out or setup.checkpoint_file.with_name("model.onnx"))
+        file = Path(own.out or setup.checkpoint_file.with_name("model.onnx"))
         images = images_of_test(checkpoint, setup.checkpoint_file.parent)
         print(export_onnx(setup.trained(checkpoint), checkpoint, file, images))
 

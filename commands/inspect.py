@@ -16,6 +16,7 @@ from utils import RunError, UserError
 
 if TYPE_CHECKING:
     from assemble import Setup
+    from command_line.groups import Inspection
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # Once the library is imported, this program's folder leaves the path: `import evaluate` in a user's file then finds
@@ -26,46 +27,34 @@ START = (
 )
 
 
-def inspect(
-    setup: Setup,
-    *,
-    module: str | None,
-    script: str | None,
-    inputs: list[str] | None,
-    device: str,
-    checkpoint_dir: str,
-    checkpoint_name: str,
-    checkpoint: str | None,
-    precisions: list[str] | None,
-    diary: str | None,
-    out: str,
-    full: bool,
-    strict: bool,
-) -> None:
-    """Print the report, and write JSON, pictures and a page into `out`."""
-    if script is not None:
-        words = [f"--out={out}", *(["--full"] if full else []), *(["--strict"] if strict else [])]
-        trace_script([*words, script, *(inputs or [])])
+def inspect(setup: Setup, own: Inspection) -> None:
+    """Print the report, and write JSON, pictures and a page into --out."""
+    place = setup.asked.place
+    device = setup.asked.computing.device
+    words = [f"--out={own.out}", *(["--full"] if own.full else []), *(["--strict"] if own.strict else [])]
+    if own.script is not None:
+        trace_script([*words, own.script, *(own.inputs or [])])
         return
-    if module is not None:
-        words = ["inspect", module, f"--out={out}", *(["--full"] if full else []), *(["--strict"] if strict else [])]
+    if own.module is not None:
         words += [] if device == "auto" else [f"--device={device}"]
-        words += [f"--precisions={','.join(precisions)}"] if precisions else []
-        words += [f"--diary={diary}"] if diary else []
-        call_library(words)
+        words += [f"--precisions={','.join(own.precisions)}"] if own.precisions else []
+        words += [f"--diary={own.diary}"] if own.diary else []
+        call_library(["inspect", own.module, *words])
         return
-    file = diary or (Path(checkpoint_dir) / checkpoint_name / "metrics.jsonl" if checkpoint_name else None)
+    file = own.diary or (
+        Path(place.checkpoint_dir) / place.checkpoint_name / "metrics.jsonl" if place.checkpoint_name else None
+    )
     try:
         report = inspect_classifier(
             setup,
-            trained=bool(checkpoint_name or checkpoint),
-            precisions=precisions,
+            trained=bool(place.checkpoint_name or place.checkpoint),
+            precisions=own.precisions,
             metrics=read_metrics(Path(file)) if file else [],
         )
-        show(report, out=out, full=full)
+        show(report, out=own.out, full=own.full)
     except InspectError as error:
         raise UserError(str(error)) from error
-    if strict and not report.ok:
+    if own.strict and not report.ok:
         raise RunError(broken_rules(report))
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ampscope.text import end_of
+from command_line.kinds import images_asked
 from commands.explain import explain_predictions
 from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
@@ -38,41 +39,27 @@ from utils import RunError, Stopped, UserError, amount, log, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup
+    from command_line.groups import Prediction
 
 SHOWN = 50  # lines on the terminal; files hold all
 FOLDERS = 20  # subfolders summed up on the terminal
 SHEET = 60  # images on the contact sheet
 
 
-def predict(
-    setup: Setup,
-    *,
-    inputs: list[str],
-    batch_size: int,
-    num_workers: int | None,
-    top_k: int,
-    csv: str | None,
-    json: str | None,
-    contact_sheet: str | None,
-    explain: str | None,
-) -> None:
-    """The command: classifies files and folders with a trained run."""
-    refuse_missing_folders(csv, json, contact_sheet, explain)
+def predict(setup: Setup, own: Prediction) -> None:
+    """Classify files and folders with a trained run."""
+    refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain)
     checkpoint = setup.checkpoint
+    asked = setup.asked
     predict_files(
         setup.trained(checkpoint),
         checkpoint["classes"],
-        inputs,
+        own,
         preprocess=setup.preprocess,
         precision=setup.precision,
         rules=setup.rules,
-        batch_size=images_at_once(batch_size, setup.device),
-        top_k=top_k,
-        workers=min(8, cores()) if num_workers is None else num_workers,
-        csv_file=csv,
-        json_file=json,
-        sheet=contact_sheet,
-        explain=explain,
+        batch_size=images_at_once(images_asked(asked.training.batch_size), setup.device),
+        workers=min(8, cores()) if asked.data.num_workers is None else asked.data.num_workers,
     )
 
 
@@ -87,47 +74,43 @@ class Item:
 def predict_files(
     model: nn.Module,
     classes: list[str],
-    inputs: list[str],
+    own: Prediction,
     *,
     preprocess: Preprocess,
     precision: Precision,
     rules: Rules | None = None,
     batch_size: int,
-    top_k: int,
     workers: int,
-    csv_file: str | None,
-    json_file: str | None,
-    sheet: str | None,
-    explain: str | None = None,
 ) -> int:
-    """Classifies every image named or found in `inputs`; writes a row for each readable one, returns their number.
+    """Classify every image named or found in `own.inputs`; write a row for each readable one and return their number.
 
     Raise UserError if an input does not exist or no image is readable, RunError at the end if some are not or have
     logits that are not finite, Stopped if a signal ended it.
     """
-    _refuse_missing(inputs)
-    table = Table(classes, top_k, sheet=sheet, samples=bool(sheet or explain))
+    _refuse_missing(own.inputs)
+    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=bool(own.contact_sheet or own.explain))
     pool = ThreadPoolExecutor(max(1, workers))
     bar = progress(desc="predicting", unit="image", delay=2)
     try:
         with ExitStack() as opened, bar, torch.inference_mode():
-            table.open(opened, csv_file, json_file)
+            table.open(opened, own.csv, own.json)
             limit = preprocess.image_size
             items = ahead(
-                pool, lambda item: (item, try_decode(item.path, limit, rules)), _listed(inputs), 2 * batch_size
+                pool, lambda item: (item, try_decode(item.path, limit, rules)), _listed(own.inputs), 2 * batch_size
             )
             while batch := list(islice(items, batch_size)):
                 _classify(batch, model, preprocess, precision, table)
                 bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
-        where = f", which are in {printable(csv_file or json_file)}" if csv_file or json_file else ""
+        file = own.csv or own.json
+        where = f", which are in {printable(file)}" if file else ""
         status = error.exit_status - 128 if isinstance(error, Stopped) else 2
         raise Stopped(status, f"stopped after {amount(table.count, 'prediction', 'predictions')}{where}") from None
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
-    if explain and table.count:
-        explain_predictions(model, table.on_sheet, preprocess, rules, Path(explain))
+    if own.explain and table.count:
+        explain_predictions(model, table.on_sheet, preprocess, rules, Path(own.explain))
     total = table.count + table.unreadable + table.overflowed
     failed = []
     if table.unreadable:

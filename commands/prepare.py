@@ -8,6 +8,7 @@ import shutil
 from datetime import datetime
 from pathlib import Path
 
+from command_line.groups import Preparation
 from images.archive import checked, opened_zip, unpack
 from images.cache_files import clean_caches
 from images.check import check, format_check
@@ -28,42 +29,29 @@ BY_HAND = (
 )
 
 
-def prepare(
-    *,
-    data_dir: str,
-    demo: bool,
-    archive: str | None,
-    archive_encoding: str | None,
-    download: bool,
-    clean: bool,
-    train_images: int,
-    test_images: int,
-    seed: int,
-    labels: str | None,
-    window: str,
-    max_megapixels: float,
-    json: str | None,
-) -> None:
+def prepare(asked: Preparation) -> None:
     """Put a data set on disk, or report on the one that is there."""
-    folder = Path(data_dir)
-    if demo:
-        draw_demo(folder, train_images=train_images, test_images=test_images, seed=seed, workers=cores())
-        print(f"{train_images + test_images:,} demo scenes are in {folder}")
-    elif archive:
-        extract_archive(Path(archive), folder, encoding=archive_encoding)
-        print(f"{archive} is unpacked in {folder}")
-    elif download:
+    folder = Path(asked.data_dir)
+    if asked.demo:
+        draw_demo(
+            folder, train_images=asked.train_images, test_images=asked.test_images, seed=asked.seed, workers=cores()
+        )
+        print(f"{asked.train_images + asked.test_images:,} demo scenes are in {folder}")
+    elif asked.archive:
+        extract_archive(Path(asked.archive), folder, encoding=asked.archive_encoding)
+        print(f"{asked.archive} is unpacked in {folder}")
+    elif asked.download:
         download_from_kaggle(folder)
         print(f"Intel Image Classification is in {folder}")
-    elif clean:
+    elif asked.clean:
         _clean(folder)
     else:
-        refuse_missing_folders(json)
-        rules = Rules(max_megapixels, windows_of(window))
-        report = check(folder, labels=labels, rules=rules, own_window=window == "data")
+        refuse_missing_folders(asked.json)
+        rules = Rules(asked.max_megapixels, windows_of(asked.window))
+        report = check(folder, labels=asked.labels, rules=rules, own_window=asked.window == "data")
         print(format_check(report))
-        if json:
-            write_text(Path(json), json_text(report, indent=1))
+        if asked.json:
+            write_text(Path(asked.json), json_text(report, indent=1))
         if report["unreadable"]:
             count = len(report["unreadable"])
             raise RunError(f"{count:,} {'image' if count == 1 else 'images'} cannot be read: repair or remove them.")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from command_line.groups import Place
 from reports.draw import draw_run
 from runs.config import known_runs
 from utils import UserError, log, printable
 
 
-def report(*, checkpoint_dir: str, checkpoint_name: str) -> None:
+def report(place: Place) -> None:
     """Draw what could not be drawn after the training, or was lost."""
-    folder = Path(checkpoint_dir) / checkpoint_name
-    if not checkpoint_name or not (folder / "result.json").exists():
-        raise UserError(f"{printable(folder)} is not a finished run. {known_runs(checkpoint_dir, 'result.json')}")
+    folder = Path(place.checkpoint_dir) / place.checkpoint_name
+    if not place.checkpoint_name or not (folder / "result.json").exists():
+        raise UserError(f"{printable(folder)} is not a finished run. {known_runs(place.checkpoint_dir, 'result.json')}")
     draw_run(folder)
     log.info(f"drawn: {folder}")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 import main
+from command_line.groups import Prediction
 from commands.predict import predict_files
 from dataset import Batches
 from distributed import Ranks
@@ -140,19 +141,16 @@ class Brightness(nn.Module):
 def test_predict_gives_no_class_to_logits_that_are_not_finite(bad, tmp_path, capsys):
     for place, grey in enumerate((10, 250, 20, 240, 30)):
         Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{place}.png")
-    files = {"csv_file": str(tmp_path / "p.csv"), "json_file": str(tmp_path / "p.json")}
+    own = Prediction([str(tmp_path)], 3, str(tmp_path / "p.csv"), str(tmp_path / "p.json"), None, None)
     with pytest.raises(RunError, match="2 of 5 files have no prediction: their logits are not finite"):
         predict_files(
             Brightness(bad),
             ["a", "b", "c"],
-            [str(tmp_path)],
+            own,
             preprocess=Preprocess(CPU, 8),
             precision=FP32,
             batch_size=2,
-            top_k=3,
             workers=1,
-            sheet=None,
-            **files,
         )
     rows = strict(tmp_path / "p.json")
     assert [row["path"][-5:] for row in rows] == ["0.png", "2.png", "4.png"]
