@@ -34,7 +34,7 @@ def make_batch(device):
 
 
 def train(device, dtype, updates=10):
-    """The typical step; float32 is the same code with autocast and scaler disabled."""
+    """Run the typical step; float32 is the same code with autocast and scaler disabled."""
     model = make_model(device)
     (images, labels) = make_batch(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -64,7 +64,7 @@ def train(device, dtype, updates=10):
 
 
 def broken_half_weights(device):
-    """A float16 weight w cannot move by less than about w / 2048."""
+    """Show that a float16 weight w cannot move by less than about w / 2048."""
     still = {}
     for dtype in (torch.float32, torch.float16):
         model = make_model(device).to(dtype)

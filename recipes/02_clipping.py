@@ -29,7 +29,7 @@ def make_parts(device, optimizer_class=torch.optim.SGD):
 
 
 def one_update(device, dtype, unscale_first=True, optimizer_class=torch.optim.SGD):
-    """Returns the norm that clipping saw, and how far the update moved the weights."""
+    """Return the norm that clipping measured, and how far the update moved the weights."""
     model, optimizer, images, labels = make_parts(device, optimizer_class)
     scaler = torch.amp.GradScaler(device, init_scale=SCALE, enabled=dtype == torch.float16)
     before = nn.utils.parameters_to_vector(model.parameters()).detach().clone()

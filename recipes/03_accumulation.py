@@ -34,12 +34,12 @@ def flat_gradient(model):
 
 
 def divisors(batch, micro_batch, count):
-    """What a micro-batch's summed loss may be divided by: only the first is right."""
+    """Return three divisors for a micro-batch's summed loss: only the first is right."""
     return {"batch": batch, "micro-batch": micro_batch, "mean of means": micro_batch * count}
 
 
 def accumulate(device, dtype, size, divide="batch", update_between=False):
-    """The gradient of one update over 28 images, in micro-batches of `size`; the last may be short."""
+    """Return the gradient of one update over 28 images, in micro-batches of `size`; the last may be smaller."""
     model, optimizer, scaler, images, labels = make_parts(device, dtype=dtype)
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (some_images, some_labels) in enumerate(parts):

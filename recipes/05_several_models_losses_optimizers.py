@@ -46,7 +46,7 @@ def moved(model, before):
 
 
 def one_update(device, dtype, overflow=False, update_between=False):
-    """Returns how far each model moved, and the scale before and after."""
+    """Return how far each model moved, and the scale before and after."""
     models, optimizers, scaler, images, labels = make_parts(device, dtype)
     before = [nn.utils.parameters_to_vector(model.parameters()).detach().clone() for model in models]
     backward_both(device, dtype, models, scaler, images, labels)

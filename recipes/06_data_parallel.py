@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def threaded(model, images, hand_over=False):
-    """What nn.DataParallel does, without GPUs: a thread for each part of the batch, then gather."""
+    """Do the work of nn.DataParallel without GPUs: a thread for each part of the batch, then gather."""
     device = images.device.type
     outputs = {}
     enabled = torch.is_autocast_enabled(device) if hand_over else False

@@ -35,7 +35,7 @@ def sum_by_hand(model):
 
 
 def train(rank, device, dtype, broken):
-    """Returns a line per update: loss, scale, skipped, and the sum of the weights."""
+    """Return a line per update: loss, scale, skipped, and the sum of the weights."""
     kind = torch.device(device).type
     model = make_model(device)
     network = model if broken else DistributedDataParallel(model)

@@ -18,7 +18,7 @@ QUESTION = """The mean of the squares of 64 numbers from 100 to 400 is 70243. Wh
 
 
 def make_functions(device):
-    """The same two functions, with and without the decorators."""
+    """Return the same two functions, with and without the decorators."""
 
     class NakedMatmul(torch.autograd.Function):
         @staticmethod
@@ -56,7 +56,7 @@ def make_functions(device):
 
 
 def train(device, dtype, matmul, updates=5):
-    """A classifier whose last layer is the custom function."""
+    """Build a classifier with the custom function as its last layer."""
     torch.manual_seed(0)
     first = nn.Linear(32, 64).to(device)
     weight = nn.Parameter(torch.randn(64, 6).mul(0.1).to(device))

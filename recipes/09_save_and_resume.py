@@ -30,7 +30,7 @@ def make_parts(device, dtype):
 
 
 def run(device, dtype, parts, first, last):
-    """Updates first..last-1. The data depend on the update's number alone, so that a resume sees the same."""
+    """Run updates first..last-1. The data depend only on the update's number, so that a resumed run gets the same."""
     model, optimizer, scaler = parts
     scales = []
     for update in range(first, last):
@@ -83,7 +83,7 @@ def in_powers(scales):
 
 
 def saved_before_update(device):
-    """The state between step() and update() of an update that overflowed."""
+    """Show the state between step() and update() of an update that overflowed."""
     model, optimizer, scaler = make_parts(device, torch.float16)
     with torch.amp.autocast(device, dtype=torch.float16):
         loss = model(torch.ones(8, 32, device=device)).float().sum()

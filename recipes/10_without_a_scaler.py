@@ -22,7 +22,7 @@ LOSS_WEIGHT = 0.002
 
 
 def make_parts(device):
-    """A small segmentation network: a label for each pixel, the loss a mean over 16 x 32 x 32 of them."""
+    """Build a small segmentation network: a label for each pixel, the loss a mean over 16 x 32 x 32 of them."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 2, 1)
@@ -46,7 +46,7 @@ def backward(device, dtype, scaler, model, images, labels, watch=None):
 
 
 def first_gradient(device, dtype, scaled):
-    """Returns the share of zeros at the first layer's output, and the unscaled gradient of the first layer."""
+    """Return the share of zeros at the first layer's output, and the unscaled gradient of the first layer."""
     model, images, labels = make_parts(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scaler = torch.amp.GradScaler(device, enabled=scaled)
@@ -70,7 +70,7 @@ def train(device, dtype, scaled):
 
 
 def sweep(device):
-    """The same gradient under scales from 1 to 2**16."""
+    """Show the same gradient under scales from 1 to 2**16."""
     print("  scale           " + "".join(f"{2**power:>8}" for power in range(0, 17, 4)))
     shares = []
     for power in range(0, 17, 4):

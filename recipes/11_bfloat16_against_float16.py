@@ -48,7 +48,7 @@ def range_and_digits(device):
 
 
 def running_sum(device):
-    """A sum kept in 16 bits stops where one more is no more than half a step: never keep one."""
+    """Show that a sum in 16 bits stops growing when one more is at most half a step: never keep one."""
     sums = []
     safe = []
     for dtype in DTYPES:
@@ -66,7 +66,7 @@ def running_sum(device):
 
 
 def small_update(device):
-    """What happens to a weight of 1 that is to grow by 0.0003, a hundred times."""
+    """Add 0.0003 to a weight of 1, a hundred times."""
     ends = []
     for dtype in DTYPES:
         weight = torch.ones((), dtype=dtype, device=device)
@@ -80,7 +80,7 @@ def small_update(device):
 
 
 def network_error(device):
-    """Rounding of a real network's logits and gradients under autocast, against float32."""
+    """Compare the rounding of a real network's logits and gradients under autocast with float32."""
     results = []
     for dtype in DTYPES:
         torch.manual_seed(0)
@@ -109,7 +109,7 @@ def network_error(device):
 
 
 def overflow_in_a_layer(device):
-    """The activation of one wide layer passes 65504; everything after it is inf or NaN."""
+    """Let the activation of one wide layer pass 65504; everything after it is inf or NaN."""
     ends = []
     for dtype in DTYPES:
         layer = nn.Linear(512, 8, bias=False, device=device)

@@ -65,7 +65,7 @@ def three_precisions(model, images, labels):
 
 
 def whose_answers_change(full, brain):
-    """The changed answers are those that were undecided to begin with."""
+    """Show that the changed answers are those that were undecided before."""
     best = full.topk(2).values
     margin = best[:, 0] - best[:, 1]
     changed = full.argmax(1) != brain.argmax(1)

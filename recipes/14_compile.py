@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 def train(device, dtype, backend=None, policy="off", updates=4):
-    """Returns the losses, and the scaled gradient of the float32 layer in the first update."""
+    """Return the losses, and the scaled gradient of the float32 layer in the first update."""
     torch.manual_seed(0)
     model = Net().to(device)
     images = torch.randn(48, 64).to(device)
@@ -64,7 +64,7 @@ def train(device, dtype, backend=None, policy="off", updates=4):
 
 
 def share_in_16_bits(gradient, dtype):
-    """The share of float32 values that are also exact in `dtype`: near 0 for a real float32 result."""
+    """Return the share of float32 values that are also exact in `dtype`: near 0 for a real float32 result."""
     return (gradient.to(dtype).float() == gradient).float().mean().item()
 
 

@@ -98,7 +98,7 @@ def report(title, seen, loss, bad, count):
 
 
 def scale_after(device, updates, loud):
-    """What one sees without hooks: the scale, update by update."""
+    """Return the loss scale after some updates: all that is visible without hooks."""
     model = Net(loud).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler(device)

@@ -39,7 +39,7 @@ class Distance(nn.Module):
 
 
 def make_parts(device):
-    """A network of embeddings, and pairs of which the first has two equal images, as duplicates are."""
+    """Build a network of embeddings, and pairs; the first pair has two equal images, as duplicates are."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 32)).to(device)
     left = torch.randn(32, 64)
@@ -54,7 +54,7 @@ def forward(model, distance, left, right):
 
 
 def one_backward(device, dtype, scale=1.0, **options):
-    """Returns the loss and how many gradients of the four weights and biases are finite."""
+    """Return the loss and how many gradients of the four weights and biases are finite."""
     model, left, right = make_parts(device)
     with torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         loss = forward(model, Distance(**options), left, right)

@@ -23,7 +23,7 @@ Somebody adds fused=True. How many times too large is the norm that the hook see
 
 
 def one_update(device, unscale_first=False, **options):
-    """An update with a hook that clips. Returns the norm that the hook saw and how far the weights moved."""
+    """Run an update with a hook that clips. Return the norm in the hook and how far the weights moved."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 6)).to(device)
     images = torch.randn(48, 64).to(device)
@@ -68,7 +68,7 @@ def compare_optimizers(device):
 
 
 def skipped_update(device, **options):
-    """An update with an infinite gradient. Returns calls of the optimizer's step, and Adam's own count of steps."""
+    """Run an update with an infinite gradient. Return calls of the optimizer's step, and Adam's own count of steps."""
     weight = torch.ones(4, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=0.1, **options)
     scaler = torch.amp.GradScaler(device, init_scale=SCALE)

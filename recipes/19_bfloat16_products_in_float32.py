@@ -28,7 +28,7 @@ def switch(device):
 
 
 def multiply(device, left, right, name):
-    """A float32 product with the switch set to `name`, and back to "ieee" afterwards."""
+    """Compute a float32 product with the switch set to `name`, and set it back to "ieee"."""
     products, _ = switch(device)
     products.fp32_precision = name
     result = left @ right
@@ -37,7 +37,7 @@ def multiply(device, left, right, name):
 
 
 def round_factors(left, right):
-    """What a bfloat16 product inside float32 is: short factors, long sum. Works on any device."""
+    """Compute a bfloat16 product inside float32: short factors, long sum. Works on any device."""
     return left.bfloat16().float() @ right.bfloat16().float()
 
 
@@ -64,7 +64,7 @@ def two_plain_numbers(device):
 
 
 def errors(device):
-    """The error of each way, against float64. Returns those by name."""
+    """Return the error of each way against float64, by name."""
     torch.manual_seed(0)
     left = torch.randn(512, 512, device=device)
     right = torch.randn(512, 512, device=device)

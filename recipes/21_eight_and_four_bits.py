@@ -57,7 +57,7 @@ def distance(some, true):
 
 
 def make_model(device, weights):
-    """A ResNet-18 in float32, from a file or from a few updates on random textures, and a batch for it."""
+    """Return a ResNet-18 in float32, from a file or from a few updates on random textures, and a batch for it."""
     torch.manual_seed(0)
     state = None
     if weights:
@@ -189,7 +189,7 @@ def whole_network(model, images, labels):
 
 
 def no_kernels(device):
-    """What PyTorch says to a convolution of eight bits."""
+    """Show PyTorch's error for a convolution of eight bits."""
     images = torch.ones(1, 3, 8, 8, device=device).to(torch.float8_e4m3fn)
     weight = torch.ones(4, 3, 3, 3, device=device).to(torch.float8_e4m3fn)
     try:

@@ -71,7 +71,7 @@ def make_model(device, width, float8):
 
 
 def train(device, float8, updates=20):
-    """A regression that two layers learn; returns first and last loss and the type of the weights."""
+    """Train a regression of two layers; return first and last loss and the type of the weights."""
     model = make_model(device, 64, float8)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     images = torch.randn(256, 64, device=device)

@@ -44,7 +44,7 @@ def put_back_if_skipped(model, before, gradients):
 
 
 def train(device, dtype, *, loud=LOUD, cured=False):
-    """Returns the model, its moving average, the losses of training, and how many updates were skipped."""
+    """Return the model, its moving average, the losses of training, and how many updates were skipped."""
     model, optimizer = make_parts(device)
     average, _ = make_parts(device)
     scaler = torch.amp.GradScaler(device, init_scale=1024.0, enabled=dtype == torch.float16)
@@ -71,7 +71,7 @@ def train(device, dtype, *, loud=LOUD, cured=False):
 
 
 def evaluate(model, device, dtype=torch.float32):
-    """The loss on new points, with the running statistics."""
+    """Return the loss on new points, with the running statistics."""
     points, labels = batch(1000, device)
     with torch.no_grad(), torch.amp.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
         return nn.functional.cross_entropy(model.eval()(points), labels).item()

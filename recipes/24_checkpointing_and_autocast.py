@@ -88,7 +88,7 @@ def flag_changes(device, *, enter_outside):
 
 
 def keep_products(_context, operator, *_arguments, **_options):
-    """Selective checkpointing: keep the results of matrix products and casts, compute the rest again."""
+    """Decide for selective checkpointing: keep the results of matrix products and casts, compute the rest again."""
     kept = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._to_copy.default)
     return CheckpointPolicy.MUST_SAVE if operator in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
