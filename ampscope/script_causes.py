@@ -22,6 +22,7 @@ REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"
 
 
 def is_finite(tensor: torch.Tensor | None) -> bool:
+    """Return whether no value is infinite or NaN; None, and a tensor of integers, is finite."""
     if tensor is None or not tensor.is_floating_point():
         return True
     values = tensor.detach()
@@ -30,6 +31,7 @@ def is_finite(tensor: torch.Tensor | None) -> bool:
 
 
 def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the norm of all dense gradients together; None if there are none."""
     gradients = [part.grad for part in parameters if part.grad is not None and not part.grad.is_sparse]
     if not gradients:
         return None
@@ -38,6 +40,7 @@ def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor | None:
 
 
 def memory() -> int | None:
+    """Return the most that CUDA's allocator gave out, elsewhere the memory that this process has now."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return of_this_process("VmRSS")
