@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 
 def examined(speedup: float, saving: float, products: float = 0.5) -> dict:
-    """What the doctor found on a CPU whose large products run twice as fast in bfloat16."""
+    """Return the doctor's results on a CPU that computes large products twice as fast in bfloat16."""
 
     def row(speed: float, memory: float, tflops: float) -> dict:
         return {

@@ -30,7 +30,7 @@ def drawn(dtype=torch.float64, mixed=False):
 
 
 def closed_form(logits, shares, weights, smoothing) -> float:
-    """The formula of the docstring, term by term, by NumPy."""
+    """Compute the docstring's formula, term by term, with NumPy."""
     total = 0.0
     for z, q in zip(logits.tolist(), shares.tolist(), strict=True):
         surprise = np.log(np.exp(np.array(z)).sum()) - np.array(z)

@@ -38,7 +38,7 @@ def draw(path: Path, seed: int = 0, **options) -> Path:
 
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
-    """A program called gs, first in PATH, that leaves a file when it is started."""
+    """Put a program called gs first in PATH that writes a file when it is started."""
     started = tmp_path / "started"
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()

@@ -87,7 +87,7 @@ def test_ceilings_by_hand(findings):
 
 
 def lines(memory_share):
-    """A first and a last roofline of which so much is memory traffic."""
+    """Return a first and a last roofline with these shares of memory traffic."""
     row = {"flops": 1, "bytes": 1, "calls": 1, "measured_seconds": None}
     groups = {
         "convolutions": {**row, "limit": "arithmetic", "share_of_bound": 1 - memory_share, "bound_seconds": 1.0},

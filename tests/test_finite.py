@@ -31,7 +31,7 @@ FP16 = ["--amp", "--amp_dtype=float16"]
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A finished run of one epoch."""
+    """Return a finished run of one epoch."""
     folder = tmp_path_factory.mktemp("runs")
     assert tiny.train(data, folder, "--epochs=1") == 0
     return folder / "run"
@@ -44,7 +44,7 @@ def overflowing(model):
 
 
 def one_logit(model):
-    """The loss stays finite: only the logit of a class that is never the label's overflows, to -inf."""
+    """Let only the logit of a class without images overflow, to -inf: the loss stays finite."""
     model["fc.bias"].copy_(torch.tensor([0.0, 0.0, -7e4]))
 
 
@@ -54,7 +54,7 @@ def beyond_float32(model):
 
 
 def spoiled(run, folder, spoil):
-    """A copy of a run whose best_model.pt `spoil` changed in place."""
+    """Return a copy of a run after `spoil` changed its best_model.pt in place."""
     copy = folder / "spoiled"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("lock"))
     content = torch.load(copy / "best_model.pt", weights_only=True)
@@ -69,7 +69,7 @@ def call(command, run, *more):
 
 
 def strict(file):
-    """The content of a JSON file, read as every other program reads it."""
+    """Return the content of a JSON file, read as every other program reads it."""
 
     def refuse(name):
         raise AssertionError(f"{file} holds {name}")

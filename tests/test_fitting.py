@@ -20,7 +20,7 @@ SPARE_EACH = fitting.SPARE * EACH
 
 
 def network(hidden: int = 1) -> nn.Module:
-    """Keeps EACH bytes of an image; `hidden` rows of weights that keep next to nothing of it."""
+    """Return a network that keeps EACH bytes of an image; its `hidden` rows of weights keep almost nothing."""
     torch.manual_seed(0)
     first = nn.Conv2d(3, 4, 3)
     return nn.Sequential(first, nn.ReLU(inplace=True), nn.Flatten(), Wide(4 * (SIDE - 2) ** 2, hidden))

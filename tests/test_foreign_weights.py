@@ -31,7 +31,7 @@ HOSTILE_NAMES = (
 
 @pytest.fixture
 def shell(tmp_path, monkeypatch):
-    """Runs a line by sh in an empty folder, where `python` prints its arguments; returns them, and what was made."""
+    """Run a line with sh in an empty folder; return the arguments that `python` got, and the files made."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text('#!/bin/sh\nfor word in "$@"; do printf "%s\\0" "$word"; done\n')
     (tmp_path / "bin" / "python").chmod(0o755)
@@ -48,7 +48,7 @@ def shell(tmp_path, monkeypatch):
 
 @pytest.fixture
 def said(caplog):
-    """What is logged of the weights, line by line."""
+    """Return the log lines about the weights."""
     caplog.set_level("INFO", logger=utils.log.name)
     return caplog
 
@@ -86,7 +86,7 @@ def test_advice_of_a_run_in_a_hostile_folder_runs_nothing_of_its_name(shell, dat
 
 # ---------------------------------------------------------------------------- weights in several files
 def saved_in_shards(folder: Path, state: dict, save, suffix: str) -> Path:
-    """Writes a state dict as two shards with the index that Transformers writes; returns the index."""
+    """Write a state dict as two shards with the index that Transformers writes; return the index."""
     names = sorted(state)
     weight_map = {}
     for number, part in ((1, names[::2]), (2, names[1::2])):

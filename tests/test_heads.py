@@ -45,7 +45,7 @@ class TwoHeads(nn.Module):
 
 
 def register_two_heads() -> None:
-    """Makes `TwoHeads` one of torchvision's models in this process: `--model=tiny_two_heads`."""
+    """Register `TwoHeads` as one of torchvision's models in this process: `--model=tiny_two_heads`."""
 
     def tiny_two_heads(*, weights: None = None, **options: int) -> TwoHeads:
         return TwoHeads(**options)

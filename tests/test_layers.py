@@ -60,7 +60,7 @@ def imports(node, *, lazy: bool) -> set[str]:
 
 
 def own(names: set[str]) -> set[str]:
-    """The project's modules among imported names, which may be `folder.module` or `module.function`."""
+    """Return the project's modules among imported names, which may be `folder.module` or `module.function`."""
     return {name if name in MODULES else name.rpartition(".")[0] for name in names} & MODULES.keys()
 
 

@@ -18,7 +18,7 @@ from utils import UserError
 
 
 def draw(root, *names):
-    """Writes an image of noise for each name, each another one."""
+    """Write a different image of noise for each name."""
     for seed, name in enumerate(names):
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def draw(root, *names):
 
 
 def listed(root, table, **options):
-    """Writes a table and returns {image: class} as it was understood, and the notes."""
+    """Write a table; return {image: class} as it was read, and the notes."""
     (root / "t.csv").write_text(table)
     found = list_images(root, labels="t.csv", **options)
     labels = {
@@ -211,7 +211,7 @@ def evaluated(root, caplog, **options):
 
 @pytest.fixture
 def ran(tmp_path):
-    """A data folder, and what a run on it recorded."""
+    """Return a data folder, and the records of a run on it."""
     data = opened(draw(tmp_path / "data", *PHOTOS))
     return data.root, {"recorded": split_of(data), "checksum": files_checksum(data.test.paths, data.root)}
 
@@ -326,7 +326,7 @@ def test_columns_of_classes_say_the_label(tmp_path, one, zero):
 
 
 def lines(kind, rows):
-    """A metadata file's text: rows of {column: value}."""
+    """Return the text of a metadata file: rows of {column: value}."""
     if kind == "jsonl":
         return "\n".join(map(json.dumps, rows))
     return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
@@ -417,7 +417,7 @@ KNOWN = [None, ("cat", "dog"), ("train", "x", "cat")]
 
 
 def plant(root, folders):
-    """Writes files below a folder; returns how many of them are images that a user sees."""
+    """Write files below a folder; return how many of them are visible images."""
     count = 0
     for number, (names, files) in enumerate(folders):
         place = root.joinpath(*names)
@@ -431,7 +431,7 @@ def plant(root, folders):
 
 
 def left_out(notes):
-    """The number that stands before each "left out"."""
+    """Return the number in front of each "left out"."""
     return sum(int(re.search(r"[\d,]+(?= images?)", note)[0].replace(",", "")) for note in notes if "left out" in note)
 
 

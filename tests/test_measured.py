@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
-    """A comparison whose runs of each precision have these images/s, seed by seed."""
+    """Return a comparison with these images/s for the runs of each precision, seed by seed."""
     runs = [
         make_run(folder / f"{name}-{seed}", name, seed=seed, rates=(1.0, rate), **options)
         for name, found in rates.items()
@@ -30,14 +30,14 @@ def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
 
 
 def told(comparison: dict, folder: Path) -> list[str]:
-    """What a comparison says in a table, on the terminal, in its file and on its page."""
+    """Return the text of a comparison in a table, on the terminal, in its file and on its page."""
     page.html_comparison(folder, [], comparison, folder / "report.html")
     written = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
     return [*written, (folder / "report.html").read_text()]
 
 
 def rewritten(run: Path, name: str = "result.json", **changes) -> Path:
-    """A run with other entries in one of its files."""
+    """Return a run with other entries in one of its files."""
     (run / name).write_text(json.dumps(json.loads((run / name).read_text()) | changes))
     return run
 
@@ -161,7 +161,7 @@ def test_only_what_others_took_counts_as_busy(monkeypatch, later, share):
 
 
 def validated(run: Path, best: int, accuracies: list[float]) -> Path:
-    """The run with these validation accuracies, tested at the epoch `best`."""
+    """Return the run with these validation accuracies, tested at the epoch `best`."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line | {"val_acc": value} for line, value in zip(lines, accuracies, strict=True)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

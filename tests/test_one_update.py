@@ -87,7 +87,7 @@ def one_update(forward: StepModel, batches: Batches, criterion, optimizer, preci
 
 @pytest.fixture(scope="module")
 def opened(data, tmp_path_factory):
-    """The data set, opened once, and a folder for runs."""
+    """Return the data set, opened once, and a folder for runs."""
     tiny.register_classifier()
     register_two_heads()
     folder = tmp_path_factory.mktemp("runs")

@@ -419,7 +419,7 @@ TINY = ["--image_size=16", "--batch_size=8", "--epochs=2"]
 
 @pytest.fixture(scope="module")
 def pets(tmp_path_factory):
-    """A run on one folder of class folders: (data folder, folder of runs)."""
+    """Return a run on one folder of class folders: (data folder, folder of runs)."""
     folder = tmp_path_factory.mktemp("pets")
     root = classes(folder / "pets", names=("cat", "dog", "emu"), count=20)
     assert tiny.train(root, folder / "runs", *TINY, "--best_by=macro_f1", "--sampler=balanced") == 0

@@ -21,7 +21,7 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def card(monkeypatch):
-    """Makes CUDA answer as a card of that name and compute capability would; float32's mode is put back."""
+    """Let CUDA report a card of this name and compute capability; restore float32's mode."""
 
     def be(name, capability):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -117,7 +117,7 @@ def test_two_at_once_draw_one_whole_data_set(tmp_path, monkeypatch, capsys):
 
 
 def left_by_a_kill(folder: Path) -> None:
-    """What a process leaves that had no time to tidy up; no data set, whatever lies beside it."""
+    """Write the files that a killed process leaves; they are never taken for a data set."""
     (folder / ".partial" / "seg_train").mkdir(parents=True)
     (folder / ".partial" / "seg_train" / "half.jpg").write_bytes(b"half")
     with pytest.raises(UserError, match="only a part of a data set"):

@@ -42,7 +42,7 @@ def make_run(
     device_name: str = "a processor",
     **options,
 ) -> Path:
-    """A finished run directory; the classifier is 0.8 sure of what it predicts."""
+    """Return a finished run's folder; the classifier predicts with a probability of 0.8."""
     truth = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, 2] if truth is None else truth)
     predicted = truth if predicted is None else np.array(predicted)
     directory.mkdir(parents=True)
@@ -508,7 +508,7 @@ def test_gallery_shows_the_surest_mistakes_first(tmp_path, monkeypatch):
 
 
 def body_of(path: Path) -> str:
-    """The page; fails where it would load anything, run anything or leave a tag open."""
+    """Return the page; fail if it would load or run anything, or leave a tag open."""
     from html.parser import HTMLParser
 
     text = path.read_text(encoding="utf-8")
@@ -531,7 +531,7 @@ def body_of(path: Path) -> str:
 
 
 def draw(directory: Path) -> None:
-    """The pictures that a run leaves in its folder."""
+    """Return the pictures in a run's folder."""
     run = results.read_run(directory)
     result = run["result"]
     best = result["best_epoch"]

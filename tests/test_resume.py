@@ -34,14 +34,14 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def straight(data, tmp_path_factory):
-    """The outcome of a run of the first setting that nothing disturbed."""
+    """Return the outcome of an undisturbed run of the first setting."""
     runs = tmp_path_factory.mktemp("straight")
     assert tiny.train(data, runs) == 0
     return outcome(runs / "run")
 
 
 def at_call(monkeypatch, owner, name: str, number: int, act, *, before: bool = False) -> None:
-    """Does `act` at call `number` (from 1) of a function, after it or before it."""
+    """Call `act` at call `number` (from 1) of a function, after it or before it."""
     original = getattr(owner, name)
     calls = []
 
@@ -205,7 +205,7 @@ def begun_once(data, tmp_path_factory):
 
 @pytest.fixture
 def begun(begun_once, tmp_path):
-    """A folder of runs with a copy of a run that was stopped after two updates."""
+    """Return a folder of runs with a copy of a run that was stopped after two updates."""
     return shutil.copytree(begun_once, tmp_path / "runs")
 
 

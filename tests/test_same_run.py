@@ -80,7 +80,7 @@ def straight(folder, store, **options):
 
 
 def stopped_everywhere(folder, store, **options):
-    """The outcome of the same run, stopped after each of its updates by a signal, then resumed."""
+    """Return the outcome of the same run, stopped by a signal after each of its updates, then resumed."""
     for update in itertools.count():
         made = trainer(folder, store, **options)
         if update:
@@ -100,7 +100,7 @@ def stopped_everywhere(folder, store, **options):
 
 @pytest.fixture(scope="module")
 def undisturbed(stores, tmp_path_factory):
-    """The outcome of runs of cached images that nothing disturbed, by their augmentation."""
+    """Return the outcomes of undisturbed runs with cached images, by their augmentation."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return {augment: straight(folder / augment, stores["cached"], augment=augment) for augment in ("flip", DRAWING)}
 

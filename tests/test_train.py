@@ -38,7 +38,7 @@ def batches(images=None, batch_size=8, classes=3, *, side=9, **options):
 
 
 def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, batch_options=None, **options):
-    """A training of noise whose brightness tells the class: three updates an epoch, the last of them ragged."""
+    """Return a training on noise with brightness by class: three updates an epoch, the last one smaller."""
     model = model or network()
     fed = batches(seed=3, side=side, **{"epochs": epochs} | (batch_options or {}))
     fused = options.pop("fused", True)

@@ -40,7 +40,7 @@ def images(seed=0, factor=1.0):
 
 
 def classifier():
-    """A network with two layers of BatchNorm, and its optimizer."""
+    """Return a network with two layers of BatchNorm, and its optimizer."""
     torch.manual_seed(0)
     model = tiny.Classifier(3)
     return model, make_optimizer(model.parameters(), "ADAM", learning_rate=1e-2, weight_decay=0.0, fused=True)
@@ -340,7 +340,7 @@ def test_an_epoch_yields_these_micro_batches():
 
 
 def tiny_deep(*, weights=None, **options):
-    """A classifier whose last BatchNorm sees one pixel of each image of 16 px: a single image has no statistics."""
+    """Return a classifier whose last BatchNorm gets one pixel of an image of 16 px, too few for a single image."""
     model = tiny.Classifier(**options)
     model.features[0].stride = model.features[3].stride = (4, 4)
     return model
@@ -364,7 +364,7 @@ def test_a_micro_batch_of_a_single_image_is_refused_in_words(words, status, data
 
 # -------------------------------------------------------------------------------------- peak memory
 def stated_peak(sizes, trained, *, search=0.0):
-    """The peak that a run states if an epoch takes size² x trained layers, and `search` more where it warms up."""
+    """Return a run's peak if an epoch takes size² x trained layers, and `search` more in its warm-up."""
     at = Progress()
     for epoch, kind in enumerate(zip(sizes, trained, strict=True)):
         warming = epoch == 0 or kind != (sizes[epoch - 1], trained[epoch - 1])

@@ -21,7 +21,7 @@ NOT_HANDED_ON = (CALL, PRECISION, REPEAT)
 
 
 def acting(command: str) -> set[str]:
-    """The options of a command that may have an effect in it."""
+    """Return the options of a command that may have an effect in it."""
     return set(options_of(command)) - idle.never_acts(command).keys() - AT_PARSING
 
 

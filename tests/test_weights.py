@@ -34,7 +34,7 @@ def prefixed(state, prefix):
 
 @pytest.fixture
 def said(caplog, monkeypatch):
-    """What is logged of the weights, line by line."""
+    """Return the log lines about the weights."""
     monkeypatch.setattr(utils.log, "disabled", False)
     caplog.set_level("INFO", logger=utils.log.name)
     return caplog

@@ -34,7 +34,7 @@ FP32 = Precision("fp32", CPU, "")
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """A finished run of one epoch."""
+    """Return a finished run of one epoch."""
     folder = tmp_path_factory.mktemp("runs")
     assert tiny.train(data, folder, "--epochs=1") == 0
     return folder / "run"
@@ -131,7 +131,7 @@ def rows_of(file):
 
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
-    """A run on classes and files with the names of formulas and of columns, and its data."""
+    """Return a run on classes and files with names of formulas and of columns, and its data."""
     folder = tmp_path_factory.mktemp("odd")
     numbers = np.random.default_rng(0)
     for part, count in (("train", 4), ("test", 2)):
@@ -195,7 +195,7 @@ def test_doubtful_labels_are_no_formulas_and_their_negative_margins_are_numbers(
 
 # ------------------------------------------------------------------------------- many classes
 def random_evaluation(count=200, classes=40):
-    """Some classes have no image, some are never predicted."""
+    """Return an evaluation with some classes without images, and some without predictions."""
     numbers = np.random.default_rng(0)
     labels = numbers.integers(0, classes - 5, count)
     predicted = np.where(numbers.random(count) < 0.5, labels, numbers.integers(3, classes, count))

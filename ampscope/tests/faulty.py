@@ -191,7 +191,7 @@ def cross_entropy(outputs, target, on):
 
 
 def plain(model, dtype, loss=cross_entropy, *, clip=True, data=batch, rate=0.01, updates=FAULTY + 2, spoil=None):
-    """The loop of PyTorch's notes; without float16 its scaler is disabled."""
+    """Run the loop of PyTorch's notes; without float16 its scaler is disabled."""
     optimizer = torch.optim.SGD(model.parameters(), lr=rate)
     scaler = scaler_for(dtype)
     with watch(model, scaler) as watcher:
@@ -213,7 +213,7 @@ def plain(model, dtype, loss=cross_entropy, *, clip=True, data=batch, rate=0.01,
 
 
 def accumulated(model, dtype):
-    """The fault is in the first of three micro-batches."""
+    """Put the fault into the first of three micro-batches."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     scaler = scaler_for(dtype)
     with watch(model, scaler) as watcher:

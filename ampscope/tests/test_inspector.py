@@ -48,7 +48,7 @@ def subject_of(model, images, labels):
 
 
 def trace(model, images, labels, precision):
-    """Records of one traced step; the model is put back."""
+    """Return the records of one traced step; the model is restored."""
     subject = subject_of(model, images, labels)
     with subject.kept():
         traced = trace_step(subject, precision)
@@ -267,7 +267,7 @@ def test_underflow_map_covers_activations_and_marks_what_stays_fp32(known):
 
 
 def epoch(number, scale, *skips):
-    """A line of metrics; each skip is (update, parameter, scale)."""
+    """Return a line of metrics; each skip is (update, parameter, scale)."""
     told = [dict(zip(("update", "parameter", "scale"), skip, strict=True)) for skip in skips]
     return {"epoch": number, "updates": 10 * number, "loss_scale": scale, "skipped_updates": len(skips), "skips": told}
 

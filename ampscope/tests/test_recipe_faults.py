@@ -233,7 +233,7 @@ SOUND = [
 
 
 def findings(whole):
-    """What the step as it is written breaks."""
+    """Return the rules that the step breaks as it is written."""
     count_as_users(whole.step)
     subject = Subject(whole.model, batch(), step=whole.step)
     inspection = Inspection(subject, ["fp32"], [], None)

@@ -48,7 +48,7 @@ optimizer.zero_grad()
 
 
 def write(folder, loop, head=HEAD):
-    """A program: its head, then the loop's body."""
+    """Return a program: its head, then the loop's body."""
     file = folder / "program.py"
     file.write_text(head.lstrip() + textwrap.indent(loop.strip("\n") + "\n", "    "))
     return file

@@ -43,7 +43,7 @@ def words(data, runs, name, *more):
 
 
 def job(scenarios, folder):
-    """The file of the scenarios and the folder for what each rank saw: the words of ranks.py."""
+    """Return the file of the scenarios and the folder for the results of each rank: the arguments of ranks.py."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     return folder / "scenarios.json", folder
@@ -78,7 +78,7 @@ def weights(folder, file="last.pt"):
 
 
 def assert_close_runs(ours, theirs, tolerance):
-    """The same losses, accuracies, confusion matrix and weights, to the rounding of another order of sums."""
+    """Compare losses, accuracies, confusion matrix and weights, up to the rounding of another order of sums."""
     exact = tolerance < 1e-3  # coarser rounding may turn a prediction between two likely classes
     left_out = {"skips", "loss_scale", *(() if exact else ("train_acc", "val_acc", "val_balanced_acc", "val_macro_f1"))}
     for one, other in zip(computed_metrics(ours), computed_metrics(theirs), strict=True):
@@ -110,7 +110,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
-    """The same trainings by one process: the folder of their runs."""
+    """Run the same trainings in one process; return the folder of their runs."""
     runs = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(assemble, "build_model", steady(model.build_model))

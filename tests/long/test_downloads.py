@@ -12,7 +12,7 @@ from utils import RunError, UserError
 
 
 def kaggle(monkeypatch, answer) -> None:
-    """Puts a kagglehub in place that returns a path or raises."""
+    """Install a kagglehub that returns a path or raises."""
 
     def dataset_download(handle):
         assert handle == "puneet6060/intel-image-classification"

@@ -32,7 +32,7 @@ def data(tmp_path_factory):
 
 
 def call(capsys, *words):
-    """Runs a command line; returns its exit status and all that it said."""
+    """Run a command line; return its exit status and all output."""
     capsys.readouterr()
     status = main.main([str(word) for word in words])
     said = capsys.readouterr()
@@ -79,7 +79,7 @@ def test_the_tested_network_is_the_trained_one(small_transformer, data, tmp_path
 
 @pytest.fixture(scope="module")
 def googlenet(data, tmp_path_factory):
-    """An ImageNet file of GoogLeNet, where torch.hub looks for it, and the folder of a run that began with it."""
+    """Write an ImageNet file of GoogLeNet into torch.hub's folder; return it and a run's folder that began with it."""
     folder = tmp_path_factory.mktemp("googlenet")
     file = folder / "checkpoints" / models.GoogLeNet_Weights.DEFAULT.url.rsplit("/", 1)[-1]
     file.parent.mkdir()
@@ -113,7 +113,7 @@ def test_what_a_constructor_decides_is_kept(googlenet, tmp_path):
 # ------------------------------------------------------------------------------------ other machines
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """A finished run with averaged weights."""
+    """Return a finished run with EMA weights."""
     runs = tmp_path_factory.mktemp("runs")
     more = ["--safetensors"] if tiny.has("safetensors") else []
     assert tiny.train(data, runs, "--ema=0.5", *more) == 0
@@ -231,7 +231,7 @@ def test_safetensors_hold_the_weights_and_how_to_use_them(finished, tmp_path, ca
 
 @pytest.fixture
 def alone(finished, tmp_path):
-    """The safetensors file of the finished run, far from its folder."""
+    """Return the safetensors file of the finished run, far from its folder."""
     pytest.importorskip("safetensors")
     (tmp_path / "far").mkdir()
     return shutil.copy(finished / "best_model.safetensors", tmp_path / "far" / "weights.safetensors")

@@ -41,14 +41,14 @@ json.dump(results, sys.stdout)
 
 
 def blocks(body):
-    """The section's programs, each with the lines that it is said to print."""
+    """Return the section's programs, each with its documented output lines."""
     found = re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```)?", body, re.DOTALL)
     return [(program, expected.splitlines()) for program, expected in found]
 
 
 @pytest.fixture(scope="module")
 def results():
-    """What each program did: {title: [result of the first program, of the second ...]}."""
+    """Run the programs; return {title: [result of the first program, of the second ...]}."""
     programs = [(title, program) for title, body in PROGRAMS.items() for program, _ in blocks(body)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(

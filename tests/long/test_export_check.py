@@ -26,7 +26,7 @@ class Session:
 
 
 def sure():
-    """A network whose probabilities are 1.000 for one class, whatever the picture."""
+    """Build a network with probability 1.000 for one class, whatever the image."""
     torch.manual_seed(0)
     network = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with torch.no_grad():

@@ -37,13 +37,13 @@ from utils import UserError
 
 @pytest.fixture
 def own_data(tmp_path):
-    """A data set that a test may damage."""
+    """Return a data set that a test may damage."""
     return tiny.draw(tmp_path / "data")
 
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
-    """The folder of a finished run."""
+    """Return the folder of a finished run."""
     runs = tmp_path_factory.mktemp("runs")
     assert tiny.train(data, runs) == 0
     return runs / "run"
@@ -51,7 +51,7 @@ def finished(data, tmp_path_factory):
 
 @pytest.fixture
 def said(capsys):
-    """What went to stderr since the last call; never a traceback, never a flood."""
+    """Return stderr since the last call; it never contains a traceback or too many lines."""
 
     def read(lines: int = 16) -> str:
         text = capsys.readouterr().err
@@ -70,7 +70,7 @@ def interrupted(data: Path, runs: Path, *more: object) -> None:
 
 
 def during_update(monkeypatch, number: int, act) -> None:
-    """Does `act` before update `number` of the next training."""
+    """Call `act` before update `number` of the next training."""
     calls = []
     original = training.update_weights
 
@@ -85,7 +85,7 @@ def during_update(monkeypatch, number: int, act) -> None:
 
 # ---------------------------------------------------------------------------- signals, processes
 def long_run(data: Path, runs: Path, *more: object):
-    """A process that trains until it is stopped, in its second epoch or later."""
+    """Start a process that trains until it is stopped, in its second epoch or later."""
     process = tiny.start(tiny.words(data, runs, "--epochs=10000", *more))
     tiny.wait_for((runs / "run" / "last.pt").exists, process)
     return process
@@ -476,7 +476,7 @@ def test_fuzzed_checkpoints(finished, tmp_path):
 
 # ------------------------------------------------------------------------------------- images
 def huge_png(file: Path, width: int, height: int) -> None:
-    """A PNG whose header promises width x height pixels and whose body is a few bytes."""
+    """Return a PNG with a header of width x height pixels and a body of a few bytes."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -488,7 +488,7 @@ def huge_png(file: Path, width: int, height: int) -> None:
 
 
 def plant_hostile_images(folder: Path, good: Path) -> list[str]:
-    """Puts files that are no whole image into `folder`; returns what a message must name them."""
+    """Write damaged image files into `folder`; return the name that a message must give each."""
     jpeg = folder / "whole.jpg"
     Image.effect_noise((300, 300), 60).convert("RGB").save(jpeg)
     (folder / "truncated.jpg").write_bytes(jpeg.read_bytes()[:4000])
@@ -627,7 +627,7 @@ def test_data_folder_with_a_hostile_name(tmp_path):
 
 # ---------------------------------------------------------------------- data that changes, caches
 def rewrite(path: Path, content: bytes) -> None:
-    """Replaces the content, and sets the clock of the file back as `cp -p` and `rsync` do."""
+    """Replace the content, and set the file's time back as `cp -p` and `rsync` do."""
     status = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))

@@ -92,7 +92,7 @@ def test_parts_that_deepspeed_writes_are_refused_and_whole_weights_are_read(tmp_
 
 
 def reparametrized(kind: str) -> tuple[dict, dict]:
-    """What such a network saves, and what its layers compute with."""
+    """Return the state dict of such a network, and the weights that its layers compute with."""
     model = classifier()
     layers = [layer for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
     for layer in layers:

@@ -41,7 +41,7 @@ def call(*words: object, **options) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A copy of what is packed, in which an earlier version was once built."""
+    """Return a copy of the packed files, after a build of an earlier version."""
     copy = tmp_path_factory.mktemp("source") / "project"
     copy.mkdir()
     for name in ("pyproject.toml", "utils.py", "train.py"):
@@ -70,7 +70,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def theirs(tmp_path) -> Path:
-    """A user's folder, whose files have names of this project's."""
+    """Return a user's folder with files that have names of this project's."""
     for name in ("utils", "train", "precision"):
         (tmp_path / f"{name}.py").write_text("MINE = True\n")
     (tmp_path / "model.py").write_text(

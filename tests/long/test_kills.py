@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def patched(name: str):
-    """The owner and the name of a function given as module:path."""
+    """Return the owner and the name of a function given as module:path."""
     module, _, path = name.partition(":")
     owner = __import__(module, fromlist=["x"])
     *between, last = path.split(".")
@@ -42,7 +42,7 @@ def patched(name: str):
 
 
 def killed(work, phase: str, calls: int, delay: float) -> bool:
-    """Runs `work` in a fork that is killed `delay` seconds after the phase's function was called the n-th time.
+    """Run `work` in a fork that is killed `delay` seconds after the n-th call of the phase's function.
 
     False if the work was done before. A fork that hangs fails the test, with where each of its threads stood.
     """
@@ -135,7 +135,7 @@ def archived(source: Path, file: Path) -> Path:
 
 
 def fake_kagglehub(archive: Path, cache: Path) -> None:
-    """A kagglehub that unpacks an archive into its own cache, as far as it comes."""
+    """Install a kagglehub that unpacks an archive into its own cache until it is killed."""
 
     def dataset_download(_name):
         with zipfile.ZipFile(archive) as opened:
@@ -209,7 +209,7 @@ BETWEEN = {
 
 @contextlib.contextmanager
 def trainings_in_this_process():
-    """The trainings that a command starts run in this process instead of one of their own."""
+    """Run the trainings that a command starts in this process."""
 
     def process(words):
         return main.main(["train", *words])
@@ -226,7 +226,7 @@ def several(command: str, data: Path, runs: Path) -> int:
 
 
 def of_all(folder: Path) -> dict:
-    """What each run below a folder computed."""
+    """Return the outcome of each run below a folder."""
     return {
         f"{result.parent.name}{path}": value
         for result in sorted(folder.glob("*/result.json"))

@@ -68,7 +68,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 def damage_exif(path):
-    """Puts an EXIF block that nobody can read into a file whose pixels stay as they are."""
+    """Insert an unreadable EXIF block into a file without changing its pixels."""
     content = path.read_bytes()
     block = b"II*\0\xff\xff\xff\x7f garbage"
     if path.suffix == ".png":

@@ -40,7 +40,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def opened(folder):
-    """A function that opens the logs of the run; warnings are failures unless a list is given for them."""
+    """Return a function that opens the logs of the run; warnings are failures unless a list is given for them."""
 
     def open_logs(*names, epochs=0, warn=pytest.fail, **options):
         for name in names:
@@ -61,7 +61,7 @@ def read_tensorboard(folder) -> dict[str, list[tuple[int, float]]]:
 
 
 def wandb_records(content: bytes):
-    """The records of a .wandb file: LevelDB's log format behind seven bytes, blocks of 32 KB, parts with a header."""
+    """Yield the records of a .wandb file: LevelDB's log format after seven bytes, in blocks of 32 KB."""
     at = 7
     record = b""
     while at + 7 <= len(content):

@@ -35,7 +35,7 @@ COMMAND = ["train", "--device=cpu", "--data_dir=nothing", "--checkpoint_dir=nowh
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
-    """Starts Python code, with words for its sys.argv, in a process of its own."""
+    """Start Python code, with arguments for its sys.argv, in a process of its own."""
     folder = tmp_path_factory.mktemp("programs")
 
     def start(code: str, *words: object, **options) -> Process:
@@ -48,7 +48,7 @@ def program(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rank(program):
-    """Starts one process of a job of two, or what `variables` say."""
+    """Start one process of a job of two, or of the job in `variables`."""
 
     def start(*, patience: float = 1, **variables: object) -> Process:
         job = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} | variables
@@ -86,7 +86,7 @@ ALONE = {  # name: (variables, exit status, what is said)
 
 @pytest.fixture(scope="module")
 def alone(rank):
-    """A process and its port for each of ALONE; they wait for the others at the same time."""
+    """Start a process with a port for each of ALONE; they wait for the others at the same time."""
     ports = {name: variables.get("MASTER_PORT", free_port()) for name, (variables, *_) in ALONE.items()}
     return {
         name: (rank(**{"MASTER_PORT": ports[name]} | variables), ports[name]) for name, (variables, *_) in ALONE.items()

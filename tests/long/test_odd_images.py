@@ -15,7 +15,7 @@ from images.folders import find_image_set
 
 
 def tiff(bands: int, photometric: int, extra: tuple = ()) -> bytes:
-    """An uncompressed little-endian TIFF of 4 x 2 pixels of 8 bits, written by hand; `extra` are its extra samples."""
+    """Return an uncompressed little-endian TIFF of 4 x 2 pixels of 8 bits; `extra` are its extra samples."""
     pixels = np.arange(8 * bands).astype("u1").tobytes()
     tags = {256: 4, 257: 2, 259: 1, 262: photometric, 273: 8, 277: bands, 278: 2, 279: len(pixels)}
     entries = {tag: struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items()}

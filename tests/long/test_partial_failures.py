@@ -19,7 +19,7 @@ from runs.checkpoint import load_checkpoint
 
 # ----------------------------------------------------------------- a validation that overflows
 def overflowing(monkeypatch, epoch: int, precision: str = "amp-fp16") -> None:
-    """Validations from the given epoch on give no finite loss in one precision."""
+    """Make validations from the given epoch on return a loss that is not finite in one precision."""
     original = training.Trainer._validate
 
     def validate(self):

@@ -73,7 +73,7 @@ def uninitialised(monkeypatch):
 
 
 def constructed(name, weights):
-    """The network that a file was saved from, at the size and with the auxiliary heads that it had."""
+    """Return the network that a file was saved from, at its size and with its auxiliary heads."""
     options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith("vit_"):
         options["image_size"] = weights.meta["min_size"][0]
@@ -111,7 +111,7 @@ def renamed(state, rename):
 
 
 def published_form(name, weights, state):
-    """The form whose file has the published size, the nearest where none has it to three decimals."""
+    """Return the form with a file of the published size, or the nearest if none agrees to three decimals."""
     best = None
     for description, form, zipped in forms(name, state):
         difference = abs(size(form, zipped) - weights.meta["_file_size"])

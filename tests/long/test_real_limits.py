@@ -16,7 +16,7 @@ MB = 2**20
 
 
 def in_process(code: str, *before: str, **options) -> str:
-    """What a fresh Python process that has imported `machine` prints."""
+    """Return the output of a fresh Python process that has imported `machine`."""
     command = [*before, sys.executable, "-c", f"from system import machine\n{code}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **options)
     assert done.returncode == 0, done.stderr

@@ -149,7 +149,7 @@ class Result(NamedTuple):
 
 
 def run(path, *options, typed=""):
-    """Runs a program in a fork, which need not import PyTorch."""
+    """Run a program in a fork, which need not import PyTorch."""
     environment = tiny.environment(CUDA_VISIBLE_DEVICES="")
     with tempfile.TemporaryFile() as answers:
         answers.write(typed.encode())
@@ -174,7 +174,7 @@ EXERCISES = {
 
 @pytest.fixture(scope="module")
 def runs(request):
-    """Starts the recipes of the selected tests, two at a time; maps a name to its future result."""
+    """Start the recipes of the selected tests, two at a time; return a future result for each name."""
     selected = {
         item.callspec.params["recipe"]
         for item in request.session.items
@@ -212,7 +212,7 @@ def test_recipe_stands_alone(recipe):
 
 @pytest.fixture(scope="module")
 def solved(tmp_path_factory):
-    """Runs the changed recipes, two at a time; maps an exercise's number to its future result."""
+    """Run the changed recipes, two at a time; return a future result for each exercise."""
     folder = tmp_path_factory.mktemp("exercises")
     with ThreadPoolExecutor(2) as pool:
         futures = {}
@@ -259,7 +259,7 @@ def test_a_missing_gpu_is_a_message():
 
 
 def pooling(solution: str) -> type[torch.nn.Module]:
-    """The pooling layer of recipe 15 with this body of its forward pass."""
+    """Return the pooling layer of recipe 15 with this body of its forward pass."""
     text = (FOLDER / "15_find_the_overflow.py").read_text(encoding="utf-8")
     (old,) = re.findall(r"^        with torch.amp.autocast\(values.*?sqrt\(\)$", text, re.DOTALL | re.MULTILINE)
     names = {"__name__": "changed"}

@@ -13,7 +13,7 @@ FP16 = Precision("amp-fp16", torch.device("cpu"), "a test")
 
 
 def two_updates(rank: int, folder: str) -> None:
-    """Saves the buffers before and after an update whose images are too bright on rank 1, and the weights."""
+    """Save the buffers before and after an update with too bright images on rank 1, and the weights."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.manual_seed(0)
     model = tiny.Classifier(3)

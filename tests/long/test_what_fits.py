@@ -50,7 +50,7 @@ print(json.dumps([fits, handed_back, taken]))
 
 
 def tried(name: str, size: int, precision: str, free: int, freed: int) -> tuple[int, int, int]:
-    """The images that are said to fit, and in bytes: what was handed back to the system, and what two updates took."""
+    """Return the number of images that fit, and in bytes the memory returned to the system and used by two updates."""
     arguments = (name, size, precision, free, freed)
     program = PROGRAM.replace("ROOT", repr(str(ROOT))).replace("ARGUMENTS", repr(arguments))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

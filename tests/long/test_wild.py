@@ -37,12 +37,12 @@ def loud(data, runs, *more, **options) -> list[str]:
 
 
 def fresh(data, runs, *more, **options) -> list[str]:
-    """The same for `python main.py`, to which the zoo's classifier is unknown."""
+    """Return the same for `python main.py`, which does not know the zoo's classifier."""
     return loud(data, runs, "--model=squeezenet1_1", *more, **options)
 
 
 def launch(words, shell: str = '"$@"', *, python=(), without=(), **variables: str) -> subprocess.Popen:
-    """Starts `python main.py` from a shell that does `shell` with it, in a changed environment."""
+    """Start `python main.py` from a shell with the command `shell`, in a changed environment."""
     environment = {name: value for name, value in tiny.environment().items() if name not in without} | variables
     command = ["bash", "-c", shell, "bash", sys.executable, *python, str(tiny.ROOT / "main.py"), *words]
     return subprocess.Popen(
@@ -102,7 +102,7 @@ NUMBERS = [
 
 @pytest.fixture
 def handlers():
-    """Gives every signal its handler back."""
+    """Restore the handlers of all signals."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     for number in NUMBERS:
         signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
@@ -219,7 +219,7 @@ def test_odd_environments_make_no_difference(options, data, tmp_path):
 
 @pytest.fixture
 def foreign():
-    """A data set, a home and a folder for runs, the last of which alone another user may write.
+    """Return a data set, a home and a folder for runs; another user may write only into the last.
 
     All may enter the folder that holds them: pytest closes its own, and those above, whenever another pytest starts.
     """

@@ -377,7 +377,7 @@ def said(report):
 
 
 def only(report, rule):
-    """The finding of that rule; there is no other, but that PyTorch itself may refuse the step."""
+    """Return the only finding, which breaks that rule; PyTorch itself may refuse the step."""
     found = {finding.rule: finding for finding in report.findings}
     assert found.keys() - {"fails"} == {rule}, said(report)
     return found[rule]
