@@ -17,7 +17,7 @@ import train as training
 from dataset import Batches
 from features.activation_maps import activation_maps
 from features.frozen import FrozenNetwork, keep_outputs
-from model import WithMirrorImage, head_names
+from model import head_names
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision
 from train import Trainer
@@ -269,14 +269,6 @@ def test_mirror_images_are_averaged_unless_the_test_is_told_otherwise(data, tmp_
     for words, mirrored in (((), True), (("--tta=none",), False)):
         status, out, _ = run(["evaluate", *place, *words])
         assert status == 0 and ("mirror" in out) == mirrored
-
-
-def test_the_logits_of_an_image_and_its_mirror_image_are_the_same():
-    torch.manual_seed(0)
-    model = WithMirrorImage(nn.Sequential(nn.Conv2d(3, 4, 5), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3))).eval()
-    images = torch.randn(5, 3, 8, 8)
-    torch.testing.assert_close(model(images), model(images.flip(3)))
-    torch.testing.assert_close(model(images), (model.model(images) + model.model(images.flip(3))) / 2)
 
 
 # ------------------------------------------------------------------- what the network sees, and where

@@ -8,7 +8,6 @@ import PIL
 import pytest
 import torch
 from PIL import Image, ImageOps
-from sklearn.model_selection import train_test_split
 from tiny import noise, subset
 from torchvision.transforms import v2
 
@@ -18,7 +17,6 @@ from distributed import Ranks
 from images.decode import decode, try_decode
 from images.folders import find_image_set
 from images.opening import Opening, open_data_set
-from images.split import divide
 from transforms import IMAGENET_MEAN, IMAGENET_STD, Preprocess, smallest_crop
 from utils import UserError, fold
 
@@ -123,15 +121,6 @@ def test_what_is_wrong_with_a_folder_is_named(tmp_path, break_it, message):
         find_image_set(root)
 
 
-def test_the_split_is_scikit_learns_and_stratified():
-    labels = np.repeat([0, 1, 2], [50, 30, 20])
-    parts = divide(labels, seed=42)
-    ours = train_test_split(np.arange(100), test_size=0.2, stratify=labels, random_state=42)
-    assert np.array_equal(np.flatnonzero(parts == 0), np.sort(ours[0]))
-    assert np.bincount(labels[parts == 1]).tolist() == [10, 6, 4]
-    assert not np.array_equal(divide(labels, seed=43), parts)
-
-
 def test_train_and_validation_share_no_image(data):
     found = opened(data, 20)
     parts = (found.train, found.validation, found.test)
@@ -195,14 +184,6 @@ def _with_exif(image, exif):
     copy = image.copy()
     copy.getexif()[0x0112] = exif[0x0112]
     return copy
-
-
-def test_what_is_no_image_is_a_reason_in_words(tmp_path):
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    noise(size=(64, 64)).save(tmp_path / "cut.jpg")
-    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:600])
-    for name in ("empty.jpg", "cut.jpg", "absent.jpg"):
-        assert isinstance(try_decode(tmp_path / name, None), str), name
 
 
 @pytest.mark.parametrize("limit, larger, kept", [(20, False, 20), (20, True, 30), (200, False, 36)])

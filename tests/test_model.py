@@ -12,8 +12,9 @@ from tiny import refused
 from torch import nn
 from torchvision import models
 
+from distributed import Ranks
 from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d, keep_depthwise_float32
-from model import StepModel, WithMirrorImage, build_model
+from model import Network, WithMirrorImage, build_model
 from pretrained.torchvision_models import names
 
 
@@ -136,13 +137,15 @@ def test_a_damaged_imagenet_file_is_one_message(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- as a training calls it
 @pytest.mark.parametrize("graphs", [False, True])
 def test_cuda_graphs_are_asked_for_only_where_they_are_wanted(graphs, monkeypatch):
-    """Each call then begins a new step, so that what the last one returned may be overwritten."""
+    """Each call of a training then begins a new step; what evaluation computes is kept, so it has no graphs."""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
-    forward = StepModel(nn.Identity(), {2}, compiled=True, graphs=graphs)
-    forward(torch.zeros(2, 3))
-    assert asked == (["reduce-overhead", "step"] if graphs else [None])
+    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), compile=True, graphs=graphs)
+    assert asked == ["reduce-overhead" if graphs else None, None]
+    network.forward(torch.ones(4, 2))
+    network.validation_forward(torch.ones(4, 2))
+    assert asked[2:] == ["step"] * graphs
 
 
 def test_a_mirror_image_counts_as_much_as_the_image():

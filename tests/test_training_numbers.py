@@ -25,7 +25,7 @@ from metrics import UnusedParameters, best_epochs
 from model import update_ema
 from optimizer import make_optimizer, make_scheduler
 from runs.checkpoint import Progress, load_checkpoint
-from transforms import Preprocess, growing_sizes
+from transforms import Preprocess
 from utils import RunError, Stopped
 
 
@@ -370,16 +370,6 @@ def stated_peak(sizes, trained, *, search=0.0):
         warming = epoch == 0 or kind != (sizes[epoch - 1], trained[epoch - 1])
         at.note_peak(*kind, kind[0] ** 2 * kind[1] + search * warming, warming=warming)
     return at.peak_memory_mb
-
-
-@pytest.mark.parametrize("search", [0.0, 1e6])
-def test_the_only_epoch_of_full_size_or_of_all_layers_counts_in_peak_memory(search):
-    for epochs in (2, 4, 8, 10, 14, 15, 28):
-        sizes = growing_sizes(48, 128, epochs)
-        stated = stated_peak(sizes, [1] * epochs, search=search)
-        assert stated == 128**2 if sizes.count(128) > 1 else 128**2 <= stated <= 128**2 + search
-    for frozen in range(8):
-        assert stated_peak([32] * 8, [1] * frozen + [9] * (8 - frozen)) == 32**2 * 9
 
 
 def test_what_warming_up_took_counts_only_where_no_epoch_was_steady():

@@ -1,17 +1,13 @@
 """The recipe's faults in whole steps, each with its line (`# here`), and sound steps beside them."""
 
-import inspect as source
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from whole_step import Whole, batch, loss_of
+from whole_step import Whole, findings, line_of, loss_of
 
 from ampscope.findings import RULES
-from ampscope.inspecting import Inspection
-from ampscope.places import count_as_users
-from ampscope.subject import Subject
 
 
 class Step(Whole):
@@ -232,24 +228,15 @@ SOUND = [
 ]
 
 
-def findings(whole):
-    """Return the rules that the step breaks as it is written."""
-    count_as_users(whole.step)
-    subject = Subject(whole.model, batch(), step=whole.step)
-    inspection = Inspection(subject, ["fp32"], [], None)
-    inspection.trace_as_written()
-    return inspection.everything
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_broken_recipe_is_found_with_its_line(fault):
-    (finding,) = findings(fault())
-    lines, start = source.getsourcelines(fault)
-    (line,) = [number for number, text in enumerate(lines, start) if text.rstrip().endswith("# here")]
+    whole = fault()
+    (finding,) = findings(whole.model, whole.step)
     assert FAULTS[fault] in RULES
-    assert (finding.rule, Path(finding.place.file), finding.place.line) == (FAULTS[fault], Path(__file__), line)
+    assert (finding.rule, (Path(finding.place.file), finding.place.line)) == (FAULTS[fault], line_of(fault))
 
 
-@pytest.mark.parametrize("whole", SOUND)
-def test_a_sound_recipe_breaks_no_rule(whole):
-    assert not findings(whole())
+@pytest.mark.parametrize("sound", SOUND)
+def test_a_sound_recipe_breaks_no_rule(sound):
+    whole = sound()
+    assert not findings(whole.model, whole.step)

@@ -1,18 +1,14 @@
 """Steps that train nothing, or not everything: each is found with its line (`# here`)."""
 
-import inspect as source
 import math
 
 import pytest
 import torch
 from test_recipe_faults import Step
 from torch import nn
-from whole_step import Whole, batch, loss_of, network
+from whole_step import Whole, batch, findings, line_of, loss_of, network
 
 from ampscope import inspect_step
-from ampscope.inspecting import Inspection
-from ampscope.places import count_as_users
-from ampscope.subject import Subject
 
 functional = nn.functional
 
@@ -52,25 +48,11 @@ STEPS = {
 }
 
 
-def line_of(planted):
-    lines, start = source.getsourcelines(planted)
-    (line,) = [number for number, text in enumerate(lines, start) if text.rstrip().endswith("# here")]
-    return line
-
-
-def findings(model, step):
-    count_as_users(step)
-    subject = Subject(model, batch(), step=step)
-    inspection = Inspection(subject, ["fp32"], [], None)
-    inspection.trace_as_written()
-    return inspection.everything
-
-
 @pytest.mark.parametrize("step", STEPS)
 def test_a_loss_that_trains_nothing_is_found(step):
     (finding,) = findings(network(), step)
     rule, words = STEPS[step]
-    assert (finding.rule, finding.place.line) == (rule, line_of(step)) and words in finding.message
+    assert (finding.rule, finding.place.line) == (rule, line_of(step)[1]) and words in finding.message
 
 
 def test_a_step_that_trains_nothing_gets_no_verdict():
@@ -110,7 +92,7 @@ def plain(model, batch):
 @pytest.mark.parametrize("model, names", [(Cut, "first.weight, first.bias"), (Unused, "spare.weight, spare.bias")])
 def test_parameters_without_a_gradient_are_named(model, names):
     (finding,) = findings(model(), plain)
-    assert (finding.rule, finding.place.line) == ("no-gradient", line_of(model)) and names in finding.message
+    assert (finding.rule, finding.place.line) == ("no-gradient", line_of(model)[1]) and names in finding.message
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(16), nn.Dropout(0.5)])
@@ -144,7 +126,7 @@ def test_what_the_first_run_made_of_the_weights_is_not_blamed():
     whole = TooLarge()
     report = inspect_step(whole.model, batch(), step=whole.step, precisions=["fp32"], speed=False)
     (finding,) = report.findings
-    assert (finding.rule, finding.place.line) == ("nonfinite-forward", line_of(TooLarge)), finding
+    assert (finding.rule, finding.place.line) == ("nonfinite-forward", line_of(TooLarge)[1]), finding
 
 
 class Overflowing(Step):

@@ -1,9 +1,15 @@
 """What several tests of the library inspect: a whole step in float16 as PyTorch's documentation writes it, a file."""
 
+import inspect
 import textwrap
+from pathlib import Path
 
 import torch
 from torch import nn
+
+from ampscope.inspecting import Inspection
+from ampscope.places import count_as_users
+from ampscope.subject import Subject
 
 CPU_BF16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 CPU_FP16 = {"device_type": "cpu", "dtype": torch.float16}
@@ -47,6 +53,21 @@ class Whole:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
+
+
+def line_of(planted):
+    """Return (file, line) of the comment `# here` in a class or function."""
+    lines, start = inspect.getsourcelines(planted)
+    (line,) = [number for number, text in enumerate(lines, start) if text.rstrip().endswith("# here")]
+    return Path(inspect.getsourcefile(planted)), line
+
+
+def findings(model, step):
+    """Return what the step as it is written breaks."""
+    count_as_users(step)
+    inspection = Inspection(Subject(model, batch(), step=step), ["fp32"], [], None)
+    inspection.trace_as_written()
+    return inspection.everything
 
 
 LOSS = """

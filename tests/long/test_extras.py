@@ -12,6 +12,7 @@ import tiny
 import torch
 from PIL import Image
 from test_inspection_module import GAN
+from test_weights import assert_loaded, network
 from tiny import refused
 from torch import nn
 from torchvision import models
@@ -106,21 +107,6 @@ def test_offline_with_the_real_kagglehub_error():
     requests = pytest.importorskip("requests")
     error = prepare._download_error(requests.exceptions.ConnectionError("name resolution"), Path("data"))
     assert isinstance(error, RunError) and "offline" in str(error)
-
-
-NAME = "squeezenet1_1"
-
-
-def network(name=NAME, classes=6, seed=2):
-    torch.manual_seed(seed)
-    return models.get_model(name, num_classes=classes)
-
-
-def assert_loaded(file, state, *, name=NAME, tolerance=0.0):
-    found = build_model(name, 6, pretrained_path=file).state_dict()
-    for entry, tensor in found.items():
-        if not entry.endswith("num_batches_tracked"):
-            assert torch.allclose(tensor, state[entry].float(), rtol=0, atol=tolerance), entry
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "pytorch_model.bin"])

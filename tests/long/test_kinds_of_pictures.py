@@ -134,10 +134,3 @@ def test_caches_are_limited_the_oldest_go_first(tmp_path):
     assert caches(root / ".cache") == [second, third]
     limit_caches(root / ".cache", 1, keep=third.file)
     assert caches(root / ".cache") == [third]
-
-
-def test_a_cache_limit_that_is_too_small_streams(tmp_path):
-    root = classes(tmp_path, count=8)
-    tight = open_data_set(root, image_size=16, seed=1, opening=Opening(workers=0, cache_limit=1e-7))
-    assert type(tight.train.store).__name__ == "StreamedImages"
-    assert tight.fingerprint == open_data_set(root, image_size=16, seed=1).fingerprint

@@ -11,7 +11,8 @@ import time
 import pytest
 import tiny
 from PIL import Image
-from tiny import SMALL, metrics
+from test_main import METRICS, words
+from tiny import metrics
 
 from runs import logs
 from utils import UserError
@@ -197,34 +198,6 @@ def test_a_missing_package_is_said_before_the_work(monkeypatch):
             logs.refuse_missing_packages([name])
 
 
-METRICS = {
-    "epoch",
-    "updates",
-    "train_loss",
-    "train_acc",
-    "val_loss",
-    "val_acc",
-    "val_balanced_acc",
-    "val_macro_f1",
-    "learning_rate",
-    "loss_scale",
-    "skipped_updates",
-    "images_per_second",
-    "data_wait_share",
-    "busy_share",
-    "seconds",
-    "peak_memory_mb",
-    "grad_norm",
-    "elapsed",
-    "skips",
-    "image_size",
-}
-
-
-def words(folder, checkpoints, name="run", *more):
-    return [f"--data_dir={folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}", *SMALL, *more]
-
-
 @pytest.mark.usefixtures("drawn")
 def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -246,7 +219,10 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
         "best_val_acc",
         "calibration_error",
     }
-    assert set(tags["scalars"]) == METRICS - {"epoch", "skips"} | of_the_test | {"total_seconds", "train_seconds"}
+    assert set(tags["scalars"]) == {*METRICS.split()} - {"epoch", "skips"} | of_the_test | {
+        "total_seconds",
+        "train_seconds",
+    }
     for name in ("learning_rate", "loss_scale", "val_acc"):
         values = [(event.step, event.value) for event in found.Scalars(name)]
         assert values == [(line["epoch"], pytest.approx(line[name])) for line in lines]

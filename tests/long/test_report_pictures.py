@@ -69,13 +69,6 @@ def test_each_image_of_a_sheet_stands_in_its_place_under_a_whole_heading(tmp_pat
         assert width / height == pytest.approx(image.shape[1] / image.shape[0], rel=0.02) and height == 224
 
 
-@pytest.mark.parametrize("mode", ["P", "I;16", "F"])
-def test_pictures_of_any_mode_become_rgb(tmp_path, mode):
-    path = tmp_path / ("a.tif" if mode in ("F", "CMYK") else "a.png")
-    Image.new(mode, (40, 20)).save(path)
-    assert sheets.load_picture(path, 10).shape == (5, 10, 3)
-
-
 @pytest.mark.parametrize(("side", "kind"), [(40, "png"), (400, "webp")])
 def test_a_page_holds_the_whole_picture_in_few_bytes(tmp_path, side, kind):
     pixels = np.random.default_rng(0).integers(100, 140, (side, side, 3), np.uint8)

@@ -3,16 +3,16 @@
 The line that does wrong carries the comment `# here`. Run: pytest ampscope/tests/long/test_inspection_faults.py
 """
 
-import inspect as source
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_recipe_faults import FAULTS
+from test_scripts import FAULTS as OF_SCRIPTS
 from test_training_faults import STEPS
 from torch import nn
-from whole_step import CPU_BF16, Whole, batch, loss_of, network
+from whole_step import CPU_BF16, Whole, batch, line_of, loss_of, network
 
 from ampscope import inspect_step
 from ampscope.findings import RULES
@@ -28,76 +28,6 @@ class ReadsTheLoss(Bfloat16):
         loss = super().step(model, batch)
         self.last = loss.item()  # here
         return loss
-
-
-class ClipsFirst(Whole):
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        self.scaler.scale(loss).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # here
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-
-class ScalesBfloat16(Whole):
-    autocast = CPU_BF16
-
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        self.scaler.scale(loss).backward()  # here
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-
-class NoScaler(Whole):
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        loss.backward()  # here
-        self.optimizer.step()
-
-
-class BackwardInside(Bfloat16):
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-            loss.backward()  # here
-        self.optimizer.step()
-
-
-class StepInside(Bfloat16):
-    def step(self, model, batch):
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        loss.backward()
-        with torch.autocast(**self.autocast):
-            self.optimizer.step()  # here
-        self.optimizer.zero_grad()
-
-
-class AroundTheScaler(Whole):
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        self.scaler.scale(loss).backward()
-        self.optimizer.step()  # here
-        self.scaler.update()
-
-
-class NeverUpdates(Whole):
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)  # here
 
 
 class NeverScales(Whole):
@@ -122,41 +52,6 @@ class ScaledOnce(Whole):
         loss.backward()  # here
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-
-class ZerosInPlace(Bfloat16):
-    def step(self, model, batch):
-        self.optimizer.zero_grad(set_to_none=False)  # here
-        with torch.autocast(**self.autocast):
-            loss = loss_of(model(batch[0]), batch)
-        loss.backward()
-        self.optimizer.step()
-
-
-class WrongDevice(Bfloat16):
-    autocast = {"device_type": "cuda", "dtype": torch.bfloat16}
-
-    def step(self, model, batch):
-        self.optimizer.zero_grad()
-        with torch.autocast(**self.autocast):  # here
-            loss = loss_of(model(batch[0]), batch)
-        loss.backward()
-        self.optimizer.step()
-
-
-WHOLE = {
-    "host-sync": ReadsTheLoss,
-    "clip-before-unscale": ClipsFirst,
-    "scaler-with-bfloat16": ScalesBfloat16,
-    "no-scaler": NoScaler,
-    "backward-in-autocast": BackwardInside,
-    "step-in-autocast": StepInside,
-    "step-around-scaler": AroundTheScaler,
-    "scaler-not-updated": NeverUpdates,
-    "loss-not-scaled": NeverScales,
-    "zero-grad-in-place": ZerosInPlace,
-    "autocast-no-effect": WrongDevice,
-}
 
 
 class Block(nn.Module):
@@ -365,13 +260,6 @@ MODELS = {
 }
 
 
-def line_of(planted):
-    """(file, line) of the comment in a class or function."""
-    lines, start = source.getsourcelines(planted)
-    (offset,) = [index for index, line in enumerate(lines) if line.rstrip().endswith("# here")]
-    return Path(source.getsourcefile(planted)), start + offset
-
-
 def said(report):
     return [(finding.rule, str(finding.place), finding.message) for finding in report.everything]
 
@@ -383,17 +271,12 @@ def only(report, rule):
     return found[rule]
 
 
-@pytest.mark.parametrize("rule", WHOLE)
-def test_a_fault_in_a_whole_step_is_found(rule):
-    whole = WHOLE[rule]()
+@pytest.mark.parametrize("planted", [ReadsTheLoss, NeverScales, ScaledOnce])
+def test_a_fault_in_a_whole_step_is_found(planted):
+    whole = planted()
+    rule = "host-sync" if planted is ReadsTheLoss else "loss-not-scaled"
     finding = only(inspect_step(whole.model, batch(), step=whole.step, speed=False), rule)
-    assert (Path(finding.place.file), finding.place.line) == line_of(type(whole))
-
-
-def test_a_scaler_that_scaled_only_once_is_found():
-    whole = ScaledOnce()
-    finding = only(inspect_step(whole.model, batch(), step=whole.step, speed=False), "loss-not-scaled")
-    assert (Path(finding.place.file), finding.place.line) == line_of(ScaledOnce)
+    assert (Path(finding.place.file), finding.place.line) == line_of(planted)
 
 
 ALSO = {"numpy": {"host-sync"}, "float16-range": {"nonfinite-forward"}, "bfloat16-weights": {"fails"},
@@ -423,7 +306,7 @@ def test_a_step_from_the_documentation_is_clean(whole):
 def test_every_rule_has_a_planted_fault():
     trained = {rule for rule, _ in STEPS.values()} | {"no-gradient", "evaluation-mode"}
     trained |= {"overflow-hidden", "unsafe-function"}  # in test_words_of_findings.py
-    assert {*WHOLE, *MODELS, *FAULTS.values()} | trained == RULES.keys()
+    assert {"host-sync", "loss-not-scaled", *MODELS, *FAULTS.values(), *OF_SCRIPTS} | trained == RULES.keys()
 
 
 @pytest.mark.parametrize("model", [network, Block, AttendsWithoutDropout, NormedByColumns, PutsTheSameType])
