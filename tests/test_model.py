@@ -141,7 +141,8 @@ def test_cuda_graphs_are_asked_for_only_where_they_are_wanted(graphs, monkeypatc
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options["mode"]) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
-    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), compile=True, graphs=graphs)
+    mode = "reduce-overhead" if graphs else "default"
+    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), compile_mode=mode)
     assert asked == ["reduce-overhead" if graphs else None, None]
     network.forward(torch.ones(4, 2))
     network.validation_forward(torch.ones(4, 2))

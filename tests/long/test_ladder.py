@@ -11,11 +11,9 @@ from tiny import SMALL
 from torch import nn
 
 from ampscope.roofline import Operator
-from distributed import Ranks
 from features.cpu_layers import SmallMapConv2d
 from measuring import ladder, probe
 from measuring.rungs import FIRST, Loop2020, Rung, RungBench, rungs_for, step_up
-from model import Network
 from reports.ladder import ladder_markdown, ladder_picture, ladder_text
 from utils import RunError
 
@@ -249,19 +247,6 @@ def test_a_compiled_rung_is_compiled_without_the_clock_inside(mode, monkeypatch)
     assert not model._forward_pre_hooks, "the compiler would break its graph at the clock"
     assert bench.warm_up()["seconds"] > 0
     assert bench.evidence(64)["operators"] is None
-
-
-def test_cuda_graphs_ask_the_compiler_and_mark_each_step(monkeypatch):
-    """Evaluation keeps what it computes, so only the training's forward pass may be replayed from graphs."""
-    asked = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options) or model)
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: asked.append("step"))
-    network = Network(nn.Linear(2, 2), sizes={4}, evaluation_size=4, ranks=Ranks(), compile_mode="reduce-overhead")
-    assert [options["mode"] for options in asked] == ["reduce-overhead", None]
-    network.forward(torch.ones(4, 2))
-    assert asked[2:] == ["step"]
-    network.validation_forward(torch.ones(4, 2))
-    assert asked[3:] == []
 
 
 def test_cuda_graphs_need_a_gpu(run, scenes_folder, tmp_path):

@@ -24,7 +24,7 @@ def overflowing(monkeypatch, epoch: int, precision: str = "amp-fp16") -> None:
 
     def validate(self):
         found = original(self)
-        if self.progress.epoch + 1 >= epoch and self.precision.name == precision:
+        if self.progress.epoch + 1 >= epoch and self.recipe.precision.name == precision:
             return dataclasses.replace(found, loss_sum=float("inf"))
         return found
 
