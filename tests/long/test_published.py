@@ -47,7 +47,7 @@ def constructed(name, weights):
 
 
 def published(state, lacking):
-    """The state dict in the form of the file: marked, and without what that lacks."""
+    """Return the state dict in the form of the file: marked, and without what that lacks."""
     form = OrderedDict()
     for entry, tensor in marked(state).items():
         if "counters" in lacking and entry.endswith("num_batches_tracked"):
