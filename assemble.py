@@ -16,19 +16,17 @@ from torch import nn
 
 import option
 from command_line.groups import Computing, grouped
-from command_line.idle import about_division
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
 from dataset import Batches
 from distributed import Ranks
 from features.cpu_layers import adapt_to_cpu
 from features.float32_layers import keep_layers_float32
 from features.frozen import keep_outputs
+from images.asked import agreed, recorded_split, tested_data, training_data
 from images.decode import Rules, windows_of
 from images.demo import draw_demo
-from images.opening import Opening, open_data_set, open_test_set
-from images.soundness import say_uneven
-from images.split import read_split
-from images.subsets import DataSet, Split, Subset
+from images.opening import Opening
+from images.subsets import DataSet, Subset
 from model import (
     Network,
     WithMirrorImage,
@@ -58,11 +56,6 @@ def draw_scenes(data_dir: str, device_name: str) -> None:
     """Draw the demo's scenes below `data_dir` if they are missing, as many and as large as suit the device."""
     is_cuda = choose_device(device_name, use=False).type == "cuda"
     draw_demo(Path(data_dir), exact=False, workers=cores(), **(option.SCENES_ON_CUDA if is_cuda else {}))
-
-
-def _data_of(config: Path) -> dict[str, Any]:
-    """Return what config.json says of the images that a run was trained on; nothing if there is no such file."""
-    return read_config(config)["dataset"] if config.exists() else {}
 
 
 def _compile_mode(computing: Computing) -> str | None:
@@ -170,59 +163,26 @@ class Setup:
         return own if normalize == "imagenet" else {**own, "mean": [0.0] * 3, "std": [1.0] * 3}
 
     def data(self, *, resuming: bool = False, classes: list[str] | None = None) -> DataSet:
-        """The data set, decoded; the demo's scenes are drawn first if they are missing.
+        """Return the data set, decoded; draw the demo's scenes first if they are missing.
 
-        A run that goes on keeps its split. Raises UserError if there are others than `classes`, those of a
-        checkpoint.
+        A run that goes on keeps its split. Raise UserError for classes other than `classes`, those of a checkpoint.
         """
-        asked = self.asked
         self._prepare_folder()
-        window = asked.reading.window or "data"
-        recorded = self._recorded(self.run.path) if resuming else None
-        data = open_data_set(
-            asked.data.data_dir,
-            image_size=self.image_size,
-            seed=asked.model.seed,
-            labels=asked.data.labels,
-            group=asked.data.group,
-            split=asked.data.split,
-            recorded=recorded,
-            keep_larger="crop" in asked.training.augment.split(","),
-            opening=self._opening(self._rules(windows_of(window)), own_window=window == "data"),
-        )
-        balanced = asked.training.sampler == "balanced" or asked.training.class_weights == "balanced"
-        say_uneven(
-            data.train,
-            data.classes,
-            balanced=balanced,
-            best_by=asked.training.best_by if asked.command == "train" else None,
-        )
-        for sentence in about_division(asked.typed, asked.data.split, data.divided):
-            log.warning(sentence)
-        batch_size = images_asked(asked.training.batch_size)
-        if len(data.train) < batch_size:
-            log.info(f"--batch_size {batch_size} is more than there are training images: one update an epoch")
-        return self._agreed(data, classes)
+        window = self.asked.reading.window or "data"
+        opening = self._opening(self._rules(windows_of(window)), own_window=window == "data")
+        recorded = recorded_split(self.run.path, self.ranks) if resuming else None
+        data = training_data(self.asked, opening, image_size=self.image_size, recorded=recorded)
+        return agreed(data, self.asked.data, classes, self.ranks)
 
     def test_data(self) -> DataSet:
-        """The images to test the checkpoint on: its run's test images, a test part, or a folder of class folders."""
-        asked = self.asked
+        """Return the images to test the checkpoint on."""
         self._prepare_folder()
+        opening = self._opening(self.rules, own_window=False)
         folder = self.checkpoint_file.parent
-        was = self.ranks.share(lambda: _data_of(folder / "config.json"))
-        return self._agreed(
-            open_test_set(
-                asked.data.data_dir,
-                image_size=self.image_size,
-                known=self.checkpoint["classes"],
-                labels=asked.data.labels,
-                recorded=self._recorded(folder),
-                same_place=was.get("folder") == str(Path(asked.data.data_dir).resolve()),
-                checksum=was.get("tested"),
-                opening=self._opening(self.rules, own_window=False),
-            ),
-            self.checkpoint["classes"],
-        )
+        classes = self.checkpoint["classes"]
+        size = self.image_size
+        data = tested_data(self.asked.data, opening, image_size=size, known=classes, folder=folder, ranks=self.ranks)
+        return agreed(data, self.asked.data, classes, self.ranks)
 
     @property
     def rules(self) -> Rules:
@@ -249,27 +209,6 @@ class Setup:
                 f"{printable(Path(asked.data.data_dir).absolute())} does not exist, but the images of this run were in "
                 f"{printable(asked.data.data_dir)}. Name the folder that holds them now with --data_dir."
             )
-
-    def _recorded(self, folder: Path) -> Split | None:
-        """Return the split that a run's folder records; None if it records none."""
-        file = folder / "split.csv"
-        return self.ranks.share(lambda: read_split(file) if file.exists() else None)
-
-    def _agreed(self, data: DataSet, classes: list[str] | None) -> DataSet:
-        """The data set, if all ranks see the same and it has the classes that were asked for."""
-        asked = self.asked
-        if self.ranks.share(lambda: data.fingerprint) != data.fingerprint:
-            raise UserError(
-                f"the images in {asked.data.data_dir} are not those of the first process: give all processes the same."
-            )
-        if asked.data.num_classes not in (None, len(data.classes)):
-            raise UserError(
-                f"--num_classes {asked.data.num_classes}: {asked.data.data_dir} holds {len(data.classes)} "
-                "class folders."
-            )
-        if classes not in (None, data.classes):
-            raise UserError(f"{asked.data.data_dir} holds the classes {data.classes}, the checkpoint {classes}.")
-        return data
 
     @property
     def preprocess(self) -> Preprocess:

@@ -4,6 +4,6 @@ Find: `walk` finds image files, `folders` finds the parts and classes of a data 
 List: `lookup` finds the file that a table names, `tables` reads a table, `naming` checks names, `labels` lists all.
 Divide: `split` decides which images train, validate and test.
 Decode: `decode` reads a file, `cache_files` keep the output of `cache`, `stores` gives batches, cached or streamed.
-Subset: `subsets` holds a part's images, `soundness` refuses unfit ones, `opening` does all of it, `check` reports it.
-Put on disk: `placing` moves a whole data set into place, `archive` unpacks one, `scenes` and `demo` draw one.
+Subset: `subsets` holds a part, `soundness` refuses unfit ones, `opening` does all of it, `asked` as options say.
+Put on disk: `check` reports, `placing` moves data into place, `archive` unpacks one, `scenes` and `demo` draw one.
 """
