@@ -1,4 +1,4 @@
-"""The data set of a command line: open it as the options ask, follow what a run recorded, and agree over all ranks."""
+"""Open the data set that the options ask for, follow the split of an earlier run, and compare it over all ranks."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from utils import UserError, log
 
 
 def training_data(asked: Asked, opening: Opening, *, image_size: int, recorded: Split | None) -> DataSet:
-    """Return the data set to train on, and log what its size, its classes and its division mean for the options.
+    """Return the data set to train on, and log the consequences of its size, its classes and its division for the
+    options.
 
-    `recorded` is the split of a run that goes on.
+    `recorded` is the split of a run to continue.
     """
     training = asked.training
     data = open_data_set(
@@ -73,7 +74,8 @@ def recorded_split(folder: Path, ranks: Ranks) -> Split | None:
 
 
 def agreed(data: DataSet, asked: Data, classes: list[str] | None, ranks: Ranks) -> DataSet:
-    """Return the data set. Raise UserError if ranks see different ones, or if it has other classes than asked for."""
+    """Return the data set. Raise UserError if ranks have different ones, or if its classes are not the expected
+    ones."""
     if ranks.share(lambda: data.fingerprint) != data.fingerprint:
         raise UserError(
             f"the images in {asked.data_dir} are not those of the first process: give all processes the same."
