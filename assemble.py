@@ -17,6 +17,7 @@ from torch import nn
 import option
 from command_line.groups import Computing, grouped
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
+from command_line.presets import SCENES_ON_CUDA
 from dataset import Batches
 from distributed import Ranks
 from features.cpu_layers import adapt_to_cpu
@@ -55,7 +56,7 @@ from utils import StopSignal, UserError, choose_device, log, printable, seed_eve
 def draw_scenes(data_dir: str, device_name: str) -> None:
     """Draw the demo's scenes below `data_dir` if they are missing, as many and as large as suit the device."""
     is_cuda = choose_device(device_name, use=False).type == "cuda"
-    draw_demo(Path(data_dir), exact=False, workers=cores(), **(option.SCENES_ON_CUDA if is_cuda else {}))
+    draw_demo(Path(data_dir), exact=False, workers=cores(), **(SCENES_ON_CUDA if is_cuda else {}))
 
 
 def _compile_mode(computing: Computing) -> str | None:

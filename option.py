@@ -11,7 +11,6 @@ from typing import Any
 
 from choices import METRICS, OPTIMIZERS, SCHEDULES
 from command_line.kinds import (
-    ALL,
     ALPHA,
     AUGMENT,
     CALL,
@@ -47,6 +46,7 @@ from command_line.kinds import (
     whole,
     window,
 )
+from command_line.presets import PRESETS
 from precision_table import PRECISIONS
 
 VERSION = "0.1.0"
@@ -67,66 +67,6 @@ FIRST_STEPS = """first steps:
   python main.py doctor                       see what this machine can do
   python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
 README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
-# Defaults of --demo: two CPU cores learn this problem from scratch in well under a minute.
-DEMO = {
-    "data_dir": "data/demo",
-    "pretrained": 0,
-    "image_size": 64,
-    "batch_size": 64,
-    "epochs": 8,
-    "learning_rate": 2e-3,
-    "log_interval": 5,
-}
-
-# Further defaults of --demo on a CUDA device, and the scenes that it draws there: 300 updates of 4 GB in FP32.
-DEMO_ON_CUDA = {"data_dir": "data/demo_cuda", "image_size": 224, "batch_size": 128, "epochs": 8}
-SCENES_ON_CUDA = {"train_images": 6000, "test_images": 1500, "size": 224}
-
-# Defaults of --preset. They replace the defaults of the 2020 tutorial; those of --demo replace both.
-PRESETS: dict[str, dict[str, Any]] = {
-    "tutorial": {},
-    "finetune": {
-        "optimizer": "ADAMW",
-        "learning_rate": 1e-3,
-        "backbone_lr": 0.3,
-        "weight_decay": 0.02,
-        "decay_norms": False,
-        "batch_size": 64,
-        "epochs": 8,
-        "augment": "crop",
-        "label_smoothing": 0.1,
-        "ema": 0.99,
-        "tta": "flip",
-        "split": "77,8,15",  # if there is a test folder, a tenth is held out; the tutorial holds out a fifth
-    },
-    "scratch": {
-        "pretrained": 0,
-        "image_size": 128,
-        "start_size": 48,
-        "optimizer": "ADAMW",
-        "learning_rate": 2e-3,
-        "decay_type": "linear_warmup",
-        "weight_decay": 0.05,
-        "decay_norms": False,
-        "batch_size": 64,
-        "epochs": 28,
-        "augment": "crop",
-        "label_smoothing": 0.1,
-        "ema": 0.995,
-        "tta": "flip",
-        "split": "77,8,15",
-    },
-    "probe": {
-        "freeze_epochs": ALL,
-        "image_size": 224,  # at which most networks were trained: a frozen one knows no other
-        "optimizer": "ADAMW",
-        "learning_rate": 3e-3,
-        "weight_decay": 0.01,
-        "batch_size": 256,
-        "epochs": 40,
-        "tta": "flip",
-    },
-}
 
 DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
 TTA = Option(

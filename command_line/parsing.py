@@ -15,18 +15,8 @@ from typing import Any
 
 from command_line.idle import never_acts
 from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT, Parser
-from option import (
-    COMMANDS,
-    DEMO,
-    DEMO_ON_CUDA,
-    FIRST_STEPS,
-    GROUPS,
-    OPTIONS,
-    OWN_DEFAULTS,
-    PRESETS,
-    VERSION,
-    options_of,
-)
+from command_line.presets import DEMO, DEMO_ON_CUDA, PRESETS
+from option import COMMANDS, FIRST_STEPS, GROUPS, OPTIONS, OWN_DEFAULTS, VERSION, options_of
 from precision_table import PRECISIONS
 from runs.config import read_config
 from utils import UserError

@@ -12,8 +12,8 @@ from torch import nn
 from torchvision import models
 
 import assemble
-import option
 import train as training
+from command_line import presets
 from dataset import Batches
 from features.activation_maps import activation_maps
 from features.frozen import FrozenNetwork, keep_outputs
@@ -31,17 +31,17 @@ FP32 = Precision("fp32", CPU, "")
 def test_a_preset_lies_between_the_defaults_and_what_is_typed():
     found = parse("--preset=finetune", "--epochs=3")
     assert (
-        option.PRESETS["finetune"].items() <= (vars(found) | {"epochs": option.PRESETS["finetune"]["epochs"]}).items()
+        presets.PRESETS["finetune"].items() <= (vars(found) | {"epochs": presets.PRESETS["finetune"]["epochs"]}).items()
     )
     assert (found.epochs, found.preset) == (3, "finetune")
     assert vars(parse("--preset=tutorial")) == vars(parse())
 
 
-@pytest.mark.parametrize("name", option.PRESETS)
+@pytest.mark.parametrize("name", presets.PRESETS)
 def test_every_preset_is_what_its_options_say_when_typed(name):
-    typed = [f"--{key}={value}" for key, value in option.PRESETS[name].items() if not isinstance(value, bool)]
+    typed = [f"--{key}={value}" for key, value in presets.PRESETS[name].items() if not isinstance(value, bool)]
     expected = vars(parse(f"--preset={name}"))
-    switches = ["--no-decay_norms"] if option.PRESETS[name].get("decay_norms") is False else []
+    switches = ["--no-decay_norms"] if presets.PRESETS[name].get("decay_norms") is False else []
     assert vars(parse(*typed, *switches)) | {"preset": name} == expected
     assert parse("compare", f"--preset={name}").learning_rate == expected["learning_rate"]
 
@@ -50,14 +50,17 @@ def test_the_demo_wins_over_a_preset_and_a_typed_preset_over_a_config(tmp_path):
     found = parse("--preset=scratch", "--demo", "--image_size=48")
     assert (found.image_size, found.start_size) == (48, 0)  # 48 pixels do not grow to 48
     found = parse("--preset=scratch", "--demo")
-    assert (found.image_size, found.start_size) == (option.DEMO["image_size"], option.PRESETS["scratch"]["start_size"])
+    assert (found.image_size, found.start_size) == (
+        presets.DEMO["image_size"],
+        presets.PRESETS["scratch"]["start_size"],
+    )
     assert parse("--preset=scratch", "--epochs=1").start_size == 0
     assert parse("--preset=scratch", "--start_size=0").start_size == 0
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"options": {"epochs": 7, "learning_rate": 0.5, "preset": "tutorial"}}))
     assert parse(f"--config={file}").epochs == 7
     found = parse(f"--config={file}", "--preset=finetune")
-    assert found.epochs == option.PRESETS["finetune"]["epochs"]
+    assert found.epochs == presets.PRESETS["finetune"]["epochs"]
 
 
 def test_what_does_not_fit_together_is_said():

@@ -11,7 +11,7 @@ import pytest
 from tiny import ROOT, run_main
 
 import option
-from command_line import parsing
+from command_line import parsing, presets
 from command_line.idle import never_acts
 from utils import UserError
 
@@ -221,8 +221,8 @@ def test_files_behind_two_dashes_keep_theirs():
 # --------------------------------------------------------------------------------- precedence
 def test_demo_sets_defaults_and_explicit_options_win():
     options = parse("--demo", "--epochs", "3")
-    assert options.epochs == 3 and options.image_size == option.DEMO["image_size"] and options.pretrained == 0
-    assert parse("compare", "--demo").data_dir == option.DEMO["data_dir"]
+    assert options.epochs == 3 and options.image_size == presets.DEMO["image_size"] and options.pretrained == 0
+    assert parse("compare", "--demo").data_dir == presets.DEMO["data_dir"]
     assert parse("--demo", "--batch_size", "256").batch_size == 256  # even where the value is the usual default
 
 
@@ -234,7 +234,7 @@ def test_on_cuda_a_demo_has_other_sizes():
         return True
 
     options = parsing.parse(["--demo", "--device", "cuda:1", "--epochs", "3"], is_cuda=is_cuda)
-    sizes = option.DEMO | option.DEMO_ON_CUDA | {"epochs": 3}
+    sizes = presets.DEMO | presets.DEMO_ON_CUDA | {"epochs": 3}
     assert {name: getattr(options, name) for name in sizes} == sizes and asked == ["cuda:1"]
     parsing.parse(["prepare", "--demo"], is_cuda=is_cuda)
     parsing.parse(["--epochs", "3"], is_cuda=is_cuda)
@@ -249,7 +249,7 @@ def test_command_line_then_config_then_demo_then_default(config):
     options = parse("--demo", "--config", str(config), "--batch_size", "5")
     assert options.batch_size == 5  # the command line
     assert (options.epochs, options.image_size, options.data_dir) == (7, 99, "elsewhere")  # the config
-    assert options.learning_rate == option.DEMO["learning_rate"] and options.weight_decay == 1e-4
+    assert options.learning_rate == presets.DEMO["learning_rate"] and options.weight_decay == 1e-4
     assert options.amp is True and parse("--config", str(config), "--no-amp").amp is False
     assert options.overwrite is False and options.checkpoint_name == ""  # never from a config
 
@@ -267,7 +267,7 @@ def test_without_a_config_the_checkpoint_says_how_images_are_read(tmp_path):
     for words in (["evaluate"], ["evaluate", "--demo"], ["predict", "x.png"], ["export"]):
         options = parse(*words, f"--checkpoint_dir={tmp_path}", "--checkpoint_name=gone")
         assert options.image_size is options.normalize is None
-    assert parse("evaluate", "--demo").data_dir == option.DEMO["data_dir"]
+    assert parse("evaluate", "--demo").data_dir == presets.DEMO["data_dir"]
     assert parse("evaluate", "--image_size=77").image_size == 77
 
 

@@ -9,8 +9,8 @@ import torch
 
 import assemble
 import main
-import option
 import utils
+from command_line import presets
 from commands import compare
 from images import demo, scenes
 from images.demo import draw_demo
@@ -29,7 +29,7 @@ def test_demo_on_cuda_has_sizes_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(compare, "report_runs", lambda *_: None)
     assert main.main(["compare", "--demo", "--epochs=3"]) == 0
     root, asked = drawn[0]
-    assert str(root) == option.DEMO_ON_CUDA["data_dir"] and asked.items() >= option.SCENES_ON_CUDA.items()
+    assert str(root) == presets.DEMO_ON_CUDA["data_dir"] and asked.items() >= presets.SCENES_ON_CUDA.items()
     names, words = drawn[1]
     assert names == ["fp32", "amp-fp16"] and {f"--data_dir={root}", "--image_size=224", "--epochs=3"} <= set(words)
 
