@@ -12,137 +12,26 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import checkpoint as checkpointing
-from torch.utils._pytree import tree_map
 
 from ampscope.errors import InspectError
 from ampscope.execution import Execution
 from ampscope.float32_layers import keep_float32, put_back
+from ampscope.layer_runs import Errors, Key, Seen, has_regions, run_once
 from ampscope.precisions import PRECISIONS, Precision, named_precision, sensible_precisions
 from ampscope.subject import Subject, core
-from ampscope.tensors import tensors_in
-from ampscope.text import cut, heading, paragraph, table
+from ampscope.text import cut, end_of, heading, paragraph, table
 
 DRAWS = 3  # runs with random roundings, of which the floor is the largest
 ABOVE = 4.0  # times the floor: an error above that is more than rounding
 SEARCHED = 12  # modules that the search tries in float32, those of the largest errors of their own
 TIMED = 5  # updates of each side
 SCALE = 1024.0  # factor on the loss in float16, by which gradients are divided again
-Key = tuple[str, int]  # a module's name, and which of its calls
-
-
-@dataclass
-class Seen:
-    """What one run showed of each call of a module, in float32 on the model's device."""
-
-    order: list[Key] = field(default_factory=list)
-    inputs: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    outputs: dict[Key, list[torch.Tensor]] = field(default_factory=dict)
-    gradients: dict[Key, list[torch.Tensor]] = field(default_factory=dict)  # of the outputs
-    weights: dict[str, torch.Tensor] = field(default_factory=dict)  # gradients, by parameter
-    leaves: set[str] = field(default_factory=set)  # modules inside which no other one was called
-
-
-class _Recorder:
-    """Hooks on every module that keep what goes in and comes out, and change it for the floor and for own errors."""
-
-    def __init__(self, subject: Subject, *, noise: float = 0.0, feed: Seen | None = None):
-        self.subject = subject
-        self.noise = noise
-        self.feed = feed
-        self.seen = Seen()
-        self._calls: dict[str, int] = {}
-        self._open: list[tuple[Key, bool]] = []
-        self._draw = torch.Generator().manual_seed(0)
-
-    @contextmanager
-    def attached(self) -> Iterator[Seen]:
-        with ExitStack() as stack:
-            for name, module in self.subject.named_modules():
-                before = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
-                after = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(before.remove)
-                stack.callback(after.remove)
-            yield self.seen
-
-    def _enter(self, name: str) -> Callable:
-        def enter(_module: nn.Module, arguments: Any, options: Any) -> Any:
-            key = (name, self._calls.get(name, 0))
-            if self._open:
-                self._open[-1] = (self._open[-1][0], False)
-            self._open.append((key, True))
-            self._calls[name] = key[1] + 1
-            arguments, options = self._changed(name, key, arguments, options)
-            self.seen.inputs[key] = _copies((arguments, options))
-            return arguments, options
-
-        return enter
-
-    def _changed(self, name: str, key: Key, arguments: Any, options: Any) -> tuple[Any, Any]:
-        """Return a module's inputs off by a rounding, or those that it has in float32."""
-        given: tuple[Any, Any] = (arguments, options)
-        if self.feed is not None and name in self.feed.leaves:
-            true = iter(self.feed.inputs.get(key, []))
-            given = tree_map(lambda value: _like(value, true), given)
-        if self.noise and (self.feed is None or name in self.feed.leaves):
-            given = tree_map(self._off, given)
-        return given
-
-    def _off(self, value: Any) -> Any:
-        if not _is_floating(value):
-            return value
-        drawn = torch.rand(value.shape, generator=self._draw).to(value.device, value.dtype)
-        return value * (1 + self.noise * (2 * drawn - 1))
-
-    def _leave(self, _module: nn.Module, _arguments: Any, outputs: Any) -> Any:
-        key, leaf = self._open.pop()
-        if leaf:
-            self.seen.leaves.add(key[0])
-            if self.noise:
-                outputs = tree_map(self._off, outputs)
-        self.seen.order.append(key)
-        self.seen.outputs[key] = _copies(outputs)
-        self.seen.gradients[key] = []
-        for tensor in tensors_in(outputs):
-            if _is_floating(tensor) and tensor.requires_grad:
-                tensor.register_hook(lambda gradient: self.seen.gradients[key].append(gradient.detach().float()))
-        return outputs
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout is torch.strided
-
-
-def _copies(tree: Any) -> list[torch.Tensor]:
-    return [tensor.detach().float().clone() for tensor in tensors_in(tree) if _is_floating(tensor)]
-
-
-def _like(value: Any, true: Iterator[torch.Tensor]) -> Any:
-    """Return the next true value in the type of `value`, through which gradients still flow."""
-    if not _is_floating(value):
-        return value
-    other = next(true, None)
-    if other is None or other.shape != value.shape:
-        return value
-    return value + (other.to(value.dtype) - value).detach() if value.requires_grad else other.to(value.dtype)
-
-
-def _error(found: list[torch.Tensor], true: list[torch.Tensor]) -> float | None:
-    """Return the relative error of tensors against others, by the norm of all; None if they cannot be compared."""
-    if not true or [tensor.shape for tensor in found] != [tensor.shape for tensor in true]:
-        return None
-    size = math.sqrt(sum(tensor.double().square().sum().item() for tensor in true))
-    off = math.sqrt(
-        sum((one.double() - other.double()).square().sum().item() for one, other in zip(found, true, strict=True))
-    )
-    return off / size if size else None
 
 
 class LayerErrors:
@@ -170,7 +59,7 @@ class LayerErrors:
             cells = [["module", "class", "output", "floor", "own", "floor", "gradient", "floor"]]
             for row in rows:
                 keys = ("output", "output_floor", "own", "own_floor", "gradient", "gradient_floor")
-                cells.append([row["name"], cut(row["class"], 16), *(_percent(row[key]) for key in keys)])
+                cells.append([end_of(row["name"], 22), cut(row["class"], 11), *(_percent(row[key]) for key in keys)])
             out += ["", *table("<<>>>>>>", cells), "", *paragraph(found["verdict"]), ""]
             for step in found.get("search", []):
                 out += paragraph(step, "- ")
@@ -208,17 +97,20 @@ def layer_errors(
     if not chosen or not all(name in PRECISIONS and PRECISIONS[name].amp for name in chosen):
         raise InspectError("name a precision of 16 bits: amp-bf16 or amp-fp16.")
     base = named_precision("fp32", subject.device)
-    ambient = not _has_regions(subject)
-    true = _run(subject, base, ambient=ambient)
+    ambient = not has_regions(subject)
+    true = run_once(subject, base, ambient=ambient).seen
     content: dict[str, Any] = {"reference": "float32", "precisions": {}}
     for name in chosen:
         precision = named_precision(name, subject.device)
         factor = SCALE if precision.dtype == torch.float16 else 1.0
-        low = _run(subject, precision, ambient=ambient, scale=factor)
-        own = _run(subject, precision, ambient=ambient, scale=factor, feed=true)
+        low = run_once(subject, precision, true, ambient=ambient, scale=factor).errors
+        own = run_once(subject, precision, true, ambient=ambient, scale=factor, feed=True).errors
         noise = torch.finfo(precision.dtype).eps / 2
-        floors = [_run(subject, base, ambient=ambient, noise=noise, seed=draw) for draw in range(DRAWS)]
-        alone = [_run(subject, base, ambient=ambient, noise=noise, seed=draw, feed=true) for draw in range(DRAWS)]
+        draws = range(DRAWS)
+        floors = [run_once(subject, base, true, ambient=ambient, noise=noise, seed=draw).errors for draw in draws]
+        alone = [
+            run_once(subject, base, true, ambient=ambient, noise=noise, seed=draw, feed=True).errors for draw in draws
+        ]
         rows = _rows(subject, true, low, own, floors, alone)
         found = {"rows": rows, **_judged(rows)}
         if find:
@@ -227,111 +119,26 @@ def layer_errors(
     return LayerErrors(content)
 
 
-def _has_regions(subject: Subject) -> bool:
-    """Return True if the step enters autocast itself; then its own regions take the precision."""
-    with subject.kept():
-        execution = Execution(subject, None)
-        try:
-            execution.run()
-        except Exception as error:
-            raise InspectError(f"the step fails as it is written: {type(error).__name__}: {error}") from error
-    subject.forget()
-    return any(event.kind == "autocast" and event.details["enabled"] for event in execution.events)
-
-
-def _run(
-    subject: Subject,
-    precision: Precision,
-    *,
-    ambient: bool,
-    scale: float = 1.0,
-    noise: float = 0.0,
-    seed: int = 0,
-    feed: Seen | None = None,
-) -> Seen:
-    """Run the step once, as the models are; gradients are divided by `scale`."""
-    recorder = _Recorder(subject, noise=noise, feed=feed)
-    recorder._draw.manual_seed(seed)
-    with subject.kept():
-        if noise:
-            with torch.no_grad():
-                for parameter in subject.parameters():
-                    if _is_floating(parameter):
-                        parameter.copy_(recorder._off(parameter))
-        execution = Execution(subject, precision.use(), ambient=ambient, scale=scale)
-        try:
-            with _without_checkpointing(), recorder.attached() as seen:
-                execution.run()
-        except Exception as error:
-            raise InspectError(f"the step fails in {precision.label}: {type(error).__name__}: {error}") from error
-        factor = execution.scale
-        seen.gradients = {key: [part / factor for part in parts] for key, parts in seen.gradients.items()}
-        for name, parameter in subject.named_parameters():
-            if parameter.grad is not None and _is_floating(parameter.grad):
-                seen.weights[name] = parameter.grad.detach().float() / factor
-        subject.forget()
-    return seen
-
-
-class _Direct:
-    """Stands for the autograd function of reentrant checkpointing, and calls the block directly."""
-
-    @staticmethod
-    def apply(function: Callable, _preserve: bool, *arguments: Any) -> Any:
-        return function(*arguments)
-
-
-@contextmanager
-def _without_checkpointing() -> Iterator[None]:
-    """Let checkpointed blocks keep their activations: computed again they would be off by other roundings."""
-
-    def nothing(*_arguments: Any, **_options: Any) -> Iterator[None]:
-        yield
-
-    def directly(function: Callable, arguments: Any, options: Any, **_how: Any) -> Any:
-        return function(*arguments, **options)
-
-    kept = {  # before PyTorch 2.14 the first two, then the third
-        "CheckpointFunction": _Direct,
-        "_checkpoint_without_reentrant_generator": nothing,
-        "_checkpoint_impl": directly,
-    }
-    originals = {name: getattr(checkpointing, name) for name in kept if hasattr(checkpointing, name)}
-    try:
-        for name in originals:
-            setattr(checkpointing, name, kept[name])
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(checkpointing, name, original)
-
-
 def _rows(
-    subject: Subject, true: Seen, low: Seen, own: Seen, floors: list[Seen], alone: list[Seen]
+    subject: Subject, true: Seen, low: Errors, own: Errors, floors: list[Errors], alone: list[Errors]
 ) -> list[dict[str, Any]]:
     """Return a row for each call of a module, in the order in which the calls ended."""
     kinds = {name: type(module).__name__ for name, module in subject.named_modules()}
+
+    def of(run: Errors, key: Key, part: str) -> float | None:
+        error = run.get((key[0] if part == "weights" else key, part))
+        return error.relative() if error else None
+
     rows = []
     for key in true.order:
         name, call = key
-        weights = [weight for weight in true.weights if weight.rpartition(".")[0] == name]
         leaf = name in true.leaves
-
-        def of(run: Seen, weights: list[str] = weights, key: Key = key) -> dict[str, float | None]:
-            return {
-                "output": _error(run.outputs.get(key, []), true.outputs[key]),
-                "gradient": _error(run.gradients.get(key, []), true.gradients[key]),
-                "weights": _error(
-                    [run.weights[weight] for weight in weights if weight in run.weights],
-                    [true.weights[weight] for weight in weights],
-                ),
-            }
-
-        noise = [of(run) for run in floors]
-        row: dict[str, Any] = {"name": name or "(model)", "call": call, "class": kinds[name], "leaf": leaf, **of(low)}
-        row |= {f"{part}_floor": _largest([one[part] for one in noise]) for part in ("output", "gradient", "weights")}
-        row["own"] = of(own)["output"] if leaf else None
-        row["own_floor"] = _largest([of(run)["output"] for run in alone]) if leaf else None
+        row: dict[str, Any] = {"name": name or "(model)", "call": call, "class": kinds[name], "leaf": leaf}
+        for part in ("output", "gradient", "weights"):
+            row[part] = of(low, key, part)
+            row[f"{part}_floor"] = _largest([of(run, key, part) for run in floors])
+        row["own"] = of(own, key, "output") if leaf else None
+        row["own_floor"] = _largest([of(run, key, "output") for run in alone]) if leaf else None
         rows.append(row)
     return rows
 
@@ -384,8 +191,8 @@ def _search(
 
     def end(names: list[str]) -> float:
         with _kept(network, names):
-            low = _run(subject, precision, ambient=ambient)
-        return _error(low.outputs[last], true.outputs[last]) or 0.0
+            errors = run_once(subject, precision, true, ambient=ambient).errors
+        return errors[last, "output"].relative() or 0.0
 
     candidates = sorted((row for row in rows if row["own"]), key=lambda row: -row["own"])
     names = list(dict.fromkeys(row["name"] for row in candidates if row["name"] != "(model)"))[:SEARCHED]

@@ -63,6 +63,7 @@ def test_the_layer_that_loses_the_precision_is_named_and_kept():
         assert rows_of(found, name)["2", 0]["own"] > own and part["left"] < 0.1 * part["whole"]
         assert "keep_float32(model, '2')" in part["verdict"]
     assert type(model[2]) is Centre and json.dumps(found.content)
+    assert all(len(line) <= 80 for line in found.text().splitlines())
 
 
 @pytest.mark.parametrize("model", [network(), network(nn.LayerNorm(32)), Twice(), network(nn.Dropout(0.5))])
