@@ -45,6 +45,13 @@ def heard():
 
 
 @pytest.fixture
+def said(caplog):
+    """Return what is logged, line by line."""
+    caplog.set_level("INFO", utils.log.name)
+    return caplog
+
+
+@pytest.fixture
 def drawn():
     """Draw pictures and pages in this test."""
     with tiny.drawing():

@@ -266,10 +266,7 @@ def test_another_device_is_advised_that_this_process_does_not_already_use(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
 
-    def fails(*_, **__):
-        raise RuntimeError("CUDA error: invalid device ordinal")
-
-    monkeypatch.setattr(torch, "empty", fails)
+    monkeypatch.setattr(torch, "empty", tiny.raising(RuntimeError("CUDA error: invalid device ordinal")))
     assert "--device auto" not in tiny.refused(choose_device, "auto"), "auto chose it"
     assert "--device auto or --device cpu" in tiny.refused(choose_device, "cuda:1")
     assert "torchrun --nproc_per_node 2" in tiny.refused(choose_device, "auto", local_rank=2)

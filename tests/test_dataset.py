@@ -1,6 +1,7 @@
 """Folders to batches: layouts, the split, decoding of every mode, pixels against torchvision, order and ranks."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -389,16 +390,41 @@ def test_the_cache_is_built_once_and_made_anew_when_a_file_changes(tmp_path, mon
     assert opened(root).fingerprint != first.fingerprint
 
 
-def test_a_damaged_cache_is_decoded_again(tmp_path, caplog):
+def flipped(content: bytes, place: int = -5) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 64
+    return bytes(changed)
+
+
+DAMAGES = {
+    "truncated": lambda file, notes: file.write_bytes(file.read_bytes()[:-1000]),
+    "emptied": lambda file, notes: file.write_bytes(b""),
+    "garbage": lambda file, notes: file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size)),
+    "one byte": lambda file, notes: file.write_bytes(flipped(file.read_bytes())),
+    "notes garbage": lambda file, notes: notes.write_bytes(b"\xff{"),
+    "notes emptied": lambda file, notes: notes.write_text('{"crc32": [1], "unreadable": {"x": 1}}'),
+    "notes of another": lambda file, notes: notes.write_text(
+        json.dumps({"crc32": [5] * len(np.load(file)), "unreadable": {}})
+    ),
+    "notes gone": lambda file, notes: notes.unlink(),
+    "other array": lambda file, notes: np.save(file, np.array([{"an": "object"}]), allow_pickle=True),
+    "folder": lambda file, notes: (file.unlink(), file.mkdir()),
+}
+
+
+def test_a_damaged_cache_is_noticed_and_built_anew(tmp_path, caplog):
+    """With the images of one that never was damaged."""
     caplog.set_level("INFO", "amp-train")
     root = folders(tmp_path, "train", "test")
     expected = updates(fed(opened(root)))
-    for file in (root / ".cache").glob("*.npy"):
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 255
-        file.write_bytes(content)
-    assert same(updates(fed(opened(root))), expected)
-    assert sum("is damaged" in text for text in caplog.messages) == 2
+    for name, damage in DAMAGES.items():
+        caplog.clear()
+        arrays = sorted((root / ".cache").glob("*.npy"))
+        assert len(arrays) == 2
+        for file in arrays:
+            damage(file, file.with_suffix(".json"))
+        assert same(updates(fed(opened(root))), expected), name
+        assert "is damaged" in caplog.text or "notes" in name or name == "folder", name
 
 
 def test_unreadable_images_are_all_listed_or_left_out(tmp_path, caplog):

@@ -46,13 +46,6 @@ def shell(tmp_path, monkeypatch):
     return run
 
 
-@pytest.fixture
-def said(caplog):
-    """Return the log lines about the weights."""
-    caplog.set_level("INFO", logger=utils.log.name)
-    return caplog
-
-
 # ------------------------------------------------------------------------------- lines to be typed
 def test_a_line_to_type_names_the_file_and_runs_nothing_of_its_name(shell):
     for name in HOSTILE_NAMES:

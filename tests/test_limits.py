@@ -209,12 +209,9 @@ def test_a_mistake_with_closed_streams_has_its_status(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 1042"), OSError("No username set")])
 def test_a_user_without_a_name_gets_one(monkeypatch, error):
-    def nobody(_):
-        raise error
-
     for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("pwd.getpwuid", tiny.raising(error))
     utils.name_this_user()
     assert getpass.getuser() == f"uid_{os.getuid()}"
 

@@ -6,6 +6,7 @@ Run it alone: pytest tests/test_precision.py
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 
 import precision
@@ -47,14 +48,16 @@ def test_a_precision_is_its_dtype_its_autocast_and_its_scaler(name, card):
         assert found.grad_scaler().is_enabled() == (name == "amp-fp16")
 
 
-def test_fp32_is_told_not_to_be_tf32_and_tf32_to_be(card):
+def test_fp32_is_told_not_to_be_tf32_and_tf32_to_be_by_every_switch(card):
+    """Also by the old ones, which torch.compile reads."""
     card("NVIDIA A100", (8, 0))
     choose_precision(CUDA, tf32=True)
-    assert modes() == {"tf32"} and torch.backends.cudnn.allow_tf32
-    choose_precision(CUDA)
-    assert modes() == {"ieee"} and not torch.backends.cudnn.allow_tf32
-    choose_precision(CUDA, amp=True)
-    assert modes() == {"ieee"}, "what autocast leaves in float32 is true float32"
+    assert modes() == {"tf32"} and torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "high"
+    for options in ({}, {"amp": True}):  # what autocast leaves in float32 is true float32
+        choose_precision(CUDA, tf32=True)
+        choose_precision(CUDA, **options)
+        assert modes() == {"ieee"} and not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize(
@@ -119,10 +122,7 @@ def test_apple_chips_by_their_name(chip, expected, monkeypatch):
 
 
 def test_a_chip_without_a_name_is_an_old_one(monkeypatch):
-    def missing(*_arguments, **_options):
-        raise FileNotFoundError("sysctl")
-
-    monkeypatch.setattr(machine.subprocess, "run", missing)
+    monkeypatch.setattr(machine.subprocess, "run", tiny.raising(FileNotFoundError("sysctl")))
     assert machine.chip_name() == "" and card_of(torch.device("mps")).pick == "amp-fp16"
 
 
@@ -164,11 +164,3 @@ def test_an_older_pytorch_learns_the_instructions_from_linux(line, expected, tmp
     (tmp_path / "cpuinfo").write_text(f"processor : 0\n{line}\nbugs : none\n")
     assert machine.cpu_instructions(tmp_path / "cpuinfo") == expected
     assert machine.cpu_instructions(tmp_path / "nowhere") == set()
-
-
-@pytest.mark.parametrize("tf32, mode", [(True, ("high", "tf32", True)), (False, ("highest", "ieee", False))])
-def test_every_switch_of_the_float32_mode_says_the_same(tf32, mode, card):
-    """The old ones, too: torch.compile reads them."""
-    precision._set_float32_mode(tf32)
-    products = torch.backends.cuda.matmul.fp32_precision
-    assert (torch.get_float32_matmul_precision(), products, torch.backends.cudnn.allow_tf32) == mode

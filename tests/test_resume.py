@@ -132,11 +132,8 @@ def test_killed_run_equals_undisturbed(data, straight, tmp_path):
 def test_checkpoint_every(every, expected, data, straight, tmp_path, monkeypatch):
     """A run that ends without warning in its last update goes on from the last checkpoint within the epoch."""
 
-    def fail():
-        raise RunError("the plug was pulled")
-
     with monkeypatch.context() as patch:
-        at_call(patch, training, "update_weights", 6, fail)
+        at_call(patch, training, "update_weights", 6, tiny.raising(RunError("the plug was pulled")))
         assert tiny.train(data, tmp_path, f"--checkpoint_every={every}") == 1
     assert position(tmp_path) == expected
     assert tiny.train(data, tmp_path, "--resume") == 0
@@ -163,11 +160,8 @@ def test_first_last_pt_that_was_never_written(data, straight, tmp_path, monkeypa
 
 
 def test_metrics_that_were_cut_short_are_whole_again(data, straight, tmp_path, monkeypatch):
-    def fail():
-        raise RunError("the disk is full")
-
     with monkeypatch.context() as patch:
-        at_call(patch, RunDirectory, "write_metrics", 2, fail, before=True)
+        at_call(patch, RunDirectory, "write_metrics", 2, tiny.raising(RunError("the disk is full")), before=True)
         assert tiny.train(data, tmp_path) == 1
     assert tiny.train(data, tmp_path, "--resume") == 0
     assert_equal(straight, outcome(tmp_path / "run"))

@@ -13,7 +13,6 @@ import torch
 from tiny import refused
 from torchvision import models
 
-import utils
 from model import build_model
 from pretrained.files import load_file
 from pretrained.fitting import read_weights
@@ -30,14 +29,6 @@ def network(name=NAME, classes=6, seed=2):
 
 def prefixed(state, prefix):
     return {prefix + name: tensor for name, tensor in state.items()}
-
-
-@pytest.fixture
-def said(caplog, monkeypatch):
-    """Return the log lines about the weights."""
-    monkeypatch.setattr(utils.log, "disabled", False)
-    caplog.set_level("INFO", logger=utils.log.name)
-    return caplog
 
 
 def assert_loaded(file, state, *, name=NAME, tolerance=0.0):

@@ -313,6 +313,15 @@ def refused(call: Callable, *positional, **options) -> str:
     return str(error.value)
 
 
+def raising(error: BaseException) -> Callable:
+    """Return a function that raises this error, whatever it is called with."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def free_port() -> int:
     """Return a port without a listener."""
     with socket.socket() as probe:

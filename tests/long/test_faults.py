@@ -30,7 +30,6 @@ from tiny import assert_equal, outcome
 import main
 import train as training
 from images import cache, decode
-from images.opening import Opening, open_data_set
 from runs.checkpoint import load_checkpoint
 from utils import UserError
 
@@ -150,10 +149,7 @@ def test_killed_loading_worker(data, tmp_path):
 
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "reset"), ConnectionRefusedError(111, "no")])
 def test_a_worker_that_dies_in_the_middle_of_a_message(error, data, tmp_path, monkeypatch, said):
-    def fail(*_, **__):
-        raise error
-
-    during_update(monkeypatch, 2, fail)
+    during_update(monkeypatch, 2, tiny.raising(error))
     assert tiny.train(data, tmp_path) == 1
     assert "a data loading worker died" in said()
 
@@ -266,14 +262,11 @@ def test_read_only_folders(small_disk, finished, tmp_path, monkeypatch, said):
 def test_disk_fails_while_training(number, data, tmp_path, monkeypatch, said):
     """As where a failing disk turns read-only, or a quota is reached, before the second checkpoint."""
 
-    def fail(_):
-        raise OSError(number, os.strerror(number))
-
     def break_disk():
         until = time.monotonic() + 60
         while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < until:
             time.sleep(0.002)  # for the thread that writes the first
-        monkeypatch.setattr(os, "fsync", fail)
+        monkeypatch.setattr(os, "fsync", tiny.raising(OSError(number, os.strerror(number))))
 
     during_update(monkeypatch, 5, break_disk)
     assert tiny.train(data, tmp_path) == 1
@@ -680,47 +673,6 @@ def test_image_vanishes_while_training(workers, own_data, tmp_path, monkeypatch,
     assert ".png" in text and "no longer be read" in text
 
 
-def flipped(content: bytes, place: int = -5) -> bytes:
-    changed = bytearray(content)
-    changed[place] ^= 64
-    return bytes(changed)
-
-
-DAMAGES = {
-    "truncated": lambda file, notes: file.write_bytes(file.read_bytes()[:-1000]),
-    "emptied": lambda file, notes: file.write_bytes(b""),
-    "garbage": lambda file, notes: file.write_bytes(np.random.default_rng(0).bytes(file.stat().st_size)),
-    "one byte": lambda file, notes: file.write_bytes(flipped(file.read_bytes())),
-    "notes garbage": lambda file, notes: notes.write_bytes(b"\xff{"),
-    "notes emptied": lambda file, notes: notes.write_text('{"crc32": [1], "unreadable": {"x": 1}}'),
-    "notes of another": lambda file, notes: notes.write_text(
-        json.dumps({"crc32": [5] * len(np.load(file)), "unreadable": {}})
-    ),
-    "notes gone": lambda file, notes: notes.unlink(),
-    "other array": lambda file, notes: np.save(file, np.array([{"an": "object"}]), allow_pickle=True),
-    "folder": lambda file, notes: (file.unlink(), file.mkdir()),
-}
-
-
-def test_damaged_cache(own_data, caplog):
-    """A damaged cache is noticed and built anew, with the images of one that never was."""
-    caplog.set_level("INFO", "amp-train")
-
-    def pixels():
-        data = open_data_set(own_data, image_size=36, seed=42, opening=Opening(workers=1))
-        return [subset.store.array[subset.positions].tobytes() for subset in (data.train, data.validation, data.test)]
-
-    whole = pixels()
-    for name, damage in DAMAGES.items():
-        caplog.clear()
-        arrays = sorted((own_data / ".cache").glob("*.npy"))
-        assert len(arrays) == 2
-        for file in arrays:
-            damage(file, file.with_suffix(".json"))
-        assert pixels() == whole, name
-        assert "is damaged" in caplog.text or "notes" in name or name == "folder", name
-
-
 # ------------------------------------------------------------------- numbers, memory, wrong folders
 def test_nan_in_pretrained_weights(data, finished, tmp_path, said):
     content = torch.load(finished / "best_model.pt", weights_only=True)
@@ -756,10 +708,7 @@ def test_nan_in_a_checkpoint(data, tmp_path, said):
     ids=["cuda", "python", "cpu", "driver", "cublas"],
 )
 def test_out_of_memory(error, data, tmp_path, monkeypatch, said):
-    def fail():
-        raise error
-
-    during_update(monkeypatch, 2, fail)
+    during_update(monkeypatch, 2, tiny.raising(error))
     assert tiny.train(data, tmp_path) == 1
     text = said()
     assert "out of memory" in text and "--batch_size 8" in text and "--accumulate 2" in text
@@ -767,10 +716,7 @@ def test_out_of_memory(error, data, tmp_path, monkeypatch, said):
 
 
 def test_out_of_memory_while_predicting(data, finished, monkeypatch, said):
-    def fail(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr("commands.evaluate.evaluate", fail)
+    monkeypatch.setattr("commands.evaluate.evaluate", tiny.raising(torch.OutOfMemoryError("CUDA out of memory.")))
     assert main.main(["evaluate", f"--checkpoint_dir={finished.parent}", "--checkpoint_name=run"]) == 1
     text = said()
     assert "--batch_size" in text and "--accumulate" not in text

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import test_limits
+import tiny
 from test_limits import read, streamed
 
 from images import decode, stores
@@ -86,10 +87,7 @@ def test_no_shared_memory_means_pipes_and_no_locks_means_no_workers(folder, monk
 def test_an_image_that_a_worker_cannot_open_for_want_of_files_is_a_sentence(folder, monkeypatch):
     store = streamed(folder, 1)
 
-    def refused(*_):
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(stores, "try_decode", refused)
+    monkeypatch.setattr(stores, "try_decode", tiny.raising(OSError(errno.EMFILE, "Too many open files")))
     with pytest.raises(
         RunError,
         match="Too many open files.*\nUse fewer --num_workers, then repeat the command, a training with --resume",

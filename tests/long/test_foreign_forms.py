@@ -15,8 +15,7 @@ from torch.nn.utils import prune  # noqa: F401 (which torch.nn.utils does not im
 from pretrained.computed import with_computed
 from pretrained.files import load_file
 
-said = others.said  # fixtures
-shell = others.shell
+shell = others.shell  # a fixture
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")

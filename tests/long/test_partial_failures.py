@@ -67,10 +67,7 @@ def test_another_precision_is_for_overflows_alone(data, tmp_path, monkeypatch, c
 
 
 def test_an_error_in_the_validation_costs_no_training(data, tmp_path, monkeypatch, capsys):
-    def fail(self):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    monkeypatch.setattr(training.Trainer, "_validate", fail)
+    monkeypatch.setattr(training.Trainer, "_validate", tiny.raising(torch.OutOfMemoryError("CUDA out of memory.")))
     assert tiny.train(data, tmp_path) == 1
     state = load_checkpoint(tmp_path / "run" / "last.pt")["progress"]
     assert (state["epoch"], state["update"]) == (0, 3)
@@ -80,12 +77,9 @@ def test_an_error_in_the_validation_costs_no_training(data, tmp_path, monkeypatc
 def test_pictures_that_fail_cost_no_results(tmp_path, monkeypatch, capsys):
     from reports import pictures
 
-    def fail(*_, **__):
-        raise RuntimeError("no fonts here")
-
     data = tiny.draw(tmp_path / "data")
     with monkeypatch.context() as patch:
-        patch.setattr(pictures, "learning_curve", fail)
+        patch.setattr(pictures, "learning_curve", tiny.raising(RuntimeError("no fonts here")))
         assert tiny.train(data, tmp_path) == 1
     said = capsys.readouterr()
     assert "the pictures could not be drawn (RuntimeError: no fonts here)" in said.err and "Test accuracy" in said.out
@@ -104,10 +98,7 @@ def test_pictures_that_fail_cost_no_results(tmp_path, monkeypatch, capsys):
 def test_a_first_picture_that_fails_stops_no_training(data, tmp_path, monkeypatch, caplog):
     from reports import pictures
 
-    def fail(*_, **__):
-        raise RuntimeError("no fonts here")
-
-    monkeypatch.setattr(pictures, "batch", fail)
+    monkeypatch.setattr(pictures, "batch", tiny.raising(RuntimeError("no fonts here")))
     assert tiny.train(data, tmp_path) == 0
     assert "no batch.png: RuntimeError: no fonts here" in caplog.text and (tmp_path / "run" / "result.json").exists()
 

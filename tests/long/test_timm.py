@@ -121,10 +121,9 @@ def test_published_weights_come_through_timms_own_loader(tmp_path, monkeypatch):
 
 
 def test_offline_the_ways_out_are_named(monkeypatch):
-    def unreachable(*_, **__):
-        raise OSError("We couldn't connect to huggingface.co")
-
-    monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
+    monkeypatch.setattr(
+        "timm.models._builder.load_pretrained", tiny.raising(OSError("We couldn't connect to huggingface.co"))
+    )
     message = refused(build_model, "timm:resnet18.a1_in1k", 6)
     for way in (
         "couldn't connect",

@@ -7,14 +7,12 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from test_weights import NAME, assert_loaded, network, said
+from test_weights import NAME, assert_loaded, network
 from tiny import refused
 from torch import nn
 from torchvision import models
 
 from model import build_model
-
-__all__ = ["said"]  # a fixture
 
 
 def test_entries_of_another_program_are_matched_by_order_and_shape(tmp_path, said):

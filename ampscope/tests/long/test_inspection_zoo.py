@@ -36,14 +36,6 @@ def ssd():
     return model, ([torch.rand(3, 200, 240), torch.rand(3, 180, 200)], targets), None
 
 
-def faster_rcnn():
-    from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
-
-    model = fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=3)
-    targets = [{"boxes": torch.tensor([[20.0, 20, 200, 220]]), "labels": torch.tensor([index + 1])} for index in (0, 1)]
-    return model, ([torch.rand(3, 200, 240), torch.rand(3, 180, 200)], targets), None
-
-
 def vit():
     timm = pytest.importorskip("timm")
     model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64, depth=3)
@@ -59,13 +51,6 @@ def bert():
     mask = torch.ones(4, 32, dtype=torch.long)
     mask[1, 20:] = 0
     return model, {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])}, None
-
-
-def gpt():
-    transformers = pytest.importorskip("transformers")
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=2, n_head=4, n_embd=64, vocab_size=512))
-    ids = torch.randint(0, 512, (4, 32))
-    return model, {"input_ids": ids, "labels": ids}, None
 
 
 def llama():
@@ -170,14 +155,12 @@ def custom_function():
     return WithFunction(), torch.randn(8, 64), lambda outputs, batch: outputs.float().square().mean()
 
 
-LARGE = ("fcn_resnet50", "ssdlite", "faster_rcnn", "diffusion")
+LARGE = ("fcn_resnet50", "ssdlite", "diffusion")
 ZOO = {
     "fcn_resnet50": fcn,
     "ssdlite": ssd,
-    "faster_rcnn": faster_rcnn,
     "vit": vit,
     "bert": bert,
-    "gpt2": gpt,
     "llama with checkpointing": llama,
     "lstm": lstm,
     "encoder with dropout": encoder,
