@@ -1,7 +1,7 @@
-"""Options to objects: the device, the precision, the data, the model and the trainer that they ask for.
+"""Make objects from options: the device, the precision, the data, the model and the trainer that they ask for.
 
-The only file beside main.py that reads the Namespace, so that everything below takes plain keywords and can
-be used without a command line. Changes nothing in it. Knows nothing of what the commands do with what it builds.
+Everything below takes groups of options or plain keywords, so that it can be used without a command line. Changes no
+option. Knows nothing of what the commands do with what it builds.
 """
 
 from __future__ import annotations

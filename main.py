@@ -1,7 +1,7 @@
 """The command line: parse, dispatch, train, say in words what went wrong, close.
 
-Below this file and assemble.py every function takes plain keywords. torch is imported by the command that needs
-it, so that `--help` and wrong options answer at once.
+Below this file every function takes typed groups of options, or plain keywords. torch is imported by the command that
+needs it, so that `--help` and wrong options answer at once.
 """
 
 from __future__ import annotations
