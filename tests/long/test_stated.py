@@ -60,7 +60,8 @@ def test_a_stated_accuracy_is_that_of_the_predictions(logits):
         named_precision("fp32", CPU),
         keep_logits=True,
     )
-    setup = SimpleNamespace(device=CPU, precision=named_precision("fp32", CPU), options=SimpleNamespace(tta="none"))
+    asked = SimpleNamespace(reading=SimpleNamespace(tta="none"))
+    setup = SimpleNamespace(device=CPU, precision=named_precision("fp32", CPU), asked=asked)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
         run.write_json("result.json", result_of(setup, data, found))
