@@ -1,9 +1,9 @@
 """The table "which precision on my card": names, capabilities and chips to what they compute with."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+import tiny
 
 from system.cards import all_cards, amd_card, apple_chip, gives_nan_in_float16, markdown_table, nvidia_card, processor
 
@@ -49,9 +49,7 @@ def test_cards_that_give_nan_are_known_and_their_neighbours_are_not(names, fault
 
 def test_the_page_is_generated_from_the_table():
     """Run `python docs/cards.py` after a change of the table."""
-    spec = importlib.util.spec_from_file_location("cards_page", ROOT / "docs" / "cards.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tiny.module_of(ROOT / "docs" / "cards.py")
     assert (ROOT / "docs" / "cards.md").read_text(encoding="utf-8") == module.page()
 
 

@@ -5,7 +5,6 @@ Hostile and unusual files are written here byte by byte or by Pillow, and read b
 
 import ast
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,12 +29,6 @@ HANDLED = {  # formats that Pillow hands to a program or to a handler, by the fi
 }
 
 
-def draw(path: Path, seed: int = 0, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tiny.noise(seed).save(path, **options)
-    return path
-
-
 @pytest.fixture
 def ghostscript(tmp_path, monkeypatch):
     """Put a program called gs first in PATH that writes a file when it is started."""
@@ -53,7 +46,7 @@ def ghostscript(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.eps"])
 def test_no_file_starts_ghostscript(name, tmp_path, ghostscript):
     for seed in range(4):
-        draw(tmp_path / "data" / "ab"[seed % 2] / f"{seed}.png", seed)
+        tiny.save_noise(tmp_path / "data" / "ab"[seed % 2] / f"{seed}.png", seed)
     (tmp_path / "data" / "a" / name).write_bytes(POSTSCRIPT)
     file = tmp_path / "data" / "a" / name
     assert try_decode(file, None) == "no image, or of a kind that is not read"
@@ -162,7 +155,7 @@ def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
         pixels = numbers.integers(0, 256, (8, 8, 4), np.uint8)
         pixels[..., 3] = 255 if number == 5 else pixels[..., 3]  # an opaque one is none
         Image.fromarray(pixels).save(tmp_path / "ab"[number % 2] / f"{number}.tif")
-    draw(tmp_path / "a" / "opaque.png")
+    tiny.save_noise(tmp_path / "a" / "opaque.png")
     report = check(tmp_path)
     assert report["transparent"] == ["a/0.tif", "a/2.tif", "a/4.tif", "b/1.tif", "b/3.tif"]
     assert "(transparent pixels become white): 5" in format_check(report)

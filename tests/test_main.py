@@ -390,21 +390,14 @@ def one_class(folder):
                 path.rmdir()
 
 
-def unreadable(folder):
-    for path in sorted((folder / "seg_train" / "seg_train" / "sea").iterdir())[:2]:
-        path.unlink()
-        path.write_bytes(b"no image")
-
-
 @pytest.mark.parametrize(
     "change, named",
     [
         (empty_class, ["sea holds no image"]),
         (one_class, ["1 class folder", "at least two"]),
-        (unreadable, ["2 images cannot be read", "--skip_unreadable", "sea"]),
         (lambda folder: (folder / "seg_train").rename(folder / "x"), ["no training images", "--archive", "x/: 60"]),
     ],
-    ids=["empty", "one", "unreadable", "no train"],
+    ids=["empty", "one", "no train"],
 )
 def test_bad_data_is_named_with_status_2(scenes_folder, tmp_path, run, change, named):
     data = broken_copy(scenes_folder, tmp_path / "data", change)

@@ -34,16 +34,10 @@ TABLES = Path(__file__).parent / "tables"
 CPU = torch.device("cpu")
 
 
-def draw(path, seed=0, size=(12, 10), **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tiny.noise(seed, size).save(path, **options)
-    return path
-
-
 def classes(root, names=("cat", "dog"), count=10, first=0, size=(12, 10)):
     for label, name in enumerate(names):
         for index in range(count):
-            draw(root / name / f"{index:03}.png", first + 1000 * label + index, size)
+            tiny.save_noise(root / name / f"{index:03}.png", first + 1000 * label + index, size)
     return root
 
 
@@ -99,7 +93,7 @@ def test_two_folders_for_one_part_are_refused(tmp_path):
 
 def test_what_does_not_fit_is_listed_with_what_it_would_be(tmp_path):
     classes(tmp_path / "photos" / "2024", count=3)
-    draw(tmp_path / "loose.png")
+    tiny.save_noise(tmp_path / "loose.png")
     (tmp_path / "labels.csv").write_text("a,b\n")
     with pytest.raises(UserError) as refused:
         find_image_set(tmp_path)
@@ -108,7 +102,7 @@ def test_what_does_not_fit_is_listed_with_what_it_would_be(tmp_path):
     assert "--labels labels.csv" not in text and "labels.csv: a table of labels?" in text
     assert "1 image without a class folder" in text and "Three ways" in text
     for name in ("train", "test"):
-        draw(tmp_path / "flat" / name / "1.png")
+        tiny.save_noise(tmp_path / "flat" / name / "1.png")
     with pytest.raises(UserError, match=r"train/: 1 image in 0 folders"):
         find_image_set(tmp_path / "flat")
 
@@ -190,8 +184,10 @@ def test_a_window_holds_for_training_evaluation_and_prediction(tmp_path, run):
 def test_evaluation_sees_of_a_file_what_prediction_sees(tmp_path, sizes, cache):
     root = tmp_path / "data"
     for number in range(12):
-        draw(root / "test" / ("cat", "dog")[number % 2] / f"{number}.png", number, sizes[number % len(sizes)])
-        draw(root / "train" / ("cat", "dog")[number % 2] / f"{number}.png", 100 + number, sizes[0])
+        tiny.save_noise(
+            root / "test" / ("cat", "dog")[number % 2] / f"{number}.png", number, sizes[number % len(sizes)]
+        )
+        tiny.save_noise(root / "train" / ("cat", "dog")[number % 2] / f"{number}.png", 100 + number, sizes[0])
     data = open_data_set(root, image_size=64, seed=1, opening=Opening(cache, 1))
     preprocess = Preprocess(CPU, 64)
     tested = Batches(data.test, preprocess, 7, 2).evaluation()
@@ -217,7 +213,9 @@ def test_validation_sees_no_larger_picture_than_the_test(tmp_path):
 def test_pictures_of_several_sizes_train(tmp_path, kind):
     root = tmp_path
     for number in range(24):
-        draw(root / ("cat", "dog")[number % 2] / f"{number}.png", number, [(16, 20), (60, 30), (100, 90)][number % 3])
+        tiny.save_noise(
+            root / ("cat", "dog")[number % 2] / f"{number}.png", number, [(16, 20), (60, 30), (100, 90)][number % 3]
+        )
     data = opened(root, 32, keep_larger=kind == "crop")
     batches = Batches(data.train, Preprocess(CPU, 32), 5, 2, augment=kind)
     for images, *_ in (piece for pieces in batches.epoch(0) for piece in pieces):
@@ -253,7 +251,7 @@ def test_a_test_picture_that_is_trained_on_is_a_warning(tmp_path, caplog):
 
 def test_groups_stay_together(tmp_path):
     for number in range(60):
-        draw(tmp_path / ("cat", "dog")[number % 2] / f"patient{number // 6:02}_{number}.png", number)
+        tiny.save_noise(tmp_path / ("cat", "dog")[number % 2] / f"patient{number // 6:02}_{number}.png", number)
     data = opened(tmp_path, group=r"patient(\d+)")
     sides = {}
     for name, subset in data.subsets.items():
@@ -273,7 +271,7 @@ FRUIT = ["Apfel", "Birne, reif", "Äpfel", "Birne, reif"]
 
 def fruit(root):
     for number in range(1, 5):
-        draw(root / "bilder" / f"{number:04}.jpg", number)
+        tiny.save_noise(root / "bilder" / f"{number:04}.jpg", number)
     return root
 
 
@@ -313,8 +311,8 @@ def test_tables_in_the_forms_of_excel_and_kaggle(tmp_path, content):
 def test_kaggles_table_beside_its_folders(tmp_path, caplog):
     caplog.set_level("INFO", "amp-train")
     for number in range(40):
-        draw(tmp_path / "train" / f"{number:x}f.jpg", number)
-        draw(tmp_path / "test" / f"{number:x}e.jpg", 100 + number)
+        tiny.save_noise(tmp_path / "train" / f"{number:x}f.jpg", number)
+        tiny.save_noise(tmp_path / "test" / f"{number:x}e.jpg", 100 + number)
     rows = [f"{number:x}f,{('beagle', 'poodle')[number % 2]}" for number in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(["id,breed", *rows, "gone,beagle"]))
     (tmp_path / "sample_submission.csv").write_text("id,beagle,poodle\n")
@@ -329,7 +327,7 @@ def test_kaggles_table_beside_its_folders(tmp_path, caplog):
 def test_parts_and_groups_of_a_table(tmp_path):
     rows = []
     for number in range(30):
-        draw(tmp_path / f"{number}.png", number)
+        tiny.save_noise(tmp_path / f"{number}.png", number)
         rows.append(f"{number}.png;{'ab'[number % 2]};{('Training', 'Training', 'TEST')[number % 3]};{number // 2}")
     (tmp_path / "t.csv").write_text("\n".join(["image;label;split;group", *rows]))
     data = opened(tmp_path, labels="t.csv")
@@ -364,7 +362,7 @@ def test_wrong_tables_are_named(tmp_path, content, message):
 def test_a_name_in_two_folders_needs_its_folder(tmp_path):
     for folder in ("a", "b"):
         for number in range(3):
-            draw(tmp_path / folder / f"{number}.png", number)
+            tiny.save_noise(tmp_path / folder / f"{number}.png", number)
     (tmp_path / "t.csv").write_text("file,label\n0.png,x\n1.png,y\n")
     with pytest.raises(UserError, match="may mean .*Name the folder, too"):
         find_labelled(tmp_path, "t.csv")
@@ -457,7 +455,7 @@ def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
     shutil.copytree(root, tmp_path / "pets")
     shutil.copytree(runs, tmp_path / "runs")
     before = (tmp_path / "runs" / "run" / "split.csv").read_text()
-    draw(tmp_path / "pets" / "cat" / "added.png", 77)
+    tiny.save_noise(tmp_path / "pets" / "cat" / "added.png", 77)
     words = (*TINY, "--best_by=macro_f1", "--sampler=balanced", "--resume")
     assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 0
     assert (tmp_path / "runs" / "run" / "split.csv").read_text() == before

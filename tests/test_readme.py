@@ -3,7 +3,6 @@
 A reader learns AMP from the quotation of the update, so it has to be the code that runs.
 """
 
-import importlib.util
 import inspect
 import json
 import re
@@ -62,9 +61,7 @@ def test_the_index_names_every_page():
 
 def test_the_page_of_options_is_that_of_the_code():
     """Run `python docs/options.py` after a change of an option."""
-    specification = importlib.util.spec_from_file_location("options_page", ROOT / "docs/options.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = tiny.module_of(ROOT / "docs/options.py")
     assert DOCS["options.md"] == module.page(), "run python docs/options.py"
 
 

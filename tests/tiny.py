@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import forks
 import numpy as np
@@ -138,6 +139,13 @@ def identity(image_size: int = 9) -> dict:
 def noise(seed: int = 0, size: tuple[int, int] = (12, 10)) -> Image.Image:
     """Return an RGB image of noise; `size` is (width, height)."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+def save_noise(path: Path, seed: int = 0, size: tuple[int, int] = (12, 10), **options) -> Path:
+    """Save an image of noise; its folder may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise(seed, size).save(path, **options)
+    return path
 
 
 def draw(folder: Path, *, train: int = 24, test: int = 6, classes: tuple = CLASSES) -> Path:
@@ -327,6 +335,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def module_of(path: Path) -> ModuleType:
+    """Return the module that a file is, which need not be importable by its name."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
 
 
 def has(package: str) -> bool:

@@ -9,8 +9,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, features
-from test_pictures import classes, draw, opened
+from test_pictures import classes, opened
 
 from images.cache_files import caches, limit_caches
 from images.check import check, format_check
@@ -44,7 +45,7 @@ def test_every_suffix_of_pillow_counts_and_the_rest_is_said(tmp_path, caplog):
     for number, name in enumerate(("notes.txt", "a.xml", "b.XML", "c.pdf", "README")):
         (tmp_path / "cat" / name).write_bytes(b"%PDF-1.4" if number == 3 else b"no picture")
     (tmp_path / "cat" / "Thumbs.db").write_bytes(b"")
-    draw(tmp_path / "dog" / "1.png")
+    tiny.save_noise(tmp_path / "dog" / "1.png")
     found = find_image_set(tmp_path)
     assert len(found.train) == len(written) + 2
     assert found.passed_over == Counter({".xml": 2, ".txt": 1, ".pdf": 1, "without a suffix": 1})
@@ -86,7 +87,7 @@ def damage_exif(path):
 @pytest.mark.parametrize("suffix", [".png", ".webp", ".jpg"])
 def test_an_orientation_that_cannot_be_read_is_none(tmp_path, suffix):
     root = classes(tmp_path, count=4)
-    broken = draw(root / "cat" / f"broken{suffix}", 3, **({"lossless": True} if suffix == ".webp" else {}))
+    broken = tiny.save_noise(root / "cat" / f"broken{suffix}", 3, **({"lossless": True} if suffix == ".webp" else {}))
     sound = decode(broken)
     damage_exif(broken)
     assert np.array_equal(decode(broken), sound)
@@ -97,7 +98,7 @@ def test_an_orientation_that_cannot_be_read_is_none(tmp_path, suffix):
 
 def test_one_limit_for_every_command(tmp_path):
     root = classes(tmp_path, count=3)
-    draw(root / "cat" / "large.png", size=(300, 200))
+    tiny.save_noise(root / "cat" / "large.png", size=(300, 200))
     assert check(root, rules=Rules(max_megapixels=0.06))["unreadable"] == {}
     reason = check(root, rules=Rules(max_megapixels=0.05))["unreadable"]["cat/large.png"]
     assert "larger than --max_megapixels allows" in reason

@@ -4,7 +4,6 @@ It runs on a CPU, small (AMP_NOTEBOOK_QUICK), in a copy of the checkout, so that
 minute, so it does so only if NOTEBOOK is set, as it is in CI: NOTEBOOK=1 pytest tests/long/test_notebook.py
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -27,10 +26,7 @@ def content():
 @pytest.fixture
 def make():
     pytest.importorskip("jupytext")
-    specification = importlib.util.spec_from_file_location("make", ROOT / "notebooks/make.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return tiny.module_of(ROOT / "notebooks/make.py")
 
 
 def test_the_script_makes_this_notebook(make):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image, TiffImagePlugin
-from test_decoding import draw
 
 from images.check import check, format_check
 from images.decode import Rules, decode, read_header, try_decode
@@ -70,7 +70,7 @@ def test_what_is_made_from_the_first_picture_is_no_other_one(tmp_path):
 @pytest.mark.parametrize("name", ["x.nef", "x.DNG"])
 def test_camera_raw_is_passed_over_with_a_word(tmp_path, name):
     for number in range(4):
-        draw(tmp_path / "ab"[number % 2] / f"{number}.png", number)
+        tiny.save_noise(tmp_path / "ab"[number % 2] / f"{number}.png", number)
     RED.save(tmp_path / "a" / name, format="TIFF", save_all=True, append_images=[BLUE], tiffinfo={254: 1})
     found = find_image_set(tmp_path)
     assert len(found.train) == 4

@@ -1,6 +1,5 @@
 """docs/roofline.py draws what a ladder's file says. Run: pytest tests/long/test_roofline_picture.py"""
 
-import importlib.util
 import json
 import sys
 
@@ -10,10 +9,7 @@ SCRIPT = tiny.ROOT / "docs/roofline.py"
 
 
 def load():
-    specification = importlib.util.spec_from_file_location("roofline_picture", SCRIPT)
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return tiny.module_of(SCRIPT)
 
 
 def rung(name, seconds, bound, *, kept=True):

