@@ -186,6 +186,8 @@ def test_impossible_values_are_refused_by_name(named):
     [
         (["--accumulate", "9", "--batch_size", "8"], "--accumulate"),
         (["--tf32", "--amp"], "exclude"),
+        (["--cuda_graphs", "--accumulate", "2"], "--accumulate"),
+        (["predict", "x.jpg", "--top", "3"], "See: python main.py predict --help"),
         (["--amp_dtype", "float16"], "without --amp"),
         (["--warmup_epochs", "9", "--epochs", "3"], "--warmup_epochs"),
         (["--freeze_epochs", "4", "--epochs", "3"], "--freeze_epochs"),
@@ -241,10 +243,6 @@ def test_on_cuda_a_demo_has_other_sizes():
     assert len(asked) == 1, "only a demo asks for the device"
 
 
-def test_graphs_take_one_micro_batch():
-    assert "--accumulate" in refused("--cuda_graphs", "--accumulate", "2")
-
-
 def test_command_line_then_config_then_demo_then_default(config):
     options = parse("--demo", "--config", str(config), "--batch_size", "5")
     assert options.batch_size == 5  # the command line
@@ -286,10 +284,6 @@ def test_a_comparisons_training_words_give_its_options_back():
     own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
     first, second = ({k: v for k, v in vars(found).items() if k not in own} for found in (options, again))
     assert first == second
-
-
-def test_an_error_names_the_help_of_its_command():
-    assert refused("predict", "x.jpg", "--top", "3").endswith("See: python main.py predict --help")
 
 
 def test_main_answers_a_wrong_option_with_two_lines_and_status_2():
