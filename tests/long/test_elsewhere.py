@@ -130,7 +130,7 @@ def test_what_was_recorded_is_advice(finished, data, tmp_path, capsys, command, 
     words = [command, f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
     if command == "export":
         pytest.importorskip("onnxscript")
-    else:
+    elif command != "predict":
         words.append(f"--data_dir={data}")
     more = {"predict": [data / "test"], "inspect": [f"--out={tmp_path / 'seen'}", "--precisions=fp32"]}
     status, said = call(capsys, *words, *more.get(command, []))

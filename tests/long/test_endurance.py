@@ -58,7 +58,9 @@ def test_a_long_run_does_not_grow(tmp_path):
     for name, values in {**seen, "seconds per epoch": seconds}.items():
         print(f"{name}: {values[len(values) // 10]:.4g} early, {values[-1]:.4g} at the end, grown {grown(values):+.4g}")
     assert grown(seen["memory"]) < 3
-    assert grown(seen["files"]) <= 0 and grown(seen["threads"]) <= 0
+    third = EPOCHS // 5
+    for name in ("files", "threads"):  # the fewest of each part: one is open, or works, while a checkpoint is written
+        assert min(seen[name][-third:]) <= min(seen[name][third : 2 * third]), name
     assert grown(seconds) < 0.5 * statistics.median(seconds)
 
 
