@@ -278,8 +278,8 @@ def test_a_training_ends_with_the_comparison_that_started_it(tmp_path, monkeypat
     while in_use(run) and time.monotonic() < until:
         time.sleep(0.05)
     assert not in_use(run) and not (run / "result.json").exists()
-    done = len((run / "metrics.jsonl").read_text().splitlines())
-    assert done < 30
+    metrics = run / "metrics.jsonl"  # none is there before the first epoch ends
+    assert not metrics.exists() or len(metrics.read_text().splitlines()) < 30
     assert tiny.train(data, tmp_path, *options, name="alone") == 0
     with trainings_in_this_process():
         assert main.main(words) == 0

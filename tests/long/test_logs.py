@@ -221,6 +221,7 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
     }
     assert set(tags["scalars"]) == {*METRICS.split()} - {"epoch", "skips"} | of_the_test | {
         "total_seconds",
+        "training_memory_mb",
         "train_seconds",
     }
     for name in ("learning_rate", "loss_scale", "val_acc"):
