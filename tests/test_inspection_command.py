@@ -8,14 +8,6 @@ import subprocess
 import sys
 
 import tiny
-from whole_step import LOSS, written
-
-
-def test_a_module_on_the_command_line(tmp_path, run):
-    status, out, err = run(["inspect", f"--module={written(tmp_path, LOSS)}", f"--out={tmp_path / 'out'}", "--strict"])
-    assert (status, err) == (0, "") and "no rule is broken" in out
-    assert json.loads((tmp_path / "out" / "inspect.json").read_text())["ok"] is True
-
 
 SCRIPT = """
 import sys
@@ -54,20 +46,6 @@ assert utils.MINE and not [name for name in ("precision", "evaluate", "commands"
 def make():
     return torch.nn.Linear(16, 8), torch.randn(4, 16), lambda outputs, batch: outputs.square().mean()
 """
-
-
-def test_no_module_of_the_program_hides_one_of_the_users(tmp_path, run, monkeypatch):
-    """Not even if the program is run from its own folder, as its README says."""
-    monkeypatch.chdir(tiny.ROOT)
-    (tmp_path / "utils.py").write_text("MINE = True\n")
-    (tmp_path / "mine.py").write_text(NAMES)
-    words = ["inspect", f"--module={tmp_path / 'mine.py'}", f"--out={tmp_path / 'out'}", "--precisions=fp32"]
-    assert run(words)[::2] == (0, "")
-
-
-def test_a_mistake_is_status_2(tmp_path, run):
-    status, out, err = run(["inspect", f"--module={tmp_path / 'none.py'}:make"])
-    assert status == 2 and "there is no such file" in err and not out
 
 
 def test_a_trained_run_is_inspected(trained, scenes_folder, tmp_path, run):
