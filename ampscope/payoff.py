@@ -109,7 +109,7 @@ def bounds(
             found[name] = {"bound_seconds": bound, "share": bound / speed[name]["shortest"]}
         if all(row["share"] <= 1 for row in found.values()):
             break
-    shares = ", ".join(f"{min(row['share'], 1.0):.0%} in {name}" for name, row in found.items())
+    shares = ", ".join(f"{row['share']:.0%} in {name}" for name, row in found.items())
     words = f"Of the roofline's rate (products as fast as a large one, traffic as fast as a copy) it reaches {shares}."
     words = " ".join([words, *roofline.beyond(row["share"] for row in found.values())])
     return {"rates": rates, "bandwidth": bandwidth, "precisions": found, "words": words}

@@ -13,21 +13,11 @@ from ampscope.finite import Lineage, Origin
 from ampscope.memory import of_this_process
 from ampscope.places import Place
 from ampscope.precisions import Precision
+from ampscope.repeating import REGIONS, finite
 from ampscope.script_trace import Live, ScriptExecution, ScriptFunctions, ScriptOperators
 from ampscope.tensors import address, tensors_in
 from ampscope.tracing import Trace
 from ampscope.updates import ScriptSubject
-
-REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
-
-
-def is_finite(tensor: torch.Tensor | None) -> bool:
-    """Return whether no value is infinite or NaN; None, and a tensor of integers, is finite."""
-    if tensor is None or not tensor.is_floating_point():
-        return True
-    values = tensor.detach()
-    values = values.coalesce().values() if values.is_sparse else values
-    return bool(torch.isfinite(values).all())
 
 
 def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor | None:
@@ -50,7 +40,7 @@ def wrong_inputs(batch: Any, calls: list[tuple]) -> str | None:
     """Which tensor of the batch, or of what went into the models, is not finite, and how many of its values."""
     for what, tensors in [("the batch", tensors_in(batch)), *(("the input", tensors_in(call[1:3])) for call in calls)]:
         for index, tensor in enumerate(tensors):
-            if not tensor.is_floating_point() or is_finite(tensor):
+            if not tensor.is_floating_point() or finite(tensor):
                 continue
             count = int((~torch.isfinite(tensor)).sum())
             if count != int((tensor == -torch.inf).sum()):  # a mask of -inf is meant
@@ -89,7 +79,7 @@ def first_bad(
     finally:
         for hook in operators.hooks:
             hook.remove()
-    bad = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point() and not is_finite(tensor)]
+    bad = [tensor for tensor in tensors_in(outputs) if tensor.is_floating_point() and not finite(tensor)]
     found = [trace.lineage.origins[address(tensor)] for tensor in bad if address(tensor) in trace.lineage.origins]
     return next((origin for origin in found if not origin.intended), None)
 

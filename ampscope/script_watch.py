@@ -21,7 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from ampscope.files import json_text
 from ampscope.finite import Origin
 from ampscope.places import Place, place_of_caller
-from ampscope.script_causes import first_bad, in_words, is_finite, kept, memory, norm_of, wrong_inputs
+from ampscope.repeating import finite
+from ampscope.script_causes import first_bad, in_words, kept, memory, norm_of, wrong_inputs
 from ampscope.tensors import tensors_in
 from ampscope.updates import Listener, ScriptSubject, Updates
 
@@ -144,7 +145,7 @@ class ScriptWatch(Listener):
             return
         if self._device.type != "cpu":
             self._look_later()
-        elif not all(map(is_finite, self._losses)) or not is_finite(self._last_gradient(optimizer)):
+        elif not all(map(finite, self._losses)) or not finite(self._last_gradient(optimizer)):
             self._say(optimizer, None)
         elif self.updates.count % self._interval == 0 and self._norm is None:
             started = time.perf_counter()
@@ -208,7 +209,7 @@ class ScriptWatch(Listener):
         parameters = self._parameters(optimizer)
         if scaler is None:
             self._poisoned = True  # what comes later is this one's doing
-        bad = [part for part in parameters if not is_finite(part.grad)]
+        bad = [part for part in parameters if not finite(part.grad)]
         # Until the order of their arrival is known, the last to be made is the first on the way back.
         places = {id(part): -index for index, part in enumerate(parameters)} | self._order
         bad.sort(key=lambda part: places[id(part)])
@@ -220,9 +221,9 @@ class ScriptWatch(Listener):
             "scale": self._scale if scaler is not None else None,
             "bad": len(bad),
             "of": len(parameters),
-            "loss_finite": update is None and all(map(is_finite, self._losses)),
+            "loss_finite": update is None and all(map(finite, self._losses)),
             "batch": wrong_inputs(self._batch, self._calls),
-            "weights": [name for name, part in subject.named_parameters() if not is_finite(part)][:3],
+            "weights": [name for name, part in subject.named_parameters() if not finite(part)][:3],
             "origin": None,
         }
         if not event["loss_finite"] and not event["weights"]:

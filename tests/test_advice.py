@@ -100,7 +100,7 @@ def test_a_step_faster_than_the_roofline_is_measured_again_and_explained(monkeyp
         assert found["precisions"]["fp32"]["share"] == 0.5 and "estimate" not in found["words"]
     else:  # the best rate of three is still too low
         assert found["precisions"]["fp32"]["share"] == 2.0
-        assert "100% in fp32" in found["words"] and "a share of it above 100 % means" in found["words"]
+        assert "200% in fp32" in found["words"] and "a share of it above 100 % means" in found["words"]
     assert roofline.beyond([0.5, None, 1.004]) == [] and "above 100 %" in roofline.beyond([0.5, 1.19])[0]
 
 
