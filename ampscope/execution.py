@@ -38,11 +38,11 @@ class Event:
 
 
 class Execution:
-    """Runs the step of `subject`; `precision` None is as it was written.
+    """Run the step of `subject`, in a precision or, if that is None, as it was written.
 
     `phase` is forward (also whatever runs before the first model), loss, backward or update. `scale` is the factor on
-    the loss. After a run: `events`, `result`, `full` (whether the step called backward itself), `roots` (the tensors
-    that backward began with). `autocast_on` is kept, because below autocast PyTorch does not tell.
+    the loss. After a run: `events`, `result`, `full` (the step called backward itself), `roots` (the tensors that
+    backward began with). `autocast_on` is kept, because PyTorch does not tell below autocast.
     """
 
     def __init__(self, subject: Subject, precision: Precision | None, *, ambient: bool = True, scale: float = 1.0):
@@ -77,12 +77,12 @@ class Execution:
 
     @property
     def busy(self) -> bool:
-        """Whether the scaler, or this tool's own update, is at work."""
+        """True while the scaler, or this tool's own update, is at work."""
         return self._busy
 
     @outermost
     def run(self, *, update: bool = False, modes: Any = None) -> Any:
-        """Forward, loss and backward, and with `update` the optimizers' steps where the step does not do them."""
+        """Run forward, loss and backward, and with `update` the optimizers' steps if the step does not make them."""
         self._modes = modes or contextlib.nullcontext()
         with self._patches(), self._modes:
             with self.autocast():
@@ -95,13 +95,13 @@ class Execution:
         return self.precision.autocast() if self.ambient and self.precision else contextlib.nullcontext()
 
     def without_autocast(self) -> Any:
-        """For backward passes inside an autocast that is this tool's and not the user's."""
+        """Switch autocast off for backward passes inside a region that is this tool's and not the user's."""
         if not self.ambient or self.precision is None:
             return contextlib.nullcontext()
         return Precision("fp32", self.precision.device).autocast()
 
     def _finish(self, update: bool) -> None:
-        """The tool's own backward pass, and update, for a step that only returns its loss."""
+        """Run the tool's own backward pass, and update, for a step that only returns its loss."""
         losses: dict[str, Any] = {name: loss for name, loss in losses_in(self.result).items() if loss.requires_grad}
         scaler: Any = self.subject.update_scaler(self.precision) if update else None
         self._busy = True
@@ -123,7 +123,7 @@ class Execution:
 
     @contextlib.contextmanager
     def _patches(self) -> Iterator[None]:
-        """Puts this object between the user's code and autocast, backward, optimizers and the scaler."""
+        """Put this object between the user's code and autocast, backward, optimizers and the scaler."""
         autocast = torch.autocast
         scaler = torch.amp.GradScaler
         kept: list[tuple[Any, str]] = [(torch.autograd, name) for name in ("backward", "grad")]
@@ -160,7 +160,7 @@ class Execution:
                 handle.remove()
 
     def _optimizer_hooks(self) -> list[Any]:
-        """Handles of the hooks on every optimizer's step."""
+        """Put hooks on every optimizer's step; return the handles."""
         return [
             optimizer_hooks.register_optimizer_step_pre_hook(self._before_step),
             optimizer_hooks.register_optimizer_step_post_hook(self._after_step),
@@ -267,7 +267,7 @@ class Execution:
         return step
 
     def _meet(self, thing: Any) -> None:
-        """Keeps the state of an optimizer or scaler that was not handed over, as it is before its first use."""
+        """Keep the state of an optimizer or scaler that was not handed over, as it is before its first use."""
         if id(thing) not in self.states:
             self.states[id(thing)] = (thing, copy.deepcopy(thing.state_dict()))
             if isinstance(thing, torch.amp.GradScaler):
@@ -292,18 +292,18 @@ class Execution:
         self.phase = "update"
 
     def put_back(self) -> None:
-        """Restores what the step used of its own."""
+        """Restore the optimizers and scalers that the step brought itself."""
         for thing, state in self.states.values():
             restore(thing, state)
 
 
 def _decorates() -> bool:
-    """Whether the region that is entered is a function that the user wrapped: autocast(...)(function)."""
+    """Return True if the region that is entered is a function that the user wrapped: autocast(...)(function)."""
     return sys._getframe(2).f_code.co_name == "decorate_autocast"
 
 
 def _remember(original: Any) -> Any:
-    """autocast disables itself if the device is not there; what was asked for is kept."""
+    """Keep what was asked for: autocast disables itself if the device is not there."""
 
     @functools.wraps(original)
     def init(

@@ -41,7 +41,7 @@ def inspect_step(
     scaler_scale: float | None = None,
     speed: bool = True,
 ) -> Report:
-    """Runs a training step in each precision and reports what AMP does to it.
+    """Run a training step in each precision and report what AMP does to it.
 
     The step has one of three forms. `loss(outputs, batch)`: the model is called with what its `forward` requires of
     the batch (any nesting of tensors). `step(model, batch)` returns the loss; or it is the whole training step, with
@@ -62,7 +62,7 @@ def inspect_step(
 
 
 class Inspection:
-    """The parts of one inspection, in order; each leaves the models as it found them."""
+    """Inspect one step, part by part; each part leaves the models as it found them."""
 
     def __init__(
         self, subject: Subject, names: Sequence[str] | None, metrics: list[dict[str, Any]], scaler_scale: float | None
@@ -100,7 +100,7 @@ class Inspection:
         return Report(content, by_place(self.everything))
 
     def _prepare(self, precision: Precision) -> Precision:
-        """Set up again: on CUDA float32's mode is a global switch."""
+        """Set the precision up again: on CUDA, float32's mode is a global switch."""
         return named_precision(precision.name, precision.device)
 
     def trace_as_written(self) -> Trace:
@@ -141,7 +141,7 @@ class Inspection:
         self._judge_finite()
 
     def _hides_float16(self, written: Trace) -> bool:
-        """Return whether a CPU's default precisions leave out float16, in which the step may run on a GPU."""
+        """Return True if a CPU's default precisions leave out float16, in which the step may run on a GPU."""
         if self.names is not None or self.subject.device.type != "cpu" or "amp-fp16" in self.traces:
             return False
         trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
@@ -149,7 +149,7 @@ class Inspection:
         return written.error is None and trains and short and not self.written_types - {torch.float16}
 
     def _of_float16_alone(self, hidden: Trace) -> list[Finding]:
-        """What float16 does that bfloat16 does not; an operator that only the CPU lacks is left out."""
+        """Return what float16 does and bfloat16 does not, without the operators that only the CPU lacks."""
         if hidden.error is not None:
             found = [failure(hidden, "amp-fp16")]
         else:
@@ -157,7 +157,7 @@ class Inspection:
         return [finding for finding in found if finding.level == "finding"]
 
     def _trace(self, name: str) -> Trace:
-        """One precision; where float16's backward overflows, at lower and lower loss scales, as GradScaler would."""
+        """Trace one precision; if float16's backward overflows, at lower and lower loss scales, as GradScaler would."""
         precision = self._prepare(self.precisions.get(name) or named_precision(name, self.subject.device))
         scales = SCALES if precision.name == "amp-fp16" else (1.0,)
         first = None
@@ -221,7 +221,7 @@ class Inspection:
             return None  # the step does not run in float32, which the report says already
 
     def _judge_range(self, ranges: dict[str, Any] | None) -> None:
-        """If float16 could not hold the activations, the place is looked for in float16 itself."""
+        """If float16 could not hold the activations, look for the place in float16 itself."""
         found = range_findings(ranges, self._places()) if ranges is not None else []
         hidden = "amp-fp16" not in self.precisions
         known = [finding for finding in self.everything if not hidden or finding.precision != "amp-fp16"]
@@ -334,7 +334,7 @@ class Inspection:
 
 
 def refused_by_scaler(trace: Trace) -> bool:
-    """Return whether GradScaler itself raised the step's error."""
+    """Return True if GradScaler itself raised the step's error."""
     traceback = trace.error.__traceback__ if trace.error is not None else None
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next

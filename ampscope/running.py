@@ -74,7 +74,7 @@ class Program:
 
 
 def _status(error: SystemExit) -> int:
-    """The exit status that SystemExit asks for; a text is printed, as Python does."""
+    """Return the exit status that SystemExit asks for; print its text, as Python does."""
     if error.code is None:
         return 0
     if isinstance(error.code, int):

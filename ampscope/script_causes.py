@@ -37,7 +37,7 @@ def memory() -> int | None:
 
 
 def wrong_inputs(batch: Any, calls: list[tuple]) -> str | None:
-    """Which tensor of the batch, or of what went into the models, is not finite, and how many of its values."""
+    """Name the tensor of the batch, or of what went into the models, that is not finite; count such values."""
     for what, tensors in [("the batch", tensors_in(batch)), *(("the input", tensors_in(call[1:3])) for call in calls)]:
         for index, tensor in enumerate(tensors):
             if not tensor.is_floating_point() or finite(tensor):
@@ -85,7 +85,7 @@ def first_bad(
 
 
 def in_words(event: dict[str, Any], backward: Place | None) -> str:
-    """One event in a few sentences."""
+    """Say one event in a few sentences."""
     scale = event["scale"]
     what = "was not finite" if scale is None else f"was skipped at loss scale {scale:,.10g}"
     text = f"update {event['update']:,} {what}: "

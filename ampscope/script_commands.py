@@ -35,7 +35,7 @@ def run_parser(name: str = "ampscope run") -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, Program]:
-    """The tool's own options, and the program with its arguments: everything after its name belongs to it."""
+    """Return the tool's own options, and the program with its arguments: everything after its name."""
     parser.add_argument("-m", dest="module", nargs=argparse.REMAINDER, help="run a module by its name, as python -m")
     parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args(words)
@@ -50,7 +50,7 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argpar
 
 
 def run(words: Sequence[str]) -> int:
-    """Trace one update of a program; returns the exit status."""
+    """Trace one update of a program; return the exit status."""
     parser = run_parser()
     options, program = parse(parser, words)
     if options.update < 1:
@@ -83,7 +83,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def watch(words: Sequence[str]) -> int:
-    """Let a program run to its end, with a line for each update; returns the program's exit status."""
+    """Let a program run to its end, with a line for each update; return the program's exit status."""
     parser = argparse.ArgumentParser(
         prog="ampscope watch",
         usage="ampscope watch [options] SCRIPT.py [its arguments]\n"
@@ -128,7 +128,7 @@ def trace(
 
 
 def follow(program: Program, number: int, *, go_on: bool) -> int:
-    """A rank that is not the first one only counts the updates, and ends where the first one does."""
+    """Count the updates of a rank that is not the first one, and end where the first one does."""
 
     def at_end(updates: Updates) -> None:
         if updates.count > number and not go_on:

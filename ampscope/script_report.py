@@ -73,7 +73,7 @@ class ScriptReport(Report):
 
 
 def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -> ScriptReport:
-    """The report on what a ScriptTrace saw, whole or until the program failed."""
+    """Return the report on what a ScriptTrace saw, whole or until the program failed."""
     assert seen.trace is not None
     trace, subject = seen.trace, seen.subject
     found = _findings(seen, trace, subject)
@@ -117,24 +117,24 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
 
 
 def _seconds(pay: dict[str, Any] | None) -> float | None:
-    """Of an update as written, if it was timed."""
+    """Return the seconds of an update as written, if it was timed."""
     return pay["speed"]["as written"]["seconds"] if pay and "as written" in pay["speed"] else None
 
 
 def _regions_on(trace: Trace) -> list[Event]:
-    """The autocast regions of the update that are on, for the device that trains."""
+    """Return the autocast regions of the update that are on, for the device that trains."""
     device = trace.execution.device
     regions = [event for event in trace.execution.events if event.kind == "autocast"]
     return [event for event in regions if event.details["enabled"] and event.details["device"] == device]
 
 
 def _amp(trace: Trace) -> set[torch.dtype]:
-    """The types of the autocast regions that are on."""
+    """Return the types of the autocast regions that are on."""
     return {event.details["dtype"] for event in _regions_on(trace)}
 
 
 def uses_amp(seen: ScriptTrace) -> bool:
-    """Whether the traced update has an autocast region that is on, or a scaler at work."""
+    """Return True if the traced update has an autocast region that is on, or a scaler at work."""
     assert seen.trace is not None
     return bool(_amp(seen.trace)) or any(scaler.is_enabled() for scaler in seen.trace.execution.scalers)
 
@@ -170,7 +170,7 @@ def _regions(trace: Trace) -> str:
 
 
 def _words(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[str]:
-    """What the update consisted of, in sentences."""
+    """Say in sentences what the update consisted of."""
     execution: Any = trace.execution
     models = []
     for name, model in subject.models.items():
@@ -225,7 +225,7 @@ def _subject_record(trace: Trace, subject: ScriptSubject) -> dict[str, Any]:
 
 
 def nothing_traced(updates: Updates, number: int) -> str:
-    """One sentence on what was seen in place of the update that was to be traced."""
+    """Say in one sentence what was seen in place of the update that was to be traced."""
     if updates.count:
         made = "one update" if updates.count == 1 else f"{updates.count} updates"
         what = f"the program made {made}, and update {number} was to be traced"

@@ -52,7 +52,7 @@ class ScriptExecution(Execution):
         self.stepped.append((type(optimizer).__name__, place_of_caller()))
 
     def begin_inside(self, subject: ScriptSubject) -> list[Any]:
-        """Follow models that were not known before, one of which is just being called; returns the hooks."""
+        """Follow models that were not known before, one of which is just being called; return the hooks."""
         self.subject = subject
         self.device = subject.device.type
         self.autocast_on = torch.is_autocast_enabled(self.device)
@@ -64,7 +64,7 @@ class ScriptExecution(Execution):
 
 
 class ScriptFunctions(Functions):
-    """Calls as they are written, but for those that load a batch."""
+    """See calls as they are written, but for those that load a batch."""
 
     def __init__(self, trace: Trace, live: Live):
         super().__init__(trace)
@@ -78,7 +78,7 @@ class ScriptFunctions(Functions):
 
 
 class ScriptOperators(Operators):
-    """Operators below autocast, but for those that load a batch."""
+    """See operators below autocast, but for those that load a batch."""
 
     def __init__(self, trace: Trace, functions: Functions, subject: ScriptSubject, live: Live):
         super().__init__(trace, functions, subject)
@@ -86,7 +86,7 @@ class ScriptOperators(Operators):
         live.add(subject.parameters())
 
     def enter(self, name: str) -> None:
-        """A module is being called that had no hook yet."""
+        """Note a module that is being called and had no hook yet."""
         self._running.append(name)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -122,7 +122,7 @@ class Live:
         self._places |= {address(tensor) for tensor in tensors_in(tree)} - {0, -1}
 
     def drop(self, tree: Any) -> None:
-        """The same memory may be used again."""
+        """Forget tensors whose memory may be used again."""
         self._places -= {address(leaf) for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
 
 
@@ -182,7 +182,7 @@ class ScriptTrace(Listener):
             self._execution.after_step(optimizer)
 
     def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """The first model that is called is known now."""
+        """Follow the operators from the first call of a model on: it is known now."""
         self._live.add((args, kwargs))
         if self._current is not None and not self._following and torch.is_grad_enabled():
             self._follow(inside=True)
@@ -267,7 +267,7 @@ class ScriptTrace(Listener):
             self._open.enter_context(mode)
 
     def _end(self, number: int, error: BaseException | None = None) -> None:
-        """An update has ended: it is the one to report if it was asked for, or if it went wrong."""
+        """End an update: it is the one to report if it was asked for, or if it went wrong."""
         trace, execution = self._current, self._execution
         assert trace is not None and execution is not None
         self._open.close()
@@ -295,14 +295,14 @@ class ScriptTrace(Listener):
         self.ledger = self._memory() if self._kept is not None else None
 
     def failed(self, error: BaseException | None) -> None:
-        """The program ended by itself, or failed, before everything was seen."""
+        """Handle a program that ended by itself, or failed, before everything was seen."""
         events = self._current is not None and self._current.execution.events
         if error is not None and events:
             self._end(self.updates.count + 1, error)
         self._current = self._execution = None
 
     def _memory(self) -> dict[str, Any]:
-        """What the update held, by purpose; see memory_ledger."""
+        """Return what the update held, by purpose; see memory_ledger."""
         subject, kept = self.subject, self._kept
         parameters = subject.parameters()
         buffers = [buffer for model in subject.models.values() for buffer in model.buffers()]

@@ -81,7 +81,7 @@ class ScriptWatch(Listener):
         self._file.close()
 
     def summary(self) -> str:
-        """What was seen, in a sentence."""
+        """Say in a sentence what was seen."""
         skipped = sum(event["scale"] is not None for event in self.events)
         wrong = len(self.events) - skipped
         text = f"{self.updates.count:,} updates, {skipped:,} skipped"
@@ -121,7 +121,7 @@ class ScriptWatch(Listener):
     # Looking
 
     def _clip(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        """Clipping makes every gradient NaN if one is: it is looked at before."""
+        """Look before clipping, which makes every gradient NaN if one is."""
         scaler = self._at_work()
         if scaler is None:
             self._look(None)
@@ -135,12 +135,12 @@ class ScriptWatch(Listener):
         return norm
 
     def _at_work(self) -> Any:
-        """The scaler that has scaled a loss, if there is one."""
+        """Return the scaler that has scaled a loss, if there is one."""
         scalers = self.updates.scalers.values()
         return next((scaler for scaler in scalers if scaler.is_enabled() and scaler._scale is not None), None)
 
     def _look(self, optimizer: Any) -> None:
-        """Without a scaler nobody else does: is the loss finite, and, as often as is cheap, are the gradients?"""
+        """Look at the loss and, as often as is cheap, at the gradients: without a scaler nobody else does."""
         if self._poisoned or self._wrong:
             return
         if self._device.type != "cpu":
@@ -158,14 +158,14 @@ class ScriptWatch(Listener):
                 self._say(optimizer, None)
 
     def _last_gradient(self, optimizer: Any) -> torch.Tensor | None:
-        """The gradient that arrives last on the way back: what is not finite before it most often reaches it."""
+        """Return the gradient that arrives last: what is not finite on the way back most often reaches it."""
         if self._end is None or self._end.grad is None:
             parameters = self._parameters(optimizer)
             self._end = max(parameters, key=lambda part: self._order.get(id(part), 0), default=None)
         return None if self._end is None else self._end.grad
 
     def _look_later(self) -> None:
-        """On a GPU the loss is looked at one update later, so that nothing waits; its weights are gone then."""
+        """Look at the loss one update later on a GPU, so that nothing waits; its weights are gone then."""
         losses, update = self._losses, self.updates.count + 1
         if self._later is not None and self._later[0] != update:
             before, event, finite = self._later
@@ -191,7 +191,7 @@ class ScriptWatch(Listener):
     # An update that went wrong
 
     def _read_scale(self, scaler: Any, *, skipped: bool) -> None:
-        """The scale is read when it can have changed: on a GPU each read waits."""
+        """Read the scale when it can have changed: on a GPU each read waits."""
         if not scaler.is_enabled():
             return
         self._good = 0 if skipped else self._good + 1
@@ -239,7 +239,7 @@ class ScriptWatch(Listener):
             print(f"ampscope: {text}", file=sys.stderr, flush=True)
 
     def _repeat(self, subject: ScriptSubject) -> Origin | None:
-        """The operator at which the forward pass stopped being finite; None if that was not in a model."""
+        """Return the operator at which the forward pass stopped being finite; None if that was not in a model."""
         self._repeating = True
         try:
             with kept(subject):
@@ -305,13 +305,13 @@ class ScriptWatch(Listener):
             self._written = time.perf_counter()
 
     def _read_memory(self) -> int | None:
-        """Asking the system takes a hundredth of a short update, so it is asked as often as the file is written."""
+        """Ask the system as often as the file is written: it takes a hundredth of a short update."""
         if self._memory is None or time.perf_counter() - self._written > WRITTEN:
             self._memory = memory()
         return self._memory
 
     def _read_norm(self) -> float | str | None:
-        """JSON has no number for what is not finite. On a GPU reading waits, so it is done rarely."""
+        """Read the norm, rarely on a GPU, where this waits; JSON has no number for what is not finite."""
         norm, self._norm = self._norm, None
         if norm is None or (norm.device.type != "cpu" and self._lines % RARELY):
             return None

@@ -24,7 +24,7 @@ MISFITS = (TypeError, AttributeError, ValueError, IndexError, KeyError)  # of a 
 
 
 def core(wrapped: nn.Module) -> nn.Module:
-    """The user's own network inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
+    """Return the user's own network inside DistributedDataParallel, DataParallel or torch.compile's wrapper."""
     model: Any = wrapped
     while True:
         if hasattr(model, "_orig_mod"):
@@ -36,12 +36,12 @@ def core(wrapped: nn.Module) -> nn.Module:
 
 
 def takes_hooks(module: nn.Module) -> bool:
-    """Return whether hooks can be put on a module, which torch.jit refuses for its own."""
+    """Return True if a module takes hooks; torch.jit refuses them for its own."""
     return not isinstance(module, torch.jit.ScriptModule)
 
 
 def parameters_of(function: Callable) -> list[inspect.Parameter] | None:
-    """The parameters of a function; None if it has no signature to be read."""
+    """Return the parameters of a function; None if it has no signature to be read."""
     try:
         return list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):
@@ -49,7 +49,7 @@ def parameters_of(function: Callable) -> list[inspect.Parameter] | None:
 
 
 def looks_like_a_step(function: Callable) -> bool:
-    """Return whether a function is a step(model, batch) rather than a loss(outputs, batch), by the names in it."""
+    """Return True if a function looks like a step(model, batch) and not a loss(outputs, batch), by the names in it."""
     parameters = parameters_of(function) or []
     if parameters and parameters[0].name in MODEL_WORDS:
         return True
@@ -58,12 +58,12 @@ def looks_like_a_step(function: Callable) -> bool:
 
 
 def is_criterion(function: Any) -> bool:
-    """Return whether a loss takes (outputs, targets), as PyTorch's own losses do, and not (outputs, batch)."""
+    """Return True if a loss takes (outputs, targets), as PyTorch's own losses do, and not (outputs, batch)."""
     return isinstance(function, nn.Module) or getattr(function, "__module__", "") == "torch.nn.functional"
 
 
 class Subject:
-    """Models by name, their batch, optimizers by name and the step.
+    """Hold models by name, their batch, optimizers by name and the step.
 
     One model has the name "". `step` is called with (models, batch) and, by their names, with what else it asks for:
     `optimizer`, `optimizers`, `scaler`. Without a step the loss is `loss(outputs, batch)`, or what the model itself
@@ -109,7 +109,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Of the first parameter, or of the first tensor in the batch."""
+        """The device of the first parameter or, without any, of the first tensor in the batch."""
         owners = [tensor for model in self.models.values() for tensor in (*model.parameters(), *model.buffers())]
         first = [*owners, *tensors_in(self.batch)]
         return first[0].device if first else torch.device("cpu")
@@ -173,7 +173,7 @@ class Subject:
         return f" {name} was taken for a {form}; as the other form it fails, too."
 
     def materialise(self) -> None:
-        """Run lazy modules once, because they have no weights before. Raises InspectError if they stay without."""
+        """Run lazy modules once, because they have no weights before; raise InspectError if they stay without."""
         if not any(nn.parameter.is_lazy(parameter) for _, parameter in self.named_parameters()):
             return
         failure: Exception | None = None
@@ -212,7 +212,7 @@ class Subject:
         return arguments
 
     def call_model(self, model: nn.Module) -> Any:
-        """model(batch), model(*batch) or model(**batch): the first that its signature admits and that does not fail.
+        """Call model(batch), model(*batch) or model(**batch): the first that its signature admits and that works.
 
         A sequence is cut to what `forward` requires (its inputs; the rest is for the loss), a dictionary to the names
         that it knows.
@@ -234,7 +234,7 @@ class Subject:
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """Puts weights, buffers, gradients, optimizers, scaler and random numbers back as they were."""
+        """Put weights, buffers, gradients, optimizers, scaler and random numbers back as they were."""
         tensors = [tensor for model in self.models.values() for tensor in (*model.parameters(), *model.buffers())]
         values = [(tensor, tensor.detach().clone()) for tensor in tensors]
         gradients = [(parameter, parameter.grad) for parameter in self.parameters()]
@@ -263,7 +263,7 @@ class Subject:
                 parameter.grad = gradient
 
     def update_optimizers(self) -> list[torch.optim.Optimizer]:
-        """The optimizers handed over, or one made here: Adam, or SGD if gradients are sparse."""
+        """Return the optimizers handed over, or one made here: Adam, or SGD if gradients are sparse."""
         if not self.optimizers and self._own is None:
             some = [parameter for parameter in self.parameters() if parameter.requires_grad]
             if not some:
@@ -274,7 +274,7 @@ class Subject:
         return list(self.optimizers.values()) or ([self._own] if self._own is not None else [])
 
     def update_scaler(self, precision: Precision | None) -> Any:
-        """The scaler handed over, or the one that the precision needs."""
+        """Return the scaler handed over, or the one that the precision needs."""
         if self.scaler is not None:
             return self.scaler
         name = precision.name if precision else "fp32"
@@ -283,7 +283,7 @@ class Subject:
         return self._scalers[name]
 
     def forget(self) -> None:
-        """Drops the optimizer and the scalers that were made here."""
+        """Drop the optimizer and the scalers that were made here."""
         self._own = None
         self._scalers.clear()
 
@@ -293,7 +293,7 @@ class Subject:
 
 
 def restore(thing: Any, state: dict[str, Any]) -> None:
-    """Loads the state of an optimizer or a scaler; what it had gathered since is forgotten."""
+    """Load the state of an optimizer or a scaler; forget what it had gathered since."""
     if isinstance(thing, torch.optim.Optimizer):
         thing.state.clear()
     if state:  # a disabled scaler has none
@@ -320,7 +320,7 @@ def _named_optimizers(optimizers: Any) -> dict[str, torch.optim.Optimizer]:
 
 
 def _ways_to_call(network: nn.Module, batch: Any) -> list[Callable[[nn.Module], Any]]:
-    """The calls to try, the likeliest first."""
+    """Return the calls to try, the likeliest first."""
     whole = [lambda model: model(batch)]
     parameters = [
         parameter
@@ -341,7 +341,7 @@ def _ways_to_call(network: nn.Module, batch: Any) -> list[Callable[[nn.Module], 
 
 
 def losses_in(result: Any) -> dict[str, torch.Tensor]:
-    """The losses in what a step or a model returned, by name: a tensor, one called `loss`, or a nest of scalars."""
+    """Return the losses in what a step or a model gave, by name: a tensor, one called `loss`, or a nest of scalars."""
     inner = getattr(result, "loss", None)
     if inner is None and isinstance(result, Mapping):
         inner = result.get("loss")

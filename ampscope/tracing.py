@@ -79,7 +79,7 @@ class Trace:
     error_place: Place | None = None
 
     def records(self, kinds: dict[str, str]) -> list[dict[str, Any]]:
-        """The rows as records in order of first appearance; `kinds` are the modules' classes by name.
+        """Return the rows as records in order of first appearance; `kinds` are the modules' classes by name.
 
         Keys: phase (forward, loss, backward), module (its name, "" if there is none), kind (its class), op, inputs
         (distinct dtypes, in order), output (dtype), cast (shape and stride of the tensor if the operator changed its
@@ -94,7 +94,7 @@ class Trace:
 
 
 class Functions(TorchFunctionMode):
-    """Calls as they are written: which function, whether autocast was on, on which line."""
+    """See calls as they are written: which function, on which line, with autocast on or off."""
 
     def __init__(self, trace: Trace):
         super().__init__()
@@ -146,7 +146,7 @@ class Functions(TorchFunctionMode):
 
 
 def _on_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call makes a tensor without naming a device, or reads values in its CPU's kernel alone."""
+    """Return True if a call makes a tensor without naming a device, or reads values in its CPU's kernel alone."""
     if name == "one_hot":
         return (args[1] if len(args) > 1 else kwargs.get("num_classes", -1)) >= 0
     return "device" not in kwargs and not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs)))
@@ -164,7 +164,7 @@ def _backward(
 
 
 class Operators(TorchDispatchMode):
-    """Counts every operator by module: in forward known from hooks, in backward from the autograd node.
+    """Count every operator by module, known from hooks in forward and from the autograd node in backward.
 
     Nodes and forward operators are matched by autograd's sequence numbers, which forward hands out in order and
     backward looks up again; see "Forward-backward correlation" in the documentation of torch.autograd.profiler.
@@ -206,7 +206,7 @@ class Operators(TorchDispatchMode):
             self.trace.lineage.arrived(f"the gradient of {name}", gradient)
 
     def _where(self) -> tuple[str, str, Place | None]:
-        """Phase, module and place of the operator that runs now."""
+        """Return phase, module and place of the operator that runs now."""
         node = torch._C._current_autograd_node()
         phase = "backward" if node is not None else self.trace.execution.phase
         if phase != "backward" or len(self._running) > 1:
@@ -218,7 +218,7 @@ class Operators(TorchDispatchMode):
         return phase, *self._owner(node)
 
     def _owner(self, node: Any) -> tuple[str, Place | None]:
-        """Module and line of the forward operator whose backward runs."""
+        """Return module and line of the forward operator whose backward runs."""
         # An operator's node is made before the operator runs, so the next number above the node's is the operator's.
         position = bisect.bisect_right(self._numbers, node._sequence_nr())
         return self._owners[min(position, len(self._owners) - 1)]
@@ -272,7 +272,7 @@ class Operators(TorchDispatchMode):
         return result
 
     def _written_cast(self, given: list[torch.Tensor]) -> Place | None:
-        """The line on which the user made one of these tensors float32."""
+        """Return the line on which the user made one of these tensors float32."""
         written = self.functions.written
         return next((written[address(tensor)][0] for tensor in given if address(tensor) in written), None)
 
@@ -281,7 +281,7 @@ class Operators(TorchDispatchMode):
         return time.perf_counter()
 
     def _notice(self, op: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]) -> None:
-        """Reads by the host, gradients set to zero in place, and clipping."""
+        """Note reads by the host, gradients set to zero in place, and clipping."""
         execution = self.trace.execution
         place = place_of_caller() if place is None and op in WAITS else place
         if place is None:
@@ -314,7 +314,7 @@ class Operators(TorchDispatchMode):
                 host.discard(address(tensor))
 
     def _edits(self, op: str, operator: Any, given: list[torch.Tensor]) -> None:
-        """Gradients that are computed with, or changed in place, while the loss scale is on them."""
+        """Note gradients that are computed with, or changed in place, while the loss scale is on them."""
         execution = self.trace.execution
         if execution.carried.misuses(op, given):
             place = place_of_caller()
@@ -328,7 +328,7 @@ class Operators(TorchDispatchMode):
                 execution.note_once("edit", place)
 
     def _round_trip(self, given: torch.Tensor, made: torch.Tensor, phase: str) -> None:
-        """A tensor that the user made float32 and that autocast casts straight back for a product."""
+        """Note a tensor that the user made float32 and that autocast casts straight back for a product."""
         known = self.functions.written.get(address(given))
         function = self.functions.current[0]
         if known and phase != "backward" and made.dtype in AMP_TYPES and function not in ("to", "half", "bfloat16"):
@@ -337,7 +337,7 @@ class Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def _autocast_inside(device: torch.device) -> Iterator[None]:
-    """Lets autocast see the operators that a custom operator calls, as it does when nobody watches."""
+    """Let autocast see the operators that a custom operator calls, as it does when nobody watches."""
     kind = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA", "mps": "AutocastMPS"}.get(device.type)
     key = getattr(torch._C.DispatchKey, kind or "", None)
     if key is None:
@@ -352,14 +352,14 @@ def _autocast_inside(device: torch.device) -> Iterator[None]:
 
 
 def _differs_in_training(module: nn.Module) -> bool:
-    """Return whether a layer of dropout, or a trained BatchNorm, computes something else in training."""
+    """Return True for a layer of dropout, or a trained BatchNorm, which compute something else in training."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return module.weight is None or module.weight.requires_grad
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
 def _in_custom_function() -> bool:
-    """Whether the backward of a Python autograd function runs, but for those that torch.library generates."""
+    """Return True while a Python autograd function's backward runs, unless torch.library generated it."""
     node = torch._C._current_autograd_node()
     python = isinstance(node, torch.autograd.function.BackwardCFunction)
     return python and not type(node).__name__.startswith("GeneratedBackwardFor")
@@ -374,7 +374,7 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...] | None:
 
 
 def eager() -> Any:
-    """Models of torch.compile run as they were written; without one, nothing is imported."""
+    """Run models of torch.compile as they were written; without one, nothing is imported."""
     if "torch._dynamo" not in sys.modules:
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")
@@ -383,11 +383,10 @@ def eager() -> Any:
 def trace_step(
     subject: Subject, precision: Precision | None, *, ambient: bool = True, scale: float = 1.0, warm: bool = True
 ) -> Trace:
-    """Traces the second of two steps: in the second one, gradients and the optimizers' state are there already.
+    """Trace the second of two steps, in which gradients and the optimizers' state are there already.
 
-    `first_events` are the first one's: a scaler that is used wrongly often raises in the second.
-
-    An error of the step does not end the trace: it is kept in `error`, with its place.
+    `first_events` are the first one's: a scaler that is used wrongly often raises in the second. An error of the step
+    does not end the trace: it is kept in `error`, with its place.
     """
     first_events: list[Event] = []
     left: dict[int, torch.Tensor] = {}
@@ -435,7 +434,7 @@ def _finite(subject: Subject) -> bool:
 
 
 def place_of_error(error: BaseException) -> Place | None:
-    """The innermost line of the user's, or of a library's, in a traceback."""
+    """Return the innermost line of the user's, or of a library's, in a traceback."""
     found = None
     traceback = error.__traceback__
     while traceback is not None:

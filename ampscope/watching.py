@@ -310,7 +310,7 @@ class Watcher:
         return self.gradients.present(self._trains[id(optimizer)])
 
     def _begin(self, optimizer: Any) -> None:
-        """An update begins when an optimizer steps that has stepped in the one before, or the first one does."""
+        """Begin an update if an optimizer steps that has stepped in this one already, or if none has."""
         if not self._stepped or id(optimizer) in self._stepped:
             self.updates += 1
             self._stepped.clear()
@@ -367,7 +367,7 @@ class Watcher:
             log.warning(in_words(event, skipped=scale is not None))
 
     def _look_at_buffers(self) -> None:
-        """Names the buffers that an update that went wrong has left not finite, once each.
+        """Name the buffers that an update that went wrong has left not finite, once each.
 
         It is done before the next forward pass: a loop that puts them back has done so by then.
         """
