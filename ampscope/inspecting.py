@@ -21,7 +21,8 @@ from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
 from ampscope.subject import Subject, core
 from ampscope.tensors import buffers_not_finite, dtype_name
-from ampscope.tracing import Trace, place_of_error, trace_step
+from ampscope.trace import Trace
+from ampscope.tracing import place_of_error, trace_step
 
 SHORT = 3.0  # seconds of a traced step, up to which a CPU also traces it in float16
 FLOAT16 = ("overflow-hidden", "unsafe-function")

@@ -13,7 +13,7 @@ from ampscope.finite import Origin, cures
 from ampscope.places import Place, line_with, users_sources
 from ampscope.products import ALIGNED, Product
 from ampscope.recipe_rules import level_of
-from ampscope.tracing import Trace
+from ampscope.trace import Trace
 
 SHARE = 0.05  # of the products' work; less is not worth a finding
 CUSTOM_SHARE = 0.01  # of the time, for operators whose work nobody counts

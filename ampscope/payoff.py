@@ -18,7 +18,8 @@ from ampscope.precisions import Precision
 from ampscope.subject import Subject
 from ampscope.tensors import dtype_name
 from ampscope.timing import amdahl, timed, timed_once
-from ampscope.tracing import Trace, eager
+from ampscope.trace import Trace
+from ampscope.tracing import eager
 
 ROUNDS = 7
 BUDGET = 12.0  # seconds for all precisions together

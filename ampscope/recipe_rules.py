@@ -9,9 +9,10 @@ import torch
 
 from ampscope.execution import Event
 from ampscope.findings import Finding
+from ampscope.functions import AMP_TYPES
 from ampscope.places import Place, kind_of_file, line_with, users_sources
 from ampscope.subject import Subject
-from ampscope.tracing import AMP_TYPES, Trace
+from ampscope.trace import Trace
 from ampscope.training_rules import training_findings
 
 READS = ("item", "tolist", "cpu", "numpy")

@@ -12,11 +12,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ampscope.finite import Lineage, Origin
+from ampscope.functions import Functions
+from ampscope.operators import Operators
 from ampscope.precisions import Precision
 from ampscope.script_trace import ScriptExecution
 from ampscope.subject import Subject, core
 from ampscope.tensors import tensors_in
-from ampscope.tracing import Functions, Operators, Trace, eager
+from ampscope.trace import Trace
+from ampscope.tracing import eager
 
 REGIONS: dict[Any, str] = {torch.float16: "amp-fp16", torch.bfloat16: "amp-bf16"}
 LARGE = 2**24  # bytes of an output beyond which its gradient is not kept

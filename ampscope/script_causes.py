@@ -16,7 +16,7 @@ from ampscope.precisions import Precision
 from ampscope.repeating import REGIONS, finite
 from ampscope.script_trace import Live, ScriptExecution, ScriptFunctions, ScriptOperators
 from ampscope.tensors import address, tensors_in
-from ampscope.tracing import Trace
+from ampscope.trace import Trace
 from ampscope.updates import ScriptSubject
 
 

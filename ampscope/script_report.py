@@ -17,7 +17,7 @@ from ampscope.script_trace import ScriptTrace
 from ampscope.subject import core
 from ampscope.tensors import dtype_name
 from ampscope.text import cut, heading, paragraph, table
-from ampscope.tracing import Trace
+from ampscope.trace import Trace
 from ampscope.updates import ScriptSubject, Updates
 
 NAME = "this update"

@@ -14,13 +14,16 @@ from torch.utils._pytree import tree_leaves
 
 from ampscope.execution import Event, Execution
 from ampscope.finite import Lineage
+from ampscope.functions import TO_PYTHON, Functions
 from ampscope.memory import KeptForBackward, nbytes
+from ampscope.operators import WAITS, Operators
 from ampscope.places import Place, place_of_caller
 from ampscope.precisions import Precision
 from ampscope.ranges import SCALES, Watch, is_product_module, records
 from ampscope.running import Ended
 from ampscope.tensors import address, tensors_in
-from ampscope.tracing import TO_PYTHON, WAITS, Functions, Operators, Trace, eager, place_of_error
+from ampscope.trace import Trace
+from ampscope.tracing import eager, place_of_error
 from ampscope.updates import Listener, ScriptSubject, Updates
 
 EARLY = 2  # updates that are traced whatever was asked for: a fault of the recipe often shows in the second

@@ -11,7 +11,7 @@ from torch import nn
 from ampscope.findings import Finding
 from ampscope.places import Place, kind_of_file, line_with, users_sources
 from ampscope.subject import Subject, core, losses_in
-from ampscope.tracing import Trace
+from ampscope.trace import Trace
 
 SHOWN = 4  # names in a sentence
 
