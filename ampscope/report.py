@@ -24,7 +24,7 @@ from ampscope.words import (
 
 @dataclass
 class Report:
-    """The results of an inspection. `content` is that of inspect.json (README.md); `findings` are the broken rules."""
+    """The results of an inspection: `content` is that of inspect.json, `findings` are the broken rules."""
 
     content: dict[str, Any]
     everything: list[Finding] = field(default_factory=list)

@@ -18,7 +18,7 @@ from command_line.parsing import parse
 ROOT = Path(train.__file__).parent
 PAGES = [
     path
-    for folder in (".", "docs", "recipes", "benchmarks", "notebooks", "ampscope")
+    for folder in (".", "docs", "recipes", "benchmarks", "notebooks", "ampscope", "ampscope/docs")
     for suffix in ("md", "html")
     for path in sorted((ROOT / folder).glob(f"*.{suffix}"))
 ]
@@ -48,8 +48,8 @@ def test_the_test_command_is_what_ci_calls():
 
 
 def test_every_page_is_short():
-    pages = {"README.md": README, **DOCS}
-    lengths = {name: len(text.splitlines()) for name, text in pages.items()}
+    pages = [ROOT / "README.md", *(page for page in PAGES if page.parent.name in ("docs", "ampscope"))]
+    lengths = {str(page): len(page.read_text(encoding="utf-8").splitlines()) for page in pages if page.suffix == ".md"}
     assert not {name: lines for name, lines in lengths.items() if lines > 200}
 
 

@@ -176,12 +176,12 @@ def test_models_and_batch_are_moved(tmp_path):
 
 
 def test_every_rule_is_documented():
-    page = (ROOT / "ampscope" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "ampscope/docs/rules.md").read_text(encoding="utf-8")
     assert all(f"| `{rule}` | {title} |" in page for rule, title in RULES.items())
 
 
 def test_the_documents_example_runs(tmp_path):
-    page = (ROOT / "ampscope" / "README.md").read_text(encoding="utf-8")
+    page = (ROOT / "ampscope/docs/step.md").read_text(encoding="utf-8")
     examples = [part.partition("```")[0] for part in page.split("```python\n")[1:]]
     example = next(text for text in examples if "def make()" in text)
     assert command.inspect_module(written(tmp_path, example)).ok
