@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of an `Evaluation`: in metrics.jsonl as `val_KEY`, in result.json as `test_KEY` or `result_key`."""
+    """One figure of an `Evaluation`: in metrics.jsonl as `val_KEY`, in result.json as `test_KEY` or `result_key`.
+
+    It is NaN if it is undefined, as described by `needs`.
+    """
 
     compute: Callable[[Evaluation], float]
     key: str
@@ -26,6 +29,7 @@ class Metric:
     title: str = ""  # of its row among the headline numbers of a result; empty: it has no row
     remark: str = ""  # beside it
     unit: str = " %"
+    needs: str = ""  # if set, only the test has the figure, and the validation if --best_by names it
 
     @property
     def validation_key(self) -> str:
@@ -55,6 +59,36 @@ METRICS = {
         remark="mean F1 of the classes",
     ),
     "loss": Metric(lambda found: found.loss, "loss", larger_is_better=False, unit=" nats"),
+    "specificity": Metric(
+        lambda found: 100 * found.macro()["specificity"],
+        "specificity",
+        result_key="specificity",
+        needs="images of two classes",
+    ),
+    "roc_auc": Metric(
+        lambda found: 100 * found.macro().get("roc_auc", math.nan),
+        "roc_auc",
+        result_key="roc_auc",
+        title="ROC AUC",
+        remark="mean of the classes, each against the rest",
+        needs="images of two classes, and at most 1,000 classes",
+    ),
+    "average_precision": Metric(
+        lambda found: 100 * found.macro().get("average_precision", math.nan),
+        "average_precision",
+        result_key="average_precision",
+        title="Mean AP",
+        remark="mean average precision of the classes",
+        needs="images of two classes, and at most 1,000 classes",
+    ),
+    "top5": Metric(
+        lambda found: found.top(5),
+        "top5_acc",
+        result_key="top5_acc",
+        title="Top 5",
+        remark="the true class is among the five likeliest",
+        needs="6 to 1,000 classes",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 
 from dataset import Batches
 from precision import Precision, wider_range
+from runs.scores import areas
 from utils import Interrupted, RunError, amount, progress
 
 NO_PREDICTION = -1  # for an image whose logits are not finite
@@ -84,33 +86,61 @@ class Evaluation:
         """Return the mean cross entropy in nats."""
         return self.loss_sum / len(self.labels)
 
+    @cached_property
+    def _areas(self) -> np.ndarray:
+        """ROC AUC and average precision of each class (classes, 2): it takes a sort of all images for each."""
+        shares = probabilities(self.logits)
+        return np.array([areas(shares[:, label], self.labels == label) for label in range(self.class_count)])
+
     def by_class(self) -> dict[str, np.ndarray]:
-        """Return precision, recall and F1 (shares, 0 where undefined) and support of each class, (classes,) each."""
+        """Return the support and the figures (shares) of each class, (classes,) each.
+
+        Precision, recall and F1 are 0 if they are undefined. Specificity and, if finite logits were kept, ROC AUC and
+        average precision (one class against the rest) are NaN for a class that no image has, or every image.
+        """
         hits, support, predicted = (
             np.bincount(places, minlength=self.class_count)
             for places in (self.labels[self.right], self.labels, self.predicted[self.predicted >= 0])
         )
-        return {
+        others = len(self.labels) - support
+        specificity = 1 - (predicted - hits) / np.maximum(others, 1)
+        table = {
             "precision": hits / np.maximum(predicted, 1),
             "recall": hits / np.maximum(support, 1),
             "f1": 2 * hits / np.maximum(support + predicted, 1),
             "support": support,
+            "specificity": np.where((support > 0) & (others > 0), specificity, math.nan),
         }
+        if len(self.logits) and self.is_finite:
+            table["roc_auc"], table["average_precision"] = self._areas.T
+        return table
 
     def macro(self) -> dict[str, float]:
-        """Return the mean precision, recall and F1 (shares) over the classes that were tested: each counts alike.
+        """Return the mean of each figure (a share) over the classes that were tested: each counts alike.
 
-        The mean recall is the balanced accuracy. A class without an image is left out, as its recall is undefined.
+        The mean recall is the balanced accuracy. A class without an image is left out, as its recall is undefined. A
+        figure that is undefined for all of them is NaN.
         """
         table = self.by_class()
         tested = table.pop("support") > 0
-        return {name: float(np.mean(values[tested])) for name, values in table.items()}
+        defined = {name: values[tested & np.isfinite(values)] for name, values in table.items()}
+        return {name: float(np.mean(values)) if len(values) else math.nan for name, values in defined.items()}
 
     def per_class(self, classes: list[str]) -> dict[str, dict[str, float]]:
         """Return the figures of `by_class` by the name of the class, with six digits."""
         table = self.by_class()
         rows = zip(*(np.round(values, 6).tolist() for values in table.values()), strict=True)
         return {name: dict(zip(table, row, strict=True)) for name, row in zip(classes, rows, strict=True)}
+
+    def top(self, count: int) -> float:
+        """Return the share of images, in percent, whose class is among the `count` likeliest.
+
+        Return NaN if there are no other classes, or if the logits were not kept or are not finite.
+        """
+        if not len(self.logits) or count >= self.class_count or not self.is_finite:
+            return math.nan
+        likeliest = np.argsort(-self.logits, axis=1, kind="stable")[:, :count]
+        return 100 * float(np.mean((likeliest == self.labels[:, None]).any(1)))
 
     def cells(self) -> np.ndarray:
         """Return the cells of the confusion matrix that are not 0, in order: (cells, 3) of true, predicted, count."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,9 +19,10 @@ from evaluate import Evaluation
 from model import StepModel
 from runs.checkpoint import Progress
 from runs.failures import Failures
+from runs.writing import PROBABILITIES
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
-from utils import amount, log
+from utils import UserError, amount, log
 
 
 def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
@@ -40,6 +42,17 @@ def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
     }
     best = max(scores.values(), default=None)
     return [epoch for epoch, score in scores.items() if score == best]
+
+
+def require_figure(name: str, labels: np.ndarray, class_count: int) -> None:
+    """Raise UserError if the metric `name` would be undefined for validation images with these labels."""
+    metric = METRICS[name]
+    if not metric.needs:
+        return
+    kept = len(labels) if class_count <= PROBABILITIES else 0
+    perfect = Evaluation(labels, labels, class_count, 0.0, logits=np.zeros((kept, class_count), np.float32))
+    if math.isnan(metric.compute(perfect)):
+        raise UserError(f"--best_by {name} needs {metric.needs}, for validation: choose another figure.")
 
 
 class UpdateStats(NamedTuple):
@@ -198,12 +211,13 @@ class Meter:
             raise self.failures.scale_exhausted(scale, state)
 
     def line(
-        self, state: Progress, validation: Evaluation, device: torch.device, *, size: int, trained: int
+        self, state: Progress, validation: Evaluation, device: torch.device, *, best_by: str, size: int, trained: int
     ) -> dict[str, Any]:
         """Return a line of metrics.jsonl: mean losses in nats, accuracies in percent, times in seconds, memory in MB.
 
         The epoch had images of `size` pixels and trained `trained` tensors.
         """
+        figures = [metric for name, metric in METRICS.items() if name == best_by or not metric.needs]
         memory = peak_memory(device)
         state.note_peak(size, trained, memory["peak_memory_mb"], warming=self.warming, stood=self.stood)
         sums = state.sums
@@ -213,7 +227,7 @@ class Meter:
             "updates": (state.epoch + 1) * self.failures.updates_per_epoch,
             "train_loss": sums["loss"] / sums["counted"] if sums["counted"] else None,
             "train_acc": 100 * sums["correct"] / sums["images"],
-            **{metric.validation_key: metric.compute(validation) for metric in METRICS.values()},
+            **{metric.validation_key: metric.compute(validation) for metric in figures},
             "learning_rate": state.learning_rate,
             "loss_scale": self.scaler.get_scale() if self.scaler.is_enabled() else None,
             "skipped_updates": len(state.skips),

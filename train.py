@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from choices import METRICS
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
-from metrics import Meter, UnusedParameters, UpdateRecord, UpdateStats, best_epochs
+from metrics import Meter, UnusedParameters, UpdateRecord, UpdateStats, best_epochs, require_figure
 from model import BuffersBefore, Network, StepModel
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
@@ -106,6 +107,7 @@ class Trainer:
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
 
     def __post_init__(self) -> None:
+        require_figure(self.plan.best_by, self.validation.subset.labels, self.validation.class_count)
         self.scaler = self.recipe.precision.grad_scaler()
         self.scheduler = self.recipe.make_scheduler(done=0)
         self.progress = Progress()
@@ -218,14 +220,16 @@ class Trainer:
         state.elapsed = self.seconds
         size = self.batches.size_in(state.epoch)
         trained = len(self.network.trained_names())
-        line = self.meter.line(state, validation, self.batches.device, size=size, trained=trained)
+        device = self.batches.device
+        best_by = self.plan.best_by
+        line = self.meter.line(state, validation, device, best_by=best_by, size=size, trained=trained)
         if self.frozen_seconds is not None:
             line["frozen_seconds"] = round(self.frozen_seconds, 3)
             self.frozen_seconds = 0.0
         state.close_epoch(line)
         files = {}
         # Of equal epochs the later is kept: it was trained longer.
-        if state.epoch in best_epochs(state.history, self.plan.best_by):
+        if state.epoch in best_epochs(state.history, best_by):
             state.best_epoch = state.epoch
             state.best_val_acc = validation.accuracy
             found = {"model": self.network.ema_or_model.state_dict(), "epoch": state.epoch}
@@ -237,8 +241,14 @@ class Trainer:
 
     def _validate(self) -> Evaluation:
         """Validate in the precision of the training. Raise Interrupted after a signal."""
-        model = self.network.ready_to_evaluate()
-        return evaluate(model, self.validation, self.recipe.precision, stop=self._must_stop, description="validating")
+        return evaluate(
+            self.network.ready_to_evaluate(),
+            self.validation,
+            self.recipe.precision,
+            keep_logits=bool(METRICS[self.plan.best_by].needs),
+            stop=self._must_stop,
+            description="validating",
+        )
 
     def _bar(self) -> Any:
         """Return the progress bar of this epoch."""

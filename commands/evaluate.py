@@ -107,7 +107,7 @@ def predictions(data: DataSet, found: Evaluation) -> Iterator[list[Any]]:
 def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any]:
     """Return the part of result.json that is about the test."""
     return {
-        **{metric.test_key: metric.compute(found) for metric in METRICS.values()},
+        **{metric.test_key: metric.compute(found) for metric in METRICS.values()},  # NaN if undefined
         **peak_memory(setup.device),
         "precision": setup.precision.name,
         "tta": setup.asked.reading.tta,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from images.decode import Rules
 from precision_table import label_of
-from reports import page, pictures
+from reports import curves, page, pictures
 from reports.results import EXPLANATIONS, read_run
 from runs.result import confusion_cells
 from system.files import read_json
@@ -15,7 +15,7 @@ from utils import log, printable
 
 
 def draw_run(directory: Path) -> None:
-    """Draw learning_curve.png, confusion_matrix.png, mistakes.png, reliability.png and report.html.
+    """Draw learning_curve.png, confusion_matrix.png, curves.png, mistakes.png, reliability.png and report.html.
 
     Raise UserError if a file that they are drawn from is missing or damaged.
     """
@@ -28,6 +28,7 @@ def draw_run(directory: Path) -> None:
         )
     cells = confusion_cells(result)
     pictures.confusion_matrix(cells, result["classes"], directory / "confusion_matrix.png", title=title)
+    curves.class_curves(result, directory / "predictions.csv", directory / "curves.png", title=title)
     dataset = run["config"]["dataset"]
     images = Path(dataset.get("folder") or run["options"].get("data_dir", ""))  # the second may be relative
     rules = Rules.recorded(dataset)

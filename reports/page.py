@@ -17,12 +17,14 @@ from ampscope.html import html_page, table, text
 from reports import pictures
 from reports.results import read_run
 from reports.tables import class_rows, conditions, facts, table_cells, verdict
+from runs.result import FIGURES
 from system.files import write_text
 
 LARGEST_CHART = 200_000  # bytes of a PNG without photographs
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
     "learning_curve.png": ("Learning curve", 960),
     "confusion_matrix.png": ("Confusion matrix of the test images", 620),
+    "curves.png": ("ROC and precision-recall curves of the test images, each class against the rest", 960),
     "mistakes.png": (
         "The wrongest test images: predicted class with its confidence, true class, and where the network saw it",
         960,
@@ -56,14 +58,9 @@ def run_parts(run: dict[str, Any], level: int) -> str:
     for file, (name, width) in PICTURES.items():
         if image := picture(run["directory"] / file, name, width):
             parts += [f"<h{level}>{text(name)}</h{level}>\n", image]
-    rows = class_rows(result)
-    return "".join(
-        [
-            *parts,
-            f"<h{level}>Classes</h{level}>\n",
-            table(["Class", "Precision (%)", "Recall (%)", "F1 (%)", "Support"], rows),
-        ]
-    )
+    rows = class_rows(result, FIGURES)
+    header = ["Class", *(f"{title} (%)" for title in FIGURES.values()), "Support"]
+    return "".join([*parts, f"<h{level}>Classes</h{level}>\n", table(header, rows)])
 
 
 def epochs(metrics: list[dict[str, Any]]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm.utils import disp_len  # width on a terminal: wide letters take two columns
@@ -45,12 +47,13 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _other_figures(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return a row for each metric with a title, except accuracy; an older result may lack some."""
-    return [
-        (metric.title, f"{result[metric.test_key]:.2f}{metric.unit}", metric.remark)
-        for name, metric in METRICS.items()
-        if metric.title and name != "accuracy" and metric.test_key in result
-    ]
+    """Return a row for each metric with a title, except accuracy, if the result has a value of it."""
+    rows = []
+    for name, metric in METRICS.items():
+        value = result.get(metric.test_key)
+        if metric.title and name != "accuracy" and value is not None and math.isfinite(value):
+            rows.append((metric.title, f"{value:.2f}{metric.unit}", metric.remark))
+    return rows
 
 
 def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -61,15 +64,17 @@ def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     return [("Machine busy", f"{100 * share:.0f} %", "of the time lost waiting for processors: times say little")]
 
 
-def class_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return a row for each class, and one for their mean: name, precision, recall and F1 in percent, support."""
-    rows = [
-        [name, *(f"{100 * row[key]:.2f}" if row["support"] else "–" for key in SHARES), f"{row['support']:,.0f}"]
-        for name, row in result["per_class"].items()
-    ]
+def class_rows(result: dict[str, Any], names: Iterable[str] = SHARES) -> list[list[str]]:
+    """Return a row for each class, and one for their mean: name, figures of these `names` in percent, support."""
+
+    def cells(row: dict[str, Any], support: int) -> list[str]:
+        shares = [row.get(name) if support else None for name in names]
+        return [*("–" if share is None else f"{100 * share:.2f}" for share in shares), f"{support:,.0f}"]
+
+    rows = [[name, *cells(row, row["support"])] for name, row in result["per_class"].items()]
     if "macro" in result:
         total = sum(row["support"] for row in result["per_class"].values())
-        rows.append(["macro average", *(f"{100 * result['macro'][key]:.2f}" for key in SHARES), f"{total:,.0f}"])
+        rows.append(["macro average", *cells(result["macro"], total)])
     return rows
 
 

@@ -1,11 +1,11 @@
 """Write, read and check result.json. Imports no torch.
 
-Of the test: a number for each of choices.METRICS (test_acc, balanced_acc and macro_f1 in percent, test_loss in nats),
-macro and per_class (shares: precision, recall, f1; support), classes, confusion (true by predicted class; or
-`confusion_cells`), calibration_error. Of the training: best_epoch, best_val_acc (percent; None: not validated),
-total_seconds, train_seconds (None: only tested), images_per_second, busy_share (share of the time lost to other
-programs; None: unknown), skipped_updates. Of the machine: precision, device, device_name, memory_kind,
-peak_memory_mb, reserved_memory_mb, training_memory_mb (peak less what stood before the first update; None: unknown).
+Of the test: a number for each of choices.METRICS (percent; test_loss in nats; None: undefined), macro and per_class (a
+share for each of FIGURES; support), classes, confusion (true by predicted class; or `confusion_cells`),
+calibration_error. Of the training: best_epoch, best_val_acc (percent; None: not validated), total_seconds,
+train_seconds (None: only tested), images_per_second, busy_share (lost to other programs; None: unknown),
+skipped_updates. Of the machine: precision, device, device_name, memory_kind, peak_memory_mb, reserved_memory_mb,
+training_memory_mb (None: unknown).
 """
 
 from __future__ import annotations
@@ -19,6 +19,14 @@ import numpy as np
 from system.files import read_json, reading
 
 SHARES = ("precision", "recall", "f1")  # of a class
+FIGURES = {  # of a class, and titles; the later ones are undefined for a class that no image has, or every image
+    "precision": "Precision",
+    "recall": "Recall",
+    "f1": "F1",
+    "specificity": "Specificity",
+    "roc_auc": "ROC AUC",
+    "average_precision": "Average precision",
+}
 NUMBERS = (
     "test_acc",
     "best_val_acc",

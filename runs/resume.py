@@ -36,6 +36,7 @@ WRITTEN = (  # written by a run; the files that make it look finished come first
     "split.csv",
     "learning_curve.png",
     "confusion_matrix.png",
+    "curves.png",
     "mistakes.png",
     "reliability.png",
     "report.html",

@@ -420,7 +420,7 @@ def pets(tmp_path_factory):
     """Return a run on one folder of class folders: (data folder, folder of runs)."""
     folder = tmp_path_factory.mktemp("pets")
     root = classes(folder / "pets", names=("cat", "dog", "emu"), count=20)
-    assert tiny.train(root, folder / "runs", *TINY, "--best_by=macro_f1", "--sampler=balanced") == 0
+    assert tiny.train(root, folder / "runs", *TINY, "--best_by=roc_auc", "--sampler=balanced") == 0
     return root, folder / "runs"
 
 
@@ -436,6 +436,8 @@ def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, t
     rows = rows_of(runs / "run" / "split.csv")
     assert Counter(row["part"] for row in rows) == {"train": 42, "validation": 9, "test": 9}
     assert all(row["path"].split("/")[0] == row["class"] for row in rows)
+    lines = tiny.metrics(runs / "run")
+    assert all(0 <= line["val_roc_auc"] <= 100 and "val_top5_acc" not in line for line in lines)
     grown = shutil.copytree(root, tmp_path / "pets")
     classes(grown, names=("cat", "dog", "emu"), count=24, first=0)
     shutil.rmtree(grown / ".cache", ignore_errors=True)
@@ -456,7 +458,7 @@ def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
     shutil.copytree(runs, tmp_path / "runs")
     before = (tmp_path / "runs" / "run" / "split.csv").read_text()
     tiny.save_noise(tmp_path / "pets" / "cat" / "added.png", 77)
-    words = (*TINY, "--best_by=macro_f1", "--sampler=balanced", "--resume")
+    words = (*TINY, "--best_by=roc_auc", "--sampler=balanced", "--resume")
     assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 0
     assert (tmp_path / "runs" / "run" / "split.csv").read_text() == before
     next((tmp_path / "pets" / "emu").iterdir()).unlink()

@@ -350,10 +350,15 @@ def has(package: str) -> bool:
 
 
 def _drawn() -> list[tuple[object, str]]:
-    from reports import page, pictures
+    from reports import curves, page, pictures
 
     drawn = ("learning_curve", "confusion_matrix", "gallery", "batch", "comparison_picture", "reliability_curve")
-    return [*((pictures, name) for name in drawn), (page, "html_report"), (page, "html_comparison")]
+    return [
+        *((pictures, name) for name in drawn),
+        (curves, "class_curves"),
+        (page, "html_report"),
+        (page, "html_comparison"),
+    ]
 
 
 _functions: dict[tuple[object, str], Callable] = {}

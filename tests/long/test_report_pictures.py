@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from test_report import HOSTILE, is_picture, make_run
 
-from reports import page, pictures, results, sheets
+from reports import curves, page, pictures, results, sheets
 from runs.result import cells_of
 
 pytestmark = pytest.mark.usefixtures("drawn")
@@ -45,6 +45,26 @@ def test_reliability_curve(tmp_path):
     pictures.reliability_curve(runs, tmp_path / "a.png")
     is_picture(tmp_path / "a.png")
     assert results.run_calibration(runs[0])["ece"] == pytest.approx(0.2) and results.run_calibration(runs[1]) is None
+
+
+@pytest.mark.parametrize("number", [2, 9])
+def test_class_curves_leave_out_a_class_without_images(tmp_path, number):
+    truth = [place % number for place in range(40)]
+    run = make_run(tmp_path / "run", classes=[*HOSTILE, "g", "h", "i"][:number], truth=truth)
+    result = results.read_run(run)["result"]
+    drawn = tmp_path / "a.png"
+    curves.class_curves(result, run / "predictions.csv", drawn, title="t")
+    assert not drawn.exists()  # the result is older than these figures
+    rows = list(result["per_class"].values())
+    for row in rows:
+        row |= {"roc_auc": 0.9, "average_precision": 0.8}
+    curves.class_curves(result, run / "predictions.csv", drawn, title="t")
+    assert is_picture(drawn)[0] == (2100 if number == 2 else 1575)
+    rows[0] |= {"roc_auc": None, "average_precision": None, "support": 0}
+    curves.class_curves(result, run / "predictions.csv", tmp_path / "b.png", title="t")
+    assert (
+        is_picture(tmp_path / "b.png") == is_picture(drawn) and (tmp_path / "b.png").read_bytes() != drawn.read_bytes()
+    )
 
 
 def test_gallery_of_a_perfect_run_and_of_another_machine(tmp_path):
