@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from images.folders import ImageSet, Listing, find_image_set, part_of, some
+from images.folders import ImageSet, find_image_set, part_of, some
 from images.lookup import Index
 from images.naming import augmented_copies, groups_by_pattern, odd_names
-from images.tables import Row, read_rows
+from images.tables import Row, read_rows, read_table
 from images.walk import composed, relative_name, same_name, subfolders
-from system.files import read_text, reading
 from utils import UserError, amount, printable
 
 
@@ -45,8 +42,7 @@ def list_images(
             image_set.notes.append(f"--group {printable(group)} finds nothing in {alone:,} paths: each is by itself")
     if not known:
         image_set.notes += odd_names(image_set)
-        copies = None if image_set.groups else augmented_copies(names)
-        image_set.notes += [copies] if copies else []
+        image_set.notes += [] if image_set.groups else augmented_copies(names)
     return image_set
 
 
@@ -55,19 +51,15 @@ def find_metadata(root: Path) -> list[Path]:
 
     Leave out tables without a column `label`, such as those of captions.
     """
-    folders = [root] if root.is_dir() else []
-    folders += [folder for place in folders for folder in subfolders(place) if part_of(folder.name)]
-    files = [folder / f"metadata.{kind}" for folder in folders for kind in ("jsonl", "csv")]
-    tables = [file for file in files if file.is_file() and _has_labels(file)]
+    folders = [root, *(folder for folder in subfolders(root) if part_of(folder.name))] if root.is_dir() else []
+    tables = [folder / f"metadata.{kind}" for folder in folders for kind in ("jsonl", "csv")]
+    tables = [file for file in tables if file.is_file() and _has_labels(file)]
     return [file for file in tables if file.parent == root] or tables
 
 
 def _has_labels(file: Path) -> bool:
-    """Return True if the first line of a metadata file names files and labels."""
-    with suppress(UserError), reading(file):
-        first = read_text(file).lstrip().partition("\n")[0]
-        keys = json.loads(first) if file.suffix == ".jsonl" else next(csv.reader([first]))
-        return {"file_name", "label"} <= {key.strip() for key in keys}
+    with suppress(UserError):
+        return {"file_name", "label"} <= {name.strip() for name in read_table(file)[0]}
     return False
 
 
@@ -85,129 +77,103 @@ def find_labelled(
     if not root.is_dir():
         raise UserError(f"{printable(root)} does not exist. Name the folder that holds the images with --data_dir.")
     index = Index(root)
-    found = _Found(index)
     image_set = ImageSet(root, [], [], from_table=True)
+    found: dict[Path, Row] = {}
     for table in tables:
-        file, named = _located(table, root)
+        file, named = _located(str(table), root)
         rows, columns = read_rows(file, index, group, named)
         folder = file.parent.name
         if file.stem == "metadata" and file.parent.parent == root and part_of(folder):
             rows = [row._replace(image=f"{folder}/{row.image}", part=folder) for row in rows]
         index.named |= {index.folder(row.image) for row in rows} - {""}
-        found.add(file, rows)
-        image_set.notes.append(f"{printable(file.name)}: {columns}")
-    _fill(image_set, found, known)
+        image_set.notes += [f"{printable(file.name)}: {columns}", *_add(found, rows, file, index)]
+    for paths, what in (
+        ([path for path, row in found.items() if not row.label], "label"),
+        ([path for path in index.paths if path not in found], "row"),
+    ):
+        if paths:
+            have = amount(len(paths), "image has", "images have")
+            shown = printable(relative_name(paths[0], root))
+            image_set.notes.append(f"{have} no {what} in {printable(file.name)}, such as {shown}: left out")
+    _fill(image_set, {path: row for path, row in found.items() if row.label}, printable(file), known)
     return image_set
 
 
-def _located(table: str | Path, root: Path) -> tuple[Path, tuple[str, ...]]:
+def _located(table: str, root: Path) -> tuple[Path, list[str]]:
     """Return the file in --labels, and the names of its columns if they follow a colon."""
-    name, colon, columns = str(table).rpartition(":")
+    name, colon, columns = table.rpartition(":")
     if not colon or Path(table).exists() or (root / table).exists():
-        name, columns = str(table), ""
-    return Path(name) if Path(name).exists() else root / name, tuple(columns.split(",")) if columns else ()
+        name, columns = table, ""
+    return Path(name) if Path(name).exists() else root / name, columns.split(",") if columns else []
 
 
-class _Found:
-    """The result of reading tables: an entry for each image, and the rows without one."""
+def _add(found: dict[Path, Row], rows: list[Row], file: Path, index: Index) -> list[str]:
+    """Add the rows of a table to `found`; return sentences about rows whose image is missing or in another folder.
 
-    def __init__(self, index: Index):
-        self.file = Path()  # the table that is being read
-        self.index = index
-        self.entries: dict[Path, tuple[str, str, str]] = {}  # label, part, group
-        self.moved: dict[str, Path] = {}
-        self.missing: list[str] = []
-        self.unlabelled: dict[Path, str] = {}
-
-    def add(self, file: Path, rows: list[Row]) -> None:
-        """Add the rows of a table."""
-        self.file = file
-        for row in rows:
-            self._add(row)
-
-    def _add(self, row: Row) -> None:
-        """Add a row. Raise UserError if it may mean two images, or contradicts an earlier row."""
-        paths = self.index.find(row.image) if row.image else []
-        file = printable(self.file)
+    Raise UserError if a row may mean two images, or contradicts an earlier one.
+    """
+    shown = printable(file)
+    missing: list[str] = []
+    moved: dict[str, Path] = {}
+    for row in rows:
+        paths = index.find(row.image) if row.image else []
         if len(paths) > 1:
-            shown = " and ".join(printable(path) for path in paths[:2])
-            raise UserError(f"{file}: {printable(row.image)!r} may mean {shown}. Name the folder, too.")
+            several = " and ".join(map(printable, paths[:2]))
+            raise UserError(f"{shown}: {printable(row.image)!r} may mean {several}. Name the folder, too.")
         if not paths:
-            self.missing.append(row.image)
-            return
+            missing.append(row.image)
+            continue
         path = paths[0]
         if not row.label:
-            self.unlabelled[path] = row.image
-            return
-        part = part_of(row.part) or ""
-        if row.part and not part:
-            raise UserError(f"{file}: {printable(row.part)!r} is not a part of a data set: use train, val and test.")
-        entry = (composed(row.label), part, row.group)
-        earlier = self.entries.setdefault(path, entry)
-        for what, one, other in zip(("labels", "parts", "groups"), earlier, entry, strict=True):
+            found.setdefault(path, row)
+            continue
+        entry = Row(row.image, composed(row.label), part_of(row.part) or "", row.group)
+        if row.part and not entry.part:
+            raise UserError(f"{shown}: {printable(row.part)!r} is not a part of a data set: use train, val and test.")
+        if path not in found or not found[path].label:
+            found[path] = entry
+        for name, one, other in zip(Row._fields[1:], found[path][1:], entry[1:], strict=True):
             if one != other:
                 raise UserError(
-                    f"{file} gives {printable(path)} two {what}: {printable(one) or 'none'} and "
+                    f"{shown} gives {printable(path)} two {name}s: {printable(one) or 'none'} and "
                     f"{printable(other) or 'none'}. Keep one of its rows."
                 )
-        folder = self.index.folder(row.image)
-        if folder and folder != self.index.folder(str(path)):
-            self.moved.setdefault(row.image, path)
-
-    def notes(self, root: Path) -> list[str]:
-        """Return sentences about rows without an image, and about images that are left out."""
-        file = printable(self.file.name)
-        notes = []
-        if self.missing:
-            rows = amount(len(self.missing), f"row of {file} names", f"rows of {file} name")
-            notes.append(f"{rows} no image that is there, such as {printable(self.missing[0])}")
-        for name, path in list(self.moved.items())[:1]:
-            rows = amount(len(self.moved), f"row of {file} names", f"rows of {file} name")
-            notes.append(f"{rows} a folder that is not there, such as {printable(name)}: taken for {printable(path)}")
-        unlabelled = [path for path in self.unlabelled if path not in self.entries]
-        surplus = [path for path in self.index.paths if path not in self.entries and path not in self.unlabelled]
-        for paths, what in ((unlabelled, "label"), (surplus, "row")):
-            if paths:
-                have = amount(len(paths), "image has", "images have")
-                shown = printable(relative_name(paths[0], root))
-                notes.append(f"{have} no {what} in {file}, such as {shown}: left out")
-        return notes
+        if index.folder(row.image) not in ("", index.folder(str(path))):
+            moved[row.image] = path
+    name = printable(file.name)
+    notes = []
+    if missing:
+        them = amount(len(missing), f"row of {name} names", f"rows of {name} name")
+        notes.append(f"{them} no image that is there, such as {printable(missing[0])}")
+    for cell, path in list(moved.items())[:1]:
+        them = amount(len(moved), f"row of {name} names", f"rows of {name} name")
+        notes.append(f"{them} a folder that is not there, such as {printable(cell)}: taken for {printable(path)}")
+    return notes
 
 
-def _fill(image_set: ImageSet, found: _Found, known: Sequence[str] | None) -> None:
-    """Sort the entries into parts and log what is missing or left out. Raise UserError if too little is left."""
-    file = printable(found.file)
-    image_set.notes += found.notes(image_set.root)
-    labels = {label for label, *_ in found.entries.values()}
-    image_set.classes = list(known or _in_order(labels))
+def _fill(image_set: ImageSet, found: dict[Path, Row], file: str, known: Sequence[str] | None) -> None:
+    """Sort the images into classes and parts. Raise UserError if too few are left."""
+    labels = {row.label for row in found.values()}
+    numeric = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    image_set.classes = list(known or sorted(labels, key=int if numeric else None))
     if len(image_set.classes) < 2:
         raise UserError(f"{file} labels one class, {printable(min(labels, default=''))}: two are needed.")
     numbers = {same_name(name): label for label, name in enumerate(image_set.classes)}
     numbers |= {name: label for label, name in enumerate(image_set.classes)}
-    parts: dict[str, Listing] = {"train": [], "validation": [], "test": []}
-    unknown = []
-    for path in sorted(found.entries, key=lambda path: path.parts):
-        label, part, group = found.entries[path]
-        if label not in numbers:
-            unknown.append(label)
-            continue
-        parts[part or "train"].append((path, numbers[label]))
-        if group:
-            image_set.groups[path] = group
+    unknown = [row.label for row in found.values() if row.label not in numbers]
     if unknown:
         images = amount(len(unknown), "image", "images")
         names = some(sorted(set(unknown)))
         image_set.notes.append(f"left out, as the model does not know them: {images} of {names}")
+    parts: dict[str, list[tuple[Path, int]]] = {"train": [], "validation": [], "test": []}
+    for path, row in sorted(found.items(), key=lambda item: item[0].parts):
+        if row.label in numbers:
+            parts[row.part or "train"].append((path, numbers[row.label]))
+            image_set.groups |= {path: row.group} if row.group else {}
+    if not any(parts.values()):
+        raise UserError(f"{file} labels no image of the classes that the model knows.")
     if not parts["train"] and not known:
         raise UserError(f"{file} calls no image a training image.")
     image_set.train = parts["train"]
     image_set.test = parts["test"] or parts["validation"] or None
     image_set.validation = (parts["validation"] or None) if parts["test"] else None
-    if not image_set.parts:
-        raise UserError(f"{file} labels no image of the classes that the model knows.")
-
-
-def _in_order(labels: set[str]) -> list[str]:
-    """Return class names in alphabetical order, integers in numerical order."""
-    numeric = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return sorted(labels, key=int) if numeric else sorted(labels)

@@ -38,8 +38,8 @@ _MARK = r"(?:[ _-]+(?:aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated)?|mirror(?:ed)
 _AUGMENTED = rf"(.+?){_MARK}*\.[^./]+$"
 
 
-def augmented_copies(names: list[str]) -> str | None:
-    """Return a sentence about files with names of copies of one picture, and how to group them.
+def augmented_copies(names: list[str]) -> list[str]:
+    """Return a sentence about files with names of copies of one picture, and how to group them; none without copies.
 
     `names` are relative to the data folder.
     """
@@ -51,11 +51,11 @@ def augmented_copies(names: list[str]) -> str | None:
         if several:
             images = sum(groups[name] for name in several)
             pictures = amount(len(several), "picture", "pictures")
-            return (
+            return [
                 f"{images:,} images have names of {pictures} and augmented copies, such as {printable(copies[0])}: "
                 f"{typed('--group', pattern.pattern)} keeps them on one side of the split"
-            )
-    return None
+            ]
+    return []
 
 
 def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:

@@ -317,7 +317,7 @@ def test_columns_of_classes_say_the_label(tmp_path, one, zero):
     ]
     labels, notes = listed(tmp_path, "\n".join(map(",".join, [header, *rows])))
     assert labels == {f"ISIC_{number}.jpg": name for number, name in enumerate(chosen) if name}
-    assert "images from 'image', parts from 'is_test', classes are the columns 'MEL', 'NV', 'BCC', 'UNK'" in notes
+    assert "images from 'image', classes from 'MEL', 'NV', 'BCC', 'UNK', parts from 'is_test'" in notes
     assert "1 image has no label" in notes
     rows[0][2] = one
     assert "'ISIC_0' several labels at once, MEL and NV (1 such row)" in tiny.refused(

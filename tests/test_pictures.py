@@ -347,7 +347,7 @@ def test_parts_and_groups_of_a_table(tmp_path):
         ("id,label,split\n0001,a,train\n0002,b,somewhere\n", "'somewhere' is not a part"),
         ("only\n0001\n", "at least two columns"),
         ("", "at least two columns"),
-        (b"PK\x03\x04 xlsx", "save it as CSV"),
+        (b"PK\x05\x06" + bytes(18), "save it as CSV"),
         (None, "cannot be read"),
     ],
 )
