@@ -19,7 +19,7 @@ def odd_names(image_set: ImageSet) -> list[str]:
     folded: dict[str, str] = {}
     notes = []
     for name in image_set.classes:
-        shown = repr(printable(name))
+        shown = f"{printable(name)!r}"
         count = amount(images[name], "image", "images")
         twin = folded.setdefault(name.casefold(), name)
         together = [word for word in _BETWEEN.split(name) if word]
@@ -32,30 +32,27 @@ def odd_names(image_set: ImageSet) -> list[str]:
     return notes
 
 
-# The first group of each expression is the picture that an augmented copy was made from.
-_EXPORTED = r"(.+)_(?:jpe?g|png|bmp|webp|tiff?)\.rf\."  # Roboflow's names: p01_jpg.rf.0a1b.jpg
-_MARK = r"(?:[ _-]+(?:aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated)?|mirror(?:ed)?|nois[ey]|blur(?:red)?)[ _-]?\d*)"
-_AUGMENTED = rf"(.+?){_MARK}*\.[^./]+$"
+_MARK = r"[ _-]+(?:aug(?:mented)?|[hv]?flip(?:ped)?|rot(?:ated)?|mirror(?:ed)?|nois[ey]|blur(?:red)?)[ _-]?\d*"
+_EXPORTED = r"_(?:jpe?g|png|bmp|webp|tiff?)\.rf\."  # Roboflow's names: p01_jpg.rf.0a1b.jpg
+_COPY = re.compile(rf"(?i){_EXPORTED}|{_MARK}\.[^./]+$")
+_PICTURE = re.compile(rf"(?i)(.+?)(?:{_EXPORTED}|(?:{_MARK})*\.[^./]+$)")  # the group is the name without marks
 
 
-def augmented_copies(names: list[str]) -> list[str]:
+def augmented_copies(names: Sequence[str]) -> list[str]:
     """Return a sentence about files with names of copies of one picture, and how to group them; none without copies.
 
     `names` are relative to the data folder.
     """
-    for marked, expression in ((_EXPORTED, _EXPORTED), (rf"{_MARK}\.[^./]+$", _AUGMENTED)):
-        copies = [name for name in names if re.search(marked, name, re.IGNORECASE)]
-        pattern = re.compile(f"(?i){expression}")
-        groups = Counter(match[1] for name in names if (match := pattern.search(name))) if copies else Counter()
-        several = {match[1] for name in copies if (match := pattern.search(name)) and groups[match[1]] > 1}
-        if several:
-            images = sum(groups[name] for name in several)
-            pictures = amount(len(several), "picture", "pictures")
-            return [
-                f"{images:,} images have names of {pictures} and augmented copies, such as {printable(copies[0])}: "
-                f"{typed('--group', pattern.pattern)} keeps them on one side of the split"
-            ]
-    return []
+    copies = [name for name in names if _COPY.search(name)]
+    groups = Counter(match[1] for name in names if copies and (match := _PICTURE.search(name)))
+    several = {match[1] for name in copies if (match := _PICTURE.search(name)) and groups[match[1]] > 1}
+    if not several:
+        return []
+    pictures = amount(len(several), "picture", "pictures")
+    return [
+        f"{sum(groups[name] for name in several):,} images have names of {pictures} and augmented copies, such as "
+        f"{printable(copies[0])}: {typed('--group', _PICTURE.pattern)} keeps them on one side of the split"
+    ]
 
 
 def groups_by_pattern(names: Sequence[str], pattern: str) -> list[str | None]:
