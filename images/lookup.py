@@ -23,18 +23,15 @@ class Index:
         folders = [relative_name(folder, root) for folder in folders]
         self._fold = _folding([*names, *folders])
         self._names = {self._fold(name) for folder in folders for name in folder.split("/")} - {""}
-        self._folders: set[str] = set()  # those that hold images
-        self._ends: dict[str, list[str]] = defaultdict(list)
-        self._tables: list[dict[str, list[Path]]] = [defaultdict(list) for _ in range(3)]
+        self._folders: dict[str, set[str]] = defaultdict(set)  # folders of images by each end of their path
+        self._images: dict[tuple[str | None, int, str], list[Path]] = defaultdict(list)  # None: in any folder
         for path, name in zip(self.paths, names, strict=True):
             folder, _, last = self._fold(name).rpartition("/")
-            if folder not in self._folders:
-                self._folders.add(folder)
-                for end in _ends(folder):
-                    self._ends[end].append(folder)
-            for table, key in zip(self._tables, _keys(last, posixpath.splitext(last)[0]), strict=True):
-                table[key].append(path)
-                table[f"{folder}/{key}"].append(path)
+            for end in _ends(folder):
+                self._folders[end].add(folder)
+            for kind, key in enumerate(_keys(last, posixpath.splitext(last)[0])):
+                self._images[folder, kind, key].append(path)
+                self._images[None, kind, key].append(path)
 
     def find(self, cell: str) -> list[Path]:
         """Return the images that a cell may mean: one, none, or several of the same name in different folders."""
@@ -44,37 +41,38 @@ class Index:
                 return [Path(cell)]
             cell = inside
         folder, last = self._split(cell)
-        for table, key in zip(self._tables, _keys(last, last), strict=True):
-            found = self._lying(table, key, folder)
+        places = self._places(folder)
+        for kind, key in enumerate(_keys(last, last)):
+            found = [path for place in places or () for path in self._images.get((place, kind, key), [])]
+            if not folder or places is None:
+                found = found or self._images.get((None, kind, key), [])
+            if folder and places is None:  # perhaps renamed, but not into a folder that other cells name
+                found = [path for path in found if self.folder(relative_name(path, self.root)) not in self.named]
             if found:
                 return found
         return []
 
     def folder(self, cell: str) -> str:
-        """Return the folder in a cell, with case and Unicode form folded; an empty string if it has none."""
+        """Return the last folder in a cell, with case and Unicode form folded; an empty string if it has none."""
         return self._split(cell)[0].rpartition("/")[2]
 
     def _split(self, cell: str) -> tuple[str, str]:
         folder, _, last = self._fold(posixpath.normpath(cell.replace("\\", "/"))).rpartition("/")
         return folder, last
 
-    def _lying(self, table: dict[str, list[Path]], key: str, folder: str) -> list[Path]:
-        """Return the images of a key that lie in the longest existing end of `folder`.
+    def _places(self, folder: str) -> list[str] | None:
+        """Return the folders of images that the folder in a cell may mean; None if none of its names is on disk.
 
-        If no end exists, the folder was perhaps renamed. Then return the images of the key without regard to the
-        folder, except those in a folder that other cells name.
+        The longest end of its path that exists counts: folders before it are those of another machine.
         """
-        if not folder:
-            return table.get(f"/{key}") or table.get(key, [])
         ends = _ends(folder)
         for end, shorter in zip(ends, [*ends[1:], ""], strict=True):
-            if end in self._ends:
-                places = [end] if end in self._folders else self._ends[end]
-                return [path for place in places for path in table.get(f"{place}/{key}", [])]
+            if end in self._folders:
+                return [end] if end in self._folders[end] else sorted(self._folders[end])
             first = end.partition("/")[0]
             if first in self._names and first != shorter.partition("/")[0]:
                 return []
-        return [path for path in table.get(key, []) if self.folder(relative_name(path, self.root)) not in self.named]
+        return None
 
 
 def _ends(folder: str) -> list[str]:
