@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ NO_PREDICTION = -1  # for an image whose logits are not finite
 class NotFinite(RunError):
     """The precision could not compute the logits of some images: the run may go on in another precision."""
 
-    record = {"kind": "validation overflowed"}  # in failure.json, for runs/resume.py
+    record: dict[str, Any] = {"kind": "validation overflowed"}  # in failure.json, for runs/resume.py
 
 
 @dataclass(frozen=True)

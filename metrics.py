@@ -7,6 +7,7 @@ Knows nothing of files or options.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,9 @@ from runs.writing import PROBABILITIES
 from system.machine import peak_memory, reset_peak_memory
 from system.waiting import Waiting
 from utils import UserError, amount, log
+
+# Look again at an update of an epoch (both from 0), at a loss scale: runs/second_look.py.
+Look = Callable[[int, int, float], dict[str, Any] | None]
 
 
 def best_epochs(history: list[dict[str, Any]], name: str) -> list[int]:
@@ -134,8 +138,9 @@ class UnusedParameters:
 class Meter:
     """Sum up the numbers of an epoch's updates in a run's `Progress`, and stop a run that cannot go on."""
 
-    def __init__(self, failures: Failures, scaler: torch.amp.GradScaler, ranks: Ranks):
+    def __init__(self, failures: Failures, scaler: torch.amp.GradScaler, ranks: Ranks, look: Look):
         self.failures = failures
+        self.look = look
         self.scaler = scaler
         self.ranks = ranks
         self.warming = True  # this epoch's peak memory includes what is taken once, such as cuDNN's searches
@@ -143,6 +148,8 @@ class Meter:
         self.stood: float | None = None  # memory in MB before this process's first update; None: unknown
         self._unread: list[UpdateStats] = []
         self._scale_warned = False
+        self._loss_warned = False
+        self._found: dict[str, Any] | None = None  # when the scale fell below 1
 
     def begin(self, device: torch.device) -> None:
         """Measure the waiting for processors and the memory from here on, and note the memory that stands already."""
@@ -174,7 +181,8 @@ class Meter:
             loss_sum, correct, norm, last_bad, loss_scale = row
             finite = math.isfinite(norm)
             if not finite and not self.scaler.is_enabled():
-                raise self.failures.not_finite("gradient" if math.isfinite(loss_sum) else "loss", state, update)
+                found = self.look(state.epoch, update - 1, 1.0)
+                raise self.failures.not_finite("gradient" if math.isfinite(loss_sum) else "loss", state, update, found)
             state.sums["images"] += image_count
             state.sums["correct"] += correct
             if finite:
@@ -186,6 +194,10 @@ class Meter:
                 number = state.epoch * self.failures.updates_per_epoch + update
                 skip = {"update": number, "parameter": parameters[int(last_bad)], "scale": loss_scale}
                 state.skips.append(skip)
+                if not math.isfinite(loss_sum) and not self._loss_warned:
+                    self._loss_warned = True
+                    found = self.look(state.epoch, update - 1, loss_scale)
+                    log.warning(self.failures.skipped_for_its_loss(state, update, found))
         self._watch_scale(state)
 
     def readings(self, state: Progress) -> dict[str, str]:
@@ -206,9 +218,17 @@ class Meter:
         scale = self.scaler.get_scale()
         if scale < 1 and not self._scale_warned:
             self._scale_warned = True
-            log.warning(self.failures.scale_below_one(scale, state))
+            self._found = self._look_at_last_skip(state)
+            log.warning(self.failures.scale_below_one(scale, state, self._found))
         if scale < 2.0**-20:
-            raise self.failures.scale_exhausted(scale, state)
+            raise self.failures.scale_exhausted(scale, state, self._look_at_last_skip(state) or self._found)
+
+    def _look_at_last_skip(self, state: Progress) -> dict[str, Any] | None:
+        """Look again at the last update of this epoch that was skipped, at its loss scale."""
+        if not state.skips:
+            return None
+        last = state.skips[-1]
+        return self.look(state.epoch, last["update"] - 1 - state.epoch * self.failures.updates_per_epoch, last["scale"])
 
     def line(
         self, state: Progress, validation: Evaluation, device: torch.device, *, best_by: str, size: int, trained: int

@@ -152,6 +152,19 @@ def make_optimizer(
     return optimizer
 
 
+def hold_from_fault_on(optimizer: torch.optim.Optimizer, norm: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Let a fused optimizer leave out each step from the first on whose `norm`, of all gradients, is not finite.
+
+    A scaler does this itself, step by step. Without one the run ends when its numbers are read next; until then the
+    weights stay, so that the update can be looked at again. Nothing waits for the device.
+    """
+    if scaler.is_enabled() or not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return
+    bad = norm.isfinite().logical_not().float()
+    held = getattr(optimizer, "found_inf", None)
+    optimizer.found_inf = bad if held is None else torch.maximum(held, bad)  # type: ignore[attr-defined]
+
+
 def make_scheduler(
     optimizer: torch.optim.Optimizer,
     decay_type: str,

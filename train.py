@@ -21,10 +21,12 @@ from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
 from metrics import Meter, UnusedParameters, UpdateRecord, UpdateStats, best_epochs, require_figure
 from model import BuffersBefore, Network, StepModel
+from optimizer import hold_from_fault_on
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
 from runs.failures import Failures
 from runs.folder import RunDirectory
+from runs.second_look import SecondLook
 from system.progress import seconds_left
 from system.terminal import duration
 from utils import Interrupted, StopSignal, progress, seed_everything
@@ -61,6 +63,7 @@ def update_weights(
     norm = record.gradient_norm(model, scaler)
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip_grad_norm, norm)
+    hold_from_fault_on(optimizer, norm, scaler)  # without a scaler the weights stay as they were before a fault
     scaler.step(optimizer)  # skipped as a whole, inside the fused kernel, if any gradient is not finite
     buffers.put_back_if_skipped(norm)
     scaler.update()  # halves the scale after a skip, doubles it after 2,000 updates without one
@@ -112,7 +115,9 @@ class Trainer:
         self.scheduler = self.recipe.make_scheduler(done=0)
         self.progress = Progress()
         failures = Failures(self.run.path, self.recipe.precision, self.batches.updates_per_epoch)
-        self.meter = Meter(failures, self.scaler, self.batches.ranks)
+        recipe = self.recipe
+        self.look = SecondLook(self.network, recipe.precision, recipe.criterion, self.batches, self.plan.seed)
+        self.meter = Meter(failures, self.scaler, self.batches.ranks, self.look.at_update)
         self.unused = UnusedParameters(self.recipe.optimizer, self.network.model)
         self.begun = time.perf_counter()  # less the time that was trained before a resume
         self.epoch_begun = self.begun  # likewise
@@ -209,7 +214,9 @@ class Trainer:
         try:
             validation = self._validate()
             if not validation.is_finite:
-                raise self.meter.failures.bad_validation(state, validation, self.network.spoiled_buffers())
+                spoiled = self.network.spoiled_buffers()
+                found = None if spoiled else self.look.at_validation(self.validation)
+                raise self.meter.failures.bad_validation(state, validation, spoiled, found)
         except Interrupted:
             self._save_and_stop()
         except Exception:  # a validation that fails must not cost the epoch's training

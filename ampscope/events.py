@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ampscope.finite import Origin
+from ampscope.finite import Origin, cures, is_dangerous
 from ampscope.gradients import Gradients
-from ampscope.repeating import Call, Calls, finite, wrong_inputs
+from ampscope.repeating import Call, Calls, finite, first_origin, wrong_inputs
 
 SHOWN = 4  # looks, or names, in a message
 
@@ -58,6 +59,31 @@ def finding(
         "before": gradients.before(first) if first else [],
         "buffers": [],
     }
+
+
+def second_look(models: Mapping[str, nn.Module], call: Call, *, good: bool) -> dict[str, Any]:
+    """Return where a call of a model made its first value that is not finite; `good` says if its loss was finite.
+
+    Keys: phase, module, kind, op, output, inputs, place, where, value; `overflow` is True if the same call is finite
+    without autocast; `cures`, the best first, if the operator has any; and `text`, a clause. Without an origin there
+    are `cures` and `text` alone.
+    """
+    batch = wrong_inputs([call])
+    if batch is not None:
+        return {"text": batch, "cures": ["look at where these values were made"]}
+    origin, failed = first_origin(models, [call], backward=good)
+    if origin is None:
+        if failed is not None:
+            return {"text": f"it could not be repeated ({failed})", "cures": []}
+        lost = not all(map(finite, call.gradients.values()))
+        text = "what the model put out was finite, and the loss was not" if not good or lost else ""
+        return {"text": text, "cures": []}
+    plain = call.dtype is not None and first_origin(models, [replace(call, dtype=None)], backward=good) == (None, None)
+    found = _described(models, origin) or {}
+    start = "the loss was finite, the way back was not" if good else "the forward pass was not finite"
+    text = f"{start} from {_origin_in_words(found)}"
+    advice = cures(origin, overflow=plain) if plain or origin.phase == "backward" or is_dangerous(origin) else []
+    return {"phase": "backward" if good else "forward", **found, "overflow": plain, "cures": advice, "text": text}
 
 
 def _parameters(models: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:

@@ -201,6 +201,11 @@ def _divides_by_zero(origin: Origin) -> bool:
     return low is not None and low <= 0 <= high
 
 
+def is_dangerous(origin: Origin) -> bool:
+    """Return True if an operator has an edge of its domain, or is a cast: its cure is another than the data's."""
+    return origin.op in ROUND or any(op in origin.op for op in DANGEROUS)
+
+
 def cures(origin: Origin, *, overflow: bool) -> list[str]:
     """Return the cures, the best first. `overflow`: the same step is finite in float32, so the range is to blame."""
     found = [text for op, text in DANGEROUS.items() if op in origin.op and not overflow]

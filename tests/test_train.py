@@ -20,7 +20,7 @@ from distributed import Ranks
 from evaluate import evaluate
 from model import Network as Watched
 from model import StepModel, update_ema
-from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
+from optimizer import SmoothedCrossEntropy, hold_from_fault_on, make_optimizer, make_scheduler
 from precision import Precision
 from runs.checkpoint import Progress, load_checkpoint
 from runs.folder import RunDirectory
@@ -307,6 +307,18 @@ def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
     kept = load_checkpoint(tmp_path / "last.pt")
     assert kept["progress"]["epoch"] == 1 and all(t.isfinite().all() for t in kept["model"].values())
     assert len(metrics(tmp_path)) == 1
+
+
+def test_without_a_scaler_the_weights_stay_from_the_first_fault_on():
+    model = tiny.network()
+    optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=0.1, weight_decay=0.0, fused=True)
+    for norm, moves in ((1.0, True), (math.nan, False), (1.0, False)):
+        before = model.body.weight.detach().clone()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, norm)
+        hold_from_fault_on(optimizer, torch.tensor(norm), FP32.grad_scaler())
+        optimizer.step()
+        assert torch.equal(before, model.body.weight) is not moves
 
 
 def test_a_diverging_scale_warns_once_below_one_and_ends_the_run(tmp_path, caplog):
