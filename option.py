@@ -276,6 +276,12 @@ OPTIONS = {
         "top_k": Option(COUNT, 3, "number of classes shown for each image"),
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),
+        "submission": Option(
+            FILE,
+            None,
+            "write --csv (default: submission.csv) with ids, order and columns of this sample_submission.csv",
+            CALL,
+        ),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
         "explain": Option(
             FILE, None, "write a PNG that shows which parts of each image its class depends on (Grad-CAM)", CALL

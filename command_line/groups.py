@@ -154,6 +154,7 @@ class Prediction:
     top_k: int
     csv: str | None
     json: str | None
+    submission: str | None
     contact_sheet: str | None
     explain: str | None
 

@@ -15,6 +15,7 @@ from typing import IO, Any
 import numpy as np
 
 from ampscope.text import end_of
+from commands.submission import Submission
 from images.inputs import Item
 from runs.writing import PROBABILITIES, class_columns
 from system.files import as_cell, json_text
@@ -33,6 +34,7 @@ class Table:
     top_k: int
     sheet: str | None = None
     samples: bool = False  # keep a few images, for a sheet
+    submission: Submission | None = None
     count: int = 0
     unreadable: int = 0
     overflowed: int = 0  # whose logits are not finite
@@ -65,6 +67,8 @@ class Table:
                 names = map(as_cell, (row["path"], row["folder"], name))
                 others = row["probabilities"].values() if self._with_all else []
                 csv.writer(self._csv).writerow([*names, best["probability"], *others])
+            if self.submission:
+                self.submission.add(item.path, share)
             if self._json:
                 self._json.write((",\n" if self.count else "\n") + json_text(row))
             if len(self.lines) < SHOWN:

@@ -18,6 +18,7 @@ from torch import nn
 from command_line.kinds import images_asked
 from commands.answers import Table
 from commands.explain import explain_predictions
+from commands.submission import read_sample
 from evaluate import probabilities, way_out
 from images.decode import Rules, ahead, try_decode
 from images.inputs import Item, listed, refuse_missing
@@ -25,16 +26,20 @@ from precision import Precision
 from system.files import refuse_missing_folders
 from system.machine import cores, images_at_once
 from transforms import Preprocess
-from utils import RunError, Stopped, amount, printable, progress
+from utils import RunError, Stopped, UserError, amount, printable, progress
 
 if TYPE_CHECKING:
     from assemble import Setup
     from command_line.groups import Prediction
 
+SUBMISSION = "submission.csv"
+
 
 def predict(setup: Setup, own: Prediction) -> None:
     """Classify files and folders with a trained run."""
     refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain)
+    if own.submission and Path(own.submission).resolve() == Path(own.csv or SUBMISSION).resolve():
+        raise UserError(f"{printable(own.submission)} is the sample: name another file to write with --csv.")
     checkpoint = setup.checkpoint
     asked = setup.asked
     predict_files(
@@ -66,21 +71,22 @@ def predict_files(
     logits that are not finite, Stopped if a signal ended it.
     """
     refuse_missing(own.inputs)
-    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=bool(own.contact_sheet or own.explain))
+    filled = read_sample(Path(own.submission), own.inputs, classes) if own.submission else None
+    files = map(Item, dict.fromkeys(filled.paths)) if filled else listed(own.inputs)
+    samples = bool(own.contact_sheet or own.explain)
+    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=samples, submission=filled)
     pool = ThreadPoolExecutor(max(1, workers))
     bar = progress(desc="predicting", unit="image", delay=2)
     try:
         with ExitStack() as opened, bar, torch.inference_mode():
-            table.open(opened, own.csv, own.json)
+            table.open(opened, None if filled else own.csv, own.json)
             limit = preprocess.image_size
-            items = ahead(
-                pool, lambda item: (item, try_decode(item.path, limit, rules)), listed(own.inputs), 2 * batch_size
-            )
+            items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, 2 * batch_size)
             while batch := list(islice(items, batch_size)):
                 _classify(batch, model, preprocess, precision, table)
                 bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
-        file = own.csv or own.json
+        file = own.json if filled else own.csv or own.json
         where = f", which are in {printable(file)}" if file else ""
         status = error.exit_status - 128 if isinstance(error, Stopped) else 2
         raise Stopped(status, f"stopped after {amount(table.count, 'prediction', 'predictions')}{where}") from None
@@ -98,6 +104,8 @@ def predict_files(
             f"{table.overflowed:,} of {total:,} files have no prediction: their logits are not finite in "
             f"{precision.label}. {way_out(precision)}"
         )
+    if filled:
+        filled.write(Path(own.csv or SUBMISSION))
     if failed:
         raise RunError("\n".join(failed))
     return table.count

@@ -22,7 +22,7 @@ _IMAGE = (
     *("path", "filepath", "imagepath", "file", "filename", "imagefile", "imagename", "image", "img", "picture"),
     *("photo", "imageid", "imgid", "idcode", "isicid", "id", "name"),
 )
-_LABEL = (
+LABEL = (
     *("label", "class", "classname", "labelname", "category", "categoryid", "classid", "labelid", "target"),
     *("species", "breed", "diagnosis", "dx", "y", "tag", "labels"),
 )
@@ -108,7 +108,7 @@ def _cell(row: list[str], place: int) -> str:
     return from_cell(row[place].strip()) if place < len(row) else ""
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.casefold())
 
 
@@ -146,8 +146,8 @@ class _Columns:
 
 def _columns(file: Path, table: list[list[str]], index: Index, group: str | None, named: Sequence[str]) -> _Columns:
     """Return the meaning of a table's columns: from --labels, its header, its cells, and the files on disk."""
-    header = [_plain(cell) for cell in table[0]]
-    image = _image_column(file, table, header, index)
+    header = [plain(cell) for cell in table[0]]
+    image = image_column(file, table, header, index)
     has_header = bool(named) or header[image] in _IMAGE or not index.find(table[0][image].strip())
     labels = []
     if named:
@@ -155,11 +155,11 @@ def _columns(file: Path, table: list[list[str]], index: Index, group: str | None
     header = header if has_header else [""] * len(header)
     rows = table[has_header:]
     others = [place for place in range(len(header)) if place != image]
-    labels = labels or (_called(header, others, _LABEL) if has_header else others[:1])
-    groups = _called(header, others, [_plain(group)] if group else _GROUP)
+    labels = labels or (called(header, others, LABEL) if has_header else others[:1])
+    groups = called(header, others, [plain(group)] if group else _GROUP)
     left = [place for place in others if place not in labels + groups]
     cells = {place: {_cell(row, place).casefold() for row in rows} for place in left}
-    parts = _called(header, left, _PART)
+    parts = called(header, left, _PART)
     yes: dict[int, str] = {}
     if not parts:
         flags = [place for place in left if {""} != cells[place] <= _YES_OR_NO]
@@ -187,7 +187,7 @@ def _columns(file: Path, table: list[list[str]], index: Index, group: str | None
     return _Columns(image, labels, parts, groups, yes, has_header)
 
 
-def _image_column(file: Path, table: list[list[str]], header: list[str], index: Index) -> int:
+def image_column(file: Path, table: list[list[str]], header: list[str], index: Index) -> int:
     """Return the column with the most cells that name images; of several, the one with the most probable name."""
     sample = table[1:200] or table
     hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(len(header))]
@@ -196,10 +196,10 @@ def _image_column(file: Path, table: list[list[str]], header: list[str], index: 
         images = amount(len(index.paths), "image is", "images are")
         raise UserError(
             f"{printable(file)}: no cell names an image below {printable(index.root)}, where {images}; its second row "
-            f"is {shown}. Name the folder of the images with --data_dir."
+            f"is {shown}. Name the folder that holds the images."
         )
     best = [place for place, count in enumerate(hits) if count == max(hits)]
-    return [*_called(header, best, _IMAGE), *best][0]
+    return [*called(header, best, _IMAGE), *best][0]
 
 
 def _named_columns(file: Path, header: list[str], named: Sequence[str]) -> list[int]:
@@ -213,7 +213,7 @@ def _named_columns(file: Path, header: list[str], named: Sequence[str]) -> list[
     return [names.index(name) for name in named]
 
 
-def _called(header: list[str], places: list[int], names: Sequence[str]) -> list[int]:
+def called(header: list[str], places: list[int], names: Sequence[str]) -> list[int]:
     """Return the column with the most probable of `names`, in a list; an empty list if no column has one."""
     named = [place for place in places if header[place] in names]
     return sorted(named, key=lambda place: names.index(header[place]))[:1]

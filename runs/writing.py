@@ -38,9 +38,11 @@ def replace_file(path: Path, size: int, fill: Callable[[IO[bytes]], Any]) -> Non
         ) from None
 
 
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+def csv_text(rows: Iterable[Iterable[Any]], separator: str = ",") -> str:
     table = io.StringIO()
-    csv.writer(table).writerows(rows)  # CRLF: otherwise a carriage return in a name would not be quoted
+    csv.writer(table, delimiter=separator).writerows(
+        rows
+    )  # CRLF: otherwise a carriage return in a name would not be quoted
     return table.getvalue()
 
 

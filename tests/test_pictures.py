@@ -524,6 +524,10 @@ def test_prediction_of_lists_and_lines_and_subfolders(pets, tmp_path, run, monke
         ("emu", "003.png"),
     ]
     assert status == 1 and "000: the file does not exist" in out, err
+    (tmp_path / "sample.csv").write_text("id,label\nemu/003,\ncat/001,\n")
+    status, out, err = run(["predict", root, *given, f"--submission={tmp_path / 'sample.csv'}"])
+    assert status == 0 and "2 images: " in out, err
+    assert [row["id"] for row in rows_of(tmp_path / "out.csv") if row["label"]] == ["emu/003", "cat/001"]
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{root / 'emu'}\n"))
     status, out, err = run(["predict", "-", *given])
     assert status == 0 and "20 images: " in out, err
