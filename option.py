@@ -1,7 +1,7 @@
 """Every option of every command: declared once, with its kind, default, help and role. Imports no torch.
 
-command_line/kinds.py defines the values that an option accepts, command_line/parsing.py turns a command line into
-options.
+command_line/kinds.py defines the values that an option accepts, command_line/helping.py shows options, and
+command_line/parsing.py reads them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from command_line.kinds import (
     key_of,
     one_of,
     path,
+    pretrained,
     split,
     whole,
     window,
@@ -62,11 +63,6 @@ COMMANDS = {
     "prepare": "put a data set on disk (download, archive or demo scenes), or report on one",
     "export": "write a trained run as ONNX",
 }
-FIRST_STEPS = """first steps:
-  python main.py compare --demo               see what AMP gains, on drawn scenes
-  python main.py doctor                       see what this machine can do
-  python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
-README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
 
 DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
 TTA = Option(
@@ -142,15 +138,13 @@ OPTIONS = {
     "model": {
         "model": MODEL,
         "num_classes": Option(whole(2), None, "number of classes (default: counted from the folders)"),
-        "pretrained": Option(one_of(1, 0, type=int), 1, "1: start from ImageNet weights; 0: from random ones", START),
+        "pretrained": Option(one_of(1, 0, type=pretrained), 1, "1: start from ImageNet weights; 0: from random", START),
         "weights": Option(NAME, None, "set of torchvision's ImageNet weights (default: DEFAULT, its best)", START),
-        "pretrained_path": Option(
-            FILE, None, "start from the weights in FILE (PyTorch, timm, Lightning, safetensors)", START
-        ),
+        "pretrained_path": Option(FILE, None, "file of weights to start from (PyTorch, timm, safetensors ...)", START),
     },
     "device and precision": {
         "device": DEVICE,
-        "amp": Option(SWITCH, False, "train with automatic mixed precision", PRECISION),
+        "amp": Option(SWITCH, False, "use automatic mixed precision", PRECISION),
         "amp_dtype": Option(
             one_of("auto", "float16", "bfloat16"),
             "auto",
@@ -181,9 +175,7 @@ OPTIONS = {
             256,
             "number of images in one update; auto: the default, split into micro-batches that fit into memory",
         ),
-        "accumulate": Option(
-            COUNT, 1, "compute a batch in N micro-batches, to save memory (BatchNorm sees each by itself)"
-        ),
+        "accumulate": Option(COUNT, 1, "split a batch into N micro-batches to save memory (BatchNorm sees each alone)"),
         "epochs": Option(COUNT, 120, "number of passes over the training images"),
         "optimizer": Option(key_of(OPTIMIZERS, type=str.upper), "ADAM", "optimizer that updates weights"),
         "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
@@ -283,9 +275,7 @@ OPTIONS = {
             CALL,
         ),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
-        "explain": Option(
-            FILE, None, "write a PNG that shows which parts of each image its class depends on (Grad-CAM)", CALL
-        ),
+        "explain": Option(FILE, None, "write a PNG of the parts of images that decide their class (Grad-CAM)", CALL),
     },
     "comparison": {
         "precisions": Option(
@@ -296,7 +286,7 @@ OPTIONS = {
             CALL,
         ),
         "seeds": Option(COUNT, 1, "number of runs per precision, each with another seed", CALL),
-        "ladder": Option(FLAG, False, "moved: python main.py doctor --ladder", CALL),
+        "ladder": Option(FLAG, False, argparse.SUPPRESS, CALL),
         "report_only": Option(FLAG, False, "draw table and picture again from finished runs", CALL),
         "runs": Option({**DIR, "nargs": "+"}, None, "report on these run folders instead", CALL),
     },
@@ -364,6 +354,16 @@ GROUPS = {
     "inspect": ("run", "data", "model", "inspection"),
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
+}
+# The options of these groups that most runs need: `--help` shows them, `--help all` the others, too.
+COMMON = {
+    "run": ("checkpoint_name",),
+    "data": ("data_dir", "demo", "image_size"),
+    "model": ("model", "pretrained"),
+    "device and precision": ("device", "amp"),
+    "training": ("preset", "batch_size", "epochs", "learning_rate", "augment"),
+    "recording and resuming": ("resume", "overwrite", "max_time"),
+    "testing": (),
 }
 # A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
 # run also use its recorded options; None: the value in its checkpoint.

@@ -141,7 +141,9 @@ def choose_device(name: str, local_rank: int = 0, *, use: bool = True) -> torch.
         else:
             torch.cuda.get_device_properties(device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        if "device string" in reason:  # no name of a device: PyTorch lists twenty that nobody has
+            raise UserError(f"--device {name} is no device: choose auto, cuda, cuda:1, mps or cpu.") from None
         raise UserError(
             f"--device {name} is not available here: {reason}\n{_other_device(asked, local_rank)}"
         ) from None

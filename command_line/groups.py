@@ -131,7 +131,6 @@ class Comparison:
 
     precisions: list[str] | None
     seeds: int
-    ladder: bool
     report_only: bool
     runs: list[str] | None
 

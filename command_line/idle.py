@@ -45,6 +45,9 @@ def _table() -> Iterator[Idle]:
     yield Idle("audit", frozenset({"split"}), "audit divides the images into --folds")
     yield Idle("inspect", frozenset({"start_size"}), "one batch is inspected, at --image_size")
     yield Idle("export", frozenset({"seed"}), "nothing is drawn at random")
+    yield Idle("compare", frozenset({"ladder"}), "python main.py doctor --ladder measures it")
+    precision = frozenset({"amp", "amp_dtype", "tf32"})
+    yield Idle("compare", precision, "it trains in each precision itself: choose with --precisions")
     for command in ("compare", "audit"):
         yield Idle(command, frozenset({"resume"}), "the same command goes on by itself, unless --overwrite is given")
     for command in ("train", "audit", "predict"):

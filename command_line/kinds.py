@@ -1,4 +1,4 @@
-"""What an option is: its kind (how its text is read), its default, its help and its role; and the parser that reads it.
+"""What an option is: its kind (how its text is read), its default, its help and its role.
 
 The options themselves stand in option.py. Imports no torch.
 """
@@ -6,15 +6,12 @@ The options themselves stand in option.py. Imports no torch.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 import os
 import re
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from choices import AUGMENTATIONS
 from precision_table import PRECISIONS
@@ -79,24 +76,6 @@ class Option:
         if value:
             return [f"--{name}"]
         return [f"--no-{name}"] if self.has_negation else []
-
-
-class Parser(argparse.ArgumentParser):
-    """Suggests the option that was meant and raises UserError, where argparse would print and exit."""
-
-    def __init__(self, known: Sequence[str], **options: Any):
-        width = min(100, max(40, shutil.get_terminal_size((100, 24)).columns))
-        formatter = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30, width=width)
-        super().__init__(allow_abbrev=False, formatter_class=formatter, argument_default=argparse.SUPPRESS, **options)
-        self.known = known
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            unknown = message.removeprefix("unrecognized arguments: ").split(" ")[0]
-            close = difflib.get_close_matches(unknown.split("=")[0], [f"--{name}" for name in self.known], 1, 0.6)
-            if close:
-                message += f" (did you mean {close[0]}?)"
-        raise UserError(f"{message}\nSee: python {self.prog} --help")
 
 
 def number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
@@ -234,6 +213,15 @@ def log_list(text: str) -> list[str]:
     if not names or not set(names) <= set(LOGS):
         raise argparse.ArgumentTypeError(f"{text!r}: choose from {','.join(LOGS)}, separated by commas")
     return list(dict.fromkeys(names))
+
+
+def pretrained(text: str) -> int:
+    """Return the integer that follows --pretrained."""
+    try:
+        return int(text)
+    except ValueError:
+        right = 0 if text.lower() in ("false", "no", "off", "none") else 1
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1 nor 0: type --pretrained {right}") from None
 
 
 def one_of(*choices: Any, **more: Any) -> dict[str, Any]:

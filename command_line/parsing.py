@@ -7,16 +7,17 @@ themselves are in option.py. Imports no torch, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from command_line import meant
+from command_line.helping import build_parser
 from command_line.idle import never_acts
-from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT, Parser
+from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT
 from command_line.presets import DEMO, DEMO_ON_CUDA, PRESETS
-from option import COMMANDS, FIRST_STEPS, GROUPS, OPTIONS, OWN_DEFAULTS, VERSION, options_of
+from option import COMMANDS, OPTIONS, OWN_DEFAULTS, options_of
 from precision_table import PRECISIONS
 from runs.config import read_config
 from utils import UserError
@@ -27,39 +28,6 @@ class Options(argparse.Namespace):
 
     __slots__ = ("typed",)
     typed: frozenset[str]
-
-
-def build_parser(command: str, *, also: str | None = None) -> Parser:
-    """The parser of one command, which also accepts the options of the command `also`, without a word in the help."""
-    about = COMMANDS[command]
-    idle = never_acts(command)
-    hidden = {name: each for name, each in options_of(also).items() if name not in options_of(command)} if also else {}
-    inputs = {"predict": " PATH ...", "inspect": " [-- ARGUMENT ...]"}.get(command, "")
-    parser = Parser(
-        [*options_of(command), *hidden],
-        prog="main.py" if command == "train" else f"main.py {command}",
-        description=f"{about[0].upper()}{about[1:]}.",
-        usage=f"python main.py {'[COMMAND]' if command == 'train' else command} [options]{inputs}",
-    )
-    if command == "train":
-        listing = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
-        parser.description = (
-            "Train an image classifier in FP32 or with automatic mixed precision.\n\n"
-            f"commands (python main.py COMMAND --help shows its options):\n{listing}"
-        )
-        parser.epilog = FIRST_STEPS
-    parser.add_argument("--version", action="version", version=f"amp-train {VERSION}")
-    for title in GROUPS[command]:
-        group = parser.add_argument_group(title)
-        for name, option in OPTIONS[title].items():
-            shown = OWN_DEFAULTS.get(command, {}).get(name, option.default)
-            text = argparse.SUPPRESS if name in idle else option.help
-            if name not in idle and shown is not None and shown is not False and shown != "":
-                text += f" (default: {'on' if shown is True else shown})"
-            group.add_argument(name if name == "inputs" else f"--{name}", help=text, **option.kind)
-    for name, option in hidden.items():
-        parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **option.kind)
-    return parser
 
 
 def _with_underscores(word: str) -> str:
@@ -80,15 +48,17 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
     words = [*map(_with_underscores, argv[:end]), *argv[end:]]
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, 1)
-        hint = f"did you mean {close[0]}?" if close else f"choose from {', '.join(COMMANDS)}"
-        raise UserError(f"unknown command {command!r}: {hint}")
+        raise UserError(meant.command(command, words))
     also = None
     if command == "train" and "--evaluate" in words:  # the training's own command line with --evaluate behind it
         command = "evaluate"
         also = "train"
     known = options_of(command)
-    typed = vars(build_parser(command, also=also).parse_args(words))
+    parser = build_parser(command, also=also)
+    namespace, unknown = parser.parse_known_args(words)
+    if unknown:
+        parser.error(meant.argument(command, unknown, words, [*known, *(options_of(also) if also else ())]))
+    typed = vars(namespace)
     refused = {} if also else {name: why for name, why in never_acts(command).items() if name in typed}
     if refused:
         name = min(refused)
@@ -157,7 +127,6 @@ def _check_together(options: argparse.Namespace) -> None:
     """What no single option can be checked for."""
     get: Callable[..., Any] = vars(options).get
     automatic = isinstance(get("batch_size"), str)
-    comparing = options.command == "compare"
     epochs = get("epochs", math.inf)
     grows = get("start_size") and "start_size" not in never_acts(options.command)
     name = Path(get("checkpoint_name") or ".")
@@ -173,10 +142,6 @@ def _check_together(options: argparse.Namespace) -> None:
         ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
         (
-            comparing and (get("amp") or get("tf32") or get("amp_dtype") != "auto"),
-            "compare sets --amp, --amp_dtype and --tf32 itself: choose with --precisions.",
-        ),
-        (
             get("cuda_graphs") and get("accumulate", 1) > 1,
             "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
         ),
@@ -188,7 +153,7 @@ def _check_together(options: argparse.Namespace) -> None:
         ),
         (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
         (
-            get("amp_dtype", "auto") != "auto" and not get("amp") and not comparing,
+            get("amp_dtype", "auto") != "auto" and not get("amp"),
             f"--amp_dtype {get('amp_dtype')} has no effect without --amp.",
         ),
         (

@@ -65,8 +65,6 @@ class Planned:
 def compare(asked: Asked, own: Comparison) -> None:
     """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
     folder = Path(asked.place.checkpoint_dir) / (asked.place.checkpoint_name or "comparison")
-    if own.ladder:
-        raise UserError("the ladder trains no run and is measured by: python main.py doctor --ladder")
     if own.runs:
         report_runs([Path(run) for run in own.runs], folder)
         return

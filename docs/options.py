@@ -18,8 +18,8 @@ from option import COMMANDS, GROUPS, OPTIONS  # noqa: E402
 
 PAGE = """# Commands and options
 
-`python main.py [COMMAND] [options]`; without a command it trains. `python main.py COMMAND --help` shows the options of
-one command. `python docs/options.py` writes this page.
+`python main.py [COMMAND] [options]`; without a command it trains. `python main.py COMMAND --help` shows the options
+that most runs need, `--help all` shows all of them. `python docs/options.py` writes this page.
 
 | command | what it does | options that it shares with others |
 |---|---|---|

@@ -3,7 +3,10 @@
 Options are read here, never run. Run it alone: pytest tests/test_option.py
 """
 
+import contextlib
+import io
 import json
+import re
 import subprocess
 import sys
 
@@ -11,9 +14,9 @@ import pytest
 from tiny import ROOT, run_main
 
 import option
-from command_line import parsing, presets
+from command_line import helping, parsing, presets
 from command_line.idle import never_acts
-from utils import UserError
+from utils import UserError, choose_device
 
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
 DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
@@ -94,18 +97,36 @@ def test_the_defaults_are_the_seeds():
 
 @pytest.mark.parametrize("command", option.COMMANDS)
 def test_help_has_a_line_for_every_option(command):
-    text = parsing.build_parser(command).format_help()
+    text = helping.build_parser(command, everything=True).format_help()
     for name, found in option.options_of(command).items():
         if found.help != "==SUPPRESS==" and name not in never_acts(command):
-            assert found.kind.get("metavar", "PATH") if name == "inputs" else f"--{name}" in text
+            assert found.kind.get("metavar", "PATH") if name == "inputs" else re.search(rf"--{name}[ ,\n]", text)
     assert "==SUPPRESS==" not in text and "%(" not in text and "None" not in text
     assert max(map(len, text.splitlines())) <= 100
 
 
+def help_of(*words):
+    with contextlib.redirect_stdout(io.StringIO()) as out, pytest.raises(SystemExit, match="0"):
+        parse(*words)
+    return out.getvalue()
+
+
+def test_the_first_help_has_the_options_that_most_runs_need_and_names_the_other():
+    first = help_of("--help")
+    assert len(first.splitlines()) < 70 and 12 <= first.count("\n  --") <= 20 and "--help all: all " in first
+    assert "--mixup" not in first and "--mixup" in help_of("--help", "all") and "testing:" not in first
+
+
+@pytest.mark.parametrize("command", option.COMMANDS)
+def test_every_group_has_an_example_that_can_be_typed(command):
+    examples = re.findall(r"^(?!commands)\w.*\((python main.py.*)\):$", help_of(command, "--help"), re.M)
+    assert examples and all(parse(*example.split()[2:]).command == command for example in examples)
+
+
 def test_help_groups_its_options_and_shows_defaults():
-    text = parsing.build_parser("train").format_help()
-    for heading in ("commands (", "run:", "data:", "model:", "device and precision:", "training:", "recording"):
-        assert f"\n{heading}" in text
+    text = help_of("--help", "all")
+    for heading in ("run:", "data:", "model:", "device and precision:", "training:", "recording"):
+        assert f"\n{heading}" in text.replace(" (python", ":(")
     for shown in ("(default: 256)", "(default: 0.0001)", "(default: cosine_warmup)", "(default: on)"):
         assert shown in text
     assert all(f"\n  {command} " in text for command in option.COMMANDS)
@@ -144,10 +165,39 @@ def test_values_keep_their_dashes():
         (["--ampp"], "--amp"),
         (["tran"], "train"),
         (["compair"], "compare"),
+        (["--lr", "1"], "--learning_rate"),
+        (["--gpu=0"], "--device"),
+        (["-amp"], "--amp"),
+        (["test"], "evaluate"),
     ],
 )
 def test_a_misspelt_word_is_answered_with_the_one_that_was_meant(words, suggestion):
     assert f"did you mean {suggestion}?" in refused(*words)
+
+
+@pytest.mark.parametrize(
+    "words, answer",
+    [
+        ("--epochs 3 compare", "python main.py compare --epochs 3\n"),
+        ("help", "python main.py --help"),
+        ("help export", "python main.py export --help"),
+        ("--amp=1", "--amp takes no value: type --amp\n"),
+        ("--amp True --epochs 3", "--amp takes no value: type --amp\n"),
+        ("--amp=0", "--amp takes no value: type --no-amp\n"),
+        ("--no-amp true", "--no-amp takes no value: type --no-amp\n"),
+        ("--quiet=1", "--quiet takes no value: type --quiet\n"),
+        ("--pretrained False", "type --pretrained 0\n"),
+        ("--top_k 3", "train has no --top_k, which is an option of predict\n"),
+        ("doctor photo.jpg", "doctor takes no argument 'photo.jpg'\n"),
+    ],
+)
+def test_the_right_words_are_named(words, answer):
+    assert answer in refused(*words.split())
+
+
+def test_a_wrong_device_is_answered_with_those_that_people_have():
+    with pytest.raises(UserError, match="--device gpu is no device: choose auto, cuda, cuda:1, mps or cpu"):
+        choose_device("gpu")
 
 
 def test_options_are_not_abbreviated():
@@ -289,7 +339,4 @@ def test_a_comparisons_training_words_give_its_options_back():
 def test_main_answers_a_wrong_option_with_two_lines_and_status_2():
     status, out, err = run_main(["--epochz", "3"])
     assert (status, out) == (2, "")
-    assert err.splitlines() == [
-        "error: unrecognized arguments: --epochz 3 (did you mean --epochs?)",
-        "See: python main.py --help",
-    ]
+    assert err.splitlines() == ["error: train has no --epochz (did you mean --epochs?)", "See: python main.py --help"]
