@@ -29,8 +29,8 @@ from images.demo import draw_demo
 from images.opening import Opening
 from images.subsets import DataSet, Subset
 from model import (
+    MeanOfViews,
     Network,
-    WithMirrorImage,
     build_model,
     check_input_size,
     constructor_options,
@@ -285,7 +285,8 @@ class Setup:
     def trained(self, checkpoint: dict[str, Any]) -> nn.Module:
         """The model of a checkpoint, on the device, in evaluation mode."""
         model = self.placed(rebuild_model(checkpoint)).eval()
-        return WithMirrorImage(model) if self.asked.reading.tta == "flip" else model
+        tta = self.asked.reading.tta
+        return model if tta == "none" else MeanOfViews(model, tta)
 
     def trainer(self, data: DataSet, run: RunDirectory, *, resumed: dict[str, Any] | None = None) -> Trainer:
         """Everything a training needs, wired together.

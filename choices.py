@@ -1,4 +1,4 @@
-"""The tables behind `--best_by`, `--optimizer`, `--decay_type` and `--augment`: to add one, add an entry here.
+"""The tables behind `--best_by`, `--optimizer`, `--decay_type`, `--augment`, `--tta`: to add one, add an entry here.
 
 Options, training, tables, JSON and pages take names, functions and titles from these entries. Imports no torch, so that
 `--help` answers at once: a class of PyTorch is named, and looked up when it is made.
@@ -169,10 +169,28 @@ AUGMENTATIONS = {
     "none": Augmentation(),
     "flip": Augmentation(),
     "upright": Augmentation(),
+    "vertical": Augmentation(),
+    "turns": Augmentation(),
     "crop": Augmentation(),
     "trivial": Augmentation(BEFORE_RESIZING, "TrivialAugmentWide"),
     "randaugment": Augmentation(BEFORE_RESIZING, "RandAugment"),
     "augmix": Augmentation(BEFORE_RESIZING, "AugMix"),
     "jitter": Augmentation(RESIZED, "ColorJitter", {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}),
     "erasing": Augmentation(NORMALIZED, "RandomErasing", {"p": 0.25}),
+}
+
+
+@dataclass(frozen=True)
+class Views:
+    """One name of `--tta`: turns of each image and of its mirror image, whose logits are averaged."""
+
+    title: str = ""  # of its row among the headline numbers of a result
+    remark: str = ""  # beside it
+    quarters: tuple[int, ...] = (0,)
+
+
+VIEWS = {
+    "none": Views(),
+    "flip": Views("Test-time flip", "mean logits of each image and its mirror image"),
+    "eight": Views("Eight views", "mean logits of quarter turns and mirror images", (0, 1, 2, 3)),
 }

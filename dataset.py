@@ -26,6 +26,7 @@ from transforms import (
     each,
     growing_sizes,
     mix,
+    quarter_turns,
     random_flip,
     random_resized_crop,
     random_transform,
@@ -261,8 +262,7 @@ class Batches:
         self, images: torch.Tensor, draws: torch.Tensor, epoch: int, places: np.ndarray, preprocess: Preprocess
     ) -> torch.Tensor:
         """Distort, flip, crop and resize each image by its own row of `draws` or its own seed; values stay 0 to 255."""
-        cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
-        draws = (draws.pin_memory() if cuda else draws).to(self.device, non_blocking=cuda)
+        draws = self._sent(draws)
         for name in self._random_steps(BEFORE_RESIZING):
             images = images if images.dtype == torch.uint8 else images.round().byte()
             images = each(random_transform(name), images, self._seeds(epoch, places, name))
@@ -275,7 +275,16 @@ class Batches:
             images = preprocess.resized(images if self.augment == "none" else random_flip(images, draws[:, 0]))
         for name in self._random_steps(RESIZED):
             images = 255 * each(random_transform(name), images / 255, self._seeds(epoch, places, name))
+        if "vertical" in self._steps:
+            images = random_flip(images, self._sent(torch.tensor(self._seeds(epoch, places, "vertical")) % 2), 2)
+        if "turns" in self._steps:
+            images = quarter_turns(images, self._sent(torch.tensor(self._seeds(epoch, places, "turns")) % 4))
         return images
+
+    def _sent(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Copy numbers to the device without waiting for it."""
+        cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
+        return (numbers.pin_memory() if cuda else numbers).to(self.device, non_blocking=cuda)
 
     def _random_steps(self, stage: str) -> list[str]:
         """Return the names in `augment` of torchvision's random transforms that act at this stage."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from choices import VIEWS
 from distributed import Ranks
 from pretrained import timm_models, torchvision_models
 from pretrained.fitting import Fit, Weights, belongs, fitted, for_classes, load_weights, read_weights
@@ -338,15 +339,23 @@ def _in_one(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-class WithMirrorImage(nn.Module):
-    """Test-time augmentation: the mean of the logits of images (count, 3, height, width) and their mirror images."""
+class MeanOfViews(nn.Module):
+    """Test-time augmentation: the mean of the logits of the views of images that `choices.VIEWS` calls `tta`."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, tta: str):
         super().__init__()
         self.model = model
+        self.tta = tta
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return (self.model(images).float() + self.model(images.flip(3)).float()) / 2  # a sum may overflow in float16
+        """Return logits (count, classes), float32, of square images (count, 3, side, side)."""
+        quarters = VIEWS[self.tta].quarters
+        views = [
+            view.rot90(number, (2, 3)) if number else view  # no turn would copy the image into another layout
+            for number in quarters
+            for view in (images, images.flip(3))
+        ]
+        return torch.stack([self.model(view).float() for view in views]).sum(0) / len(views)  # may overflow in float16
 
 
 class StepModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from choices import METRICS, OPTIMIZERS, SCHEDULES
+from choices import METRICS, OPTIMIZERS, SCHEDULES, VIEWS
 from command_line.kinds import (
     ALPHA,
     AUGMENT,
@@ -66,7 +66,9 @@ COMMANDS = {
 
 DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
 TTA = Option(
-    one_of("none", "flip"), "none", "flip: compute each test image and its mirror image, and average their logits"
+    key_of(VIEWS),
+    "none",
+    "average the logits of views of each test image; flip: it and its mirror image; eight: quarter turns of both",
 )
 MODEL = Option(NAME, "ResNet18", "a classification model of torchvision, or of timm as timm:NAME")
 LABELS = Option(
@@ -211,8 +213,9 @@ OPTIONS = {
         "augment": Option(
             AUGMENT,
             "flip",
-            "list of flip (mirror half of the images), crop, trivial (TrivialAugment), randaugment, augmix, jitter, "
-            "erasing, upright; every list mirrors images unless it holds upright; none: leave them as they are",
+            "list of flip (mirror half of the images), vertical (top to bottom), turns (by quarters), crop, trivial "
+            "(TrivialAugment), randaugment, augmix, jitter, erasing, upright; every list mirrors images unless it "
+            "holds upright; none: leave them as they are",
         ),
         "mixup": Option(ALPHA, 0.0, "blend pairs of images with a weight from Beta(ALPHA, ALPHA); 0: off"),
         "cutmix": Option(ALPHA, 0.0, "paste patches between images, of a share from Beta(ALPHA, ALPHA); 0: off"),

@@ -104,9 +104,17 @@ def resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
     return images
 
 
-def random_flip(images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+def random_flip(images: torch.Tensor, draws: torch.Tensor, dimension: int = 3) -> torch.Tensor:
     """Mirror the images (count, 3, height, width) whose random number (count,) in [0, 1) is below one half."""
-    return torch.where(draws[:, None, None, None] < 0.5, images.flip(3), images)
+    return torch.where(draws[:, None, None, None] < 0.5, images.flip(dimension), images)
+
+
+def quarter_turns(images: torch.Tensor, quarters: torch.Tensor) -> torch.Tensor:
+    """Turn each of the square images (count, 3, side, side) by its number of `quarters` (count,), 0 to 3."""
+    turned = images
+    for number in (1, 2, 3):
+        turned = torch.where(quarters[:, None, None, None] == number, images.rot90(number, (2, 3)), turned)
+    return turned
 
 
 def random_resized_crop(images: torch.Tensor, draws: torch.Tensor, side: int, smallest: float) -> torch.Tensor:

@@ -22,7 +22,7 @@ from torch import nn
 from images import decode
 from images.decode import Rules, try_decode
 from images.split import read_split
-from model import WithMirrorImage
+from model import MeanOfViews
 from runs.checkpoint import metadata
 from runs.config import read_config
 from system.files import atomic_write, refuse_missing_folders
@@ -121,7 +121,7 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images
     name = printable(checkpoint["model_name"])
     try:
         proto = _converted(network)
-        tta = "flip" if isinstance(model, WithMirrorImage) else "none"
+        tta = model.tta if isinstance(model, MeanOfViews) else "none"
         facts = {**metadata(checkpoint), "tta": tta, "input": "RGB uint8, (count, height, width, 3), any size"}
         onnx.helper.set_model_props(proto, facts)
         onnx.checker.check_model(proto)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import WithMirrorImage
+from model import MeanOfViews
 
 LATEST = 24  # number of last layers to try: their outputs take memory
 
@@ -25,7 +25,7 @@ def explained(
 
     Return None if the network has no suitable layer. Images are processed one at a time, because gradients take memory.
     """
-    plain = model.model if isinstance(model, WithMirrorImage) else model
+    plain = model.model if isinstance(model, MeanOfViews) else model
     found = []
     for image, index in zip(images, classes, strict=True):
         maps = activation_maps(plain, image, torch.tensor([index], device=image.device))

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.utils import disp_len  # width on a terminal: wide letters take two columns
 
 from ampscope.text import WIDTH
-from choices import METRICS
+from choices import METRICS, VIEWS
 from reports.results import wilson
 from reports.text import align, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
@@ -28,7 +28,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     time = f"{duration(result['train_seconds'])} training, " if result["train_seconds"] is not None else ""
     taken = result.get("training_memory_mb")
     training = f", the training itself {taken:,.0f} MB" if taken else ""
-    flip = ("Test-time flip", "on", "mean logits of each image and its mirror image")
+    views = VIEWS[result.get("tta") or "none"]
     reserved = f", {result['reserved_memory_mb']:,.0f} MB reserved" if result.get("reserved_memory_mb") else ""
     return [
         (
@@ -36,7 +36,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{result['test_acc']:.2f} %",
             f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
         ),
-        *([flip] if result.get("tta") == "flip" else []),
+        *([(views.title, "on", views.remark)] if views.title else []),
         *_other_figures(result),
         (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),
         ("Time", duration(result["total_seconds"]), f"{time}{result['images_per_second']:,.1f} images/s"),
@@ -216,10 +216,10 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         "val": "{:,} for validation",
         "test": "{:,} to test",
     }
-    mirrored = ["test-time flip"] if settings.get("tta") == "flip" else []
+    views = VIEWS[settings.get("tta") or "none"].title
     parts = [form.format(settings[name]) for name, form in names.items() if isinstance(settings.get(name), int)]
     parts += [
-        *mirrored,
+        *([views.lower()] if views else []),
         *filter(None, comparison["devices"]),
         *(f"{name} {version}" for name, version in config.get("versions", {}).items()),
     ]

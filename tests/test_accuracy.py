@@ -9,12 +9,14 @@ import torch
 from test_option import parse, refused
 from tiny import subset
 from torch import nn
+from torch.nn import functional as F
 from torchvision import models
 
 import assemble
 import train as training
 from command_line import presets
 from dataset import Batches
+from distributed import Ranks
 from features.activation_maps import activation_maps
 from features.frozen import FrozenNetwork, keep_outputs
 from model import head_names
@@ -75,6 +77,7 @@ def test_augmentations_have_one_spelling():
     assert parse("--augment=jitter, crop").augment == "crop,jitter"
     assert parse("--augment=flip,crop").augment == "crop"  # what a run before there were lists recorded
     assert parse("--augment=upright").augment == "none"
+    assert parse("--augment=flip,turns,vertical").augment == "vertical,turns"
 
 
 # --------------------------------------------------------------------------- parameter groups
@@ -192,7 +195,18 @@ def test_patience_begins_when_images_are_of_full_size_and_layers_thawed(data, tm
 
 
 # ------------------------------------------------------------------------------ augmentations
-KINDS = ["randaugment", "augmix", "jitter", "erasing", "crop,augmix,jitter,erasing", "upright,crop", "trivial,erasing"]
+KINDS = [
+    "vertical",
+    "turns",
+    "vertical,turns",
+    "randaugment",
+    "augmix",
+    "jitter",
+    "erasing",
+    "crop,augmix,jitter,erasing",
+    "upright,crop",
+    "trivial,erasing",
+]
 
 
 def fed(augment, **options):
@@ -217,6 +231,22 @@ def test_upright_images_are_not_mirrored():
     batches = Batches(images, Preprocess(CPU, 16), 64, 3, seed=5, augment="upright,jitter")
     pixels = first_epoch(batches)
     assert (pixels[..., :8].mean((1, 2, 3)) < pixels[..., 8:].mean((1, 2, 3))).all()
+
+
+def test_images_are_mirrored_from_top_to_bottom_and_turned_by_quarters_alike_in_all_ranks():
+    """Only the upper left quarter of an image is bright: where it goes tells what was done."""
+    images = subset(200, side=24)
+    images.store.array[:] = 0
+    images.store.array[:, :12, :12] = 255
+    for augment, ways in (("upright,vertical", [0, 2]), ("vertical", [0, 1, 2, 3]), ("upright,turns", [0, 1, 2, 3])):
+        options = {"seed": 5, "augment": augment}
+        pixels = first_epoch(Batches(images, Preprocess(CPU, 24), 200, 3, **options))
+        corners = F.avg_pool2d(pixels.mean(1, keepdim=True), 12).flatten(1)
+        counts = np.bincount(corners.argmax(1), minlength=4)
+        assert set(np.flatnonzero(counts)) == set(ways) and counts[ways].min() > 150 / len(ways) - 15
+        batches = [Batches(images, Preprocess(CPU, 24), 200, 3, ranks=Ranks(n, n, 2), **options) for n in range(2)]
+        assert torch.equal(torch.cat([first_epoch(part) for part in batches]), pixels)
+        assert not torch.equal(first_epoch(batches[0], epoch=2), pixels[:100])
 
 
 # ------------------------------------------------------------------------------ frozen outputs

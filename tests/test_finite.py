@@ -18,7 +18,7 @@ from distributed import Ranks
 from evaluate import NotFinite, evaluate
 from features.frozen import FrozenNetwork
 from metrics import UpdateRecord
-from model import WithMirrorImage
+from model import MeanOfViews
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from transforms import Preprocess
@@ -190,8 +190,9 @@ def test_an_evaluation_of_some_bad_logits_or_of_a_loss_that_overflows_has_no_fig
             found.require_finite(FP32)
     with pytest.raises(NotFinite, match="the loss is not finite"):
         evaluate(Constant([3e38, -3e38, 0.0]), batches, FP32).require_finite(FP32)
-    mirrored = WithMirrorImage(Constant([40000.0] * 3, torch.float16))  # their sum is beyond float16
-    assert mirrored(torch.zeros(1, 3, 4, 4)).tolist() == [[40000] * 3]
+    for tta in ("flip", "eight"):
+        averaged = MeanOfViews(Constant([40000.0] * 3, torch.float16), tta)  # their sum is beyond float16
+        assert averaged(torch.zeros(1, 3, 4, 4)).tolist() == [[40000] * 3]
 
 
 def test_training_accuracy_counts_no_logits_that_are_not_finite():

@@ -14,7 +14,7 @@ from torchvision import models
 
 from distributed import Ranks
 from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d, keep_depthwise_float32
-from model import Network, WithMirrorImage, build_model
+from model import MeanOfViews, Network, build_model
 from pretrained.torchvision_models import names
 
 
@@ -151,4 +151,15 @@ def test_cuda_graphs_are_asked_for_only_where_they_are_wanted(graphs, monkeypatc
 
 def test_a_mirror_image_counts_as_much_as_the_image():
     images = torch.arange(12.0).view(1, 1, 3, 4)
-    assert torch.equal(WithMirrorImage(nn.Identity())(images), (images + images.flip(3)) / 2)
+    assert torch.equal(MeanOfViews(nn.Identity(), "flip")(images), (images + images.flip(3)) / 2)
+
+
+def test_eight_views_are_all_ways_to_lay_a_square_and_each_counts_alike():
+    image = torch.rand(1, 3, 5, 5).to(memory_format=torch.channels_last)
+    seen = []
+    mean = MeanOfViews(nn.Sequential(nn.Flatten()), "eight")
+    mean.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    turned = [view.rot90(number, (2, 3)) for number in range(4) for view in (image, image.flip(3))]
+    assert torch.allclose(mean(image), torch.stack(turned).mean(0).flatten(1))
+    assert len({tuple(view.flatten().tolist()) for view in seen}) == 8
+    assert {tuple(view.flatten().tolist()) for view in seen} == {tuple(view.flatten().tolist()) for view in turned}

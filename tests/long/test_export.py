@@ -118,14 +118,15 @@ def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypa
         assert np.abs(printed[0][0] - list(answer["probabilities"].values())).max() < 1e-4, answer["path"]
 
 
-def test_mirror_images_are_part_of_what_is_exported(tmp_path, monkeypatch):
+@pytest.mark.parametrize("views", ["flip", "eight"])
+def test_views_are_part_of_what_is_exported(views, tmp_path, monkeypatch):
     import onnxruntime
 
     data = tiny.draw(tmp_path / "data")
-    assert tiny.train(data, tmp_path, "--model=tiny_classifier", "--tta=flip") == 0
+    assert tiny.train(data, tmp_path, "--model=tiny_classifier", f"--tta={views}") == 0
     run = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
     shares = {}
-    for tta in ("flip", "none"):
+    for tta in (views, "none"):
         file = tmp_path / f"{tta}.json"
         words = [str(data / "seg_test"), *run, "--device=cpu", f"--json={file}", f"--tta={tta}"]
         assert main.main(["predict", *words]) == 0
@@ -134,10 +135,10 @@ def test_mirror_images_are_part_of_what_is_exported(tmp_path, monkeypatch):
     assert main.main(["export", *run]) == 0
     session = onnxruntime.InferenceSession(tmp_path / "run" / "model.onnx")
     facts = session.get_modelmeta().custom_metadata_map
-    assert facts["tta"] == "flip" and facts["image_size"] == "36" and json.loads(facts["classes"]) == [*tiny.CLASSES]
+    assert facts["tta"] == views and facts["image_size"] == "36" and json.loads(facts["classes"]) == [*tiny.CLASSES]
     images = np.stack([np.asarray(Image.open(answer["path"]).convert("RGB")) for answer in answers])
     (found,) = session.run(None, {"images": images})
-    assert np.abs(found - shares["flip"]).max() < 1e-5 < np.abs(found - shares["none"]).max()
+    assert np.abs(found - shares[views]).max() < 1e-5 < np.abs(found - shares["none"]).max()
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
