@@ -1,8 +1,9 @@
 """Which layer loses the precision: the error of each module's output and gradients in a 16-bit type, by depth.
 
-The same step on the same batch with the same random numbers runs in float32 and in the 16-bit type. Beside each error
-stands a noise floor: the error that mere rounding makes. For the floor float32 runs with the inputs, the weights and
-the outputs of each innermost module off by one random rounding of the 16-bit type, several times.
+The same step on the same batch with the same random numbers runs in a reference (float64 if the step is small, see
+reference.py, otherwise float32) and in the 16-bit type. Beside each error stands a noise floor: the error that mere
+rounding makes. For the floor float32 runs with the inputs, the weights and the outputs of each innermost module off by
+one random rounding of the 16-bit type, several times.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ampscope.execution import Execution
 from ampscope.float32_layers import keep_float32, put_back
 from ampscope.layer_runs import Errors, Key, Seen, has_regions, run_once
 from ampscope.precisions import PRECISIONS, Precision, named_precision, sensible_precisions
+from ampscope.reference import reference
 from ampscope.subject import Subject, core
 from ampscope.text import cut, end_of, heading, paragraph, table
 
@@ -39,7 +41,7 @@ class LayerErrors:
 
     Each row has the module's name and class, and the relative errors of its output, of the gradient of its output
     and of its weights' gradients, each beside its floor. `own` is the error of the output when the module is given
-    the inputs that it has in float32: what the module itself adds. None means that nothing was to compare.
+    the inputs that it has in the reference: what the module itself adds. None means that nothing was to compare.
     """
 
     def __init__(self, content: dict[str, Any]):
@@ -48,11 +50,12 @@ class LayerErrors:
     def text(self, *, lines: int = 24) -> str:
         """Return a table for each precision, of the modules whose own errors are the largest, and its verdict."""
         out: list[str] = []
+        reference = self.content["reference"]
         for name, found in self.content["precisions"].items():
             out += heading(
                 f"Error by layer, {PRECISIONS[name].label}",
-                "Relative error against float32, and the floor that mere rounding reaches. `own` is what the module "
-                "adds to the inputs that it has in float32.",
+                f"Relative error against {reference}, and the floor that mere rounding reaches. `own` is what the "
+                f"module adds to the inputs that it has in {reference}.",
             )
             rows = sorted(found["rows"], key=lambda row: -(row["own"] or 0))[:lines]
             rows = [row for row in found["rows"] if row in rows]
@@ -98,8 +101,8 @@ def layer_errors(
         raise InspectError("name a precision of 16 bits: amp-bf16 or amp-fp16.")
     base = named_precision("fp32", subject.device)
     ambient = not has_regions(subject)
-    true = run_once(subject, base, ambient=ambient).seen
-    content: dict[str, Any] = {"reference": "float32", "precisions": {}}
+    true, kind = reference(subject, base, ambient=ambient)
+    content: dict[str, Any] = {"reference": kind, "precisions": {}}
     for name in chosen:
         precision = named_precision(name, subject.device)
         factor = SCALE if precision.dtype == torch.float16 else 1.0

@@ -24,7 +24,7 @@ Key = tuple[str, int]  # a module's name, and which of its calls
 
 @dataclass
 class Seen:
-    """What the run in float32 showed of each call of a module. Other runs are compared with it as they go."""
+    """What the reference showed of each call of a module. Other runs are compared with it as they go."""
 
     order: list[Key] = field(default_factory=list)
     inputs: dict[Key, list[torch.Tensor]] = field(default_factory=dict)  # of the innermost modules
@@ -70,6 +70,7 @@ class Recorder:
         self.scale: Callable[[], float] = lambda: 1.0
         self.seen = Seen()
         self.errors: Errors = {}
+        self.drew = False  # the step drew random numbers
         self._calls: dict[str, int] = {}
         self._open: list[tuple[Key, bool]] = []
         self._draw = torch.Generator().manual_seed(0)
@@ -216,14 +217,20 @@ def run_once(
                         parameter.copy_(recorder._off(parameter))
         execution = Execution(subject, precision.use(), ambient=ambient, scale=scale)
         recorder.scale = lambda: execution.scale
+        random = _random_state(subject.device)
         try:
             with _without_checkpointing(), recorder.attached():
                 execution.run()
         except Exception as error:
             raise InspectError(f"the step fails in {precision.label}: {type(error).__name__}: {error}") from error
+        recorder.drew = not all(map(torch.equal, random, _random_state(subject.device)))
         recorder.finish()
         subject.forget()
     return recorder
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 class _Direct:

@@ -78,12 +78,33 @@ def test_mere_rounding_is_no_fault(model, precision):
 def test_errors_are_those_of_two_runs_by_hand():
     model = network()
     inputs, _ = batch()
-    rows = rows_of(layer_errors(model, batch(), loss, precisions=["amp-bf16"]))
+    found = layer_errors(model, batch(), loss, precisions=["amp-bf16"])
+    rows = rows_of(found)
     with torch.autocast(**CPU_BF16):
         low = model[0](inputs)
     true = model[0](inputs)
     assert rows["0", 0]["output"] == pytest.approx(((low.float() - true).norm() / true.norm()).item(), rel=1e-4)
     assert rows["0", 0]["own"] == pytest.approx(rows["0", 0]["output"], rel=1e-4)
+    assert found.content["reference"] == "float64"
+
+
+@pytest.mark.parametrize("model", [network(nn.Dropout(0.5)), network(Centre())], ids=["random", "names float32"])
+def test_a_step_that_float64_would_change_is_compared_with_float32(model):
+    values = [parameter.data_ptr() for parameter in model.parameters()]
+    assert layer_errors(model, batch(), loss, precisions=["amp-bf16"]).content["reference"] == "float32"
+    assert values == [parameter.data_ptr() for parameter in model.parameters()]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_float64_sees_what_float32_loses():
+    """A sum over 1e8 that is taken away again: float32 is as wrong as the type of 16 bits."""
+
+    class Lost(nn.Module):
+        def forward(self, inputs):
+            return inputs + 1e8 - 1e8
+
+    rows = rows_of(layer_errors(network(Lost()), batch(), loss, precisions=["amp-bf16"]))
+    assert rows["2", 0]["own"] > 0.5
 
 
 def test_modules_called_twice_and_checkpointed_ones_have_their_rows():
@@ -129,6 +150,6 @@ def test_it_is_a_command(tmp_path, capsys):
     """
     assert cli.main(["inspect", written(tmp_path, text), "--find_layers", f"--out={tmp_path / 'out'}"]) == 0
     assert "is rounding" in capsys.readouterr().out and (tmp_path / "out" / "layers.png").exists()
-    assert json.loads((tmp_path / "out" / "layers.json").read_text())["reference"] == "float32"
+    assert json.loads((tmp_path / "out" / "layers.json").read_text())["reference"] == "float64"
     assert cli.main(["inspect", written(tmp_path, text), "--layers", "--precisions=fp32"]) == 2
     assert "16 bits" in capsys.readouterr().err
