@@ -267,7 +267,12 @@ OPTIONS = {
         "json": Option(FILE, None, "write the result as JSON", CALL),
     },
     "prediction": {
-        "inputs": Option({"metavar": "PATH", "nargs": "+", "type": path}, None, "image files and folders", CALL),
+        "inputs": Option(
+            {"metavar": "PATH", "nargs": "+", "type": path},
+            None,
+            "image files, folders, @LIST of paths, or - for stdin",
+            CALL,
+        ),
         "top_k": Option(COUNT, 3, "number of classes shown for each image"),
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),

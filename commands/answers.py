@@ -35,6 +35,7 @@ class Table:
     sheet: str | None = None
     samples: bool = False  # keep a few images, for a sheet
     submission: Submission | None = None
+    live: bool = False  # print each answer when it comes
     count: int = 0
     unreadable: int = 0
     overflowed: int = 0  # whose logits are not finite
@@ -71,9 +72,8 @@ class Table:
                 self.submission.add(item.path, share)
             if self._json:
                 self._json.write((",\n" if self.count else "\n") + json_text(row))
-            if len(self.lines) < SHOWN:
-                top = (f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
-                self.lines.append((end_of(printable(row["path"]), 40), "  ".join(top)))
+            top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
+            self._show(item, top)
             if self.samples and self.count % self.stride == 0:
                 self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
             self.counts[name] += 1
@@ -84,23 +84,34 @@ class Table:
             if file:
                 file.flush()
 
+    def _show(self, item: Item, answer: str) -> None:
+        """Print an answer at once, or keep it among the first ones."""
+        if self.live:
+            print(f"{printable(item.path)}  {answer}", flush=True)
+        elif len(self.lines) < SHOWN:
+            self.lines.append((end_of(printable(item.path), 40), answer))
+
     def add_unreadable(self, found: list[tuple[Item, str]]) -> None:
         for item, reason in found:
             self.unreadable += 1
-            if self.unreadable <= 10:
+            if self.live:
+                self._show(item, f"cannot be read: {printable(reason)}")
+            elif self.unreadable <= 10:
                 log.warning(f"cannot be read, skipped: {printable(item.path)}: {printable(reason)}")
 
     def add_overflowed(self, items: list[Item]) -> None:
         for item in items:
             self.overflowed += 1
-            if self.overflowed <= 10:
+            if self.live:
+                self._show(item, "no prediction, its logits are not finite")
+            elif self.overflowed <= 10:
                 log.warning(f"no prediction, its logits are not finite: {printable(item.path)}")
 
     def report(self) -> None:
         """Draw the sheet and print the first lines and the counts. Raise UserError if no image could be read."""
-        if self.unreadable > 10:
+        if self.unreadable > 10 and not self.live:
             log.warning(f"and {self.unreadable - 10:,} more cannot be read")
-        if self.overflowed > 10:
+        if self.overflowed > 10 and not self.live:
             log.warning(f"and {self.overflowed - 10:,} more have no prediction")
         if not self.count + self.overflowed + self.unreadable:
             raise UserError("no image was named: the list, or standard input, is empty.")
@@ -113,9 +124,10 @@ class Table:
 
             paths, captions = zip(*self.on_sheet, strict=True)
             labelled_sheet(list(paths), list(captions), Path(self.sheet), most=SHEET)
-        width = max(len(name) for name, _ in self.lines)
-        print("\n".join(f"{name:<{width}}  {top}" for name, top in self.lines))
-        if self.count > SHOWN:
+        width = max((len(name) for name, _ in self.lines), default=0)
+        for name, top in self.lines:
+            print(f"{name:<{width}}  {top}")
+        if self.count > SHOWN and not self.live:
             print(f"and {self.count - SHOWN:,} more (--csv FILE or --json FILE keeps all)")
         if len(self.folders) > 1:
             for folder in sorted(self.folders)[:FOLDERS]:

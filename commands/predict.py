@@ -73,18 +73,21 @@ def predict_files(
     refuse_missing(own.inputs)
     filled = read_sample(Path(own.submission), own.inputs, classes) if own.submission else None
     files = map(Item, dict.fromkeys(filled.paths)) if filled else listed(own.inputs)
+    live = "-" in own.inputs  # an answer must not wait for the lines after its own
+    batch_size, waiting = (1, 0) if live else (batch_size, 2 * batch_size)
     samples = bool(own.contact_sheet or own.explain)
-    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=samples, submission=filled)
+    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=samples, submission=filled, live=live)
     pool = ThreadPoolExecutor(max(1, workers))
-    bar = progress(desc="predicting", unit="image", delay=2)
     try:
-        with ExitStack() as opened, bar, torch.inference_mode():
+        with ExitStack() as opened, torch.inference_mode():
+            bar = None if live else opened.enter_context(progress(desc="predicting", unit="image", delay=2))
             table.open(opened, None if filled else own.csv, own.json)
             limit = preprocess.image_size
-            items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, 2 * batch_size)
+            items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, waiting)
             while batch := list(islice(items, batch_size)):
                 _classify(batch, model, preprocess, precision, table)
-                bar.update(len(batch))
+                if bar is not None:
+                    bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
         file = own.json if filled else own.csv or own.json
         where = f", which are in {printable(file)}" if file else ""

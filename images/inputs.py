@@ -30,7 +30,7 @@ def refuse_missing(inputs: list[str]) -> None:
         raise UserError("- reads paths from standard input, which is closed: pipe paths into it, or name files.")
     for name in inputs:
         path = Path(name)
-        if name == "-" or (name.startswith("@") and Path(name[1:]).is_file()):
+        if name == "-" or (name.startswith("@") and Path(name[1:]).exists() and not Path(name[1:]).is_dir()):
             continue
         if not path.exists():
             raise UserError(f"{printable(name.removeprefix('@'))} does not exist.")

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from argparse import Namespace
 
 import pytest
 import tiny
@@ -11,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 import main
-from command_line.groups import Prediction
+from command_line.groups import Prediction, take
 from commands.predict import predict_files
 from dataset import Batches
 from distributed import Ranks
@@ -141,7 +142,8 @@ class Brightness(nn.Module):
 def test_predict_gives_no_class_to_logits_that_are_not_finite(bad, tmp_path, capsys):
     for place, grey in enumerate((10, 250, 20, 240, 30)):
         Image.new("RGB", (8, 8), (grey,) * 3).save(tmp_path / f"{place}.png")
-    own = Prediction([str(tmp_path)], 3, str(tmp_path / "p.csv"), str(tmp_path / "p.json"), None, None)
+    files = {"csv": str(tmp_path / "p.csv"), "json": str(tmp_path / "p.json")}
+    own = take(Prediction, Namespace(inputs=[str(tmp_path)], **files))
     with pytest.raises(RunError, match="2 of 5 files have no prediction: their logits are not finite"):
         predict_files(
             Brightness(bad),

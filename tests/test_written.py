@@ -309,6 +309,26 @@ def test_a_list_of_files_may_be_in_any_encoding(encoding, run, data, tmp_path, m
     assert capsys.readouterr().out.count("6 images: ") == 2
 
 
+def test_each_line_on_stdin_is_answered_before_the_next_one_is_read(run, data, tmp_path, monkeypatch, capsys):
+    pictures = tiny.images(data, "seg_test")[:3]
+    answers = []
+
+    class Lines:
+        closed = False
+
+        def __iter__(self):
+            for name in (pictures[0], tmp_path / "absent.png", *pictures[1:]):
+                yield f"{name}\n"
+                answers.append(capsys.readouterr().out)
+
+    monkeypatch.setattr("sys.stdin", Lines())
+    assert call("predict", run, "-") == 1
+    wanted = [f"{pictures[0]}  ", f"{tmp_path / 'absent.png'}  cannot be read: the file does not", f"{pictures[1]}  "]
+    assert [answer.startswith(start) for answer, start in zip(answers, wanted, strict=False)] == [True] * 3
+    assert [answer.count("\n") for answer in answers] == [1] * 4
+    assert capsys.readouterr().out.startswith("3 images: ")
+
+
 @pytest.mark.parametrize(("command", "number"), [("predict", signal.SIGTERM), ("evaluate", signal.SIGINT)])
 def test_what_is_stopped_ends_in_a_sentence_that_offers_no_resume(command, number, run, data, monkeypatch, capsys):
     def stop(*_, **__):
