@@ -11,6 +11,7 @@ from images import demo
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; inherited by every process a test starts
 
+import forks
 import pytest
 import tiny
 from tiny import ROOT, SMALL, run_main
@@ -93,18 +94,20 @@ def real_folder(tmp_path_factory):
 def trained(scenes_folder, tmp_path_factory):
     """Return finished runs of each precision by name: (folder, exit status, stdout, stderr)."""
     checkpoints = tmp_path_factory.mktemp("runs")
-    flags = {
-        "fp32": [],
-        "amp-bf16": ["--amp"],
-        "amp-fp16": ["--amp", "--amp_dtype=float16", "--model=tiny_classifier", "--epochs=1"],
-    }
+    flags = {"fp32": [], "amp-bf16": ["--amp"], "amp-fp16": ["--amp", "--amp_dtype=float16"]}
     runs = {}
     for name, words in flags.items():
         line = [f"--data_dir={scenes_folder}", f"--checkpoint_dir={checkpoints}", f"--checkpoint_name={name}"]
         with tiny.drawing() if name == "fp32" else contextlib.nullcontext():
-            outcome = run_main([*line, *SMALL, *words])
+            outcome = run_main([*line, *SMALL, "--model=tiny_classifier", "--learning_rate=0.03", *words])
         runs[name] = (checkpoints / name, *outcome)
     return runs
+
+
+def pytest_sessionstart(session):
+    """Start the process that forks while all tests are collected: a second core imports what it needs meanwhile."""
+    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        forks.start()
 
 
 def pytest_terminal_summary(terminalreporter, config):

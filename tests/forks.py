@@ -85,7 +85,7 @@ class Process:
         err, self.stderr = _stream(streams.get("stderr"))
         content = json.dumps(request).encode()
         with _one_at_a_time:
-            control = _server()
+            control = start()
             control.sendall(struct.pack("I", len(content)))
             socket.send_fds(control, [content], [source, out, err, theirs])
         for descriptor in (source, out, err, theirs):
@@ -165,7 +165,7 @@ _control: socket.socket | None = None
 _one_at_a_time = threading.Lock()
 
 
-def _server() -> socket.socket:
+def start() -> socket.socket:
     """Return our end of the connection to the process that forks; start it at the first call."""
     global _control
     if _control is None:
