@@ -11,6 +11,7 @@ from utils import UserError, printable
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,24 @@ def _from_environment(name: str, default: int) -> int:
     if not (text.isascii() and text.isdigit()):
         raise UserError(f"the environment variable {name}={printable(text)} is not a whole number: unset it.")
     return int(text)
+
+
+def synchronized(model: nn.Module, ranks: Ranks, device: torch.device, *, accumulate: int, left_over: int) -> nn.Module:
+    """Return `model` with batch statistics of all ranks; the model itself if there is only one.
+
+    `left_over` is the number of images in the last update. Raise UserError if the ranks could wait for one another.
+    """
+    if ranks.size == 1:
+        return model
+    if device.type != "cuda":
+        raise UserError("--sync_batchnorm needs CUDA devices: PyTorch has no such layer for the CPU.")
+    if accumulate > 1:
+        raise UserError("--sync_batchnorm needs the same number of micro-batches: leave out --accumulate.")
+    if left_over < ranks.size:
+        raise UserError(
+            f"--sync_batchnorm needs an image on each of {ranks.size} processes, and the last batch holds {left_over}: "
+            "choose another --batch_size."
+        )
+    import torch
+
+    return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import utils
 from command_line import groups, idle
 from command_line.failures import explain
-from command_line.groups import grouped, take
+from command_line.groups import Asked, grouped, take
 from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
@@ -31,8 +31,6 @@ from utils import Stopped, UserError
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
-
-    from assemble import Setup
 
 
 def main(argv: Sequence[str]) -> int:
@@ -110,6 +108,7 @@ def _end_workers(others: set[BaseProcess]) -> None:
 
 def action(options: Namespace, ranks: Ranks) -> Callable[[], None]:
     """Import the module of the command, and torch if it needs it; return the call that runs the command."""
+    asked = grouped(options)
     match options.command:
         case "prepare":
             from commands.prepare import prepare
@@ -126,51 +125,52 @@ def action(options: Namespace, ranks: Ranks) -> Callable[[], None]:
         case "compare":
             from commands.compare import compare
 
-            return partial(compare, grouped(options), take(groups.Comparison, options))
-    from assemble import Setup
-
-    setup = Setup(options, ranks)
-    match options.command:
+            return partial(compare, asked, take(groups.Comparison, options))
         case "evaluate":
             from commands.evaluate import evaluate_run
 
-            return partial(evaluate_run, setup, take(groups.Evaluation, options))
+            return partial(evaluate_run, asked, ranks, take(groups.Evaluation, options))
         case "predict":
             from commands.predict import predict
 
-            return partial(predict, setup, take(groups.Prediction, options))
+            return partial(predict, asked, ranks, take(groups.Prediction, options))
         case "inspect":
             from commands.inspect import inspect
 
-            return partial(inspect, setup, take(groups.Inspection, options))
+            return partial(inspect, asked, ranks, take(groups.Inspection, options))
         case "export":
             from commands.export import export
 
-            return partial(export, setup, take(groups.Export, options))
+            return partial(export, asked, ranks, take(groups.Export, options))
         case "audit":
             from commands.audit import audit
 
-            return partial(audit, setup, take(groups.Auditing, options))
-    return partial(train, setup)
+            return partial(audit, asked, ranks, take(groups.Auditing, options))
+    return partial(train, asked, ranks)
 
 
-def train(setup: Setup) -> None:
+def train(asked: Asked, ranks: Ranks) -> None:
     """Train, test the best epoch once, and write the run's results. Its steps are in commands/train.py."""
-    from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
-    from runs.resume import find_earlier
+    with utils.importing():
+        from assemble import make_trainer, run_folder, set_up
+        from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
+        from images.asked import data_to_train_on
+        from runs.resume import find_earlier
 
-    asked = setup.asked
+    setup = set_up(asked, ranks)
     place = asked.place
     recording = asked.recording
     announce(setup, model=asked.model.model, logs=recording.logs, safetensors=recording.safetensors)
-    with opened(setup, partial(explain, command=asked.command, options=asked.flat)) as run:
+    run = run_folder(setup)
+    with opened(run, setup.precision, partial(explain, command=asked.command, options=asked.flat)):
         search = partial(find_earlier, run, asked.flat, resume=place.resume, overwrite=place.overwrite)
-        earlier = setup.ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
+        earlier = ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
         started_from = asked.typed & {"pretrained", "pretrained_path", "weights"}
         if earlier.resuming and started_from:
             utils.log.warning(idle.no_effect(started_from, "the run goes on from its last.pt"))
-        data = setup.data(resuming=earlier.resuming)
-        trainer = setup.trainer(data, run, resumed=earlier.config if earlier.resuming else None)
+        continued = run.path if earlier.resuming else None
+        data = data_to_train_on(asked, ranks, setup.preprocess, continued=continued)
+        trainer = make_trainer(setup, data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
         with opened_logs(recording.logs, trainer, asked.flat) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)

@@ -248,9 +248,11 @@ def timm(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], fol
 def ours(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], folder: Path) -> None:
     """Run this package's own Trainer, as `python main.py` does."""
     import train
-    from assemble import Setup
+    from assemble import make_trainer, set_up
+    from command_line.groups import grouped
     from command_line.parsing import parse
     from distributed import Ranks
+    from images.asked import data_to_train_on
     from runs.folder import RunDirectory
 
     words = [
@@ -273,8 +275,9 @@ def ours(arguments: argparse.Namespace, amp: bool, turn: Callable[[], None], fol
         return record
 
     train.update_weights = update_weights
-    setup = Setup(parse(words), Ranks())
-    trainer = setup.trainer(setup.data(), RunDirectory(folder / "peers"))
+    setup = set_up(grouped(parse(words)), Ranks())
+    data = data_to_train_on(setup.asked, setup.ranks, setup.preprocess)
+    trainer = make_trainer(setup, data, RunDirectory(folder / "peers"))
     trainer.train()
 
 

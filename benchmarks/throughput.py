@@ -129,10 +129,12 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
     utils.keep_freed_memory()
     import torch
 
-    from assemble import Setup
+    from assemble import evaluation_batches, make_trainer, set_up
+    from command_line.groups import grouped
     from command_line.parsing import parse, precision_words
     from distributed import Ranks
     from evaluate import evaluate
+    from images.asked import data_to_train_on
     from runs.folder import RunDirectory
     from train import update_weights
 
@@ -147,10 +149,10 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         *(["--compile"] if compiled else []),
     ]
     started = time.perf_counter()
-    setup = Setup(parse(words), Ranks())
-    data = setup.data()
+    setup = set_up(grouped(parse(words)), Ranks())
+    data = data_to_train_on(setup.asked, setup.ranks, setup.preprocess)
     open_seconds = time.perf_counter() - started
-    trainer = setup.trainer(data, RunDirectory(folder))
+    trainer = make_trainer(setup, data, RunDirectory(folder))
     trainer.network.begin_epoch(0)
 
     def updates(source: Iterator, count: int) -> float:
@@ -201,7 +203,7 @@ def package_loop(arguments, side: str, compiled: bool, folder: str) -> tuple[Cal
         trainer.network.model.eval()
         data.test.keep(8 * arguments.batch_size)
         started = time.perf_counter()
-        evaluate(trainer.network.model, setup.batches(data, data.test), trainer.recipe.precision)
+        evaluate(trainer.network.model, evaluation_batches(setup, data, data.test), trainer.recipe.precision)
         return {**facts, "evaluation": len(data.test) / (time.perf_counter() - started)}
 
     return answer_to, {"open_seconds": open_seconds}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from option import OPTIONS
@@ -24,6 +25,11 @@ class Place:
     config: str | None
     resume: str | None
     overwrite: bool
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """Return --checkpoint FILE, or best_model.pt of the named run."""
+        return Path(self.checkpoint or Path(self.checkpoint_dir) / self.checkpoint_name / "best_model.pt")
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,13 @@ class Computing:
     channels_last: bool
     compile: bool
     cuda_graphs: bool
+
+    @property
+    def compile_mode(self) -> str | None:
+        """Return the mode of torch.compile; None if the model is not compiled."""
+        if self.cuda_graphs:
+            return "reduce-overhead"
+        return "default" if self.compile else None
 
 
 @dataclass(frozen=True)
@@ -236,6 +249,13 @@ class Asked:
     recorded: frozenset[str]  # names of those that a config.json gave
     recorded_on: str | None  # the type of the device that it names
     flat: dict[str, Any]  # every option by name, as config.json holds them
+
+    @property
+    def uses_checkpoint(self) -> bool:
+        """Return True if the command uses a trained model."""
+        if self.command in ("train", "compare", "audit"):
+            return False
+        return self.command != "inspect" or bool(self.place.checkpoint or self.place.checkpoint_name)
 
 
 _DEFAULTS = {name: each.default for options in reversed(OPTIONS.values()) for name, each in options.items()}

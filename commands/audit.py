@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from assemble import draw_scenes
+from assemble import find_device, find_precision
 from command_line.kinds import seconds_of
 from command_line.parsing import precision_words, training_words
 from commands.compare import plan, train_all
 from images.decode import Rules, ahead, try_decode, windows_of
+from images.demo import draw_scenes
 from images.folders import Listing
 from images.labels import list_images
 from images.split import PARTS, digest, hold_out, in_groups, united
@@ -29,13 +30,13 @@ from system.machine import cores
 from utils import UserError, log, printable, progress
 
 if TYPE_CHECKING:
-    from assemble import Setup
-    from command_line.groups import Auditing
+    from command_line.groups import Asked, Auditing
+    from distributed import Ranks
 
 
-def audit(setup: Setup, own: Auditing) -> None:
-    """The command: trains one model a fold, then prints and writes what their predictions say of the labels."""
-    asked = setup.asked
+def audit(asked: Asked, ranks: Ranks, own: Auditing) -> None:
+    """Train one model a fold, then print and write what their predictions say of the labels."""
+    precision = find_precision(asked, find_device(asked, ranks)).name
     seed = asked.model.seed
     overwrite = asked.place.overwrite
     max_time = asked.recording.max_time
@@ -60,7 +61,6 @@ def audit(setup: Setup, own: Auditing) -> None:
         for path, _ in image_set.parts.get(part, [])
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    precision = setup.precision.name
     planned = []
     for fold in range(fold_of.max() + 1):
         parts = _parts(labels, fold_of == fold, united(same + groups, len(listing)), seed)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from assemble import draw_scenes
 from command_line.kinds import seconds_of
 from command_line.parsing import parse, precision_words, training_words
+from images.demo import draw_scenes
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions

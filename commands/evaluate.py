@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from assemble import Setup, evaluation_batches, set_up, trained_model
 from choices import METRICS
 from dataset import Batches
+from distributed import Ranks
 from evaluate import NO_PREDICTION, Evaluation, evaluate
+from images.asked import data_to_test_on
 from precision import named_precision
 from reports import tables
 from reports.results import calibration
+from runs.config import record
 from runs.folder import RunDirectory
 from runs.result import confusion_entry
 from runs.writing import PROBABILITIES, csv_text, prediction_rows
@@ -24,12 +28,12 @@ from system.machine import device_name, peak_memory, reset_peak_memory
 from utils import UserError, log, printable
 
 if TYPE_CHECKING:
-    from assemble import Setup
+    from command_line.groups import Asked
     from command_line.groups import Evaluation as Options
     from images.subsets import DataSet
 
 
-def evaluate_run(setup: Setup, own: Options) -> None:
+def evaluate_run(asked: Asked, ranks: Ranks, own: Options) -> None:
     """Print the test's summary, or with --precisions one line for each and which predictions change."""
     precisions = own.precisions
     if precisions and (own.csv or own.out):
@@ -38,14 +42,15 @@ def evaluate_run(setup: Setup, own: Options) -> None:
             "--precisions. --json takes the table of all precisions."
         )
     refuse_missing_folders(own.csv, own.json)
-    checkpoint = setup.checkpoint
-    data = setup.test_data()
-    model = setup.trained(checkpoint)
-    batches = setup.batches(data, data.test)
+    setup = set_up(asked, ranks)
+    checkpoint = setup.trained
+    data = data_to_test_on(asked, ranks, setup.preprocess, checkpoint)
+    model = trained_model(setup, checkpoint)
+    batches = evaluation_batches(setup, data, data.test)
     if precisions:
         rows = parity(model, batches, precisions, data.names(data.test), data.classes)
-        if setup.ranks.is_first:
-            file = setup.checkpoint_file.with_name("parity.json")
+        if ranks.is_first:
+            file = asked.place.checkpoint_file.with_name("parity.json")
             print(tables.parity_table(rows))
             for place in [file, *([Path(own.json)] if own.json else [])]:
                 write_text(place, json_text(rows, indent=1) + "\n")
@@ -57,7 +62,7 @@ def evaluate_run(setup: Setup, own: Options) -> None:
     found = evaluate(model, batches, setup.precision, keep_logits=keep_logits, description="testing")
     seconds = time.perf_counter() - started
     found.require_finite(setup.precision)
-    if setup.ranks.is_first:
+    if ranks.is_first:
         training = {
             "best_epoch": checkpoint["epoch"],
             "best_val_acc": checkpoint["val_acc"],
@@ -85,9 +90,12 @@ def _write(setup: Setup, own: Options, data: DataSet, found: Evaluation, result:
             raise UserError(
                 f"--out {printable(own.out)} is a run's folder: choose another, or one that is not there yet."
             )
+        checkpoint = setup.trained
+        settled = {"model": checkpoint["model_name"]}
+        config = record(setup, data, model_options=checkpoint["model_options"], settled=settled)
         run.open()
         try:
-            run.write_json("config.json", setup.config(data, setup.checkpoint["model_options"]))
+            run.write_json("config.json", config)
             run.write_csv("predictions.csv", predictions(data, found))
             run.write_json("result.json", result)
         finally:

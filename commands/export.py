@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from assemble import set_up, trained_model
 from images import decode
 from images.decode import Rules, try_decode
 from images.split import read_split
@@ -30,8 +31,8 @@ from transforms import Preprocess, resize
 from utils import RunError, UserError, log, printable
 
 if TYPE_CHECKING:
-    from assemble import Setup
-    from command_line.groups import Export
+    from command_line.groups import Asked, Export
+    from distributed import Ranks
 
 # The largest differences that may be between the exported graph and `predict`.
 PIXELS = 2  # of 255: ONNX Runtime resizes in float32, `predict` in fixed point
@@ -39,16 +40,18 @@ LOGITS = 1e-4  # as a share of the largest logit; eleven architectures stay belo
 PROBABILITIES = 1e-3
 
 
-def export(setup: Setup, own: Export) -> None:
+def export(asked: Asked, ranks: Ranks, own: Export) -> None:
     """The command: writes a trained run as ONNX, or its weights as safetensors."""
     refuse_missing_folders(own.out)
-    checkpoint = setup.checkpoint
+    setup = set_up(asked, ranks)
+    checkpoint = setup.trained
+    source = asked.place.checkpoint_file
     if own.safetensors:
-        write_safetensors(checkpoint, Path(own.out or setup.checkpoint_file.with_name("best_model.safetensors")))
+        write_safetensors(checkpoint, Path(own.out or source.with_name("best_model.safetensors")))
     else:
-        file = Path(own.out or setup.checkpoint_file.with_name("model.onnx"))
-        images = images_of_test(checkpoint, setup.checkpoint_file.parent)
-        print(export_onnx(setup.trained(checkpoint), checkpoint, file, images))
+        file = Path(own.out or source.with_name("model.onnx"))
+        images = images_of_test(checkpoint, source.parent)
+        print(export_onnx(trained_model(setup, checkpoint), checkpoint, file, images))
 
 
 def images_of_test(checkpoint: dict[str, Any], folder: Path, most: int = 8) -> list[np.ndarray]:

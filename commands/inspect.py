@@ -11,12 +11,14 @@ from torch import nn
 
 from ampscope import InspectError, Report, inspect_step
 from ampscope.module import broken_rules, show
+from assemble import Setup, new_model, set_up, trained_model, training_batches, update_shape
+from images.asked import data_to_train_on
 from reports.results import read_metrics
 from utils import RunError, UserError
 
 if TYPE_CHECKING:
-    from assemble import Setup
-    from command_line.groups import Inspection
+    from command_line.groups import Asked, Inspection
+    from distributed import Ranks
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 # Once the library is imported, this program's folder leaves the path: `import evaluate` in a user's file then finds
@@ -27,10 +29,10 @@ START = (
 )
 
 
-def inspect(setup: Setup, own: Inspection) -> None:
+def inspect(asked: Asked, ranks: Ranks, own: Inspection) -> None:
     """Print the report, and write JSON, pictures and a page into --out."""
-    place = setup.asked.place
-    device = setup.asked.computing.device
+    place = asked.place
+    device = asked.computing.device
     words = [f"--out={own.out}", *(["--full"] if own.full else []), *(["--strict"] if own.strict else [])]
     if own.script is not None:
         trace_script([*words, own.script, *(own.inputs or [])])
@@ -46,10 +48,7 @@ def inspect(setup: Setup, own: Inspection) -> None:
     )
     try:
         report = inspect_classifier(
-            setup,
-            trained=bool(place.checkpoint_name or place.checkpoint),
-            precisions=own.precisions,
-            metrics=read_metrics(Path(file)) if file else [],
+            set_up(asked, ranks), precisions=own.precisions, metrics=read_metrics(Path(file)) if file else []
         )
         show(report, out=own.out, full=own.full)
     except InspectError as error:
@@ -82,16 +81,15 @@ def trace_script(words: list[str]) -> None:
         raise (UserError if done.returncode == 2 else RunError)(f"the script's trace ended with {done.returncode}")
 
 
-def inspect_classifier(
-    setup: Setup, *, trained: bool, precisions: list[str] | None, metrics: list[dict[str, Any]]
-) -> Report:
+def inspect_classifier(setup: Setup, *, precisions: list[str] | None, metrics: list[dict[str, Any]]) -> Report:
     """Return the report on a batch of the data set and the model of a run, or a new one."""
-    stored = setup.checkpoint if trained else None
-    data = setup.data(classes=stored["classes"] if stored else None)
-    images, labels, *_ = next(next(setup.batches(data, data.train, train=True).epoch(0)))
+    stored = setup.checkpoint
+    classes = stored["classes"] if stored else None
+    data = data_to_train_on(setup.asked, setup.ranks, setup.preprocess, classes=classes)
+    images, labels, *_ = next(next(training_batches(setup, data, update_shape(setup)).epoch(0)))
     scales = [line["loss_scale"] for line in metrics if (line.get("loss_scale") or 1) != 1]
     return inspect_step(
-        setup.trained(stored).train() if stored else setup.model(len(data.classes)),
+        trained_model(setup, stored).train() if stored else new_model(setup, len(data.classes)),
         (images, labels),
         lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
         precisions=precisions,

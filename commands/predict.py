@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from assemble import set_up, trained_model
 from command_line.kinds import images_asked
 from commands.answers import Table
 from commands.explain import explain_predictions
 from commands.submission import read_sample
 from evaluate import probabilities, way_out
+from images.asked import trained_rules
 from images.decode import Rules, ahead, try_decode
 from images.inputs import Item, listed, refuse_missing
 from precision import Precision
@@ -29,26 +31,26 @@ from transforms import Preprocess
 from utils import RunError, Stopped, UserError, amount, printable, progress
 
 if TYPE_CHECKING:
-    from assemble import Setup
-    from command_line.groups import Prediction
+    from command_line.groups import Asked, Prediction
+    from distributed import Ranks
 
 SUBMISSION = "submission.csv"
 
 
-def predict(setup: Setup, own: Prediction) -> None:
+def predict(asked: Asked, ranks: Ranks, own: Prediction) -> None:
     """Classify files and folders with a trained run."""
     refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain)
     if own.submission and Path(own.submission).resolve() == Path(own.csv or SUBMISSION).resolve():
         raise UserError(f"{printable(own.submission)} is the sample: name another file to write with --csv.")
-    checkpoint = setup.checkpoint
-    asked = setup.asked
+    setup = set_up(asked, ranks)
+    checkpoint = setup.trained
     predict_files(
-        setup.trained(checkpoint),
+        trained_model(setup, checkpoint),
         checkpoint["classes"],
         own,
         preprocess=setup.preprocess,
         precision=setup.precision,
-        rules=setup.rules,
+        rules=trained_rules(asked, setup.preprocess, checkpoint),
         batch_size=images_at_once(images_asked(asked.training.batch_size), setup.device),
         workers=min(8, cores()) if asked.data.num_workers is None else asked.data.num_workers,
     )

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from assemble import Setup, evaluation_batches, trained_model
 from commands.evaluate import predictions, test_result
 from commands.explain import explain_mistakes
 from commands.export import require_safetensors, write_safetensors
 from evaluate import evaluate
 from images.subsets import DataSet
 from model import constructor_options
+from precision import Precision
 from reports import tables
 from reports.results import EXPLANATIONS, busy_share, training_rate, training_seconds
 from runs import resume
 from runs.checkpoint import load_checkpoint
+from runs.config import record
 from runs.folder import RunDirectory
 from runs.logs import Logs, refuse_missing_packages
 from runs.writing import PROBABILITIES
@@ -28,9 +31,6 @@ from system.files import read_json
 from system.terminal import duration
 from train import Trainer
 from utils import RunError, Stopped, amount, importing, log, printable, typed
-
-if TYPE_CHECKING:
-    from assemble import Setup
 
 
 def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) -> None:
@@ -48,21 +48,22 @@ def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) ->
 
 
 @contextlib.contextmanager
-def opened(setup: Setup, explain: Callable[[BaseException], tuple[int, str]]) -> Iterator[RunDirectory]:
-    """The run's folder, locked; a failure that belongs to the run is recorded in it.
+def opened(
+    run: RunDirectory, precision: Precision, explain: Callable[[BaseException], tuple[int, str]]
+) -> Iterator[None]:
+    """Lock the run's folder; record a failure that belongs to the run in it.
 
     `explain` gives an error's exit status and its reason in words.
     """
-    run = setup.run
     run.open()
     try:
-        yield run
+        yield
     except Exception as error:
         status, reason = explain(error)
         earlier = any(run.file(name).exists() for name in ("last.pt", "result.json"))
         if reason and not isinstance(error, NotDrawn) and (status == 1 or (status == 2 and not earlier)):
             with contextlib.suppress(RunError):  # the disk may be the failure
-                failure = {"precision": setup.precision.name, "reason": reason.splitlines()[0]}
+                failure = {"precision": precision.name, "reason": reason.splitlines()[0]}
                 run.write_json("failure.json", failure | getattr(error, "record", {}))
         raise
     finally:
@@ -70,37 +71,43 @@ def opened(setup: Setup, explain: Callable[[BaseException], tuple[int, str]]) ->
 
 
 def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resume.Earlier) -> None:
-    """Goes on from last.pt, or begins a new run in place of what the folder held."""
-    config = setup.config(data, constructor_options(trainer.network.model))
+    """Go on from last.pt, or begin a new run in place of what the folder held."""
+    run = trainer.run
+    settled = {
+        "batch_size": trainer.batches.batch_size,
+        "accumulate": trainer.batches.accumulate,
+        "checkpoint_name": run.path.relative_to(setup.asked.place.checkpoint_dir).as_posix(),
+    }
+    config = record(setup, data, model_options=constructor_options(trainer.network.model), settled=settled)
     if earlier.resuming:
         begun_in = earlier.config.get("precision")
         resume.restore(trainer, data, model_name=config["options"]["model"], was=earlier.config["dataset"])
         if setup.precision.name != begun_in:  # only after its validation overflowed
-            setup.run.write_json("config.json", config | {"begun_in": begun_in})
+            run.write_json("config.json", config | {"begun_in": begun_in})
     else:  # only here is everything known to be right: a mistake must not cost an earlier run
-        resume.remove_results(setup.run)
-        setup.run.write_json("config.json", config)
-        setup.run.write_csv("split.csv", data.split())
-        show_first_batch(setup, trainer, data)
+        resume.remove_results(run)
+        run.write_json("config.json", config)
+        run.write_csv("split.csv", data.split())
+        show_first_batch(trainer, data)
     if earlier.config:
         resume.say_differences(earlier.config, config)
     log.info(
         f"{len(data.train):,} training, {len(data.validation):,} validation and {len(data.test):,} test images in "
         f"{len(data.classes)} classes; {amount(trainer.batches.updates_per_epoch, 'update', 'updates')} an epoch; "
-        f"run: {setup.run.path}"
+        f"run: {run.path}"
     )
 
 
-def show_first_batch(setup: Setup, trainer: Trainer, data: DataSet) -> None:
-    """Draws batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
-    if not setup.run.writes:
+def show_first_batch(trainer: Trainer, data: DataSet) -> None:
+    """Draw batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
+    if not trainer.run.writes:
         return
     images, labels = trainer.batches.first_images(24)
     try:
         with importing():
             from reports.pictures import batch
 
-        batch(images, labels.numpy(), data.classes, setup.run.file("batch.png"))
+        batch(images, labels.numpy(), data.classes, trainer.run.file("batch.png"))
     except Exception as error:  # as in `show`; a training does not depend on a picture
         log.warning(f"no batch.png: {printable(f'{type(error).__name__}: {error}')[:300]}")
 
@@ -139,11 +146,11 @@ def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
 
 def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) -> None:
     """Tests the best epoch once; writes the predictions and the result; prints the summary."""
-    run = setup.run
+    run = trainer.run
     at = trainer.progress
-    model = setup.trained(setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
+    model = trained_model(setup, setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
     torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
-    batches = setup.batches(data, data.test)
+    batches = evaluation_batches(setup, data, data.test, trainer.validation.batch_size)
     keep_logits = len(data.classes) <= PROBABILITIES
     found = evaluate(model, batches, setup.precision, keep_logits=keep_logits, description="testing")
     found.require_finite(setup.precision, "go on with --resume")

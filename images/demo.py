@@ -1,6 +1,6 @@
 """Draw the built-in demo data set: scenes of six classes, in the layout of the Intel archive.
 
-Imports no torch. option.py decides how many scenes a device gets, and their size.
+Imports no torch. command_line/presets.py says how many scenes a CUDA device gets, and their size.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from pathlib import Path
 
 import numpy as np
 
+from command_line.presets import SCENES_ON_CUDA
 from images.placing import building, explained, finish_interrupted, one_writer, refuse_existing
 from images.scenes import CLASSES, SIZE, VERSION, draw_scene
 from system.files import json_text
-from utils import RunError, progress
+from system.machine import cores
+from utils import RunError, choose_device, progress
 
 IN_PROCESSES = 400  # the number of scenes above which processes draw faster than one, their start included
+
+
+def draw_scenes(data_dir: str, device_name: str) -> None:
+    """Draw the demo's scenes below `data_dir` if they are missing, as many and as large as suit the device."""
+    is_cuda = choose_device(device_name, use=False).type == "cuda"
+    draw_demo(Path(data_dir), exact=False, workers=cores(), **(SCENES_ON_CUDA if is_cuda else {}))
 
 
 def draw_demo(

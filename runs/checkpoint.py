@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -21,6 +21,10 @@ from pretrained.files import METADATA, load_file
 from runs.writing import replace_file
 from system.files import json_text
 from utils import UserError, log, printable, typed
+
+if TYPE_CHECKING:
+    from images.subsets import DataSet
+    from transforms import Preprocess
 
 FORMAT = 2  # of a checkpoint; others are refused
 
@@ -105,35 +109,33 @@ class Progress:
 
 
 def identity(
+    data: DataSet,
     *,
-    classes: list[str],
     model_name: str,
     model_options: dict[str, Any],
-    image_size: int,
+    preprocess: Preprocess,
     normalize: str,
-    reading: dict[str, Any],
     precision: str,
-    fingerprint: str,
-    windows: dict[str, list[float]] | None = None,
     float32_layers: str | None = None,
 ) -> dict[str, Any]:
     """Return the description that every checkpoint contains, enough to use it without its run's folder.
 
-    `model_options` are the arguments of the model's constructor except the number of classes, `reading` the mean, std
-    and interpolation for preparing images. `windows` gives, for a mode of deep grey images, the values shown as black
-    and white.
+    `model_options` are the arguments of the model's constructor except the number of classes. `windows` gives, for a
+    mode of deep grey images, the values shown as black and white.
     """
     return {
         "format": FORMAT,
-        "classes": classes,
+        "classes": data.classes,
         "model_name": model_name,
         "model_options": model_options,
-        "image_size": image_size,
+        "image_size": preprocess.image_size,
         "normalize": normalize,
-        **reading,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "interpolation": preprocess.interpolation,
         "precision": precision,
-        "fingerprint": fingerprint,
-        "windows": windows or {},
+        "fingerprint": data.fingerprint,
+        "windows": {mode: list(window) for mode, window in data.rules.windows.items()},
         "float32_layers": float32_layers,
     }
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from system.files import read_json, reading
+from system.machine import device_name
 from utils import printable
 
 if TYPE_CHECKING:
+    from assemble import Setup
     from images.subsets import DataSet
 
 NOT_RECORDED = ("command", "evaluate", "recorded", "recorded_on")  # of the Namespace
@@ -44,6 +46,28 @@ def versions(model_name: str) -> dict[str, str]:
         "pillow": PIL.__version__,
         "scikit-learn": version("scikit-learn"),
         **({"timm": version("timm")} if model_name.lower().startswith("timm:") else {}),
+    }
+
+
+def record(setup: Setup, data: DataSet, *, model_options: dict[str, Any], settled: dict[str, Any]) -> dict[str, Any]:
+    """Return what config.json records: every option, versions, device and data.
+
+    `settled` are the values of options that were left open, such as a batch size that was chosen.
+    """
+    import torch
+
+    options = {name: value for name, value in setup.asked.flat.items() if name not in NOT_RECORDED} | settled
+    return {
+        "options": options,
+        "versions": versions(options["model"]),
+        "model_options": model_options,
+        "device": setup.device.type,
+        "device_name": device_name(setup.device),
+        "threads": torch.get_num_threads(),
+        "ranks": setup.ranks.size,
+        "precision": setup.precision.name,
+        "precision_reason": setup.precision.reason,
+        "dataset": describe(data),
     }
 
 

@@ -234,7 +234,7 @@ def test_demo_draws_its_data_and_trains_with_its_defaults(tmp_path, run, monkeyp
     draw = demo.draw_demo
     drawn = []
     monkeypatch.setattr(
-        "assemble.draw_demo", lambda root, **_: drawn.append(root) or draw(root, train_images=60, test_images=18)
+        "images.demo.draw_demo", lambda root, **_: drawn.append(root) or draw(root, train_images=60, test_images=18)
     )
     monkeypatch.chdir(tmp_path)
     status, out, err = run(["--demo", "--checkpoint_name", "demo", "--epochs", "1", "--model", "tiny_classifier"])
@@ -463,15 +463,17 @@ def test_output_without_a_folder_is_refused_before_the_work(trained, tmp_path, r
 
 
 def test_options_of_a_training_reach_its_batches(scenes_folder, tmp_path):
-    from assemble import Setup
+    from assemble import set_up, training_batches, update_shape
+    from command_line.groups import grouped
     from distributed import Ranks
+    from images.asked import data_to_train_on
 
     given = words(
         scenes_folder, tmp_path, "run", "--seed=5", "--accumulate=2", "--augment=crop", "--mixup=0.3", "--cutmix=0.7"
     )
-    setup = Setup(parsing.parse(given), Ranks())
-    data = setup.data()
-    batches = setup.batches(data, data.train, train=True)
+    setup = set_up(grouped(parsing.parse(given)), Ranks())
+    data = data_to_train_on(setup.asked, setup.ranks, setup.preprocess)
+    batches = training_batches(setup, data, update_shape(setup))
     assert (batches.seed, batches.accumulate, batches.augment) == (5, 2, "crop")
     assert (batches.mixup, batches.cutmix) == (0.3, 0.7)
 

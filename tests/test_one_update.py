@@ -8,10 +8,12 @@ import tiny
 import torch
 from test_heads import in_heads, register_two_heads
 
-from assemble import Setup
+from assemble import make_trainer, set_up
+from command_line.groups import grouped
 from command_line.parsing import parse
 from dataset import Batches
 from distributed import Ranks
+from images.asked import data_to_train_on
 from model import StepModel
 from optimizer import SmoothedCrossEntropy, make_optimizer
 from precision import Precision
@@ -91,17 +93,16 @@ def opened(data, tmp_path_factory):
     tiny.register_classifier()
     register_two_heads()
     folder = tmp_path_factory.mktemp("runs")
-    return Setup(parse(tiny.words(data, folder, "--model=tiny_classifier")), Ranks()).data(), folder
+    setup = set_up(grouped(parse(tiny.words(data, folder, "--model=tiny_classifier"))), Ranks())
+    return data_to_train_on(setup.asked, setup.ranks, setup.preprocess), folder
 
 
 @pytest.mark.parametrize("seed", range(40))
 def test_every_parameter_moves_in_one_update_or_is_frozen(data, opened, seed):
     images, folder = opened
     options = drawn(seed, OPTIONS)
-    setup = Setup(
-        parse(tiny.words(data, folder, *words_of(options), "--warmup_epochs=0", "--learning_rate=0.5")), Ranks()
-    )
-    trainer = setup.trainer(images, RunDirectory(folder / "run"))
+    words = tiny.words(data, folder, *words_of(options), "--warmup_epochs=0", "--learning_rate=0.5")
+    trainer = make_trainer(set_up(grouped(parse(words)), Ranks()), images, RunDirectory(folder / "run"))
     network = trainer.network
     network.begin_epoch(0)
     before = copy.deepcopy(dict(network.model.named_parameters()))

@@ -121,18 +121,19 @@ def subset(count=22, classes=3, seed=0, side=9):
 
 def identity(image_size: int = 9) -> dict:
     """Return the description in a checkpoint of a network with three classes."""
-    from pretrained.torchvision_models import preprocessing
+    import torch
+
+    from images.subsets import DataSet
     from runs import checkpoint
+    from transforms import Preprocess
 
     return checkpoint.identity(
-        classes=["a", "b", "c"],
+        DataSet(Path("."), ["a", "b", "c"], {}, "of noise", []),
         model_name="mine",
         model_options={},
-        image_size=image_size,
+        preprocess=Preprocess(torch.device("cpu"), image_size),
         normalize="imagenet",
-        reading=preprocessing(),
         precision="fp32",
-        fingerprint="of noise",
     )
 
 

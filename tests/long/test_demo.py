@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import assemble
 import main
 import utils
 from command_line import presets
@@ -21,9 +20,9 @@ def test_demo_on_cuda_has_sizes_of_its_own(monkeypatch, tmp_path):
     """A comparison on a GPU, up to its first training."""
     monkeypatch.chdir(tmp_path)
     drawn = []
-    for module in (utils, assemble, compare):
+    for module in (utils, demo, compare):
         monkeypatch.setattr(module, "choose_device", lambda name, use: torch.device("cuda", 0))
-    monkeypatch.setattr(assemble, "draw_demo", lambda root, **asked: drawn.append((root, asked)))
+    monkeypatch.setattr(demo, "draw_demo", lambda root, **asked: drawn.append((root, asked)))
     monkeypatch.setattr(compare, "sensible_precisions", lambda device: ["fp32", "amp-fp16"])
     monkeypatch.setattr(compare, "run_all", lambda folder, names, seeds, words, **_: drawn.append((names, words)))
     monkeypatch.setattr(compare, "report_runs", lambda *_: None)

@@ -13,7 +13,8 @@ from tiny import refused
 from torchvision import models
 
 import main
-from assemble import Setup
+from assemble import run_folder, set_up
+from command_line.groups import grouped
 from command_line.parsing import parse
 from distributed import Ranks
 from images.decode import Rules, decode
@@ -175,4 +176,4 @@ def test_a_run_of_a_timm_model_is_compared_with_another(tmp_path, capsys):
 
 def test_a_run_without_a_name_is_a_folder_on_every_system(tmp_path):
     words = [f"--checkpoint_dir={tmp_path}", "--model=timm:test_resnet", "--device=cpu"]
-    assert Setup(parse(words), Ranks()).run.path == tmp_path / "timm_test_resnet_fp32"
+    assert run_folder(set_up(grouped(parse(words)), Ranks())).path == tmp_path / "timm_test_resnet_fp32"

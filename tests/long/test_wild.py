@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import tiny
 
-import assemble
+import images.asked
 import main
 import train as training
 import utils
@@ -123,7 +123,7 @@ def test_every_signal_that_means_stop_asks_to_stop(number, handlers):
 @pytest.mark.parametrize("number", NUMBERS)
 def test_a_signal_before_the_training_ends_it_in_words(number, handlers, data, tmp_path, monkeypatch, capsys):
     """While images are decoded, say: nothing to save, but no default that kills without a word."""
-    monkeypatch.setattr(assemble.Setup, "data", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr(images.asked, "data_to_train_on", lambda *_, **__: signal.raise_signal(number))
     assert main.main(tiny.words(data, tmp_path)) == 128 + number
     assert "--resume" in capsys.readouterr().err
 
