@@ -114,8 +114,15 @@ def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypa
     assert len(answers) == 7
     for answer in answers:
         printed = []
-        exec(program.replace("x.jpg", answer["path"]), {"print": printed.append})
-        assert np.abs(printed[0][0] - list(answer["probabilities"].values())).max() < 1e-4, answer["path"]
+        names = {"print": printed.append}
+        exec(program.replace("x.jpg", answer["path"]), names)
+        wanted = answer["probabilities"]
+        assert names["classes"] == [*wanted]
+        assert np.abs(names["probabilities"] - [*wanted.values()]).max() < 1e-4, answer["path"]
+        best = answer["top"][0]
+        name, _, share = printed[0].rpartition(": ")
+        assert wanted[name] == pytest.approx(best["probability"], abs=1e-4) and len(printed) == 3
+        assert float(share.removesuffix("%")) == pytest.approx(100 * best["probability"], abs=0.1)
 
 
 @pytest.mark.parametrize("views", ["flip", "eight"])
