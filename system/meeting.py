@@ -6,13 +6,11 @@ Knows nothing of what the processes compute; a job of one process needs none of 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import gc
 import os
 import re
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from datetime import timedelta
@@ -25,7 +23,7 @@ from utils import RunError, UserError, printable, wrapped
 PATIENCE = timedelta(minutes=5)  # for processes that start later
 
 
-def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
+def join(ranks: Ranks) -> None:
     """Join torchrun's process group if there is one: NCCL between CUDA devices, gloo between CPUs.
 
     Raise UserError if only a part of torchrun's environment is set, RunError if the processes cannot connect. Each
@@ -40,18 +38,14 @@ def join(ranks: Ranks, *, patience: timedelta | None = None) -> None:
         import torch.distributed as dist
 
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        store, rank, size = next(dist.rendezvous("env://", timeout=patience or PATIENCE))
+        store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
         own = dist.PrefixStore(f"amp-train/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=size)
 
     meeting = _in_thread(meet)
-    started = time.monotonic()
-    said = False
-    while not meeting.done():
-        wait([meeting], timeout=0.2)
-        if not said and ranks.local_rank == 0 and time.monotonic() - started > 10:
-            said = True
-            print(f"waiting for other processes at {place} ...", file=sys.stderr, flush=True)
+    wait([meeting], timeout=10)
+    if not meeting.done() and ranks.local_rank == 0:
+        print(f"waiting for other processes at {place} ...", file=sys.stderr, flush=True)
     error = meeting.exception()
     if error is not None:
         raise RunError(
@@ -64,13 +58,12 @@ def _meeting_place(ranks: Ranks) -> str:
     """Return HOST:PORT for the rendezvous. Raise UserError if a part of it is missing."""
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
-        verb = "is" if len(missing) == 1 else "are"
         raise UserError(
-            f"WORLD_SIZE={ranks.size} says that this is one of {ranks.size} processes, but {', '.join(missing)} {verb} "
-            "not set.\nStart it with torchrun, or for one process alone: unset WORLD_SIZE."
+            f"WORLD_SIZE={ranks.size} is set, but not {', '.join(missing)}.\nStart the job with torchrun, or one "
+            "process alone: unset WORLD_SIZE."
         )
     port = os.environ["MASTER_PORT"]
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
         raise UserError(f"MASTER_PORT={printable(port)} is not a port: it must be a number from 1 to 65535.")
     return f"{printable(os.environ['MASTER_ADDR'])}:{port}"
 
@@ -87,8 +80,8 @@ def leave(ranks: Ranks) -> None:
 def end(status: int) -> NoReturn:
     """End this process; one of several skips Python's own shutdown after the exit handlers.
 
-    If Ctrl-C interrupts a thread that waits in C++ for other processes, the thread would return into a Python that is
-    shutting down and abort the process (SIGABRT, exit status 134 instead of 130). So would gloo's threads.
+    Otherwise a thread of gloo, or one that Ctrl-C interrupted while it waited in C++ for other processes, would return
+    into a Python that is shutting down and abort the process (SIGABRT, exit status 134 instead of 130).
     """
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         gc.freeze()  # otherwise Python searches all objects of PyTorch once more, which takes a second
@@ -96,10 +89,8 @@ def end(status: int) -> NoReturn:
     try:
         threading._shutdown()  # type: ignore[attr-defined] # waits for threads that write
         atexit._run_exitfuncs()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
-                stream.flush()
-    finally:  # also if a signal interrupts it
+        sys.stdout.flush()
+    finally:  # also if a signal interrupts it, or standard output has no reader
         os._exit(status)
 
 
@@ -112,21 +103,13 @@ def share_cores(ranks: Ranks) -> None:
     import torch
 
     asked = os.environ.get("OMP_NUM_THREADS")
-    if asked and not (asked == "1" and ranks.size > 1):
-        return
-    beside = os.environ.get("LOCAL_WORLD_SIZE", "")
-    here = int(beside) if beside.isdigit() and int(beside) else 1
-    torch.set_num_threads(max(1, computing_cores() // here))
+    if not asked or (asked == "1" and ranks.size > 1):
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, computing_cores() // beside))
 
 
 def say_once(message: str, ranks: Ranks) -> None:
     """Print to stderr; of several processes only the first one to fail prints, so that only its reason is shown."""
-    if ranks.size == 1 or _is_first_to_fail():
-        print(wrapped(message, sys.stderr), file=sys.stderr, flush=True)
-
-
-def _is_first_to_fail() -> bool:
-    """Count failures in the store of torchrun; return True if it does not answer."""
 
     def count() -> int:
         import torch.distributed as dist
@@ -135,9 +118,12 @@ def _is_first_to_fail() -> bool:
         store = dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
         return store.add(f"amp-train/failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1)
 
-    failures = _in_thread(count)  # another program at this port may never answer
-    wait([failures], timeout=6)
-    return not failures.done() or failures.exception() is not None or failures.result() == 1
+    if ranks.size > 1:
+        failures = _in_thread(count)  # another program at this port may never answer
+        wait([failures], timeout=6)
+        if failures.done() and not failures.exception() and failures.result() > 1:
+            return
+    print(wrapped(message, sys.stderr), file=sys.stderr, flush=True)
 
 
 def in_words(error: BaseException) -> str | None:
