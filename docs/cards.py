@@ -11,7 +11,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from system.cards import markdown_table  # noqa: E402 (found beside this folder)
+from system import cards  # noqa: E402 (found beside this folder)
 
 PAGE = """# Which precision on my card?
 
@@ -42,6 +42,42 @@ GPUs](https://docs.pytorch.org/docs/stable/notes/get_start_xpu.html); Apple, [Me
 set](https://developer.apple.com/metal/Metal-Feature-Set-Tables.pdf); cards that give NaN: the list in Ultralytics'
 `check_amp`, collected from its users' reports.
 """
+
+
+def all_cards() -> list[cards.Card]:
+    """Return all rows."""
+    turing = next(place for place, card in enumerate(cards.NVIDIA) if card.capability == (7, 5))
+    nvidia = [*cards.NVIDIA[: turing + 1], cards.FAULTY_CARDS, *cards.NVIDIA[turing + 1 :]]
+    return [
+        *nvidia,
+        *(card for _, card in cards.AMD),
+        cards.INTEL_GPU,
+        cards.APPLE_NEW,
+        cards.APPLE_OLD,
+        *(card for _, card in cards.CPUS),
+    ]
+
+
+def markdown_table() -> str:
+    """Return the table "which precision on my card" in Markdown."""
+    lines = [
+        "| device | compute capability | examples | float16 | bfloat16 | TF32 | float8 | `--amp` picks | why |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for card in all_cards():
+        cells = [
+            f"NVIDIA {card.family}" if card.capability > (0, 0) else card.family,
+            "{}.{}".format(*card.capability) if card.capability > (0, 0) else "",
+            card.examples,
+            card.float16,
+            card.bfloat16,
+            "yes" if card.tf32 else "no",
+            "yes" if card.float8 else "no",
+            {"amp-fp16": "float16", "amp-bf16": "bfloat16", None: "nothing: refused"}[card.pick],
+            card.reason,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def page() -> str:

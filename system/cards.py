@@ -25,31 +25,33 @@ class Card:
 
     family: str
     examples: str
-    float16: str
-    bfloat16: str
-    tf32: bool
-    float8: bool
-    matrix_unit: str  # the unit that multiplies small matrices, or "none"
-    pick: str | None  # the precision that `--amp` picks; None: `--amp` is refused
-    reason: str
+    pick: str | None = "amp-bf16"  # the precision that `--amp` picks; None: `--amp` is refused
+    reason: str = NO_SCALER_REASON
+    matrix_unit: str = NONE  # the unit that multiplies small matrices
+    float16: str = NATIVE
+    bfloat16: str = NATIVE
+    float8: bool = False
     capability: tuple[int, int] = (0, 0)
+
+    @property
+    def tf32(self) -> bool:
+        """Return True if the device has TF32, which NVIDIA's GPUs have since Ampere."""
+        return self.capability >= (8, 0)
 
 
 def _nvidia(low: tuple[int, int], family: str, examples: str) -> Card:
     """Return a row for the cards from compute capability `low` to the next row."""
     tensor_cores = low >= (7, 0)
-    ampere = low >= (8, 0)
     slow = "no Tensor Cores: float16 halves the memory of activations and brings little or no speed"
     return Card(
-        family=family,
-        examples=examples,
+        family,
+        examples,
+        "amp-fp16",
+        SCALER_REASON if tensor_cores else slow,
+        "Tensor Cores" if tensor_cores else NONE,
         float16=NATIVE if tensor_cores or low == (6, 0) else STORED,
-        bfloat16=NATIVE if ampere else EMULATED,
-        tf32=ampere,
+        bfloat16=NATIVE if low >= (8, 0) else EMULATED,
         float8=low >= (8, 9),
-        matrix_unit="Tensor Cores" if tensor_cores else NONE,
-        pick="amp-fp16",
-        reason=SCALER_REASON if tensor_cores else slow,
         capability=low,
     )
 
@@ -74,102 +76,50 @@ NVIDIA = (  # by compute capability, ascending; a card belongs to the last row t
 _FAULTY = re.compile(r"\bGTX\s?16[3-6]0|\bT(400|500|550|600|1000|1200|2000)\b|\bMX(450|550)\b|\bK40m\b", re.IGNORECASE)
 
 FAULTY_CARDS = Card(
-    family="Turing without Tensor Cores, Tesla K40m",
-    examples="GTX 1630, 1650, 1660; (Quadro) T400, T500, T550, T600, T1000, T1200, T2000; MX450, MX550; Tesla K40m",
+    "Turing without Tensor Cores, Tesla K40m",
+    "GTX 1630, 1650, 1660; (Quadro) T400, T500, T550, T600, T1000, T1200, T2000; MX450, MX550; Tesla K40m",
+    None,
+    "these cards are known to give NaN in float16: train without --amp, or insist with --amp_dtype float16",
     float16=FAULTY,
     bfloat16=EMULATED,
-    tf32=False,
-    float8=False,
-    matrix_unit=NONE,
-    pick=None,
-    reason="these cards are known to give NaN in float16: train without --amp, or insist with --amp_dtype float16",
     capability=(7, 5),
 )
 
-AMD_MATRIX = Card(
-    family="AMD CDNA 1 and 2 (ROCm)",
-    examples="MI100, MI250",
-    float16=NATIVE,
-    bfloat16=NATIVE,
-    tf32=False,
-    float8=False,
-    matrix_unit="matrix cores",
-    pick="amp-fp16",
-    reason="float16 as on other GPUs of device cuda; --amp_dtype bfloat16 works as well",
-)
+_ROCM = ("amp-fp16", "float16 as on other GPUs of device cuda; --amp_dtype bfloat16 works as well")
+_NO_UNIT = "no matrix unit: float16 products run at twice the rate of FP32 at most"
 AMD = (  # the first row whose prefix the architecture has
-    (("gfx908", "gfx90a"), AMD_MATRIX),
-    (("gfx94", "gfx95"), replace(AMD_MATRIX, family="AMD CDNA 3 and 4 (ROCm)", examples="MI300X, MI355X", float8=True)),
-    (("gfx11",), replace(AMD_MATRIX, family="AMD RDNA 3 (ROCm)", examples="RX 7900", matrix_unit="WMMA")),
-    (("gfx12",), replace(AMD_MATRIX, family="AMD RDNA 4 (ROCm)", examples="RX 9070", matrix_unit="WMMA", float8=True)),
-    (
-        ("",),
-        replace(
-            AMD_MATRIX,
-            family="AMD, older (ROCm)",
-            examples="RX 6900, Radeon VII",
-            bfloat16=EMULATED,
-            matrix_unit=NONE,
-            reason="no matrix unit: float16 products run at twice the rate of FP32 at most",
-        ),
-    ),
+    (("gfx908", "gfx90a"), Card("AMD CDNA 1 and 2 (ROCm)", "MI100, MI250", *_ROCM, "matrix cores")),
+    (("gfx94", "gfx95"), Card("AMD CDNA 3 and 4 (ROCm)", "MI300X, MI355X", *_ROCM, "matrix cores", float8=True)),
+    (("gfx11",), Card("AMD RDNA 3 (ROCm)", "RX 7900", *_ROCM, "WMMA")),
+    (("gfx12",), Card("AMD RDNA 4 (ROCm)", "RX 9070", *_ROCM, "WMMA", float8=True)),
+    (("",), Card("AMD, older (ROCm)", "RX 6900, Radeon VII", "amp-fp16", _NO_UNIT, bfloat16=EMULATED)),
 )
 
-INTEL_GPU = Card(
-    family="Intel GPU (xpu)",
-    examples="Arc A770, Arc B580, Data Center GPU Max",
-    float16=NATIVE,
-    bfloat16=NATIVE,
-    tf32=False,
-    float8=False,
-    matrix_unit="XMX",
-    pick="amp-bf16",
-    reason=NO_SCALER_REASON,
-)
+INTEL_GPU = Card("Intel GPU (xpu)", "Arc A770, Arc B580, Data Center GPU Max", matrix_unit="XMX")
 
-APPLE_NEW = Card(
-    family="Apple M3 and later (mps)",
-    examples="M3, M4 Pro",
-    float16=NATIVE,
-    bfloat16=NATIVE,
-    tf32=False,
-    float8=False,
-    matrix_unit=NONE,
-    pick="amp-bf16",
-    reason=NO_SCALER_REASON,
-)
-APPLE_OLD = replace(
-    APPLE_NEW,
-    family="Apple M1 and M2 (mps)",
-    examples="M1 Max, M2 Ultra",
+APPLE_NEW = Card("Apple M3 and later (mps)", "M3, M4 Pro")
+APPLE_OLD = Card(
+    "Apple M1 and M2 (mps)",
+    "M1 Max, M2 Ultra",
+    "amp-fp16",
+    "the GPU of M1 and M2 emulates bfloat16 and computes float16 itself; GradScaler saves small gradients",
     bfloat16=EMULATED,
-    pick="amp-fp16",
-    reason="the GPU of M1 and M2 emulates bfloat16 and computes float16 itself; GradScaler saves small gradients",
 )
 
-_CPU = Card(
-    family="",
-    examples="",
-    float16=EMULATED,
-    bfloat16=NATIVE,
-    tf32=False,
-    float8=False,
-    matrix_unit=NONE,
-    pick="amp-bf16",
-    reason=f"{NO_SCALER_REASON}; PyTorch's float16 kernels on CPUs are slower than those of FP32",
-)
+_CPU = ("amp-bf16", f"{NO_SCALER_REASON}; PyTorch's float16 kernels on CPUs are slower than those of FP32")
+_IMITATED = "bfloat16 is imitated with FP32: only memory traffic shrinks; run doctor to see if that helps"
 CPUS = (  # the first row with an instruction (a name of torch.cpu.get_capabilities) that the processor has
-    ("amx_bf16", replace(_CPU, family="x86 with AMX", examples="Xeon Sapphire Rapids and later", matrix_unit="AMX")),
-    ("avx512_bf16", replace(_CPU, family="x86 with AVX512-BF16", examples="Xeon Cooper Lake, EPYC Zen 4 and later")),
-    ("bf16", replace(_CPU, family="Arm with BF16", examples="Graviton 3 and later, Neoverse V1, N2")),
+    ("amx_bf16", Card("x86 with AMX", "Xeon Sapphire Rapids and later", *_CPU, "AMX", EMULATED)),
+    ("avx512_bf16", Card("x86 with AVX512-BF16", "Xeon Cooper Lake, EPYC Zen 4 and later", *_CPU, float16=EMULATED)),
+    ("bf16", Card("Arm with BF16", "Graviton 3 and later, Neoverse V1, N2", *_CPU, float16=EMULATED)),
     (
         "",
-        replace(
-            _CPU,
-            family="other CPUs",
-            examples="Core, Ryzen before Zen 4, older Xeon and EPYC",
+        Card(
+            "other CPUs",
+            "Core, Ryzen before Zen 4, older Xeon and EPYC",
+            reason=_IMITATED,
+            float16=EMULATED,
             bfloat16=EMULATED,
-            reason="bfloat16 is imitated with FP32: only memory traffic shrinks; run doctor to see if that helps",
         ),
     ),
 )
@@ -208,32 +158,3 @@ def processor(flags: set[str]) -> Card:
 def gives_nan_in_float16(name: str) -> bool:
     """Return True if users report that cards of this name compute NaN in float16."""
     return bool(_FAULTY.search(name))
-
-
-def all_cards() -> list[Card]:
-    """Return all rows, in the order of the table in docs/cards.md."""
-    turing = next(place for place, card in enumerate(NVIDIA) if card.capability == (7, 5))
-    nvidia = [*NVIDIA[: turing + 1], FAULTY_CARDS, *NVIDIA[turing + 1 :]]
-    return [*nvidia, *(card for _, card in AMD), INTEL_GPU, APPLE_NEW, APPLE_OLD, *(card for _, card in CPUS)]
-
-
-def markdown_table() -> str:
-    """Return the table "which precision on my card" in Markdown."""
-    lines = [
-        "| device | compute capability | examples | float16 | bfloat16 | TF32 | float8 | `--amp` picks | why |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for card in all_cards():
-        cells = [
-            f"NVIDIA {card.family}" if card.capability > (0, 0) else card.family,
-            "{}.{}".format(*card.capability) if card.capability > (0, 0) else "",
-            card.examples,
-            card.float16,
-            card.bfloat16,
-            "yes" if card.tf32 else "no",
-            "yes" if card.float8 else "no",
-            {"amp-fp16": "float16", "amp-bf16": "bfloat16", None: "nothing: refused"}[card.pick],
-            card.reason,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
