@@ -320,6 +320,8 @@ OPTIONS = {
         "diary": Option(FILE, None, "draw the loss scale from this diary, which ampscope.watch wrote", CALL),
         "out": Option(DIR, "inspect", "folder for JSON, pictures and the page", CALL),
         "strict": Option(FLAG, False, "end with status 1 if a rule is broken", CALL),
+        "layers": Option(FLAG, False, "show the error of each layer in 16 bits in place of the report", CALL),
+        "find_layers": Option(FLAG, False, "also search for the layers to keep in float32", CALL),
     },
     "one of these": {
         "download": Option(FLAG, False, "download Intel Image Classification from Kaggle", CALL),

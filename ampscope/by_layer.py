@@ -22,7 +22,7 @@ from torch import nn
 
 from ampscope.errors import InspectError
 from ampscope.execution import Execution
-from ampscope.float32_layers import keep_float32, put_back
+from ampscope.float32_layers import KeptFloat32, keep_float32, put_back
 from ampscope.layer_runs import Errors, Key, Seen, has_regions, run_once
 from ampscope.precisions import PRECISIONS, Precision, named_precision, sensible_precisions
 from ampscope.reference import reference
@@ -226,7 +226,8 @@ def _search(
 
 @contextmanager
 def _kept(network: nn.Module, names: list[str]) -> Iterator[None]:
-    kept = keep_float32(network, ",".join(names)) if names else []
+    new = [name for name in names if not isinstance(network.get_submodule(name), KeptFloat32)]
+    kept = keep_float32(network, ",".join(new))
     try:
         yield
     finally:

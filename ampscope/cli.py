@@ -40,13 +40,14 @@ def inspect(words: Sequence[str]) -> int:
 
     import torch
 
-    from ampscope.module import broken_rules, inspect_module, show
+    from ampscope.module import broken_rules, inspect_module, layers_of_module, show, show_layers
 
     device = torch.device(options.device) if options.device else None
     if options.layers or options.find_layers:
-        from ampscope.module import show_layers
-
-        show_layers(options.target, device, options.precisions, options.out, find=options.find_layers)
+        find = options.find_layers
+        show_layers(
+            layers_of_module(options.target, device=device, precisions=options.precisions, find=find), options.out
+        )
         return 0
     report = inspect_module(options.target, device=device, precisions=options.precisions, diary=options.diary)
     show(report, out=options.out, full=options.full)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from ampscope.by_layer import LayerErrors, error_picture, layer_errors
 from ampscope.errors import InspectError
 from ampscope.files import json_text, replacing
 from ampscope.inspecting import inspect_step
@@ -89,14 +90,16 @@ def show(report: Report, *, out: str | Path, full: bool = False) -> None:
     print("\n".join(["", *paragraph(f"Pictures, inspect.json and inspect.html are in {out}.")]))
 
 
-def show_layers(
-    target: str, device: torch.device | None, precisions: list[str] | None, out: str | Path, *, find: bool
-) -> None:
-    """Print the error of each layer of a step, and write layers.json and layers.png into `out`."""
-    from ampscope.by_layer import error_picture, layer_errors
-
+def layers_of_module(
+    target: str, *, device: torch.device | None = None, precisions: list[str] | None = None, find: bool = False
+) -> LayerErrors:
+    """Return the error of each layer of what `make` in FILE.py returns; arguments and errors as in inspect_module."""
     with made(target, device) as parts:
-        found = layer_errors(**parts, precisions=precisions, find=find)
+        return layer_errors(**parts, precisions=precisions, find=find)
+
+
+def show_layers(found: LayerErrors, out: str | Path) -> None:
+    """Print the error of each layer of a step, and write layers.json and layers.png into `out`."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -204,6 +204,8 @@ class Inspection:
     out: str
     full: bool
     strict: bool
+    layers: bool
+    find_layers: bool
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def _of_a_mode() -> Iterator[Idle]:
     )
     for mode, acting, does in compared:
         yield Idle("compare", _all_but("compare", mode, *acting), f"--{mode} {does}", itemgetter(mode))
+    layers = ("layers", "find_layers")
     measured = frozenset({"json", "data_dir"})
     yield Idle("doctor", measured, "--ladder writes its own files and loads no images", itemgetter("ladder"))
     yield Idle("doctor", frozenset({"out"}), "only --ladder writes there", lambda values: not values["ladder"])
@@ -106,7 +107,7 @@ def _of_a_mode() -> Iterator[Idle]:
     )
     yield Idle(
         "inspect",
-        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict"),
+        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict", *layers),
         "--module gives the model and its batch",
         lambda values: values["module"],
     )
@@ -115,6 +116,12 @@ def _of_a_mode() -> Iterator[Idle]:
         _all_but("inspect", "script", "inputs", "out", "full", "strict"),
         "--script brings its own",
         lambda values: values["script"],
+    )
+    yield Idle(
+        "inspect",
+        frozenset({"full", "strict", "diary"}),
+        "--layers and --find_layers replace the report",
+        lambda values: values["layers"] or values["find_layers"],
     )
     yield Idle("inspect", frozenset({"inputs"}), "they are for --script", lambda values: not values["script"])
     yield Idle(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
-from ampscope import InspectError, Report, inspect_step
-from ampscope.module import broken_rules, show
+from ampscope import InspectError, inspect_step, layer_errors
+from ampscope.module import broken_rules, show, show_layers
 from assemble import Setup, new_model, set_up, trained_model, training_batches, update_shape
 from images.asked import data_to_train_on
 from reports.results import read_metrics
@@ -41,15 +43,21 @@ def inspect(asked: Asked, ranks: Ranks, own: Inspection) -> None:
         words += [] if device == "auto" else [f"--device={device}"]
         words += [f"--precisions={','.join(own.precisions)}"] if own.precisions else []
         words += [f"--diary={own.diary}"] if own.diary else []
+        words += [f"--{name}" for name in ("layers", "find_layers") if getattr(own, name)]
         call_library(["inspect", own.module, *words])
         return
     file = own.diary or (
         Path(place.checkpoint_dir) / place.checkpoint_name / "metrics.jsonl" if place.checkpoint_name else None
     )
+    metrics = read_metrics(Path(file)) if file else []
     try:
-        report = inspect_classifier(
-            set_up(asked, ranks), precisions=own.precisions, metrics=read_metrics(Path(file)) if file else []
-        )
+        step = classifier_step(set_up(asked, ranks))
+        if own.layers or own.find_layers:
+            show_layers(layer_errors(*step, precisions=own.precisions, find=own.find_layers), own.out)
+            return
+        scales = [line["loss_scale"] for line in metrics if (line.get("loss_scale") or 1) != 1]
+        scale = scales[-1] if scales else None
+        report = inspect_step(*step, precisions=own.precisions, metrics=metrics, scaler_scale=scale)
         show(report, out=own.out, full=own.full)
     except InspectError as error:
         raise UserError(str(error)) from error
@@ -81,18 +89,11 @@ def trace_script(words: list[str]) -> None:
         raise (UserError if done.returncode == 2 else RunError)(f"the script's trace ended with {done.returncode}")
 
 
-def inspect_classifier(setup: Setup, *, precisions: list[str] | None, metrics: list[dict[str, Any]]) -> Report:
-    """Return the report on a batch of the data set and the model of a run, or a new one."""
+def classifier_step(setup: Setup) -> tuple[nn.Module, Any, Callable[[Any, Any], torch.Tensor]]:
+    """Return the model of a run, or a new one, a batch of the data set, and the loss."""
     stored = setup.checkpoint
     classes = stored["classes"] if stored else None
     data = data_to_train_on(setup.asked, setup.ranks, setup.preprocess, classes=classes)
     images, labels, *_ = next(next(training_batches(setup, data, update_shape(setup)).epoch(0)))
-    scales = [line["loss_scale"] for line in metrics if (line.get("loss_scale") or 1) != 1]
-    return inspect_step(
-        trained_model(setup, stored).train() if stored else new_model(setup, len(data.classes)),
-        (images, labels),
-        lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1]),
-        precisions=precisions,
-        metrics=metrics,
-        scaler_scale=scales[-1] if scales else None,
-    )
+    model = trained_model(setup, stored).train() if stored else new_model(setup, len(data.classes))
+    return model, (images, labels), lambda outputs, batch: nn.functional.cross_entropy(outputs, batch[1])

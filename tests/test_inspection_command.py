@@ -56,3 +56,7 @@ def test_a_trained_run_is_inspected(trained, scenes_folder, tmp_path, run):
     content = json.loads((tmp_path / "inspect.json").read_text())
     assert content["scaler"][0]["loss_scale"] == content["underflow"]["scaler_scale"]
     assert (tmp_path / "scaler.png").exists() and "4. Scaler diary" in out and content["ok"] is True
+    status, out, err = run(
+        [*words, f"--data_dir={scenes_folder}", f"--out={tmp_path}", "--layers", "--precisions=amp-bf16"]
+    )
+    assert (status, err) == (0, "") and "Error by layer" in out and (tmp_path / "layers.png").exists()

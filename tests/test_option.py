@@ -43,7 +43,7 @@ OPTIONS = {
     "report": "--checkpoint_dir --checkpoint_name --quiet",
     "doctor": "--device --model --image_size --batch_size --data_dir --json --ladder --out",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
-    "--script --strict",
+    "--script --strict --layers --find_layers",
     "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
     "--clean --labels --window --max_megapixels --json",
     "export": f"{RUN} --tta --checkpoint --out --safetensors",

@@ -172,7 +172,7 @@ MODES = {
     ("compare", "--runs=a"): ("checkpoint_dir", "checkpoint_name"),
     ("compare", "--report_only"): ("checkpoint_dir", "checkpoint_name"),
     ("doctor", "--ladder"): ("device", "model", "image_size", "batch_size", "out"),
-    ("inspect", "--module=m.py"): ("device", "precisions", "diary", "out", "full", "strict"),
+    ("inspect", "--module=m.py"): ("device", "precisions", "diary", "out", "full", "strict", "layers", "find_layers"),
 }
 
 
