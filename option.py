@@ -179,6 +179,7 @@ OPTIONS = {
         ),
         "accumulate": Option(COUNT, 1, "split a batch into N micro-batches to save memory (BatchNorm sees each alone)"),
         "epochs": Option(COUNT, 120, "number of passes over the training images"),
+        "fraction": Option(FACTOR, 1.0, "share of the training images of each class to train on"),
         "optimizer": Option(key_of(OPTIMIZERS, type=str.upper), "ADAM", "optimizer that updates weights"),
         "learning_rate": Option(POSITIVE, 1e-4, "peak learning rate"),
         "weight_decay": Option(RATE, 1e-4, "weight of the L2 penalty; with ADAMW it is decoupled from the gradient"),

@@ -98,6 +98,7 @@ class Training:
     batch_size: int | str
     accumulate: int
     epochs: int
+    fraction: float
     optimizer: str
     learning_rate: float
     weight_decay: float

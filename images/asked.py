@@ -13,7 +13,7 @@ from images.decode import Rules, windows_of
 from images.demo import draw_scenes
 from images.opening import Opening, open_data_set, open_test_set
 from images.soundness import say_uneven
-from images.split import read_split
+from images.split import read_split, some_of_each
 from images.subsets import DataSet, Split
 from runs.config import read_config
 from transforms import Preprocess
@@ -37,6 +37,7 @@ def data_to_train_on(
     training = asked.training
     window = asked.reading.window or "data"
     rules = Rules(asked.reading.max_megapixels, windows_of(window), preprocess.interpolation)
+    recorded = _recorded_split(continued, ranks) if continued else None
     data = open_data_set(
         asked.data.data_dir,
         image_size=preprocess.image_size,
@@ -44,10 +45,12 @@ def data_to_train_on(
         labels=asked.data.labels,
         group=asked.data.group,
         split=asked.data.split,
-        recorded=_recorded_split(continued, ranks) if continued else None,
+        recorded=recorded,
         keep_larger="crop" in training.augment.split(","),
         opening=_opening(asked, preprocess, rules, own_window=window == "data"),
     )
+    if training.fraction < 1 and recorded is None:  # the split of a run to continue has only the chosen images
+        data.train.choose(some_of_each(data.train.labels, training.fraction, asked.model.seed))
     balanced = training.sampler == "balanced" or training.class_weights == "balanced"
     say_uneven(
         data.train, data.classes, balanced=balanced, best_by=training.best_by if asked.command == "train" else None

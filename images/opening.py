@@ -52,7 +52,8 @@ def open_data_set(
     opened = _open_parts(image_set, opening or Opening(), image_size, limit)
     missing = [name for name in PARTS[1:] if name not in opened.subsets]
     if missing or follow:
-        parts = _divided(opened, follow, shares, seed, with_test="test" in missing)
+        strictly = recorded is not None
+        parts = _divided(opened, follow, shares, seed, with_test="test" in missing, strictly=strictly)
         opened.divide(parts, missing, image_size)
     make_room(image_set.root, opened.opening)
     data = replace(opened.data_set(), divided=tuple(missing))
@@ -268,14 +269,23 @@ def _open_parts(image_set: ImageSet, opening: Opening, image_size: int, train_li
 
 
 def _divided(
-    opened: _Opened, follow: Split | None, shares: tuple[float, ...] | None, seed: int, *, with_test: bool
+    opened: _Opened,
+    follow: Split | None,
+    shares: tuple[float, ...] | None,
+    seed: int,
+    *,
+    with_test: bool,
+    strictly: bool,
 ) -> np.ndarray:
-    """Return the part of each training image, an index of PARTS: from a split, or random by `seed`."""
+    """Return the part of each training image, an index of PARTS: from a split, or random by `seed`.
+
+    With `strictly`, an image to which the split gives no part, because of --fraction, has none: -1.
+    """
     pool = opened.subsets["train"]
     image_set = opened.image_set
     together = _joined(pool, image_set.groups)
     parts = _parts(pool, image_set, follow)
-    if (parts >= 0).all():
+    if strictly or (parts >= 0).all():
         return parts
     fresh = divide(pool.labels, seed=seed, shares=shares, with_test=with_test, together=together)
     return extend(parts, fresh, together)

@@ -66,6 +66,16 @@ def hold_out(labels: np.ndarray, fraction: float, seed: int, units: np.ndarray) 
     return np.flatnonzero(_shared_out(labels, units, (1 - fraction, fraction), (seed,)))
 
 
+def some_of_each(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return the positions of a `fraction` of each class, ascending, at least one image of each.
+
+    A larger fraction with the same seed has all images of a smaller one.
+    """
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = [order[labels[order] == label] for label in np.unique(labels)]
+    return np.sort(np.concatenate([places[: max(1, round(fraction * len(places)))] for places in by_class]))
+
+
 def divide(
     labels: np.ndarray,
     *,

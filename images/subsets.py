@@ -37,9 +37,12 @@ class Subset:
 
     def keep(self, count: int) -> None:
         """Reduce the subset to at most `count` images, spread evenly over it."""
-        chosen = np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)
-        self.positions = self.positions[chosen]
-        self.labels = self.labels[chosen]
+        self.choose(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int))
+
+    def choose(self, places: np.ndarray) -> None:
+        """Reduce the subset to the images at these places in it."""
+        self.positions = self.positions[places]
+        self.labels = self.labels[places]
 
     @property
     def paths(self) -> list[Path]:
@@ -76,7 +79,7 @@ class DataSet:
         return [relative(path, self.root) for path in subset.paths]
 
     def split(self) -> Iterator[list[str]]:
-        """Yield the rows of split.csv: path, class and part of every file; an unreadable file has no part."""
+        """Yield the rows of split.csv: path, class and part of every file; empty if it is unreadable or left out."""
         yield ["path", "class", "part"]
         parts = {path: part for part, subset in self.subsets.items() for path in subset.paths}
         for path, label in self.listed:

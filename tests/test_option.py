@@ -27,7 +27,7 @@ TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
     "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
-    " --class_weights --sampler --best_by"
+    " --class_weights --sampler --best_by --fraction"
 )
 RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every --log --tensorboard --safetensors"
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"

@@ -26,6 +26,7 @@ from images.decode import Rules, decode, try_decode
 from images.folders import find_image_set, part_of
 from images.labels import find_labelled, list_images
 from images.opening import Opening, open_data_set
+from images.split import read_split, some_of_each
 from images.tables import read_table
 from transforms import Preprocess
 from utils import UserError
@@ -420,7 +421,7 @@ def pets(tmp_path_factory):
     """Return a run on one folder of class folders: (data folder, folder of runs)."""
     folder = tmp_path_factory.mktemp("pets")
     root = classes(folder / "pets", names=("cat", "dog", "emu"), count=20)
-    assert tiny.train(root, folder / "runs", *TINY, "--best_by=roc_auc", "--sampler=balanced") == 0
+    assert tiny.train(root, folder / "runs", *TINY, "--best_by=roc_auc", "--sampler=balanced", "--fraction=0.5") == 0
     return root, folder / "runs"
 
 
@@ -434,7 +435,7 @@ def evaluated(run, root, runs, *more):
 def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, tmp_path, run):
     root, runs = pets
     rows = rows_of(runs / "run" / "split.csv")
-    assert Counter(row["part"] for row in rows) == {"train": 42, "validation": 9, "test": 9}
+    assert Counter(row["part"] for row in rows) == {"train": 21, "": 21, "validation": 9, "test": 9}
     assert all(row["path"].split("/")[0] == row["class"] for row in rows)
     lines = tiny.metrics(runs / "run")
     assert all(0 <= line["val_roc_auc"] <= 100 and "val_top5_acc" not in line for line in lines)
@@ -452,15 +453,33 @@ def test_a_run_writes_its_split_and_is_tested_on_it_when_files_are_added(pets, t
     assert result["test_acc"] == json.loads((runs / "run" / "result.json").read_text())["test_acc"]
 
 
-def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
+def test_a_fraction_has_its_share_of_each_class_and_lies_in_a_larger_one():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 4], [200, 50, 7, 1]))
+    drawn = [some_of_each(labels, fraction, 3) for fraction in (0.1, 0.25, 1.0)]
+    assert [np.bincount(labels[places]).tolist() for places in drawn] == [
+        [20, 5, 1, 0, 1],
+        [50, 12, 2, 0, 1],
+        [200, 50, 7, 0, 1],
+    ]
+    assert set(drawn[0]) < set(drawn[1]) and np.array_equal(drawn[2], np.arange(258))
+    assert np.array_equal(drawn[0], some_of_each(labels, 0.1, 3))
+    assert not np.array_equal(drawn[0], some_of_each(labels, 0.1, 4))
+
+
+def test_a_resumed_run_keeps_its_split_and_its_fraction(pets, tmp_path):
     root, runs = pets
     shutil.copytree(root, tmp_path / "pets")
     shutil.copytree(runs, tmp_path / "runs")
     before = (tmp_path / "runs" / "run" / "split.csv").read_text()
     tiny.save_noise(tmp_path / "pets" / "cat" / "added.png", 77)
     words = (*TINY, "--best_by=roc_auc", "--sampler=balanced", "--resume")
+    assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 2
+    words = (*words, "--fraction=0.5")
     assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 0
     assert (tmp_path / "runs" / "run" / "split.csv").read_text() == before
+    data = opened(tmp_path / "pets", recorded=read_split(tmp_path / "runs" / "run" / "split.csv"))
+    assert list(data.split()) == list(opened(root, recorded=read_split(runs / "run" / "split.csv")).split())
+    assert len(data.train) == 21 and {*map(",".join, data.split())} == {*before.splitlines()}
     next((tmp_path / "pets" / "emu").iterdir()).unlink()
     assert tiny.train(tmp_path / "pets", tmp_path / "runs", *words) == 2
 
@@ -468,11 +487,11 @@ def test_a_resumed_run_keeps_its_split(pets, tmp_path, monkeypatch):
 def test_a_new_run_may_follow_a_split_and_divide_what_is_new(pets, tmp_path):
     root, runs = pets
     grown = classes(shutil.copytree(root, tmp_path / "pets"), names=("cat", "dog", "emu"), count=40)
-    recorded = {row["path"]: row["part"] for row in rows_of(runs / "run" / "split.csv")}
+    recorded = {row["path"]: row["part"] for row in rows_of(runs / "run" / "split.csv") if row["part"]}
     data = opened(grown, split=str(runs / "run" / "split.csv"))
     now = {name: part for part, subset in data.subsets.items() for name in data.names(subset)}
     assert {name: now[name] for name in recorded} == recorded
-    assert len(now) == 120 and set(Counter(now.values())) == {"train", "validation", "test"}
+    assert len(now) == 120 - 21 and set(Counter(now.values())) == {"train", "validation", "test"}
 
 
 @pytest.mark.usefixtures("drawn")
