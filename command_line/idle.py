@@ -87,7 +87,7 @@ def _of_a_training(command: str) -> Iterator[Idle]:
 
 
 def _of_a_mode() -> Iterator[Idle]:
-    """Of commands that do one of several things, the options of the others."""
+    """Yield the options that do nothing because the command does one of several things."""
     folder = ("checkpoint_dir", "checkpoint_name")
     compared: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("runs", folder, "only reports"),
@@ -151,18 +151,18 @@ IDLE = tuple(_table())
 
 
 def never_acts(command: str) -> dict[str, str]:
-    """The options of a command that never have an effect in it, each with the reason."""
+    """Return the options of a command that never have an effect in it, each with the reason."""
     return {name: each.why for each in IDLE if each.command == command and each.when is None for name in each.names}
 
 
 def no_effect(names: Collection[str], why: str) -> str:
-    """Return the sentence about options that were typed in vain."""
+    """Return the sentence about typed options that do nothing."""
     listed = ", ".join(f"--{name}" for name in sorted(names))
     return f"{listed} {'has' if len(names) == 1 else 'have'} no effect: {why}."
 
 
 def said(command: str, typed: Collection[str], values: Values, *, processes: int = 1) -> list[str]:
-    """The sentences about options that were typed and do nothing.
+    """Return sentences about options that were typed and do nothing.
 
     `values` are those of all options. One that was typed with its default value is named only if it never acts in
     this command: `compare` types all options of its trainings.
@@ -181,7 +181,7 @@ def said(command: str, typed: Collection[str], values: Values, *, processes: int
 
 
 def about_division(typed: Collection[str], split: str | None, divided: Collection[str]) -> list[str]:
-    """The sentences about --split and --group, if they were typed, once the parts that were split off are known."""
+    """Return sentences about a typed --split or --group that does nothing, given the parts that were split off."""
     shares = 0 if split is None or split.lower().endswith(".csv") else len(parse_shares(split))
     asked = {"group"} | ({"split"} if shares else set())
     names = asked & set(typed)

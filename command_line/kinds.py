@@ -43,11 +43,11 @@ class Option:
 
     @property
     def has_negation(self) -> bool:
-        """Whether there is --no-NAME beside --NAME."""
+        """Return True if there is --no-NAME beside --NAME."""
         return self.kind.get("action") is argparse.BooleanOptionalAction
 
     def checked(self, name: str, value: Any) -> Any:
-        """A value from a file, as strictly as if it had been typed. Raises UserError if it does not fit."""
+        """Return a value from a file, checked as a typed one is. Raise UserError if the option does not accept it."""
         if value is None and self.default is None:
             return None
         if self.is_flag:
@@ -68,7 +68,7 @@ class Option:
         return found
 
     def words(self, name: str, value: Any) -> list[str]:
-        """The words of a command line that give the option this value."""
+        """Return the arguments that give the option this value on a command line."""
         if value is None:
             return []
         if not self.is_flag:
@@ -79,7 +79,7 @@ class Option:
 
 
 def number(metavar: str, kind: type, fits: Callable[[Any], bool], bounds: str) -> dict[str, Any]:
-    """A number that `fits`; `bounds` says in words what does."""
+    """Return the keywords of `add_argument` for a number that `fits`; `bounds` describes such numbers in words."""
 
     def convert(text: str) -> Any:
         try:
@@ -105,7 +105,7 @@ def precision_list(text: str) -> list[str]:
 
 
 def checkpoint_every(text: str) -> str:
-    """`30m` (minutes) or `500u` (updates)."""
+    """Return `30m` (minutes) or `500u` (updates) unchanged; refuse any other text."""
     try:
         amount = {"m": float, "u": int}[text[-1:]](text[:-1])
     except (KeyError, ValueError):
@@ -123,7 +123,7 @@ def intervals(text: str | None) -> dict[str, Any]:
 
 
 def augmentations(text: str) -> str:
-    """Names of augmentations in one order and spelling: `jitter, crop` is `crop,jitter`."""
+    """Return names of augmentations in one order and spelling: `crop,jitter` for `jitter, crop`."""
     names = {name.strip() for name in text.split(",") if name.strip()}
     if not names or not names <= set(AUGMENTATIONS) or ("none" in names and len(names) > 1):
         raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(AUGMENTATIONS)}, separated by commas")
@@ -135,7 +135,7 @@ def augmentations(text: str) -> str:
 
 
 def count_or_auto(text: str) -> int | str:
-    """A count, `auto`, or `auto:COUNT`."""
+    """Return a count, `auto`, or `auto:COUNT`."""
     name, _, count = text.partition(":")
     if name != AUTO:
         return COUNT["type"](text)
@@ -143,7 +143,7 @@ def count_or_auto(text: str) -> int | str:
 
 
 def images_asked(batch_size: int | str) -> int:
-    """The images in one update of `--batch_size`, which may be `auto:COUNT`."""
+    """Return the number of images in one update, given `--batch_size`, which may be `auto:COUNT`."""
     return int(str(batch_size).removeprefix(f"{AUTO}:"))
 
 
@@ -152,9 +152,9 @@ def epochs_or_all(text: str) -> int | str:
 
 
 def parse_shares(text: str) -> tuple[float, ...]:
-    """ "70,15,15" as percentages of training, validation and test; "80,20" where a test part is there.
+    """Return the percentages of training, validation and test in "70,15,15", or in "80,20" if a test part exists.
 
-    Raises ValueError for anything else.
+    Raise ValueError for anything else.
     """
     shares = tuple(float(word) for word in re.split(r"[,;:/ ]+", text.strip()))
     if (
@@ -167,7 +167,7 @@ def parse_shares(text: str) -> tuple[float, ...]:
 
 
 def split(text: str) -> str:
-    """Percentages such as 70,15,15, or a split.csv."""
+    """Return percentages such as 70,15,15, or the path of a split.csv, unchanged; refuse any other text."""
     if not text.lower().endswith(".csv"):
         try:
             parse_shares(text)
@@ -177,7 +177,7 @@ def split(text: str) -> str:
 
 
 def window(text: str) -> str:
-    """`data`, `type`, or two numbers LOW,HIGH."""
+    """Return `data`, `type`, or two numbers LOW,HIGH, unchanged; refuse any other text."""
     if text not in ("data", "type"):
         try:
             low, high = map(float, text.split(","))
@@ -189,21 +189,21 @@ def window(text: str) -> str:
 
 
 def path(text: str) -> str:
-    """A file or folder, `~` and `$VAR` resolved; what exists under just this name is meant so."""
+    """Return a path with `~` and `$VAR` resolved, unless a file of exactly this name exists."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty, but must name a file or folder")
     return text if os.path.lexists(text) else os.path.expanduser(os.path.expandvars(text))
 
 
 def max_time(text: str) -> str:
-    """`3h30m`, `90m`, `45s`, `1d12h`."""
+    """Return a duration such as `3h30m`, `90m` or `1d12h` unchanged; refuse any other text."""
     if not re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text) or not seconds_of(text):
         raise argparse.ArgumentTypeError(f"{text!r} must be days, hours, minutes and seconds such as 3h30m")
     return text
 
 
 def seconds_of(text: str) -> int:
-    """The seconds of a duration such as 3h30m."""
+    """Return the seconds in a duration such as 3h30m."""
     units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
     return sum(int(amount) * units[unit] for amount, unit in re.findall(r"(\d+)([dhms])", text))
 
@@ -229,7 +229,7 @@ def one_of(*choices: Any, **more: Any) -> dict[str, Any]:
 
 
 def key_of(table: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """A key of a table, which is read when an option is: an entry that is added later counts, too."""
+    """Return the keywords for a key of a table. The table is read with the option, so later entries count."""
     return {"choices": table, **more}
 
 

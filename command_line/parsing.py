@@ -31,7 +31,7 @@ class Options(argparse.Namespace):
 
 
 def _with_underscores(word: str) -> str:
-    """--batch-size=4 as --batch_size=4, and --no_amp as --no-amp."""
+    """Return --batch_size=4 for --batch-size=4, and --no-amp for --no_amp."""
     name, equals, value = word.partition("=")
     if name.startswith("--"):
         name = "--" + name[2:].replace("-", "_")
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
 
 
 def _stored_config(command: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What --config FILE holds, or what the named run recorded for the commands that use one."""
+    """Return the content of --config FILE, or of the named run's config.json if the command uses a run."""
     file = Path(given.get("checkpoint_dir") or "", given.get("checkpoint_name") or "", "config.json")
     if given.get("config"):
         return read_config(Path(given["config"]))
@@ -97,7 +97,7 @@ def _stored_config(command: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stored_options(command: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The options in a config.json that `command` takes from there, each checked."""
+    """Return the options that `command` takes from a config.json, each checked."""
     stored = config["options"]
     roles = (CALL, PRECISION) if command == "compare" else (CALL,)
     wanted = {name: option for name, option in options_of(command).items() if option.role not in roles}
@@ -118,13 +118,13 @@ def training_words(values: Mapping[str, Any]) -> list[str]:
 
 
 def precision_words(name: str) -> list[str]:
-    """The words of `train`'s command line that choose the precision `name`."""
+    """Return the arguments of `train` that choose the precision `name`."""
     known = options_of("train")
     return [word for key, value in PRECISIONS[name].options.items() for word in known[key].words(key, value)]
 
 
 def _check_together(options: argparse.Namespace) -> None:
-    """What no single option can be checked for."""
+    """Raise UserError if options contradict each other."""
     get: Callable[..., Any] = vars(options).get
     automatic = isinstance(get("batch_size"), str)
     epochs = get("epochs", math.inf)

@@ -1,4 +1,4 @@
-"""`audit`: every training image is judged by a model that was not trained on it, and doubtful labels are listed.
+"""Judge every training image by a model that was not trained on it, and list doubtful labels.
 
 The training images are cut into folds; each fold is the test part of one run, made as `compare` makes its runs. Knows
 nothing of how doubt is computed or drawn.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def audit(asked: Asked, ranks: Ranks, own: Auditing) -> None:
-    """Train one model a fold, then print and write what their predictions say of the labels."""
+    """Train one model for each fold, then report the labels that their predictions contradict."""
     precision = find_precision(asked, find_device(asked, ranks)).name
     seed = asked.model.seed
     overwrite = asked.place.overwrite
@@ -75,7 +75,7 @@ def audit(asked: Asked, ranks: Ranks, own: Auditing) -> None:
 
 
 def _same_pictures(listing: Listing, rules: Rules) -> list[list[int]]:
-    """Positions of images whose pixels are equal, in groups."""
+    """Return groups of positions of images with equal pixels."""
     workers = min(16, 2 * cores())
     with ThreadPoolExecutor(workers) as pool:
         looks = ahead(pool, lambda entry: digest(try_decode(entry[0], None, rules)), listing, 2 * workers)
@@ -83,9 +83,9 @@ def _same_pictures(listing: Listing, rules: Rules) -> list[list[int]]:
 
 
 def cut(labels: np.ndarray, units: np.ndarray, folds: int, seed: int, *, grouped: bool) -> np.ndarray:
-    """The fold of each image, by scikit-learn, stratified, whole units; -1 for a class that cannot be left out.
+    """Return the fold of each image, stratified by scikit-learn; -1 for a class that cannot be left out.
 
-    Copies follow the first of them; groups are balanced by their number of images.
+    The images of a unit (copies, or a group) share a fold. Groups are balanced by their number of images.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -121,7 +121,7 @@ def cut(labels: np.ndarray, units: np.ndarray, folds: int, seed: int, *, grouped
 
 
 def _parts(labels: np.ndarray, tested: np.ndarray, units: np.ndarray, seed: int) -> list[str]:
-    """Of each image the part in one fold's run: a tenth of what is not tested chooses the best epoch."""
+    """Return the part of each image in one fold's run: a tenth of the images not tested chooses the best epoch."""
     parts = np.where(tested, 2, 0)
     rest = np.flatnonzero(~tested)
     parts[rest[hold_out(labels[rest], 0.1, seed, units[rest])]] = 1
@@ -129,7 +129,7 @@ def _parts(labels: np.ndarray, tested: np.ndarray, units: np.ndarray, seed: int)
 
 
 def _table(names: list[str], classes: list[str], parts: list[str], others: list[str]) -> str:
-    """A split.csv in which images of other parts have no part: these are left out."""
+    """Return the text of a split.csv. Images of other parts have no part in it, so that the run leaves them out."""
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["path", "class", "part"])
@@ -139,7 +139,7 @@ def _table(names: list[str], classes: list[str], parts: list[str], others: list[
 
 
 def _write_once(file: Path, text: str, overwrite: bool) -> None:
-    """Writes a fold. Raises UserError if runs of another cut stand there."""
+    """Write the split of a fold. Raise UserError if the folder holds an audit with another split."""
     if file.exists() and not overwrite:
         with open(file, encoding="utf-8", errors="surrogateescape", newline="") as lines:
             if lines.read() != text:

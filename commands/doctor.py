@@ -1,7 +1,7 @@
-"""What this machine can do and what to expect of AMP on it: a verdict, its reasons, the evidence, a command.
+"""Report what this machine can do and what to expect of AMP on it: a verdict, reasons, figures, a command.
 
-Times the package's own training update in each precision, in processes that take turns. Knows nothing of options or
-runs, nor of what the numbers mean (measuring/advice.py).
+Times the program's own training update in each precision, in processes that take turns. measuring/advice.py draws the
+conclusions.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def examine(
     model_name: str = "ResNet18",
     data_dir: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Looks at the machine and times the training update; everything found, ready for `doctor_text` and for JSON.
+    """Examine the machine and time the training update; return the findings for `doctor_text` and for JSON.
 
-    Without `image_size` (pixels) and `batch_size` a CPU is tried with 32 images of 128 pixels, a GPU with as many
-    of 256 pixels as fit, up to 256. The loader is timed too where `data_dir` names a data set.
-    Raises UserError for an unknown model or wrong data, RunError if not even FP32 runs.
+    The defaults are 32 images of 128 pixels on a CPU, and on a GPU as many of 256 pixels as fit, up to 256. With
+    `data_dir`, time the data loader as well. Raise UserError for an unknown model or wrong data, RunError if not even
+    FP32 runs.
     """
     started = time.perf_counter()
     known_model(model_name)  # an unknown name is refused before anything is measured
@@ -94,8 +94,7 @@ def examine(
 def climb_and_report(device: torch.device, folder: Path, model_name: str, image_size: int, batch_size: int) -> None:
     """Measure the ladder, print its table, and write ladder.json, ladder.md and ladder.png into `folder`.
 
-    Raises:
-        UserError: for an unknown model, or a folder that cannot be written.
+    Raise UserError for an unknown model, or a folder that cannot be written.
     """
     from measuring.ladder import climb
     from reports.ladder import ladder_markdown, ladder_picture, ladder_text  # matplotlib takes a second
@@ -116,11 +115,9 @@ def climb_and_report(device: torch.device, folder: Path, model_name: str, image_
 def loader_rate(
     data_dir: str | Path, device: torch.device, image_size: int, batch_size: int, seconds: float = 3.0
 ) -> tuple[float, bool]:
-    """Return images/s that the package's loader feeds from `data_dir` when nothing else is done, and if it decodes
-    them anew in each epoch, as they do not fit into memory.
+    """Return the data loader's images/s when nothing else runs, and True if it decodes images again in each epoch.
 
-    The images are decoded first (once; later runs find them decoded), which is not counted.
-    Raises UserError for anything wrong with the data.
+    Decoding into the cache comes first and is not counted. Raise UserError if anything is wrong with the data.
     """
     data = open_data_set(
         data_dir,
@@ -140,7 +137,7 @@ def loader_rate(
 
 
 def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
-    """The update in each usable precision, each in a process of its own."""
+    """Time the update in each usable precision, each in a process of its own."""
     answers: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     usable = sensible_precisions(device)
@@ -154,7 +151,7 @@ def _measure(device: torch.device, setting: dict[str, Any]) -> dict[str, Any]:
 
 
 def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """All answers of one process per precision; a process that fails is left out and its reason kept."""
+    """Return the answers of one process per precision; leave out one that fails and put its reason into `failed`."""
     probes = {name: Probe(precision=name, **request) for name in names}
     answers: dict[str, dict[str, Any]] = {name: {"rounds": []} for name in names}
 
@@ -182,7 +179,7 @@ def _take_turns(names: list[str], request: dict[str, Any], failed: dict[str, str
 
 
 def _summary(answers: dict[str, Any], reference: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """Medians over the rounds; the speed-up is the median of the ratios of neighbouring rounds."""
+    """Return medians over the rounds; the speed-up is the median of the ratios of neighbouring rounds."""
     rounds = answers["rounds"]
     memory = answers["memory"]
     ours = update_seconds(rounds)

@@ -1,4 +1,4 @@
-"""Tests a finished run's best checkpoint; with --precisions, in each of them."""
+"""Test the best checkpoint of a finished run; with --precisions, in each of them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def evaluate_run(asked: Asked, ranks: Ranks, own: Options) -> None:
 
 
 def _write(setup: Setup, own: Options, data: DataSet, found: Evaluation, result: dict[str, Any]) -> None:
-    """What a training writes of its test: into the folder --out, or the predictions and the result alone."""
+    """Write the files that a training writes about its test: all into --out, or predictions and result alone."""
     if own.json:
         write_text(Path(own.json), json_text(result, indent=1) + "\n")
     if own.csv:

@@ -1,4 +1,4 @@
-"""Why did it say so? Class activation maps of images, for the class that a trained run predicted."""
+"""Draw class activation maps of images, for the class that a trained run predicted."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, found: Evaluation) -> dict[str, Any]:
-    """Return maps by file name, for the class that was predicted, of those test images that mistakes.png shows.
+    """Return the maps of the test images in mistakes.png, by file name, for the predicted class.
 
-    `found` is the test, `batches` feed its images. Empty if this network or this machine's memory gives none.
+    `found` is the test, `batches` load its images. Return an empty dict if the network has no such maps or memory is
+    short.
     """
     wrong = most_confidently_wrong(found.confidence, ~found.right)
     if not len(wrong):
@@ -36,7 +37,7 @@ def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, found: E
     chosen.labels = data.test.labels[wrong]
     try:
         maps = explained(model, _one_by_one(batches, chosen), found.predicted[wrong].tolist())
-    except (RuntimeError, MemoryError) as error:  # a picture is not worth a finished run
+    except (RuntimeError, MemoryError) as error:  # a picture must not cost a finished run
         log.info(f"no class activation maps: {str(error).splitlines()[0]}")
         return {}
     if maps is None:
@@ -56,9 +57,9 @@ def _one_by_one(batches: Batches, chosen: Any) -> Iterator[torch.Tensor]:
 def explain_predictions(
     model: nn.Module, found: list[tuple[Path, str]], preprocess: Preprocess, rules: Rules | None, file: Path
 ) -> None:
-    """`predict --explain FILE`: images with maps of what spoke for their predicted class beside them, as PNG.
+    """Write the PNG of `predict --explain FILE`: images, each beside the map for its predicted class.
 
-    `found` are paths with captions; of more than 24 some are chosen evenly. Raises UserError for a network that has no
+    `found` are paths with captions; 24 of them at most are shown, evenly spaced. Raise UserError if the network has no
     such maps.
     """
     chosen = [found[place] for place in np.linspace(0, len(found) - 1, min(24, len(found))).astype(int)]

@@ -1,7 +1,7 @@
-"""Export of a trained run: ONNX from pixels to probabilities, checked against `predict`, or its weights as safetensors.
+"""Export a trained run: ONNX from pixels to probabilities, checked against `predict`, or weights as safetensors.
 
-Resize and normalisation are inside the graph. The lines that read an image are printed with it: they are the code
-with which images are read here. Knows nothing of options.
+Resizing and normalisation are inside the graph. A program that uses it is printed; it contains this program's own code
+that reads images. Knows nothing of options.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from command_line.groups import Asked, Export
     from distributed import Ranks
 
-# The largest differences that may be between the exported graph and `predict`.
+# The largest differences that are allowed between the exported graph and `predict`.
 PIXELS = 2  # of 255: ONNX Runtime resizes in float32, `predict` in fixed point
 LOGITS = 1e-4  # as a share of the largest logit; eleven architectures stay below 5e-6
 PROBABILITIES = 1e-3
@@ -76,7 +76,7 @@ def require_safetensors() -> Any:
 
 
 def write_safetensors(checkpoint: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint's weights, and what else its use needs as text in the file's metadata."""
+    """Write a checkpoint's weights, and everything else that its use needs as text in the metadata."""
     save = require_safetensors()
     facts = {"format": "pt", **metadata(checkpoint)}
     weights = {name: tensor.contiguous().clone() for name, tensor in checkpoint["model"].items()}
@@ -86,7 +86,7 @@ def write_safetensors(checkpoint: dict[str, Any], file: Path) -> None:
 
 
 class FromPixels(nn.Module):
-    """uint8 images (count, height, width, 3), RGB, any size, to probabilities (count, classes)."""
+    """Compute probabilities (count, classes) from uint8 RGB images (count, height, width, 3) of any size."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -109,7 +109,7 @@ class FromPixels(nn.Module):
 
 
 def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images: Sequence[np.ndarray] = ()) -> str:
-    """Write `file`, checked with ONNX Runtime against what `predict` computes; return what to tell the user.
+    """Write `file`, checked with ONNX Runtime against `predict`; return the message for the user.
 
     The check takes drawn pictures of several sizes, and `images` uint8 (height, width, 3). Raise UserError if packages
     are missing, RunError if the model cannot be exported, or if the two differ by more than is allowed.
@@ -133,7 +133,7 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images
         batches = [*drawn_pictures(checkpoint["image_size"]), *(image[None] for image in images)]
         found = np.max([differences(session, network.model, preprocess, batch) for batch in batches], 0)
         del proto.graph.output[1:]  # the parts, which only the check needs
-    except Exception as error:  # the exporter, the checker and the runtime raise many kinds, some of them their own
+    except Exception as error:  # the exporter, the checker and the runtime raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RunError(f"{name} cannot be exported to ONNX: {printable(reason)}. Nothing was written.") from None
     allowed = {"pixels": PIXELS, "logits": LOGITS, "probabilities": PROBABILITIES}
@@ -164,7 +164,7 @@ def _converted(network: FromPixels) -> Any:
     network.with_parts = True
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's remarks on itself: what it made is checked
+            warnings.simplefilter("ignore")  # the exporter's remarks on itself; its graph is checked below
             program = torch.onnx.export(
                 network,
                 (example,),
@@ -220,7 +220,7 @@ def differences(
 
 
 def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
-    """Return a program that needs neither PyTorch nor this package, and gives what `predict` gives."""
+    """Return a program with the results of `predict` that needs neither PyTorch nor this package."""
     windows = Rules.recorded(checkpoint)
     side = checkpoint["image_size"]
     functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb, decode.resized)

@@ -1,4 +1,4 @@
-"""What AMP does to a model in one update: a trained run's, or any of the reader's with `--module FILE.py:make`."""
+"""Report what AMP does to a model in one update: a run's, a new one, or the user's with `--module FILE.py:make`."""
 
 from __future__ import annotations
 

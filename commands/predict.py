@@ -1,6 +1,6 @@
-"""Prediction on image files and folders: top classes with probabilities, as text, CSV, JSON, contact sheet.
+"""Predict the classes of image files and folders, as text, CSV, JSON, a contact sheet or a filled-in sample.
 
-Files are decoded by threads while the model works; what cannot be read is reported and skipped.
+Threads decode files while the model computes. Unreadable files are reported and skipped.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def predict_files(
 def _classify(
     batch: list[tuple[Item, Any]], model: nn.Module, preprocess: Preprocess, precision: Precision, table: Table
 ) -> None:
-    """Put a batch into the table; each item has its image, or in words why it cannot be read."""
+    """Put a batch into the table; each item comes with its image, or with the reason why it cannot be read."""
     table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
     good = [(item, image) for item, image in batch if not isinstance(image, str)]
     if not good:

@@ -11,7 +11,7 @@ from utils import UserError, log, printable
 
 
 def report(place: Place) -> None:
-    """Draw what could not be drawn after the training, or was lost."""
+    """Draw the pictures and the page of a run that has a result. Raise UserError if the run is not finished."""
     folder = Path(place.checkpoint_dir) / place.checkpoint_name
     if not place.checkpoint_name or not (folder / "result.json").exists():
         raise UserError(f"{printable(folder)} is not a finished run. {known_runs(place.checkpoint_dir, 'result.json')}")

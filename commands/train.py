@@ -34,9 +34,9 @@ from utils import RunError, Stopped, amount, importing, log, printable, typed
 
 
 def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) -> None:
-    """Says what will be trained, where and in which precision, and why in that one.
+    """Log the model, the device and the precision, with the reason for that precision.
 
-    Raises UserError if a package is missing that one of `logs` or `safetensors` needs.
+    Raise UserError if one of `logs` or `safetensors` needs a package that is missing.
     """
     refuse_missing_packages(logs)
     if safetensors:
@@ -71,7 +71,7 @@ def opened(
 
 
 def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resume.Earlier) -> None:
-    """Go on from last.pt, or begin a new run in place of what the folder held."""
+    """Go on from last.pt, or begin a new run that replaces an earlier one in the folder."""
     run = trainer.run
     settled = {
         "batch_size": trainer.batches.batch_size,
@@ -84,7 +84,7 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resu
         resume.restore(trainer, data, model_name=config["options"]["model"], was=earlier.config["dataset"])
         if setup.precision.name != begun_in:  # only after its validation overflowed
             run.write_json("config.json", config | {"begun_in": begun_in})
-    else:  # only here is everything known to be right: a mistake must not cost an earlier run
+    else:  # only now: a mistake in the options must not cost an earlier run
         resume.remove_results(run)
         run.write_json("config.json", config)
         run.write_csv("split.csv", data.split())
@@ -99,7 +99,7 @@ def begin_or_resume(setup: Setup, trainer: Trainer, data: DataSet, earlier: resu
 
 
 def show_first_batch(trainer: Trainer, data: DataSet) -> None:
-    """Draw batch.png: what the network is about to see, the first thing to look at when accuracy disappoints."""
+    """Draw batch.png, the first images that the network gets: look here first if accuracy disappoints."""
     if not trainer.run.writes:
         return
     images, labels = trainer.batches.first_images(24)
@@ -114,7 +114,7 @@ def show_first_batch(trainer: Trainer, data: DataSet) -> None:
 
 @contextlib.contextmanager
 def opened_logs(names: list[str], trainer: Trainer, options: dict[str, Any]) -> Iterator[Logs]:
-    """The logs of these names, on the first rank only, which are told how the training ended."""
+    """Open the logs `names` on the first rank, and close them with the ending of the training."""
     run = trainer.run
     history = trainer.progress.history
     logs = Logs(names if run.writes else [], run.path, options=options, history=history, warn=log.warning)
@@ -133,7 +133,7 @@ def opened_logs(names: list[str], trainer: Trainer, options: dict[str, Any]) -> 
 
 
 def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
-    """Tells the terminal and the logs how an epoch went, and how long the rest will take."""
+    """Print and log the figures of an epoch, and print the remaining time."""
     scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
     loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
     left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.plan.epochs else ""
@@ -145,11 +145,13 @@ def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
 
 
 def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) -> None:
-    """Tests the best epoch once; writes the predictions and the result; prints the summary."""
+    """Test the best epoch once, write the predictions and the result, and print the summary."""
     run = trainer.run
     at = trainer.progress
     model = trained_model(setup, setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
-    torch.backends.cudnn.benchmark = False  # a search for the ragged batch would count in the run's memory and time
+    torch.backends.cudnn.benchmark = (
+        False  # otherwise cudnn would tune kernels for the smaller last batch, inside the measured time
+    )
     batches = evaluation_batches(setup, data, data.test, trainer.validation.batch_size)
     keep_logits = len(data.classes) <= PROBABILITIES
     found = evaluate(model, batches, setup.precision, keep_logits=keep_logits, description="testing")
@@ -160,7 +162,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         **test_result(setup, data, found),
         "best_epoch": at.best_epoch,
         "best_val_acc": at.best_val_acc,
-        "total_seconds": round(at.elapsed, 3),  # to the end of the last epoch: the test is no training
+        "total_seconds": round(at.elapsed, 3),  # to the end of the last epoch, without the test
         "train_seconds": round(training_seconds(at.history), 3),
         "images_per_second": training_rate(at.history, len(data.train)),
         "busy_share": busy_share(at.history),
@@ -183,7 +185,7 @@ class NotDrawn(RunError):
 
 
 def show(run: RunDirectory, logs: Logs) -> None:
-    """Draws the pictures and the page, last of all: whatever goes wrong here, the results are on disk."""
+    """Draw the pictures and the page. This comes last, so that the results are on disk if it fails."""
     if not run.writes:
         return
     try:
