@@ -1,7 +1,7 @@
-"""The comparison: one training per precision and seed, each in a fresh process, then the performance table.
+"""Train once per precision and seed, each time in a fresh process, then write the performance table.
 
-A fresh process has a clean allocator and cold caches, so no run inherits another's. Results are files: the
-table is drawn from what the runs wrote. Knows nothing of models or training.
+A fresh process has a clean allocator and cold caches, so no run inherits another's. The table is made from the files
+that the runs wrote. Knows nothing of models or training.
 """
 
 from __future__ import annotations
@@ -47,9 +47,6 @@ if TYPE_CHECKING:
     from command_line.groups import Asked, Comparison
 
 
-PATIENCE = 60.0  # seconds in which a training whose comparison was killed may save and end
-
-
 @dataclass(frozen=True)
 class Planned:
     """One training of a comparison: `epochs` are those still to be trained, `state` is new, begun or finished."""
@@ -63,7 +60,7 @@ class Planned:
 
 
 def compare(asked: Asked, own: Comparison) -> None:
-    """The command: trains once per precision and seed, each in a fresh process, and prints the performance table."""
+    """Train once per precision and seed, each time in a fresh process, and print the performance table."""
     folder = Path(asked.place.checkpoint_dir) / (asked.place.checkpoint_name or "comparison")
     if own.runs:
         report_runs([Path(run) for run in own.runs], folder)
@@ -95,12 +92,11 @@ def run_all(
     overwrite: bool = False,
     max_seconds: int | None = None,
 ) -> None:
-    """Trains every precision with every seed below `folder`; what is finished with these options is kept.
+    """Train every precision with every seed below `folder`; keep runs that are finished with these options.
 
     `words` are the training options that all runs share. A run that fails is recorded and leaves the others standing.
-    Raises UserError, before anything is trained, where a folder holds a run with other options or there are no
-    images, Stopped when a signal or the end of `max_seconds` ended a run, and at the end RunError where one that was to
-    be replaced still stands.
+    Raise UserError before the first training if a folder holds a run with other options or there are no images,
+    Stopped if a signal or `max_seconds` ended a run, and RunError at the end if a run that was to be replaced failed.
     """
     planned = []
     for seed, name in itertools.product(seeds, precisions):
@@ -110,8 +106,11 @@ def run_all(
 
 
 def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Planned:
-    """One training in the folder `run`. Raises UserError if that holds a run with other options."""
-    _wait_for_the_last_one(run)
+    """Return the plan of a training in the folder `run`. Raise UserError if that holds a run with other options."""
+    with contextlib.suppress(OSError), open(run / "lock", encoding="utf-8") as file:
+        if not lock(file):  # the training of a comparison that was killed saves and ends
+            log.info(f"{printable(run)} is still in use: waiting until its training has saved and ended")
+            lock(file, wait=True)
     own = [*words, f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}"]
     options = vars(parse(own))
     state = "new" if overwrite else _state(run, options)
@@ -119,34 +118,16 @@ def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Pla
     return Planned(run, precision, own, options["device"], state, options["epochs"] - done)
 
 
-def _wait_for_the_last_one(run: Path) -> None:
-    """Waits, at most PATIENCE, until the training of a comparison that was killed has saved and left the folder."""
-    until = time.monotonic() + PATIENCE
-    said = False
-    while _in_use(run / "lock") and time.monotonic() < until:
-        if not said:
-            log.info(f"{printable(run)} is still in use: waiting until its training has saved and ended")
-            said = True
-        time.sleep(0.2)
-
-
-def _in_use(file: Path) -> bool:
-    """Whether a process holds a run's lock."""
-    with contextlib.suppress(OSError), open(file, encoding="utf-8") as opened:
-        return not lock(opened)
-    return False
-
-
 def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None:
     """Train what is not finished, each in a fresh process. Raise as `run_all` does.
 
-    Each run says itself how long it still takes; from the second one on, its first line says it of all.
+    Each run logs its own remaining time; the line before it logs that of all runs, from the second run on.
     """
     kept = []
     seconds = 0.0  # of the runs that this process has trained to their end
     done = 0  # their epochs
     for run in [run for run in planned if run.state != "finished"][:1]:
-        options = vars(parse(run.words))  # what is wrong with the folder need not be found out by each run
+        options = vars(parse(run.words))  # fail once for a wrong data folder, not once in each run
         list_images(options["data_dir"], labels=options["labels"], group=options["group"])
     for number, run in enumerate(planned, 1):
         remark = ", already finished" if run.state == "finished" else ""
@@ -166,9 +147,11 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
             now = _written(run.folder / "result.json")
             if reason and earlier and now == earlier:  # nothing was replaced
                 kept.append(f"{run.folder.name} ({reason})")
-            elif reason and now:  # what went wrong came after the results: the run has said it
+            elif reason and now:  # it failed after its results were written, and has said why
                 log.warning(f"{run.folder.name} is finished, but ended with {reason}")
-            elif reason and not (run.folder / "failure.json").exists():  # what the training itself said counts more
+            elif (
+                reason and not (run.folder / "failure.json").exists()
+            ):  # the reason that the training itself gave counts more
                 run.folder.mkdir(parents=True, exist_ok=True)
                 failure = {"precision": run.precision, "reason": reason}
                 write_text(run.folder / "failure.json", json_text(failure))
@@ -200,9 +183,9 @@ def _train(run: Planned, max_seconds: int | None) -> str | None:
 
 
 def ended_by(number: int) -> str:
-    """Return in words that a signal ended a training and, if it is the kernel's for lack of memory, what may help.
+    """Return the sentence that a signal ended a training; for SIGKILL also the options that need less memory.
 
-    These options leave a run the same training, so that it goes on and finished runs stay.
+    These options do not change the training, so that the run is resumed and finished runs are kept.
     """
     if number != getattr(signal, "SIGKILL", None):
         return f"ended by signal {number}"
@@ -213,7 +196,7 @@ def ended_by(number: int) -> str:
 
 
 def _state(run: Path, options: dict[str, Any]) -> str:
-    """`new`, `begun` or `finished`. Raises UserError if the folder holds a run with other options."""
+    """Return new, begun or finished. Raise UserError if the folder holds a run with other options."""
     if not (run / "config.json").exists():
         return "new"
     stored = read_config(run / "config.json")["options"]
@@ -236,14 +219,14 @@ def _state(run: Path, options: dict[str, Any]) -> str:
 
 
 def _written(file: Path) -> int | None:
-    """When a file was last written, in nanoseconds; None if it is not there."""
+    """Return the time when a file was last written, in nanoseconds; None if it does not exist."""
     with contextlib.suppress(OSError):
         return file.stat().st_mtime_ns
     return None
 
 
 def _epochs(run: Path) -> int:
-    """How many epochs metrics.jsonl holds."""
+    """Return the number of epochs in metrics.jsonl."""
     with contextlib.suppress(OSError):
         return (run / "metrics.jsonl").read_bytes().count(b"\n")
     return 0
@@ -269,15 +252,15 @@ def _process(words: list[str]) -> int:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The runs directly below `folder`, in the order of their names."""
+    """Return the folders of the runs directly below `folder`, in the order of their names."""
     return sorted({file.parent for name in ("config.json", "failure.json") for file in folder.glob(f"*/{name}")})
 
 
 def report_runs(directories: list[Path], folder: Path) -> list[str]:
-    """Writes performance_table.md, comparison.json, comparison.png, reliability.png and report.html into `folder` and
-    prints the table. A directory may also be one of runs. Returns the runs that failed, each with its reason.
+    """Print the table, write it with its pictures and page into `folder`, and return the runs that failed, in words.
 
-    Raises UserError where a directory holds no run, RunError where no run is finished or the pictures cannot be drawn.
+    A directory is a run, or holds runs. Raise UserError if a directory holds no run, RunError if no run is finished or
+    the pictures cannot be drawn.
     """
     runs = [results.read_run(run) for directory in directories for run in run_folders(directory) or [directory]]
     if not runs:
