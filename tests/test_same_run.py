@@ -4,29 +4,21 @@ Drawn options and every source of images: tests/long/test_any_run.py.
 """
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from trainings import BF16, FP16, FP32, finish, trainer
 
 from choices import AUGMENTATIONS
-from dataset import Batches
 from images.cache import Opening
 from images.stores import open_store
 from images.subsets import Subset
-from model import Network
-from optimizer import SmoothedCrossEntropy, make_optimizer, make_scheduler
-from precision import Precision
 from runs.checkpoint import load_checkpoint, snapshot
-from runs.folder import RunDirectory
-from train import Plan, Recipe, Trainer
-from transforms import Preprocess, each, random_transform
+from transforms import each, random_transform
 from utils import Stopped, fold
 
-CPU = torch.device("cpu")
-FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
 RANDOM = [name for name, augmentation in AUGMENTATIONS.items() if augmentation.class_name]
 DRAWING = ",".join(RANDOM)  # every augmentation that draws its random numbers itself
 SOURCES = {"cached": {"cache": "memory"}, "streamed": {"cache": "none", "workers": 0}}
@@ -50,21 +42,13 @@ def subset(store, places):
     return Subset(store, listing, np.array(places))
 
 
-def trainer(folder, store, *, precision=FP32, optimizer="ADAM", decay="cosine_warmup", freeze=0, **options):
+def begun(folder, store, precision=FP32, *, optimizer="ADAM", decay_type="cosine_warmup", freeze_epochs=0, **options):
     """Two epochs of three updates, each in two micro-batches, the last of each ragged; dropout, BatchNorm, an EMA."""
     torch.manual_seed(0)
-    model = tiny.Classifier(3)
-    kept = {"heads": ("fc",), "ema": 0.9, "freeze_epochs": freeze}
-    fed = Batches(subset(store, range(11)), Preprocess(CPU, 12), 4, 3, seed=5, epochs=2, **{"accumulate": 2} | options)
-    rule = make_optimizer(model.parameters(), optimizer, learning_rate=1e-2, weight_decay=1e-4, fused=True)
-    schedule = partial(make_scheduler, rule, decay, epochs=2, updates_per_epoch=fed.updates_per_epoch)
-    network = Network(model, sizes=fed.full_sizes, evaluation_size=3, ranks=fed.ranks, **kept)
-    validation = Batches(subset(store, [11, 12, 13]), Preprocess(CPU, 12), 3, 3)
-    record = tiny.identity(image_size=12)
-    recipe = Recipe(rule, schedule, precision, SmoothedCrossEntropy())
-    made = Trainer(network, recipe, Plan(2, seed=5), fed, validation, RunDirectory(folder), record)
-    made.run.open()
-    return made
+    own = {"optimizer": optimizer, "decay_type": decay_type, "freeze_epochs": freeze_epochs, "heads": ("fc",)}
+    own |= {"images": subset(store, range(11)), "validation": subset(store, [11, 12, 13]), "side": 12, "ema": 0.9}
+    fed = {"batch_size": 4, "accumulate": 2} | options
+    return trainer(folder, tiny.Classifier(3), precision, batch_options=fed, **own)
 
 
 def outcome(made):
@@ -73,28 +57,20 @@ def outcome(made):
 
 
 def straight(folder, store, **options):
-    made = trainer(folder, store, **options)
-    made.train()
-    made.run.close()
-    return outcome(made)
+    return outcome(finish(begun(folder, store, **options)))
 
 
 def stopped_everywhere(folder, store, **options):
     """Return the outcome of the same run, stopped by a signal after each of its updates, then resumed."""
     for update in itertools.count():
-        made = trainer(folder, store, **options)
+        made = begun(folder, store, **options)
         if update:
             made.load_state(load_checkpoint(made.run.file("last.pt")))
-        with pytest.MonkeyPatch.context() as patch:
-            tiny.stop_after(patch, 1)
-            if update == 6:
-                made.train()
-            else:
-                with pytest.raises(Stopped):
-                    made.train()
-        made.run.close()
         if update == 6:
-            return outcome(made)
+            return outcome(finish(made))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+            tiny.stop_after(patch, 1)
+            finish(made)
     raise AssertionError
 
 
@@ -118,7 +94,7 @@ def test_streamed_images_make_the_run_of_cached_ones(source, augment, stores, un
 @pytest.mark.parametrize("precision, freeze", [(BF16, 0), (FP16, 1)], ids=["bf16", "fp16, frozen"])
 def test_a_run_of_other_options_is_the_same_stopped_anywhere(precision, freeze, stores, tmp_path):
     mixed = {"mixup": 0.4, "cutmix": 1.0, "sampler": "balanced", "start_size": 11, "augment": "crop,jitter"}
-    options = mixed | {"precision": precision, "freeze": freeze, "optimizer": "SGD", "decay": "step_warmup"}
+    options = mixed | {"precision": precision, "freeze_epochs": freeze, "optimizer": "SGD", "decay_type": "step_warmup"}
     one = straight(tmp_path / "a", stores["cached"], **options)
     tiny.assert_equal(one, stopped_everywhere(tmp_path / "b", stores["streamed"], **options))
 
@@ -141,16 +117,15 @@ class Listening(tiny.Classifier):
 def test_nothing_draws_between_the_seeding_and_dropout(source, augment, stores, tmp_path, monkeypatch):
     """Nor between the micro-batches of an update: its dropout follows from (seed, epoch, update, rank) alone."""
     monkeypatch.setattr(tiny, "Classifier", lambda classes: Listening())
-    made = trainer(tmp_path / "run", stores[source], augment=augment)
+    made = begun(tmp_path / "run", stores[source], augment=augment)
     tiny.stop_after(monkeypatch, 2)
     with pytest.raises(Stopped):
-        made.train()
-    made.run.close()
+        finish(made)
     states = made.network.model.states
     for update in range(2):
-        begun, dropped, again, _ = states[4 * update : 4 * update + 4]
-        assert torch.equal(begun, torch.Generator().manual_seed(fold(5, 0, update, 0)).get_state())
-        assert not torch.equal(begun, dropped)
+        seeded, dropped, again, _ = states[4 * update : 4 * update + 4]
+        assert torch.equal(seeded, torch.Generator().manual_seed(fold(3, 0, update, 0)).get_state())
+        assert not torch.equal(seeded, dropped)
         assert torch.equal(dropped, again)
 
 

@@ -6,89 +6,25 @@ Images are made here; nothing is read from disk. Run it alone: pytest tests/test
 import copy
 import math
 import time
-from functools import partial
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from tiny import computed_metrics, metrics, network, subset
 from torch import nn
+from trainings import BF16, CPU, FP16, FP32, batches, difference, finish, piece, trained, trainer, update
 
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
-from model import Network as Watched
 from model import StepModel, update_ema
-from optimizer import SmoothedCrossEntropy, hold_from_fault_on, make_optimizer, make_scheduler
-from precision import Precision
+from optimizer import hold_from_fault_on, make_optimizer, make_scheduler
 from runs.checkpoint import Progress, load_checkpoint
-from runs.folder import RunDirectory
-from train import Plan, Recipe, Trainer, update_weights
+from train import Trainer
 from transforms import Preprocess
 from utils import RunError, Stopped
 
 pytestmark = pytest.mark.filterwarnings("error")
-CPU = torch.device("cpu")
-FP32, BF16, FP16 = (Precision(name, CPU, "a test") for name in ("fp32", "amp-bf16", "amp-fp16"))
-
-
-def batches(images=None, batch_size=8, classes=3, *, side=9, **options):
-    return Batches(images or subset(side=side), Preprocess(CPU, side), batch_size, classes, **options)
-
-
-def trainer(folder, model=None, precision=FP32, *, epochs=2, rate=1e-2, side=9, batch_options=None, **options):
-    """Return a training on noise with brightness by class: three updates an epoch, the last one smaller."""
-    model = model or network()
-    fed = batches(seed=3, side=side, **{"epochs": epochs} | (batch_options or {}))
-    fused = options.pop("fused", True)
-    name = options.pop("optimizer", "ADAM")
-    rule = make_optimizer(model.parameters(), name, learning_rate=rate, weight_decay=1e-4, fused=fused)
-    decay = options.pop("decay_type", "cosine_warmup")
-    schedule = partial(make_scheduler, rule, decay, epochs=epochs, updates_per_epoch=fed.updates_per_epoch)
-    own = {name: options.pop(name) for name in ("heads", "freeze_epochs", "ema") if name in options}
-    watched = Watched(model, sizes=fed.full_sizes, evaluation_size=8, ranks=fed.ranks, **own)
-    validation = batches(subset(9, seed=1, side=side), side=side)
-    criterion = SmoothedCrossEntropy(options.pop("label_smoothing", 0.0))
-    recipe = Recipe(rule, schedule, precision, criterion)
-    on_epoch = {"on_epoch": options.pop("on_epoch")} if "on_epoch" in options else {}
-    plan = Plan(epochs, seed=3, **{"log_interval": 2} | options)
-    record = tiny.identity(image_size=side)
-    made = Trainer(watched, recipe, plan, fed, validation, RunDirectory(folder), record, **on_epoch)
-    made.run.open()
-    return made
-
-
-def trained(*positional, **options):
-    made = trainer(*positional, **options)
-    try:
-        made.train()
-    finally:
-        made.run.close()
-    return made
-
-
-def piece(count=6, seed=0, last=True, weight=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 9, 9, generator=generator), torch.arange(count) % 3, weight, last
-
-
-def update(model, optimizer, pieces, count, precision=FP32, scaler=None, clip=None):
-    scaler = scaler or precision.grad_scaler()
-    return update_weights(
-        model,
-        pieces,
-        count,
-        optimizer=optimizer,
-        scaler=scaler,
-        precision=precision,
-        criterion=nn.CrossEntropyLoss(reduction="sum"),
-        clip_grad_norm=clip,
-    )
-
-
-def difference(one, other):
-    return max(float((a - b).detach().abs().max()) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 # ------------------------------------------------------------------------------- one update
@@ -282,8 +218,7 @@ def test_each_update_runs_at_the_rate_of_the_schedule(tmp_path, precision):
     used = []
     made = trainer(tmp_path, network(spoil=[3]) if precision is FP16 else None, precision, rate=0.3, epochs=4)
     made.recipe.optimizer.register_step_pre_hook(lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"]))
-    made.train()
-    made.run.close()
+    finish(made)
     assert used == pytest.approx(closed_form(12, 1), rel=1e-12)
 
 
@@ -310,7 +245,7 @@ def test_fp32_stops_at_a_loss_that_is_not_finite_and_names_the_place(tmp_path):
 
 
 def test_without_a_scaler_the_weights_stay_from_the_first_fault_on():
-    model = tiny.network()
+    model = network()
     optimizer = make_optimizer(model.parameters(), "ADAM", learning_rate=0.1, weight_decay=0.0, fused=True)
     for norm, moves in ((1.0, True), (math.nan, False), (1.0, False)):
         before = model.body.weight.detach().clone()
@@ -430,8 +365,7 @@ def test_ema_is_validated_and_kept_and_its_weights_lag(tmp_path):
     trail = []
     made = trainer(tmp_path, model, ema=0.15, epochs=1)
     made.recipe.optimizer.register_step_post_hook(lambda *_: trail.append(model.head.weight.detach().clone()))
-    made.train()
-    made.run.close()
+    finish(made)
     # The average by hand; the schedule's own empty step comes before the three updates.
     for weights, decay in zip(trail[-3:], (1 / 10, 0.15, 0.15), strict=True):
         expected = decay * expected + (1 - decay) * weights
@@ -472,8 +406,7 @@ def test_freeze_epochs_train_the_head_alone_at_first(tmp_path):
         freeze_epochs=1,
         on_epoch=lambda line: kept.append(copy.deepcopy(model.state_dict())),
     )
-    made.train()
-    made.run.close()
+    finish(made)
     before = network().state_dict()
     assert torch.equal(kept[0]["body.weight"], before["body.weight"])
     assert not torch.equal(kept[0]["head.weight"], before["head.weight"])
@@ -493,8 +426,7 @@ def test_the_best_epoch_is_kept_not_the_last_but_of_the_largest_images(tmp_path)
         return type(real)(np.zeros(100, int), predicted, 2, real.loss_sum)
 
     made._validate = scripted
-    made.train()
-    made.run.close()
+    finish(made)
     best = load_checkpoint(tmp_path / "best_model.pt")
     assert (best["epoch"], best["val_acc"]) == (3, 70.0) and made.progress.best_epoch == 3
 
@@ -503,8 +435,7 @@ def test_a_stop_signal_saves_and_says_where(tmp_path):
     made = trainer(tmp_path, epochs=50)
     made.on_epoch = lambda line: setattr(made.stop, "number", 15)
     with pytest.raises(Stopped, match="epoch 2 after update 1 of 3") as stopped:
-        made.train()
-    made.run.close()
+        finish(made)
     assert stopped.value.exit_status == 143
     assert load_checkpoint(tmp_path / "last.pt")["progress"]["update"] == 1
 
@@ -533,8 +464,7 @@ def test_what_is_prepared_once_is_not_left_for_every_epoch(tmp_path, monkeypatch
     monkeypatch.setattr(made.batches, "prepare", lambda: order.append("prepared") or time.sleep(0.3))
     left = []
     made.on_epoch = lambda line: order.append("epoch") or left.append(made.seconds_left() / line["seconds"])
-    made.train()
-    made.run.close()
+    finish(made)
     assert order == ["prepared", *["epoch"] * 4]
     assert made.prepared >= 0.3 and made.progress.history[0]["elapsed"] > made.prepared
     assert left[0] == pytest.approx(

@@ -10,12 +10,12 @@ import time
 
 import numpy as np
 import pytest
-import test_train
 import tiny
 import torch
-from test_train import BF16, CPU, FP16, FP32
+import trainings
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from trainings import BF16, CPU, FP16, FP32, finish
 
 import commands.train
 from dataset import Batches
@@ -32,7 +32,7 @@ from utils import RunError, Stopped
 def update(model, optimizer, pieces, *, precision=FP16, **options):
     """One update by the recipe, on pieces of six images each."""
     fed = [(images, torch.arange(6) % 3, 1, images is pieces[-1]) for images in pieces]
-    return test_train.update(model, optimizer, fed, 6 * len(pieces), precision, **options)
+    return trainings.update(model, optimizer, fed, 6 * len(pieces), precision, **options)
 
 
 def images(seed=0, factor=1.0):
@@ -151,18 +151,13 @@ class Bright(tiny.Classifier):
 
 def trainer(folder, model, precision=FP32, **options):
     """One whose loss scale is low enough for BatchNorm."""
-    made = test_train.trainer(folder, model, precision, side=12, **options)
+    made = trainings.trainer(folder, model, precision, side=12, **options)
     made.scaler = made.meter.scaler = torch.amp.GradScaler("cpu", 16.0, enabled=precision is FP16)
     return made
 
 
 def trained(*positional, **options):
-    made = trainer(*positional, **options)
-    try:
-        made.train()
-    finally:
-        made.run.close()
-    return made
+    return finish(trainer(*positional, **options))
 
 
 def test_a_run_outlives_a_batch_that_overflowed(tmp_path):
@@ -270,12 +265,10 @@ def test_patience_counts_from_the_first_of_equal_epochs_also_after_a_resume(stop
     if stop:
         made.on_epoch = lambda line: line["epoch"] == stop and setattr(made.stop, "number", 15)
         with pytest.raises(Stopped):
-            made.train()
-        made.run.close()
+            finish(made)
         made = scripted(trainer(tmp_path, tiny.Classifier(3), epochs=7, patience=4), PLATEAU)
         made.load_state(load_checkpoint(tmp_path / "last.pt"))
-    made.train()
-    made.run.close()
+    finish(made)
     assert (made.progress.epoch, made.progress.best_epoch) == (6, 3)
     assert load_checkpoint(tmp_path / "best_model.pt")["epoch"] == 3
 
@@ -385,8 +378,7 @@ def test_a_run_of_growing_images_states_the_peak_of_the_largest(tmp_path, monkey
     made.batches._input = {size: Preprocess(CPU, size) for size in (8, 12)}
     taken = [size**2 for size in made.batches.sizes]
     monkeypatch.setattr("metrics.peak_memory", lambda device: {"peak_memory_mb": taken[made.progress.epoch]})
-    made.train()
-    made.run.close()
+    finish(made)
     assert made.progress.peak_memory_mb == 12**2
     again = trainer(tmp_path / "again", tiny.Classifier(3), epochs=3)
     again.load_state(load_checkpoint(tmp_path / "last.pt"))
@@ -430,8 +422,7 @@ def test_frozen_parameters_are_named_when_they_are_to_be_trained(tmp_path, caplo
     made.network.heads = ("fc",)
     made.network.freeze_epochs = 1
     with caplog.at_level("WARNING"):
-        made.train()
-    made.run.close()
+        finish(made)
     said = [record.getMessage() for record in caplog.records if "no gradient" in record.getMessage()]
     assert len(said) == 1 and "2 trained parameters" in said[0]
 

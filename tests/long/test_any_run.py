@@ -19,8 +19,8 @@ def drawn(random):
     return {
         "precision": random.choice([FP32, BF16, FP16]),
         "optimizer": random.choice(["ADAM", "ADAMW", "SGD"]),
-        "decay": random.choice(["cosine_warmup", "step", "step_warmup", "linear"]),
-        "freeze": random.choice([0, 1, 2]),
+        "decay_type": random.choice(["cosine_warmup", "step", "step_warmup", "linear_warmup"]),
+        "freeze_epochs": random.choice([0, 1, 2]),
         "accumulate": random.choice([1, 2]),
         "augment": ",".join(random.sample(steps, random.randint(0, 4))) or "none",
         "sampler": random.choice(["shuffle", "balanced"]),

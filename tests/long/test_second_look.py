@@ -1,11 +1,10 @@
 """An update or a validation that goes wrong is looked at again: the module, the operator, the line, and what to do."""
 
 import pytest
-import test_train
 import tiny
 import torch
-from test_train import BF16, FP16, FP32
 from torch import nn
+from trainings import BF16, FP16, FP32, finish, trained, trainer
 
 from runs.checkpoint import load_checkpoint
 from runs.second_look import SecondLook
@@ -41,11 +40,10 @@ class Weighed(nn.Linear):
 
 
 def failed(folder, fault, precision, scale=2.0**-18):
-    made = test_train.trainer(folder, Planted(fault), precision)
+    made = trainer(folder, Planted(fault), precision)
     made.scaler._init_scale = scale
     with pytest.raises(RunError) as failure:
-        made.train()
-    made.run.close()
+        finish(made)
     return str(failure.value), failure.value.record["second_look"]
 
 
@@ -53,7 +51,7 @@ def failed(folder, fault, precision, scale=2.0**-18):
 def test_a_gradient_that_is_not_finite_names_its_operator_and_line(precision, tmp_path):
     text, found = failed(tmp_path, Root(), precision)
     assert (found["phase"], found["module"], found["kind"]) == ("backward", "fault", "Root")
-    assert found["where"].endswith("test_second_look.py:19") and not found["overflow"]
+    assert found["where"].endswith("test_second_look.py:18") and not found["overflow"]
     assert "Looked at again: the loss was finite, the way back was not from fault" in text and "add an eps" in text
 
 
@@ -67,5 +65,5 @@ def test_a_layer_that_overflows_is_named_with_the_option_that_keeps_it_in_float3
 
 def test_nothing_is_looked_at_while_nothing_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setattr(SecondLook, "_first", lambda *_: tiny.raising(AssertionError("looked")))
-    made = test_train.trained(tmp_path, tiny.network(), BF16)
+    made = trained(tmp_path, tiny.network(), BF16)
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(made.run.file("last.pt"))["model"].values())
