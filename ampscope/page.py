@@ -13,21 +13,18 @@ if TYPE_CHECKING:
     from ampscope.report import Report
 
 PICTURES = {
-    "memory.png": ("What one update holds", 960),
-    "underflow.png": ("Gradient magnitudes", 960),
-    "activations.png": ("Activation ranges", 960),
-    "scaler.png": ("Loss scale", 960),
+    "memory.png": "What one update holds",
+    "underflow.png": "Gradient magnitudes",
+    "activations.png": "Activation ranges",
+    "scaler.png": "Loss scale",
 }
 
 
-def write_report_page(report: Report, folder: Path) -> None:
-    """Write inspect.html into a folder that contains the report's pictures."""
+def write_report_page(report: Report, folder: Path, drawn: dict[str, bytes]) -> None:
+    """Write inspect.html into a folder, with the report's pictures, which were `drawn` as SVG."""
     content = report.content
     parts = [_findings(report), _payoff(report), _memory(content["memory"])]
-    for name, (title, width) in PICTURES.items():
-        image = html.picture(folder / name, title, width)
-        if image:
-            parts += [f"<h2>{html.text(title)}</h2>\n", image]
+    parts.append(html.panels({title: drawn[name] for name, title in PICTURES.items() if name in drawn}))
     parts += [_products(content), _waits(content), _operators(content)]
     if content["underflow"] is not None:
         parts += [_gradients(content["underflow"]), _activations(content["underflow"]["activations"])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import torch
 
-from ampscope.look import BLUE, FAINT, GOLD, INK, STYLES, VERMILION, picture
+from ampscope.look import BLUE, FAINT, GOLD, INK, STYLES, VERMILION, legend_below, picture
 
+Target = Path | io.BytesIO  # a PNG file, or a buffer for the SVG of a page
 PARTS = ("parameters", "gradients", "optimizer_state", "activations", "weight_copies")
 
 
-def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
+def memory_picture(ledger: list[dict[str, Any]], path: Target) -> None:
     """Draw stacked bars of the memory that stays FP32 and of the memory that AMP changes."""
     with picture(path, 9, 1.9 + 0.7 * len(ledger)) as figure:
         axes = figure.add_subplot()
@@ -43,10 +45,10 @@ def memory_picture(ledger: list[dict[str, Any]], path: Path) -> None:
         )
         axes.invert_yaxis()
         axes.grid(False, axis="y")
-        figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 
 
-def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
+def magnitude_picture(histogram: dict[str, dict[int, int]], path: Target) -> None:
     """Draw gradient magnitudes against the ranges of float16 and bfloat16."""
     half = torch.finfo(torch.float16)
     brain = torch.finfo(torch.bfloat16)
@@ -77,19 +79,18 @@ def magnitude_picture(histogram: dict[str, dict[int, int]], path: Path) -> None:
             axes.text(place, 1.24 * tallest, text, ha="center", va="top", fontsize=9)
         arrow = {"arrowstyle": "->", "color": INK}
         axes.annotate("", (smallest - 0.3, 0.55 * tallest), (smallest - 16.3, 0.55 * tallest), arrowprops=arrow)
-        axes.text(smallest - 16, 0.57 * tallest, "a loss scale of 2^16 moves\nevery value this far", fontsize=9)
+        axes.text(smallest - 16, 0.57 * tallest, "a loss scale of\n2^16 moves\nall this far", fontsize=9)
         axes.set(
             xlim=(span[0], span[-1]),
             ylim=(0, 1.26 * tallest),
             ylabel="% of nonzero values",
-            title="Gradient magnitudes against what float16 can hold",
-            xlabel="log2 of the magnitude of a gradient value   (bfloat16 holds all of it: "
-            f"2^{math.log2(brain.tiny):.0f} to 2^{math.log2(brain.max):.0f})",
+            title="Gradient magnitudes against float16",
+            xlabel=f"log2 of the magnitude (bfloat16: {math.log2(brain.tiny):.0f} to {math.log2(brain.max):.0f})",
         )
-        axes.legend(loc="upper right", bbox_to_anchor=(0.93, 0.82), fontsize=9)
+        legend_below(axes, 2, fontsize=9)
 
 
-def activation_picture(activations: list[dict[str, Any]], path: Path, most: int = 40) -> None:
+def activation_picture(activations: list[dict[str, Any]], path: Target, most: int = 40) -> None:
     """Draw the smallest to the largest nonzero activation of each module, against the formats' limits.
 
     Of more modules than `most`, draw those with the largest values.
@@ -113,13 +114,12 @@ def activation_picture(activations: list[dict[str, Any]], path: Path, most: int 
         axes.set_yticks(range(len(rows)), [row["name"][-36:] or row["kind"] for row in rows], fontsize=7)
         axes.invert_yaxis()
         axes.set(
-            title="Activations of each module, and what narrow formats hold in full precision",
-            xlabel="log2 of the magnitude, from the smallest to the largest that is not zero",
+            title="Activations against narrow formats", xlabel="log2 of the magnitude, smallest (not 0) to largest"
         )
         figure.legend(loc="outside lower center", ncols=3, fontsize=9)
 
 
-def diary_picture(metrics: list[dict[str, Any]], path: Path) -> None:
+def diary_picture(metrics: list[dict[str, Any]], path: Target) -> None:
     """Draw the loss scale of each update, from the skips and the ends of epochs, and the skipped updates."""
     skips = {skip["update"]: skip["scale"] for line in metrics for skip in line.get("skips") or []}
     scales = skips | {  # an epoch's entry has the scale of the next update

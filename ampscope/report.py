@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -166,11 +167,14 @@ class Report:
         jobs = [job for job in jobs if job[1]]
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            drawn = {}
             for draw, what, name in jobs:
                 draw(what, folder / name)
+                draw(what, buffer := io.BytesIO())
+                drawn[name] = buffer.getvalue()
             with replacing(folder / "inspect.json") as file:
                 file.write(f"{json_text(self.record(), indent=1)}\n".encode("utf-8", "surrogateescape"))
-            write_report_page(self, folder)
+            write_report_page(self, folder, drawn)
         except OSError as error:
             raise InspectError(
                 f"cannot write into {folder} ({error.strerror}). Name another folder with --out."

@@ -280,7 +280,7 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
 
         pictures.comparison_picture(runs, comparison, folder / "comparison.png")
         pictures.reliability_curve(first, folder / "reliability.png")
-        page.html_comparison(folder, first, comparison, folder / "report.html")
+        page.html_comparison(runs, comparison, folder / "report.html")
     except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
         reason = printable(f"{type(error).__name__}: {error}")[:300]
         raise RunError(

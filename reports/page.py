@@ -14,7 +14,7 @@ from PIL import Image
 
 from ampscope import html
 from ampscope.html import html_page, table, text
-from reports import pictures
+from reports import answer, curves, pictures
 from reports.results import read_run
 from reports.tables import class_rows, conditions, facts, table_cells, verdict
 from runs.result import FIGURES
@@ -22,15 +22,12 @@ from system.files import write_text
 
 LARGEST_CHART = 200_000  # bytes of a PNG without photographs
 PICTURES = {  # of a run's folder: heading, and width on the page in pixels
-    "learning_curve.png": ("Learning curve", 960),
     "confusion_matrix.png": ("Confusion matrix of the test images", 620),
-    "curves.png": ("ROC and precision-recall curves of the test images, each class against the rest", 960),
     "mistakes.png": (
         "The wrongest test images: predicted class with its confidence, true class, and where the network saw it",
         960,
     ),
     "batch.png": ("The first training images as the network sees them", 960),
-    "reliability.png": ("Calibration: a calibrated model is right in 80 % of the images it is 80 % sure of", 560),
 }
 
 
@@ -50,17 +47,29 @@ def picture(file: Path, name: str, width: int) -> str:
 def run_parts(run: dict[str, Any], level: int) -> str:
     """Return headline numbers, pictures and classes of a finished run, under headings of this level."""
     result = run["result"]
-    tiles = "".join(
-        f"<div><dt>{text(name)}</dt><dd>{text(value)}<small>{text(remark)}</small></dd></div>\n"
-        for name, value, remark in facts(result)
-    )
-    parts = [f"<dl>{tiles}</dl>\n"]
+    headings = {name: f"<h{level}>{text(name)}</h{level}>\n" for name in ("Learning curve", "Test images", "Classes")}
+    parts = [html.cards(facts(result))]
+    if run["metrics"]:  # `evaluate` writes none
+        parts += [
+            headings["Learning curve"],
+            html.panels(pictures.learning_panels(run["metrics"], result["best_epoch"])),
+        ]
+    predictions = run["directory"] / "predictions.csv"
+    if predictions.exists():
+        found = curves.curve_panels(result, predictions) | {"Calibration": _reliability([run])}
+        parts += [headings["Test images"], html.panels(found)]
     for file, (name, width) in PICTURES.items():
         if image := picture(run["directory"] / file, name, width):
             parts += [f"<h{level}>{text(name)}</h{level}>\n", image]
     rows = class_rows(result, FIGURES)
     header = ["Class", *(f"{title} (%)" for title in FIGURES.values()), "Support"]
-    return "".join([*parts, f"<h{level}>Classes</h{level}>\n", table(header, rows)])
+    return "".join([*parts, headings["Classes"], table(header, rows)])
+
+
+def _reliability(runs: list[dict[str, Any]]) -> bytes:
+    buffer = io.BytesIO()
+    pictures.reliability_curve(runs, buffer)
+    return buffer.getvalue()
 
 
 def epochs(metrics: list[dict[str, Any]]) -> str:
@@ -96,14 +105,17 @@ def html_report(directory: Path, path: Path) -> None:
     write_text(path, html_page(f"{run['label']}: {run['directory'].name}", body))
 
 
-def html_comparison(directory: Path, runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
-    """Write the report of a comparison: its table and pictures, then the finished `runs`, one for each row."""
-    header, rows = table_cells(comparison)
-    body = table(header, rows) + "".join(
-        f"<p>{text(line)}</p>\n" for line in (verdict(comparison), *conditions(comparison))
-    )
-    body += picture(directory / "comparison.png", "Validation accuracy against time, and time and memory", 1040)
-    body += picture(directory / "reliability.png", "Accuracy against confidence in each precision", 560)
-    for run in runs:
-        body += f"<h2>{text(run['label'])}</h2>\n" + run_parts(run, 3)
-    write_text(path, html_page(f"Comparison: {directory.resolve().name}", body + configuration(comparison["config"])))
+def html_comparison(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
+    """Write the report of a comparison of `runs`: the answer, its pictures and table, then a run of each row."""
+    first = [run for row in comparison["rows"] for run in runs if str(run["directory"]) in row["runs"][:1]]
+    header, rows = table_cells(comparison, short=True)
+    body = html.cards(answer.cards(comparison), "cards") if answer.cards(comparison) else ""
+    body += f'<p class="advice">{text(answer.advice(comparison))}</p>\n'
+    shown = pictures.comparison_panels(runs, comparison)
+    body += html.panels(shown | ({"Calibration of each precision": _reliability(first)} if first else {}))
+    body += "<h2>All figures</h2>\n" + table(header, rows)
+    body += "".join(f"<p>{text(line)}</p>\n" for line in (verdict(comparison), *conditions(comparison)))
+    names = dict(zip((row["label"] for row in comparison["rows"]), answer.short_labels(comparison), strict=True))
+    for run in first:
+        body += f"<h2>{text(names[run['label']])}</h2>\n" + run_parts(run, 3)
+    write_text(path, html_page(answer.title_of(comparison), body + configuration(comparison["config"])))

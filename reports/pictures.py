@@ -5,6 +5,7 @@ Every picture is drawn from files alone. Knows nothing of torch, of training, or
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -14,49 +15,64 @@ from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.ticker import MaxNLocator
 
-from ampscope.look import BLUE, FAINT, INK, STYLES, VERMILION, picture
+from ampscope.look import BLUE, FAINT, INK, STYLES, VERMILION, legend_below, picture, svg
 from images.decode import Rules
+from reports.answer import short_labels, title_of
 from reports.results import WRONGEST, column, most_confidently_wrong, read_predictions, run_calibration
 from reports.sheets import explained_sheet, labelled_sheet
 from reports.text import fit, time_unit
 from runs.result import matrix_of
 
+LEARNING = {"loss": "Loss", "acc": "Accuracy (%)"}  # in metrics.jsonl: title
+
 
 def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, best_epoch: int | None) -> None:
     """Draw loss and accuracy over the epochs with the best epoch; below, with a scaler, loss scale and skipped
     updates."""
-    scale = column(metrics, "loss_scale")
-    with_scaler = bool(np.isfinite(scale).any())
-    with picture(path, 10, 5.6 if with_scaler else 4.2) as figure:
+    with_scaler = has_scale(metrics)
+    with picture(path, 10, 6.0 if with_scaler else 4.6) as figure:
         figure.suptitle(fit(title, 100), x=0.01, ha="left", fontsize=13)
         grid = figure.add_gridspec(2, 2, height_ratios=[3, 1]) if with_scaler else figure.add_gridspec(1, 2)
-        for side, (name, label) in enumerate((("loss", "Loss"), ("acc", "Accuracy (%)"))):
-            axes = figure.add_subplot(grid[0, side])
-            for part, what, (color, line, marker, _) in (
-                ("train", "training", STYLES[1]),
-                ("val", "validation", STYLES[0]),
-            ):
-                axes.plot(
-                    column(metrics, "epoch"),
-                    column(metrics, f"{part}_{name}"),
-                    color=color,
-                    linestyle=line,
-                    marker=marker if len(metrics) <= 15 else None,
-                    markersize=4.5,
-                    label=what,
-                )
-            if best_epoch is not None:
-                axes.axvline(best_epoch, color=FAINT, linestyle=":", label=f"best epoch ({best_epoch})")
-            axes.set(title=label, xlabel="epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-            axes.legend()
+        for side, name in enumerate(LEARNING):
+            learning_panel(figure.add_subplot(grid[0, side]), metrics, name, best_epoch)
         if with_scaler:
-            scale_panel(figure.add_subplot(grid[1, :]), metrics, scale)
+            scale_panel(figure.add_subplot(grid[1, :]), metrics)
 
 
-def scale_panel(axes: Axes, metrics: list[dict[str, Any]], scale: np.ndarray) -> None:
+def learning_panels(metrics: list[dict[str, Any]], best_epoch: int | None) -> dict[str, bytes]:
+    """Return the panels of `learning_curve`, each an SVG by what it shows."""
+    panels = {title: svg(learning_panel, metrics, name, best_epoch) for name, title in LEARNING.items()}
+    return panels | ({"Loss scale": svg(scale_panel, metrics, height=2.6)} if has_scale(metrics) else {})
+
+
+def learning_panel(axes: Axes, metrics: list[dict[str, Any]], name: str, best_epoch: int | None) -> None:
+    """Draw loss or accuracy of training and validation over the epochs."""
+    for part, what, (color, line, marker, _) in (("train", "training", STYLES[1]), ("val", "validation", STYLES[0])):
+        axes.plot(
+            column(metrics, "epoch"),
+            column(metrics, f"{part}_{name}"),
+            color=color,
+            linestyle=line,
+            marker=marker if len(metrics) <= 15 else None,
+            markersize=4.5,
+            label=what,
+        )
+    if best_epoch is not None:
+        axes.axvline(best_epoch, color=FAINT, linestyle=":", label=f"best epoch ({best_epoch})")
+    axes.set(title=LEARNING[name], xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    legend_below(axes, 3)
+
+
+def has_scale(metrics: list[dict[str, Any]]) -> bool:
+    """Return True if the run had a scaler."""
+    return bool(np.isfinite(column(metrics, "loss_scale")).any())
+
+
+def scale_panel(axes: Axes, metrics: list[dict[str, Any]]) -> None:
     """Draw the loss scale over the epochs and, as bars, the number of updates skipped in each."""
     epochs = column(metrics, "epoch")
+    scale = column(metrics, "loss_scale")
     skipped = np.nan_to_num(column(metrics, "skipped_updates"))
     axes.step(epochs, scale, where="mid", color=BLUE)
     axes.set_yscale("log", base=2)
@@ -160,47 +176,68 @@ def confused_classes(cells: np.ndarray, classes: list[str], path: Path, *, title
         bars.grid(False, axis="y")
 
 
+Styled = list[tuple[dict[str, Any], tuple[Any, ...]]]  # rows of a comparison, each with its colour, line and hatch
+
+
 def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], path: Path) -> None:
     """Draw validation accuracy against wall-clock time, a curve per run, beside bars for training time and memory."""
-    rows = list(zip([row for row in comparison["rows"] if row["runs"]], STYLES * 9, strict=False))
+    rows = _styled(comparison)
+    with picture(path, 11.5, 4.8 + 0.5 * max(0, len(rows) - 3)) as figure:
+        figure.suptitle(fit(title_of(comparison), 100), x=0.01, ha="left", fontsize=13)
+        panels = figure.subplot_mosaic([["curves", "time"], ["curves", "memory"]], width_ratios=[1.4, 1])
+        curves_panel(panels["curves"], rows, runs)
+        bars_panel(panels["time"], rows, "train_seconds")
+        bars_panel(panels["memory"], rows, "memory_mb")
+
+
+def comparison_panels(runs: list[dict[str, Any]], comparison: dict[str, Any]) -> dict[str, bytes]:
+    """Return the panels of `comparison_picture`, each an SVG by what it shows."""
+    rows = _styled(comparison)
+    height = 1.2 + 0.45 * len(rows)
+    return {
+        "Training time": svg(bars_panel, rows, "train_seconds", height=height),
+        "Peak memory": svg(bars_panel, rows, "memory_mb", height=height),
+        "Validation accuracy against time": svg(curves_panel, rows, runs, height=3.6),
+    }
+
+
+def _styled(comparison: dict[str, Any]) -> Styled:
+    names = short_labels(comparison)
+    shown = [row | {"name": name} for row, name in zip(comparison["rows"], names, strict=True) if row["runs"]]
+    return list(zip(shown, STYLES * 9, strict=False))
+
+
+def curves_panel(axes: Axes, rows: Styled, runs: list[dict[str, Any]]) -> None:
+    """Draw the validation accuracy of each run against the time since its start."""
     metrics = {str(run["directory"]): run["metrics"] for run in runs}
     times = {name: column(lines, "elapsed") for name, lines in metrics.items()}
-    with picture(path, 11.5, 4.4 + 0.5 * max(0, len(rows) - 3)) as figure:
-        panels = figure.subplot_mosaic([["curves", "time"], ["curves", "memory"]], width_ratios=[1.4, 1])
-        axes = panels["curves"]
-        longest = max((times[name].max(initial=0) for row, _ in rows for name in row["runs"]), default=0)
-        divisor, unit = time_unit(longest)
-        for row, (color, line, marker, _) in rows:
-            for name in row["runs"]:
-                first = name == row["runs"][0]
-                axes.plot(
-                    times[name] / divisor,
-                    column(metrics[name], "val_acc"),
-                    color=color,
-                    linestyle=line,
-                    marker=marker,
-                    markersize=5,
-                    markevery=max(1, len(times[name]) // 12),
-                    alpha=1 if first else 0.4,
-                    label=fit(row["label"], 40) if first else None,
-                )
-        axes.set(
-            title="Validation accuracy (%)",
-            xlabel=f"time since the start, evaluation included ({unit})",
-            xlim=(0, None),
-        )
-        if rows:
-            axes.legend(loc="lower right")
-        divisor, unit = time_unit(
-            max((row["train_seconds"]["median"] for row, _ in rows if row["train_seconds"]), default=0)
-        )
-        _bars(panels["time"], rows, "train_seconds", divisor, f"Training time without evaluation ({unit})")
-        kinds = " or ".join(dict.fromkeys(row["memory_kind"] for row, _ in rows))
-        _bars(panels["memory"], rows, "memory_mb", 1, f"Peak memory (MB, {kinds})")
+    longest = max((ends.max(initial=0) for ends in times.values()), default=0)
+    divisor, unit = time_unit(longest)
+    for row, (color, line, marker, _) in rows:
+        for name in filter(metrics.get, row["runs"]):
+            first = name == row["runs"][0]
+            axes.plot(
+                times[name] / divisor,
+                column(metrics[name], "val_acc"),
+                color=color,
+                linestyle=line,
+                marker=marker,
+                markersize=5,
+                markevery=max(1, len(times[name]) // 12),
+                alpha=1 if first else 0.4,
+                label=row["name"] if first else None,
+            )
+    axes.set(
+        title="Validation accuracy (%)", xlabel=f"time since the start, evaluation included ({unit})", xlim=(0, None)
+    )
+    if rows:
+        legend_below(axes, 2)
 
 
-def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) -> None:
+def bars_panel(axes: Axes, rows: Styled, name: str) -> None:
     """Draw a bar with its value for each precision: the median over seeds, with the lowest and the highest value."""
+    longest = max((row[name]["median"] for row, _ in rows if row[name]), default=0)
+    divisor, unit = time_unit(longest) if name == "train_seconds" else (1, "MB")
     for place, (row, (color, _, _, hatch)) in enumerate(rows):
         if row[name] is None:  # a run that was only tested has no training time
             continue
@@ -217,22 +254,26 @@ def _bars(axes: Axes, rows: list[tuple], name: str, divisor: float, title: str) 
             va="center",
             fontsize=9,
         )
-    axes.set(title=title)
+    kinds = " or ".join(dict.fromkeys(row["memory_kind"] for row, _ in rows))
+    axes.set(
+        title=f"Training time without evaluation ({unit})" if name == "train_seconds" else f"Peak memory (MB, {kinds})"
+    )
     axes.margins(x=0.18)
     axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.set_yticks(range(len(rows)), [fit(row["label"], 28) for row, _ in rows])
+    axes.set_yticks(range(len(rows)), [row["name"] for row, _ in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
 
 
-def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
+def reliability_curve(runs: list[dict[str, Any]], path: Path | io.BytesIO) -> None:
     """Draw accuracy against confidence on the test images, all runs in one plot, and below it the share of images
     per bin. Leave out runs without predictions.csv."""
     found = [(run, numbers) for run in runs if (numbers := run_calibration(run))]
+    names = short_labels({"rows": [run for run, _ in found]})
     with picture(path, 6, 6.2) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3.2, 1])
         upper.plot([0, 100], [0, 100], color=FAINT, linewidth=1.2, label="perfectly calibrated")
-        for place, (run, numbers) in enumerate(found):
+        for place, (_, numbers) in enumerate(found):
             color, line, marker, hatch = STYLES[place % len(STYLES)]
             filled = numbers["count"] > 0
             bins = len(numbers["count"])
@@ -243,7 +284,7 @@ def reliability_curve(runs: list[dict[str, Any]], path: Path) -> None:
                 linestyle=line,
                 marker=marker,
                 markersize=5,
-                label=f"{fit(run['label'], 40)}: calibration error {100 * numbers['ece']:.2f} %",
+                label=f"{names[place]}: calibration error {100 * numbers['ece']:.2f} %",
             )
             lower.bar(
                 (np.arange(bins) + (place + 0.5) / len(found)) * 100 / bins,

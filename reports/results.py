@@ -347,6 +347,7 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
     counts = [len(one["values"]), len(other["values"])]
     test = None
     p_value = None
+    images = None
     if counts == [1, 1]:
         found = mcnemar(*(Path(rows["runs"][0]) / "predictions.csv" for rows in (base, row)))
         if found:
@@ -354,6 +355,7 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
             changes = f"{found['gained']} images gained, {found['lost']} lost of {found['images']:,}{both}"
             test = f"{changes}, exact McNemar test"
             p_value = found["p_value"]
+            images = found["images"]
     elif min(counts) > 1 and (one["std"] or other["std"]):
         from scipy import stats
 
@@ -363,4 +365,4 @@ def _difference(base: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
                 one["mean"], one["std"], counts[0], other["mean"], other["std"], counts[1], equal_var=False
             ).pvalue
         )
-    return {"points": other["mean"] - one["mean"], "test": test, "p_value": p_value}
+    return {"points": other["mean"] - one["mean"], "test": test, "p_value": p_value, "images": images}

@@ -11,6 +11,7 @@ from tqdm.utils import disp_len  # width on a terminal: wide letters take two co
 
 from ampscope.text import WIDTH
 from choices import METRICS, VIEWS
+from reports.answer import short_labels
 from reports.results import wilson
 from reports.text import align, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
@@ -103,12 +104,16 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[list[str], list[list[str]]]:
+def table_cells(
+    comparison: dict[str, Any], *, ranges: bool = True, short: bool = False
+) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the performance table; a failed run has a row of two cells, the second with the reason.
 
-    With `ranges`, the lowest and the highest value over seeds follow each median.
+    With `ranges`, the lowest and the highest value over seeds follow each median. With `short`, labels have the model's
+    name only if rows differ in it.
     """
     rows = comparison["rows"]
+    labels = short_labels(comparison) if short else [printable(row["label"]) for row in rows]
     kinds = list(dict.fromkeys(printable(row["memory_kind"]) for row in rows if row["memory_kind"]))
     memory = "GPU Memory (peak allocated)" if kinds == ["CUDA allocated"] else f"Memory ({' or '.join(kinds) or '–'})"
     header = [
@@ -134,11 +139,11 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
         return f"{median}{between} {unit}".rstrip()
 
     lines = []
-    for row in rows:
+    for row, label in zip(rows, labels, strict=True):
         if row["test_acc"]:
             lines.append(
                 [
-                    printable(row["label"]),
+                    label,
                     _accuracy(row["test_acc"]),
                     measured(row["memory_mb"], ".0f", 1, "MB"),
                     measured(row["total_seconds"], ".1f", divisor, unit),
@@ -150,7 +155,7 @@ def table_cells(comparison: dict[str, Any], *, ranges: bool = True) -> tuple[lis
             )
         for failure in row["failures"]:
             seed = f" (seed {failure['seed']})" if row["test_acc"] or len(row["failures"]) > 1 else ""
-            lines.append([printable(row["label"]) + seed, fit(failure["reason"], 200)])
+            lines.append([label + seed, fit(failure["reason"], 200)])
     return header, lines
 
 

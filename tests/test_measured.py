@@ -31,7 +31,7 @@ def seeded(folder: Path, rates: dict[str, list[float]], **options) -> dict:
 
 def told(comparison: dict, folder: Path) -> list[str]:
     """Return the text of a comparison in a table, on the terminal, in its file and on its page."""
-    page.html_comparison(folder, [], comparison, folder / "report.html")
+    page.html_comparison([], comparison, folder / "report.html")
     written = [tables.performance_table(comparison), tables.terminal_table(comparison), json.dumps(comparison)]
     return [*written, (folder / "report.html").read_text()]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm.utils import disp_len
 
 from option import MAY_DIFFER_IN_COMPARISON
-from reports import page, pictures, results, sheets, tables
+from reports import answer, page, pictures, results, sheets, tables
 from reports import text as layout
 from runs.result import confusion_cells
 from system.files import write_text
@@ -293,6 +293,7 @@ def test_comparison_of_two_precisions(tmp_path):
         "points": -2,
         "p_value": 0.5,
         "test": "0 images gained, 2 lost of 100, exact McNemar test",
+        "images": 100,
     }
     table = tables.performance_table(comparison)
     assert (
@@ -375,7 +376,7 @@ def test_without_fp32_and_without_any_finished_run(tmp_path):
     runs, comparison = compare(fail_run(tmp_path / "a", "fp32", "out of memory"))
     assert "failed: out of memory" in tables.performance_table(comparison)
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
-    page.html_comparison(tmp_path, [], comparison, tmp_path / "report.html")
+    page.html_comparison([], comparison, tmp_path / "report.html")
     assert "out of memory" in (tmp_path / "report.html").read_text()
     assert tables.performance_table(results.compare_runs([]))
 
@@ -554,7 +555,7 @@ def test_html_report_is_self_contained_and_escapes(tmp_path):
     draw(run)
     page.html_report(run, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
-    assert "&lt;script&gt;alert(1)" in text and text.count('src="data:image/') == 4
+    assert "&lt;script&gt;alert(1)" in text and text.count('src="data:image/') == 3 + 1 + 2
     assert "94.44 %" in text and "image_size" in text and "AMP float16" in text
     with pytest.raises(UserError, match="nowhere"):
         page.html_report(tmp_path / "nowhere", tmp_path / "b.html")
@@ -568,7 +569,42 @@ def test_html_comparison(tmp_path):
     )
     draw(tmp_path / "fp32")
     pictures.comparison_picture(runs, comparison, tmp_path / "comparison.png")
-    page.html_comparison(tmp_path, runs[:2], comparison, tmp_path / "report.html")
+    page.html_comparison(runs, comparison, tmp_path / "report.html")
     text = body_of(tmp_path / "report.html")
-    assert text.count('src="data:image/') == 1 + 3 and "failed: out of memory" in text
-    assert "<h2>ResNet18 AMP bfloat16</h2>" in text and tables.verdict(comparison) in text
+    assert text.count('src="data:image/') == 4 + 2 * 3 + 2 and "failed: out of memory" in text
+    assert "<h1>ResNet18: FP32, AMP float16, AMP bfloat16</h1>" in text and "<h2>AMP bfloat16</h2>" in text
+    assert text.index(answer.advice(comparison)) < text.index("<img") < text.index("<table")
+    assert "<td>AMP bfloat16</td>" in text and tables.verdict(comparison) in text
+
+
+LONG = "timm:a_name_of_a_model_that_is_longer_than_every_column_of_every_table"
+ANSWERS = {  # images/s, memory and wrong images of AMP beside 100, 1000 and 0 of FP32, and the end of the answer
+    (137.0, 970.0, 0): "1.37× as fast as FP32, 3 % less memory than FP32, no difference in accuracy that 40 images "
+    "could show. Use AMP bfloat16.",
+    (137.0, 970.0, 1): "could show. Use AMP bfloat16; more seeds (--seeds 3) would say if its accuracy differs.",
+    (137.0, 970.0, 20): "-50.00 points in accuracy, more than chance explains. Stay with FP32: AMP bfloat16 is less "
+    "accurate by 50.00 points, more than chance explains.",
+    (101.0, 1010.0, 0): "1 % more memory than FP32, no difference in accuracy that 40 images could show. Stay with "
+    "FP32: AMP bfloat16 gains less than 5 % here.",
+}
+
+
+@pytest.mark.parametrize("measured", ANSWERS)
+def test_a_comparison_is_answered_in_one_sentence(tmp_path, measured):
+    rate, memory, wrong = measured
+    truth = [0] * 40
+    predicted = [1] * wrong + [0] * (40 - wrong)
+    _, comparison = compare(
+        make_run(tmp_path / "a", truth=truth, predicted=truth, rates=(1.0, 100.0), memory=1000.0, model=LONG),
+        make_run(
+            tmp_path / "b", "amp-bf16", truth=truth, predicted=predicted, rates=(1.0, rate), memory=memory, model=LONG
+        ),
+    )
+    found = answer.in_one_sentence(comparison)
+    assert found.startswith("AMP bfloat16: ") and found.endswith(ANSWERS[measured])
+    assert answer.short_labels(comparison) == ["FP32", "AMP bfloat16"]
+
+
+def test_of_several_models_a_long_name_loses_its_middle_and_no_precision(tmp_path):
+    _, comparison = compare(make_run(tmp_path / "a", model=LONG), make_run(tmp_path / "b", "amp-bf16"))
+    assert answer.short_labels(comparison) == ["ResNet18 AMP bfloat16", "timm:a_name_of_a_mode… FP32"]

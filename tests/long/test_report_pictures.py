@@ -8,8 +8,9 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
-from test_report import HOSTILE, is_picture, make_run
+from test_report import HOSTILE, compare, is_picture, make_run
 
+from ampscope import look
 from reports import curves, page, pictures, results, sheets
 from runs.result import cells_of
 
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("drawn")
 def test_learning_curve(tmp_path, epochs, scales):
     run = results.read_run(make_run(tmp_path / "run", rates=[100.0] * epochs, scales=scales and scales * (epochs // 2)))
     pictures.learning_curve(run["metrics"], tmp_path / "a.png", title="$\\frac{$", best_epoch=epochs)
-    assert is_picture(tmp_path / "a.png")[1] == (840 if scales else 630)
+    assert is_picture(tmp_path / "a.png")[1] == (900 if scales else 690)
 
 
 def test_learning_curve_of_a_diverged_run(tmp_path):
@@ -59,7 +60,7 @@ def test_class_curves_leave_out_a_class_without_images(tmp_path, number):
     for row in rows:
         row |= {"roc_auc": 0.9, "average_precision": 0.8}
     curves.class_curves(result, run / "predictions.csv", drawn, title="t")
-    assert is_picture(drawn)[0] == (2100 if number == 2 else 1575)
+    assert is_picture(drawn)[0] == (2160 if number == 2 else 1440)
     rows[0] |= {"roc_auc": None, "average_precision": None, "support": 0}
     curves.class_curves(result, run / "predictions.csv", tmp_path / "b.png", title="t")
     assert (
@@ -94,9 +95,24 @@ def test_a_page_holds_the_whole_picture_in_few_bytes(tmp_path, side, kind):
     pixels = np.random.default_rng(0).integers(100, 140, (side, side, 3), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     kept = re.fullmatch(
-        f'<img src="data:image/{kind};base64,(.*)" alt="&lt;b&gt;" .*\n', page.picture(tmp_path / "a.png", "<b>", 9)
+        f'<div class="scroll"><img src="data:image/{kind};base64,(.*)" alt="&lt;b&gt;" .*\n',
+        page.picture(tmp_path / "a.png", "<b>", 9),
     )
     content = base64.b64decode(kept[1])
     assert len(content) <= min(150_000, (tmp_path / "a.png").stat().st_size)
     with Image.open(io.BytesIO(content)) as image:
         assert np.abs(np.asarray(image, float) - pixels).mean() < 15
+
+
+def test_an_svg_has_colours_for_light_and_dark_pages_and_no_background(tmp_path, monkeypatch):
+    for owner in (pictures, curves):
+        monkeypatch.setattr(owner, "svg", look.svg)
+    run = results.read_run(make_run(tmp_path / "run", scales=[2.0, 1.0, 2.0, 2.0]))
+    drawn = pictures.learning_panels(run["metrics"], 2) | pictures.comparison_panels(*compare(tmp_path / "run"))
+    assert list(drawn) == ["Loss", "Accuracy (%)", "Loss scale", *list(drawn)[3:]] and len(drawn) == 6
+    for content in drawn.values():
+        text = content.decode()
+        style, _, rest = text.partition("</style>")
+        assert "prefers-color-scheme:dark" in style and f"{look.BLUE.lower()};" in style
+        assert "var(--c0)" in rest and not any(color.lower() in rest.lower() for color in look.DARK)
+        assert 'width="360pt"' in text
