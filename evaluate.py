@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from dataset import Batches
 from precision import Precision, wider_range
 from runs.scores import areas
-from utils import Interrupted, RunError, amount, progress
+from utils import Interrupted, RunError, amount, progress_bar
 
 NO_PREDICTION = -1  # for an image whose logits are not finite
 
@@ -177,7 +177,7 @@ def evaluate(
     confidence = torch.zeros(count, dtype=exact, device=device)
     loss_sum = torch.zeros((), dtype=exact, device=device)
     kept = torch.zeros(count if keep_logits else 0, batches.class_count, device=device)
-    bar = progress(total=count, desc=description, unit="image", delay=2)
+    bar = progress_bar(total=count, desc=description, unit="image", delay=2)
     # Ranks ask together, so one with an image more must not ask once more: count the batches of the smallest share.
     questions = math.ceil((count // batches.ranks.size) / batches.evaluation_size)
     with torch.inference_mode(), bar:

@@ -29,7 +29,7 @@ from runs.folder import RunDirectory
 from runs.second_look import SecondLook
 from system.progress import seconds_left
 from system.terminal import duration
-from utils import Interrupted, StopSignal, progress, seed_everything
+from utils import Interrupted, StopSignal, progress_bar, seed_everything
 
 
 def update_weights(
@@ -261,7 +261,7 @@ class Trainer:
         """Return the progress bar of this epoch."""
         state = self.progress
         image_count = len(self.batches.subset)
-        return progress(
+        return progress_bar(
             total=image_count,
             initial=min(state.update * self.batches.batch_size, image_count),
             desc=f"epoch {state.epoch + 1}/{self.plan.epochs}",

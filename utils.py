@@ -323,7 +323,7 @@ def _in_notebook() -> bool:
     return shell is not None and hasattr(shell.get_ipython(), "kernel")
 
 
-def progress(iterable: Any = None, **options: Any) -> tqdm:
+def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
     """Return a bar on stderr without colours; occasional lines if no bar is visible, and nothing with --quiet.
 
     In a notebook tqdm draws a widget instead.

@@ -27,7 +27,7 @@ from reports.audit import report_audit
 from runs.writing import PROBABILITIES
 from system.files import as_cell, write_text
 from system.machine import cores
-from utils import UserError, log, printable, progress
+from utils import UserError, log, printable, progress_bar
 
 if TYPE_CHECKING:
     from command_line.groups import Asked, Auditing
@@ -79,7 +79,7 @@ def _same_pictures(listing: Listing, rules: Rules) -> list[list[int]]:
     workers = min(16, 2 * cores())
     with ThreadPoolExecutor(workers) as pool:
         looks = ahead(pool, lambda entry: digest(try_decode(entry[0], None, rules)), listing, 2 * workers)
-        return in_groups(progress(looks, total=len(listing), desc="looking for copies", unit="image"))
+        return in_groups(progress_bar(looks, total=len(listing), desc="looking for copies", unit="image"))
 
 
 def cut(labels: np.ndarray, units: np.ndarray, folds: int, seed: int, *, grouped: bool) -> np.ndarray:

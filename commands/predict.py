@@ -28,7 +28,7 @@ from precision import Precision
 from system.files import refuse_missing_folders
 from system.machine import cores, images_at_once
 from transforms import Preprocess
-from utils import RunError, Stopped, UserError, amount, printable, progress
+from utils import RunError, Stopped, UserError, amount, printable, progress_bar
 
 if TYPE_CHECKING:
     from command_line.groups import Asked, Prediction
@@ -82,7 +82,7 @@ def predict_files(
     pool = ThreadPoolExecutor(max(1, workers))
     try:
         with ExitStack() as opened, torch.inference_mode():
-            bar = None if live else opened.enter_context(progress(desc="predicting", unit="image", delay=2))
+            bar = None if live else opened.enter_context(progress_bar(desc="predicting", unit="image", delay=2))
             table.open(opened, None if filled else own.csv, own.json)
             limit = preprocess.image_size
             items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, waiting)

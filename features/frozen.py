@@ -18,7 +18,7 @@ from torch import nn
 from dataset import Batches, Loaded
 from precision import Precision
 from system.machine import available_memory
-from utils import log, progress
+from utils import log, progress_bar
 
 
 def keep_outputs(
@@ -112,7 +112,7 @@ class FrozenNetwork:
         return kept.cpu()
 
     def _bar(self) -> Any:
-        return progress(total=len(self.batches.subset), desc="frozen layers", unit="image", delay=2)
+        return progress_bar(total=len(self.batches.subset), desc="frozen layers", unit="image", delay=2)
 
 
 @dataclass

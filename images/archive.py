@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from images.walk import composed, is_image_name, is_wanted
-from utils import RunError, UserError, amount, log, printable, progress
+from utils import RunError, UserError, amount, log, printable, progress_bar
 
 MAX_MEMBERS = 1_000_000
 MAX_RATIO = 100  # unpacked to packed bytes; JPEG archives stay near 1
@@ -94,7 +94,7 @@ def unpack(archive: zipfile.ZipFile, infos: list[zipfile.ZipInfo], stage: Path) 
             f"the disk that holds {printable(stage.parent)} has too little room: free {missing / 2**20:,.1f} MB more "
             "there, or choose another --data_dir, and try again."
         )
-    with progress(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
+    with progress_bar(total=total, desc="unpacking", unit="B", unit_scale=True) as bar:
         for info in infos:
             archive.extract(info, stage)
             bar.update(info.file_size)

@@ -22,7 +22,7 @@ from images.cache_files import cache_folder, limit_caches, only_builder
 from images.decode import Header, Rules, ahead, deep_mode, read_header, try_decode, value_range
 from system.files import atomic_write, json_text, remove
 from system.machine import available_memory, cores
-from utils import log, progress
+from utils import log, progress_bar
 
 
 @dataclass
@@ -211,7 +211,7 @@ def _ranges(paths: list[Path], rules: Rules, workers: int) -> dict[str, tuple[fl
 
 
 def _bar(paths: list[Path], what: str) -> Any:
-    return progress(total=len(paths), desc=what, unit="image", delay=2)
+    return progress_bar(total=len(paths), desc=what, unit="image", delay=2)
 
 
 def build_cache(
@@ -313,7 +313,7 @@ def _decode_all(temporary: Path, paths: list[Path], kept: Kept, limit: int, stre
         return len(positions)
 
     workers = max(1, workers)
-    with ThreadPoolExecutor(workers) as pool, progress(total=len(paths), desc="decoding", unit="image") as bar:
+    with ThreadPoolExecutor(workers) as pool, progress_bar(total=len(paths), desc="decoding", unit="image") as bar:
         for done in ahead(pool, some, range(0, len(paths), 16), 2 * workers):  # after Ctrl-C these few are finished
             bar.update(done)
     return replace(kept, array=array, crc32=crc32, unreadable=dict(sorted(unreadable.items())))

@@ -17,7 +17,7 @@ from images.labels import list_images
 from images.split import digest, in_groups
 from images.walk import raw_advice, relative_name
 from system.machine import cores
-from utils import printable, progress
+from utils import printable, progress_bar
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def check(
     files = [(part, label, path) for part, listing in images.parts.items() for path, label in listing]
     with ThreadPoolExecutor(workers) as pool:
         looks = ahead(pool, lambda file: look(file[2], rules), files, 2 * workers)
-        seen = list(progress(looks, total=len(files), desc="checking"))
+        seen = list(progress_bar(looks, total=len(files), desc="checking"))
     return _report(str(data_dir), images, rules, files, seen)
 
 

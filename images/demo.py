@@ -20,7 +20,7 @@ from images.placing import building, explained, finish_interrupted, one_writer, 
 from images.scenes import CLASSES, SIZE, VERSION, draw_scene
 from system.files import json_text
 from system.machine import cores
-from utils import RunError, choose_device, progress
+from utils import RunError, choose_device, progress_bar
 
 IN_PROCESSES = 400  # the number of scenes above which processes draw faster than one, their start included
 
@@ -58,7 +58,7 @@ def draw_demo(
         if (root / "seg_train").exists() and _holds(drawn, settings, exact):
             return
         refuse_existing(root, {"demo.json"})
-        bar = progress(total=train_images + test_images, desc="drawing", unit="image")
+        bar = progress_bar(total=train_images + test_images, desc="drawing", unit="image")
         with building(root, "demo scenes") as stage, bar:
             scenes = []
             for split, (folder, count) in enumerate((("seg_train", train_images), ("seg_test", test_images))):

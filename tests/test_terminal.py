@@ -41,26 +41,26 @@ def test_durations(seconds, words):
 def test_bars_are_for_terminals_and_the_first_rank(monkeypatch):
     """And not for --quiet; they have no colours, whatever NO_COLOR says."""
     from system.progress import Lines
-    from utils import progress
+    from utils import progress_bar
 
     utils.start_logging(quiet=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with progress(total=1) as lines:
+    with progress_bar(total=1) as lines:
         assert isinstance(lines, Lines) and not lines.disable
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    bar = progress(total=1)
+    bar = progress_bar(total=1)
     assert not bar.disable and bar.colour is None and not isinstance(bar, Lines)
     bar.close()
     monkeypatch.setenv("TERM", "dumb")
-    with progress(total=1) as lines:
+    with progress_bar(total=1) as lines:
         assert isinstance(lines, Lines)
     monkeypatch.setenv("TERM", "xterm")
     utils.start_logging(quiet=True)
-    assert progress(total=1).disable
+    assert progress_bar(total=1).disable
     utils.start_logging(quiet=False)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert progress(total=1).disable
+    assert progress_bar(total=1).disable
 
 
 def test_long_lines_are_broken_between_words_on_a_terminal_alone(monkeypatch):
