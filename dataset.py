@@ -10,7 +10,7 @@ import math
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,7 +34,8 @@ from transforms import (
 )
 from utils import fold
 
-# uint8 images (count, height, width, 3) and labels on the device, and shapes as in images.stores.Batch
+# uint8 images (count, height, width, 3) and labels on the device, and shapes as in images.stores.Batch; with `frozen`
+# outputs of frozen layers (count, views, features) instead of images, and no shapes
 Loaded = tuple[torch.Tensor, torch.Tensor, np.ndarray | None]
 MicroBatch = tuple[torch.Tensor, torch.Tensor, int, bool]  # images, labels, weight, True for the last of its update
 
@@ -56,6 +57,7 @@ class Batches:
     start_size: int = 0  # side of the first epoch's images, which grow to full size; 0: all have full size
     epochs: int = 1
     ranks: Ranks = Ranks()
+    frozen: Callable[[], torch.Tensor] | None = None  # outputs (images, views, features) to feed instead of images
 
     def __post_init__(self) -> None:
         self.device = self.preprocess.device
@@ -171,14 +173,18 @@ class Batches:
         return order if self.sampler == "shuffle" else balanced(order, self.subset.labels, self.class_count)
 
     def prepare(self) -> float | None:
-        """Do work that all epochs share, and return its seconds. Images have none: `KeptBatches` overrides this."""
-        return None
+        """Compute the outputs of frozen layers; return the seconds that it took, or None if images are fed."""
+        if self.frozen is None:
+            return None
+        started = time.perf_counter()
+        self.frozen()
+        return time.perf_counter() - started
 
     def evaluation(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, np.ndarray]]:
         """Yield this rank's stride of the subset as (images, labels, positions in the subset), never padded."""
         batches = self._evaluation_places()
         for (images, labels, shapes), batch in zip(self._on_device(batches), batches, strict=True):
-            yield self.preprocess(images, shapes), labels, batch
+            yield images[:, 0] if self.frozen else self.preprocess(images, shapes), labels, batch
 
     def _evaluation_places(self) -> list[np.ndarray]:
         mine = np.arange(self.ranks.rank, len(self.subset), self.ranks.size)
@@ -198,7 +204,7 @@ class Batches:
         mean, std = (self.preprocess.mean, self.preprocess.std)
         shown = []
         targets = []
-        for images, labels, *_ in next(self.epoch(0, 0, 1)):
+        for images, labels, *_ in next(replace(self, frozen=None).epoch(0, 0, 1)):
             pixels = images.float().cpu().permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
             shown.append((255 * pixels).round().clamp(0, 255).byte())
             targets.append(labels.cpu())
@@ -208,6 +214,11 @@ class Batches:
 
     def _on_device(self, batches: list[np.ndarray]) -> Iterator[Loaded]:
         """Yield images, labels and shapes of each batch. CUDA copies them one batch ahead, on a stream of its own."""
+        if self.frozen:
+            for batch in batches:
+                labels = torch.from_numpy(self.subset.labels[batch])
+                yield self.frozen()[torch.from_numpy(batch)].to(self.device), labels.to(self.device), None
+            return
         ahead: deque = deque()
         for (images, shapes), batch in zip(
             self.subset.store.batches([self.subset.positions[batch] for batch in batches]), batches, strict=True
@@ -240,6 +251,9 @@ class Batches:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return images and labels as the model gets them: resized, augmented, normalised, mixed."""
         images, labels, shapes = loaded
+        if self.frozen:  # half of the images are fed as their second view, the mirror image, if there is one
+            view = (random[:, 0] < 0.5).long().clamp(max=images.shape[1] - 1).to(self.device)
+            return images[torch.arange(len(images), device=self.device), view], labels
         preprocess = self._input[self.size_in(epoch)]
         images = images.permute(0, 3, 1, 2)
         if shapes is not None:

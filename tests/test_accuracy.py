@@ -18,7 +18,7 @@ from command_line import presets
 from dataset import Batches
 from distributed import Ranks
 from features.activation_maps import activation_maps
-from features.frozen import FrozenNetwork, keep_outputs
+from features.frozen import keep_outputs
 from model import head_names
 from optimizer import block_depths, make_optimizer, make_scheduler, parameter_groups
 from precision import Precision
@@ -269,7 +269,7 @@ def test_the_frozen_network_sees_each_image_twice_before_the_first_epoch_and_no_
     # 19 training images and their mirror images, 5 to validate, and two trials of a single image; then 6 to test
     assert 0 <= at_epochs[0] - 2 * 19 - 5 <= 6 and at_epochs == at_epochs[:1] * 4
     assert sum(seen) <= at_epochs[0] + 2 * 6
-    monkeypatch.setattr(FrozenNetwork, "_bar", None)
+    monkeypatch.setattr("features.frozen.progress_bar", None)
     assert tiny.train(data, tmp_path, "--freeze_epochs=all", "--epochs=4", "--resume") == 0  # only tested again
 
 

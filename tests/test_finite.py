@@ -17,7 +17,7 @@ from commands.predict import predict_files
 from dataset import Batches
 from distributed import Ranks
 from evaluate import NotFinite, evaluate
-from features.frozen import FrozenNetwork
+from features.frozen import frozen_outputs
 from metrics import UpdateRecord
 from model import MeanOfViews
 from precision import Precision
@@ -217,6 +217,6 @@ def test_a_rank_without_an_image_takes_part(mirrored):
     """A preset probe under torchrun with fewer validation images than processes died on those without."""
     batches = Batches(tiny.subset(2), Preprocess(CPU, 9), 5, 3, ranks=WithoutOthers(2, 2, 3))
     model = tiny.Classifier(3)
-    outputs = FrozenNetwork(model, "fc", batches, FP32, mirrored).outputs
+    outputs = frozen_outputs(model, "fc", batches, FP32, mirrored)
     assert outputs.shape == (2, 1 + mirrored, 16) and not outputs.any() and model.training
     assert not evaluate(model.eval(), batches, FP32).confidence.any()

@@ -11,7 +11,6 @@ import tiny
 from test_report import compare
 from tqdm import tqdm
 
-from features.frozen import FrozenNetwork
 from reports import results, tables
 from system import waiting
 
@@ -41,7 +40,9 @@ def test_a_competing_process_is_noticed():
 def test_the_work_of_a_frozen_network_is_in_its_time_and_rate(data, tmp_path, monkeypatch):
     seconds = {"fp32": 0.3, "amp-bf16": 0.1}
     for name, taken in seconds.items():
-        monkeypatch.setattr(FrozenNetwork, "_bar", lambda self, taken=taken: time.sleep(taken) or tqdm(disable=True))
+        monkeypatch.setattr(
+            "features.frozen.progress_bar", lambda taken=taken, **_: time.sleep(taken) or tqdm(disable=True)
+        )
         words = ("--preset=probe", "--epochs=3", "--model=tiny_classifier", "--augment=flip")
         assert tiny.train(data, tmp_path, *words, *(["--amp"] if name != "fp32" else []), name=name) == 0
     runs, comparison = compare(*(tmp_path / name for name in seconds))
