@@ -153,7 +153,16 @@ def train(asked: Asked, ranks: Ranks) -> None:
     """Train, test the best epoch once, and write the run's results. Its steps are in commands/train.py."""
     with utils.importing():
         from assemble import make_trainer, run_folder, set_up
-        from commands.train import announce, begin_or_resume, finish, opened, opened_logs, report_epoch, show
+        from commands.train import (
+            announce,
+            begin_or_resume,
+            finish,
+            opened,
+            opened_logs,
+            report_epoch,
+            show,
+            watch_layers,
+        )
         from images.asked import data_to_train_on
         from runs.resume import find_earlier
 
@@ -172,6 +181,7 @@ def train(asked: Asked, ranks: Ranks) -> None:
         data = data_to_train_on(asked, ranks, setup.preprocess, continued=continued)
         trainer = make_trainer(setup, data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
+        watch_layers(trainer, every=recording.watch)
         with opened_logs(recording.logs, trainer, asked.flat) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)
             trainer.train()

@@ -234,6 +234,7 @@ OPTIONS = {
     },
     "recording and resuming": {
         "log_interval": Option(COUNT, 20, "number of updates between two readings of loss and accuracy", HANDLING),
+        "watch": Option(COUNT, None, "write the largest values of each layer every N updates", HANDLING),
         "resume": Option(
             one_of("yes", "auto", nargs="?", const="yes", metavar="auto"),
             None,

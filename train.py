@@ -108,6 +108,7 @@ class Trainer:
     record: dict[str, Any] = field(default_factory=dict)  # the part of a checkpoint that describes the run
     stop: StopSignal = field(default_factory=StopSignal)
     on_epoch: Callable[[dict[str, Any]], None] = lambda line: None
+    around_update: Callable[[int], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def __post_init__(self) -> None:
         require_figure(self.plan.best_by, self.validation.subset.labels, self.validation.class_count)
@@ -167,17 +168,18 @@ class Trainer:
             for micro_batches in batches.epoch(state.epoch, state.update):
                 image_count = batches.images_in(state.update)
                 seed_everything(self.plan.seed, state.epoch, state.update, batches.ranks.rank)  # for dropout
-                stats = update_weights(
-                    self.network.forward,
-                    micro_batches,
-                    image_count,
-                    optimizer=self.recipe.optimizer,
-                    scaler=self.scaler,
-                    precision=self.recipe.precision,
-                    criterion=self.recipe.criterion,
-                    clip_grad_norm=self.recipe.clip_grad_norm,
-                    ranks=batches.ranks.size,
-                )
+                with self.around_update(self.updates_done + 1):
+                    stats = update_weights(
+                        self.network.forward,
+                        micro_batches,
+                        image_count,
+                        optimizer=self.recipe.optimizer,
+                        scaler=self.scaler,
+                        precision=self.recipe.precision,
+                        criterion=self.recipe.criterion,
+                        clip_grad_norm=self.recipe.clip_grad_norm,
+                        ranks=batches.ranks.size,
+                    )
                 self.meter.add(stats)
                 state.learning_rate = self.recipe.optimizer.param_groups[0]["lr"]
                 self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule

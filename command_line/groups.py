@@ -127,6 +127,7 @@ class Recording:
     """What is written during a training, and when it stops."""
 
     log_interval: int
+    watch: int | None
     max_time: str | None
     checkpoint_every: str | None
     log: list[str] | None

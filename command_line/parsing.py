@@ -142,6 +142,10 @@ def _check_together(options: argparse.Namespace) -> None:
         ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
         (
+            get("watch") and (get("compile") or get("cuda_graphs")),
+            "--watch looks at layers one by one, which torch.compile merges: leave out one of the two.",
+        ),
+        (
             get("cuda_graphs") and get("accumulate", 1) > 1,
             "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
         ),

@@ -25,6 +25,7 @@ from runs import resume
 from runs.checkpoint import load_checkpoint
 from runs.config import record
 from runs.folder import RunDirectory
+from runs.layer_watch import LayerWatch
 from runs.logs import Logs, refuse_missing_packages
 from runs.writing import PROBABILITIES
 from system.files import read_json
@@ -110,6 +111,13 @@ def show_first_batch(trainer: Trainer, data: DataSet) -> None:
         batch(images, labels.numpy(), data.classes, trainer.run.file("batch.png"))
     except Exception as error:  # as in `show`; a training does not depend on a picture
         log.warning(f"no batch.png: {printable(f'{type(error).__name__}: {error}')[:300]}")
+
+
+def watch_layers(trainer: Trainer, *, every: int | None) -> None:
+    """Let the first rank write layers.jsonl every so many updates; None: never."""
+    if every is not None and trainer.run.writes:
+        file = trainer.run.file("layers.jsonl")
+        trainer.around_update = LayerWatch(trainer.network.model, trainer.scaler, file, every)
 
 
 @contextlib.contextmanager

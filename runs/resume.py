@@ -32,6 +32,7 @@ WRITTEN = (  # written by a run; the files that make it look finished come first
     "model.onnx",
     "metrics.jsonl",
     "metrics.csv",
+    "layers.jsonl",
     "predictions.csv",
     "split.csv",
     "learning_curve.png",

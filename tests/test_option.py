@@ -29,7 +29,9 @@ TRAINING = (
     "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
     " --class_weights --sampler --best_by --fraction"
 )
-RECORDING = "--log_interval --resume --overwrite --max_time --checkpoint_every --log --tensorboard --safetensors"
+RECORDING = (
+    "--log_interval --watch --resume --overwrite --max_time --checkpoint_every --log --tensorboard --safetensors"
+)
 TRAINED = f"{RUN} {DATA} {DEVICE} --tta --batch_size --checkpoint"
 ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 

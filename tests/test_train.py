@@ -4,6 +4,7 @@ Images are made here; nothing is read from disk. Run it alone: pytest tests/test
 """
 
 import copy
+import json
 import math
 import time
 
@@ -14,6 +15,7 @@ from tiny import computed_metrics, metrics, network, subset
 from torch import nn
 from trainings import BF16, CPU, FP16, FP32, batches, difference, finish, piece, trained, trainer, update
 
+from commands.train import watch_layers
 from dataset import Batches
 from distributed import Ranks
 from evaluate import evaluate
@@ -286,6 +288,27 @@ def test_a_run_repeats_bit_for_bit_and_learns(tmp_path, precision):
     kept = [computed_metrics(tmp_path / name) for name in "ab"]
     assert kept[0] == kept[1]
     assert kept[0][-1]["train_loss"] < 0.7 * kept[0][0]["train_loss"] and one.progress.best_val_acc > 60
+
+
+def test_watching_layers_writes_what_they_compute_and_changes_nothing(tmp_path):
+    largest = []
+    model = network()
+    model.body.register_forward_hook(
+        lambda body, given, out: largest.append(out.abs().max().item()) if body.training else None
+    )
+    made = trainer(tmp_path / "watched", model, FP16)
+    watch_layers(made, every=2)
+    made.run.file("layers.jsonl").write_text('{"update": 1}\n{"update": 4}\n')  # of updates that are made again
+    made.train()
+    made.run.close()
+    lines = [json.loads(line) for line in made.run.file("layers.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines] == [1, 2, 4, 6]
+    assert [line["layers"]["body"]["output"] for line in lines[1:]] == largest[1::2]
+    assert {"output", "gradient", "zeros"} == set(lines[1]["layers"]["head"]) and lines[1]["loss_scale"] == 2.0**16
+    assert lines[1]["layers"]["head"]["gradient"] > 100  # with the loss scale
+    plain = trained(tmp_path / "plain", network(), FP16)
+    assert difference(model, plain.network.model) == 0
+    assert not model.body._backward_hooks and len(model.body._forward_hooks) == 1
 
 
 def test_memory_of_warming_up_counts_only_where_there_is_no_other(tmp_path, monkeypatch):
