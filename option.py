@@ -96,6 +96,9 @@ OPTIONS = {
         "data_dir": Option(DIR, "data", "folder that holds the images", PLACE),
         "demo": Option(FLAG, False, "use drawn scenes, and defaults that fit them", CALL),
         "image_size": Option(PIXELS, 256, "side of the square images that the model sees"),
+        "resize": Option(
+            one_of("squash", "crop", "pad"), "squash", "squash images into the square, crop to it, or pad with black"
+        ),
         "start_size": Option(
             START_PIXELS, 0, "side of the first images, which grow to --image_size for the last tenth of epochs; 0: off"
         ),
@@ -379,7 +382,8 @@ COMMON = {
 }
 # A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
 # run also use its recorded options; None: the value in its checkpoint.
-_AS_TRAINED = {"image_size": None, "normalize": None, "window": None, "augment": "flip", "num_classes": None}
+_READING = dict.fromkeys(("image_size", "resize", "normalize", "window"))
+_AS_TRAINED = {**_READING, "augment": "flip", "num_classes": None}
 OWN_DEFAULTS: dict[str, dict[str, Any]] = {
     "evaluate": _AS_TRAINED,
     "predict": _AS_TRAINED,

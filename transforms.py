@@ -104,6 +104,24 @@ def resize(images: torch.Tensor, size: tuple[int, int], interpolation: str) -> t
     return images
 
 
+def squared(images: torch.Tensor, resize: str) -> torch.Tensor:
+    """Return images (count, 3, height, width) square: the middle (`crop`), with black borders (`pad`), or as they are.
+
+    Decoding does the same (images/decode.py); this is for graphs that take images of any size.
+    """
+    if resize == "squash":
+        return images
+    height, width = images.shape[-2:]
+    if resize == "crop":
+        side = torch.sym_min(height, width)
+        left, top = -((width - side) // 2), -((height - side) // 2)
+    else:
+        side = torch.sym_max(height, width)
+        left, top = (side - width) // 2, (side - height) // 2
+    borders = (left, side - width - left, top, side - height - top)  # less than 0: cut off
+    return F.pad(images, borders)  # type: ignore[arg-type] # symbols in a graph
+
+
 def random_flip(images: torch.Tensor, draws: torch.Tensor, dimension: int = 3) -> torch.Tensor:
     """Mirror the images (count, 3, height, width) whose random number (count,) in [0, 1) is below one half."""
     return torch.where(draws[:, None, None, None] < 0.5, images.flip(dimension), images)

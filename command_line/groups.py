@@ -53,6 +53,7 @@ class Reading:
     """How a file becomes the input of the model; None: as the checkpoint says."""
 
     image_size: int | None
+    resize: str | None
     normalize: str | None
     window: str | None
     max_megapixels: float

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from assemble import set_up, trained_model
@@ -27,7 +28,7 @@ from model import MeanOfViews
 from runs.checkpoint import metadata
 from runs.config import read_config
 from system.files import atomic_write, refuse_missing_folders
-from transforms import Preprocess, resize
+from transforms import Preprocess, resize, squared
 from utils import RunError, UserError, log, printable
 
 if TYPE_CHECKING:
@@ -96,13 +97,15 @@ class FromPixels(nn.Module):
         self.model = model
         self.size = (checkpoint["image_size"], checkpoint["image_size"])
         self.interpolation = checkpoint["interpolation"]
+        self.resize = checkpoint.get("resize") or "squash"
         self.with_parts = False
         self.register_buffer("mean", 255 * torch.tensor(checkpoint["mean"]).view(3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(checkpoint["std"]).view(3, 1, 1))
 
     def forward(self, images: torch.Tensor) -> Any:
         """Return the probabilities, or if `with_parts` is set (probabilities, logits, resized pixels)."""
-        pixels = resize(images.permute(0, 3, 1, 2).float(), self.size, self.interpolation)
+        square = squared(images.permute(0, 3, 1, 2), self.resize)
+        pixels = resize(square.float(), self.size, self.interpolation)
         logits = self.model((pixels - self.mean) / self.std)
         probabilities = logits.softmax(1)
         return (probabilities, logits, pixels) if self.with_parts else probabilities
@@ -131,7 +134,7 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images
         session = onnxruntime.InferenceSession(proto.SerializeToString())
         preprocess = as_predict(checkpoint)
         batches = [*drawn_pictures(checkpoint["image_size"]), *(image[None] for image in images)]
-        found = np.max([differences(session, network.model, preprocess, batch) for batch in batches], 0)
+        found = np.max([differences(session, network, preprocess, batch) for batch in batches], 0)
         del proto.graph.output[1:]  # the parts, which only the check needs
     except Exception as error:  # the exporter, the checker and the runtime raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -200,7 +203,7 @@ def drawn_pictures(side: int) -> Iterator[np.ndarray]:
 
 
 def differences(
-    session: Any, model: nn.Module, preprocess: Preprocess, images: np.ndarray
+    session: Any, network: FromPixels, preprocess: Preprocess, images: np.ndarray
 ) -> tuple[float, float, float]:
     """Return how far the graph is from `predict` on images uint8 (count, height, width, 3).
 
@@ -208,9 +211,10 @@ def differences(
     largest logit, because the probabilities of a model that is sure of itself hide a wrong graph; of probabilities.
     """
     probabilities, logits, pixels = session.run(["probabilities", "logits", "pixels"], {"images": images})
+    squares = np.stack([np.asarray(decode.squared(Image.fromarray(image), network.resize)) for image in images])
     with torch.inference_mode():
-        resized = preprocess.resized(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
-        wanted = model(preprocess.normalized(torch.from_numpy(pixels)))
+        resized = preprocess.resized(torch.from_numpy(squares).permute(0, 3, 1, 2)).numpy()
+        wanted = network.model(preprocess.normalized(torch.from_numpy(pixels)))
     size = max(float(wanted.abs().max()), 0.01)
     return (
         float(np.abs(pixels - resized).max()),
@@ -221,9 +225,9 @@ def differences(
 
 def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
     """Return a program with the results of `predict` that needs neither PyTorch nor this package."""
-    windows = Rules.recorded(checkpoint)
+    rules = Rules.recorded(checkpoint)
     side = checkpoint["image_size"]
-    functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb, decode.resized)
+    functions = (decode.deep_mode, decode.upright, decode.shown, decode.to_rgb, decode.squared, decode.resized)
     turns = ", ".join(f"{number}: Image.Transpose.{turn.name}" for number, turn in decode.UPRIGHT.items())
     program = "\n\n\n".join(
         [
@@ -231,14 +235,14 @@ def lines_of_use(file: Path, checkpoint: dict[str, Any]) -> str:
             "import onnxruntime\nfrom PIL import Image, ImageCms\n\n"
             f"BACKGROUND = {decode.BACKGROUND}\nORIENTATION = {decode.ORIENTATION:#06x}\n"
             f"PHOTOMETRIC = {decode.PHOTOMETRIC}\nUPRIGHT = {{{turns}}}\n"
-            f"WINDOWS = { ({mode: windows.window(mode) for mode in decode.TYPE_WINDOWS}) }",
+            f"WINDOWS = { ({mode: rules.window(mode) for mode in decode.TYPE_WINDOWS}) }",
             *(inspect.getsource(function).rstrip() for function in functions),
             f"session = onnxruntime.InferenceSession({str(file)!r})\n"
             'classes = json.loads(session.get_modelmeta().custom_metadata_map["classes"])\n'
             "# Pillow resizes, as for the training. The graph would also take the picture in its own size, but it\n"
             "# resizes in float32, up to 2 of 255 apart, and a photograph decodes faster at a reduced size.\n"
             f'image = resized(Image.open("x.jpg"), {side}, Image.Resampling.{checkpoint["interpolation"].upper()}, '
-            "WINDOWS.__getitem__)\n"
+            f"WINDOWS.__getitem__, {rules.resize!r})\n"
             'probabilities = session.run(None, {"images": np.asarray(image)[None]})[0][0]\n'
             "for place in np.argsort(-probabilities)[:3]:\n"
             '    print(f"{classes[place]}: {probabilities[place]:.1%}")',

@@ -36,7 +36,8 @@ def data_to_train_on(
     _prepare_folder(asked, ranks)
     training = asked.training
     window = asked.reading.window or "data"
-    rules = Rules(asked.reading.max_megapixels, windows_of(window), preprocess.interpolation)
+    resize = asked.reading.resize or "squash"
+    rules = Rules(asked.reading.max_megapixels, windows_of(window), preprocess.interpolation, resize)
     recorded = _recorded_split(continued, ranks) if continued else None
     data = open_data_set(
         asked.data.data_dir,
@@ -86,7 +87,8 @@ def trained_rules(asked: Asked, preprocess: Preprocess, checkpoint: dict[str, An
     """Return the rules by which a trained model's images are read: as it was trained, unless asked otherwise."""
     window = asked.reading.window
     windows = windows_of(window) if window else checkpoint.get("windows", {})
-    return Rules(asked.reading.max_megapixels, windows, preprocess.interpolation)
+    resize = asked.reading.resize or checkpoint.get("resize") or "squash"
+    return Rules(asked.reading.max_megapixels, windows, preprocess.interpolation, resize)
 
 
 def _prepare_folder(asked: Asked, ranks: Ranks) -> None:

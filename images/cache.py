@@ -178,7 +178,8 @@ def map_array(file: Path, kept: Kept, workers: int, part: str) -> np.ndarray | N
 def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, workers: int) -> Kept:
     """Read the files' headers; return the box that holds all images, and the windows of deep grey pictures.
 
-    Images up to `limit` pixels keep their size, larger ones are resized to `limit` square. With `own_window`, windows
+    Images up to `limit` pixels keep their size, or are made square as `rules` say; larger ones are resized to `limit`
+    square. With `own_window`, windows
     missing in `rules` are the range of the values in these files.
     """
     headers: list[Header | None] = []
@@ -187,7 +188,8 @@ def survey(paths: list[Path], limit: int, rules: Rules, own_window: bool, worker
             headers.append(header)
             bar.update(1)
     known = [header for header in headers if header is not None]
-    sizes = {header.size if max(header.size) <= limit else (limit, limit) for header in known} or {(limit, limit)}
+    shapes_read = {rules.shape(header.size) for header in known}
+    sizes = {shape if max(shape) <= limit else (limit, limit) for shape in shapes_read} or {(limit, limit)}
     box = max(height for height, _ in sizes), max(width for _, width in sizes)
     deep = [path for path, header in zip(paths, headers, strict=True) if header and deep_mode(header.mode)]
     if deep and own_window:
@@ -257,6 +259,7 @@ def write_notes(file: Path, kept: Kept, images_in: Path) -> None:
         "max_megapixels": kept.rules.max_megapixels,
         "windows": kept.rules.windows,
         "interpolation": kept.rules.interpolation,
+        "resize": kept.rules.resize,
         "several": kept.several,
         "deep": kept.deep,
         "crc32": kept.crc32.tolist(),

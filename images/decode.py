@@ -48,24 +48,33 @@ class Rules:
     """The rules that turn files into pixels: the largest size in megapixels, windows of deep grey pictures, the filter.
 
     `windows` gives for a mode ("I;16", "I" or "F") the values that become black and white. Modes without an entry use
-    the range of their type. `interpolation` names Pillow's filter for resizing, bilinear or bicubic.
+    the range of their type. `interpolation` names Pillow's filter for resizing, bilinear or bicubic. `resize` says how
+    a picture becomes square: squash it, crop its middle, or pad it with black.
     """
 
     max_megapixels: float = 179.0  # Pillow refuses a larger file as a decompression bomb
     windows: dict[str, tuple[float, float]] = field(default_factory=dict)
     interpolation: str = "bilinear"
+    resize: str = "squash"
 
     @classmethod
     def recorded(cls, record: dict[str, Any]) -> Rules:
         """Return the rules that a checkpoint, a config.json or a cache's notes record; defaults for what they lack."""
         windows = {mode: (float(low), float(high)) for mode, (low, high) in (record.get("windows") or {}).items()}
-        given = {name: record[name] for name in ("max_megapixels", "interpolation") if name in record}
+        given = {name: record[name] for name in ("max_megapixels", "interpolation", "resize") if name in record}
         return cls(windows=windows, **given)
 
     def window(self, mode: str) -> tuple[float, float]:
         """Return the values that become black and white in pictures of a deep mode."""
         low, high = self.windows.get(mode, TYPE_WINDOWS[mode])
         return float(low), float(high)
+
+    def shape(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the height and width of a picture of this size before it is resized: a squashed one keeps them."""
+        if self.resize == "squash":
+            return size
+        side = min(size) if self.resize == "crop" else max(size)
+        return side, side
 
     def described(self, modes: Iterable[str]) -> list[str]:
         """Return a sentence about the window of each of these deep modes."""
@@ -145,28 +154,48 @@ def decode(path: Path, limit: int | None = None, rules: Rules | None = None) -> 
     """Decode the first picture of a file to RGB uint8 (height, width, 3), upright by its EXIF orientation.
 
     Resize a picture with a side above `limit` pixels to `limit` square, with Pillow's antialiased filter; keep a
-    smaller one as it is. Raise OSError, ValueError or another of Pillow's errors if the file is not a whole image, or
-    is larger than `rules` allow.
+    smaller one as it is, but crop or pad it to a square if `rules` say so. Raise OSError, ValueError or another of
+    Pillow's errors if the file is not a whole image, or is larger than `rules` allow.
     """
     rules = rules or Rules()
     with _open(path, rules) as image:
-        if limit is None or max(image.size) <= limit:
-            return np.asarray(to_rgb(shown(image), rules.window))
-        return np.asarray(resized(image, limit, Image.Resampling[rules.interpolation.upper()], rules.window))
+        if limit is None or max(rules.shape(image.size)) <= limit:
+            return np.asarray(squared(to_rgb(shown(image), rules.window), rules.resize))
+        resampling = Image.Resampling[rules.interpolation.upper()]
+        return np.asarray(resized(image, limit, resampling, rules.window, rules.resize))
 
 
 def resized(
-    image: Image.Image, side: int, resampling: Image.Resampling, window: Callable[[str], tuple[float, float]]
+    image: Image.Image,
+    side: int,
+    resampling: Image.Resampling,
+    window: Callable[[str], tuple[float, float]],
+    resize: str,
 ) -> Image.Image:
     """Return an opened picture as RGB, upright, `side` pixels square; `window` is that of `to_rgb`."""
     width, height = image.size
     # Decode a JPEG photograph at 1/2, 1/4 or 1/8, but at least at twice `side`. Small files gain nothing.
     if min(width, height) >= 4 * side and width * height > 1_000_000:
         reduced = image.draft(None, (2 * side, 2 * side))
-        if reduced:
+        if reduced and resize == "squash":
             box = reduced[1]  # the last row and column may cover less than a whole pixel
             return upright(to_rgb(image, window).resize((side, side), resampling, box))
-    return to_rgb(shown(image), window).resize((side, side), resampling)
+    image = to_rgb(shown(image), window)
+    if resize == "pad":  # after resizing: the square of a long picture would take much memory
+        factor = side / max(image.size)
+        image = image.resize((round(factor * image.width) or 1, round(factor * image.height) or 1), resampling)
+    image = squared(image, resize)
+    return image if image.size == (side, side) else image.resize((side, side), resampling)
+
+
+def squared(image: Image.Image, resize: str) -> Image.Image:
+    """Return the middle of a picture (`crop`), the picture between black borders (`pad`), or all of it (`squash`)."""
+    if resize == "squash":
+        return image
+    side = min(image.size) if resize == "crop" else max(image.size)
+    left = int((image.width - side) / 2)
+    top = int((image.height - side) / 2)
+    return image.crop((left, top, left + side, top + side))  # outside of the picture Pillow fills with black
 
 
 def _open(path: Path, rules: Rules) -> Image.Image:

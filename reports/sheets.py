@@ -26,8 +26,11 @@ LETTER = 16  # of the heading, with some reserve
 
 
 def load_picture(path: Path, side: int, rules: Rules | None = None) -> np.ndarray | None:
-    """Return an image as RGB array [height, width, 3] of at most `side` pixels; None if it cannot be read."""
-    pixels = try_decode(path, None, rules)
+    """Return an image as RGB array [height, width, 3] of at most `side` pixels; None if it cannot be read.
+
+    It is shown as a network sees it that crops or pads its images, but not squashed.
+    """
+    pixels = try_decode(path, None if rules is None or rules.resize == "squash" else side, rules)
     if isinstance(pixels, str):
         return None
     image = Image.fromarray(pixels)

@@ -136,6 +136,7 @@ def identity(
         "precision": precision,
         "fingerprint": data.fingerprint,
         "windows": {mode: list(window) for mode, window in data.rules.windows.items()},
+        "resize": data.rules.resize,
         "float32_layers": float32_layers,
     }
 
@@ -182,7 +183,9 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "mean": lambda value: _are_numbers(value),
     "std": lambda value: _are_numbers(value) and min(value) > 0,
     "interpolation": lambda value: value in ("bilinear", "bicubic"),
-    "float32_layers": lambda value: value is None or isinstance(value, str),  # older checkpoints do not say it
+    # Older checkpoints do not say the next two.
+    "resize": lambda value: value in (None, "squash", "crop", "pad"),
+    "float32_layers": lambda value: value is None or isinstance(value, str),
     "epoch": lambda value: value is None or isinstance(value, int),  # last.pt keeps it in `progress`
     "val_acc": lambda value: value is None or isinstance(value, (int, float)),
 }
@@ -246,7 +249,7 @@ def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
 
 
 _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", "epoch", "val_acc")
-_IF_GIVEN = ("float32_layers",)
+_IF_GIVEN = ("float32_layers", "resize")
 
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:

@@ -86,6 +86,7 @@ def describe(data: DataSet) -> dict[str, Any]:
         "tested": files_checksum(data.test.paths, data.root),
         "unreadable": data.unreadable,
         "windows": data.rules.windows,
+        "resize": data.rules.resize,
     }
 
 

@@ -159,3 +159,35 @@ def test_a_fourth_band_is_counted_as_transparency(tmp_path, capsys):
     report = check(tmp_path)
     assert report["transparent"] == ["a/0.tif", "a/2.tif", "a/4.tif", "b/1.tif", "b/3.tif"]
     assert "(transparent pixels become white): 5" in format_check(report)
+
+
+# ------------------------------------------------------------------------- pictures that are not square
+@pytest.mark.parametrize(("size", "limit"), [((30, 11), 40), ((11, 30), 16), ((2001, 900), 100), ((700, 1999), 64)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_picture_is_cropped_to_its_middle_or_padded_with_black(size, limit, orientation, tmp_path):
+    """The middle is bright and the ends are dark; large JPEG files are decoded at a fraction of their size."""
+    width, height = size
+    short, long = sorted(size)
+    values = np.full((height, width), 90, np.uint8)
+    end = (long - short) // 2
+    middle = np.s_[:, end : end + short] if width > height else np.s_[end : end + short]
+    values[middle] = 210
+    turned = Image.Exif()
+    turned[0x0112] = orientation
+    Image.fromarray(values).convert("RGB").save(tmp_path / "a.jpg", exif=turned, quality=95)
+    found = {how: decode(tmp_path / "a.jpg", limit, Rules(resize=how)).astype(int) for how in ("crop", "pad", "squash")}
+    header = read_header(tmp_path / "a.jpg", Rules())
+    for how, pixels in found.items():
+        shape = Rules(resize=how).shape(header.size)
+        assert pixels.shape[:2] == (shape if max(shape) <= limit else (limit, limit))
+    assert abs(found["crop"][2:-2, 2:-2] - 210).max() < 12
+    padded = found["pad"][..., 0]
+    if header.size[0] > header.size[1]:
+        padded = padded.T
+    side = len(padded)
+    border = round((side - side * short / long) / 2)
+    assert padded[: border - 2].max(initial=0) < 12 and padded[border - side + 2 - border :][-border + 2 :].max() < 12
+    line = padded[side // 2]
+    share = np.mean(line > 150)
+    assert abs(share - short / long) < 3 / side + 0.02 and line[0] > 60 and line[-1] > 60
+    assert (found["squash"] > 60).all()

@@ -19,7 +19,7 @@ from command_line.idle import never_acts
 from utils import UserError, choose_device
 
 RUN = "--checkpoint_dir --checkpoint_name --seed --config --quiet"
-DATA = "--data_dir --demo --image_size --start_size --normalize --cache --num_workers --skip_unreadable"
+DATA = "--data_dir --demo --image_size --resize --start_size --normalize --cache --num_workers --skip_unreadable"
 DATA += " --labels --group --split --window --max_megapixels --cache_limit"
 MODEL = "--model --num_classes --pretrained --weights --pretrained_path"
 DEVICE = "--device --amp --amp_dtype --float32_layers --tf32 --channels_last --compile --cuda_graphs"

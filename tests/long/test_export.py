@@ -99,9 +99,10 @@ def pictures(folder):
     colours.convert("L").save(folder / "grey.png")
 
 
-def test_the_printed_program_gives_what_predict_gives(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_the_printed_program_gives_what_predict_gives(resize, tmp_path, capsys, monkeypatch):
     data = tiny.draw(tmp_path / "data")
-    assert tiny.train(data, tmp_path, "--model=squeezenet1_1", "--pretrained=0") == 0
+    assert tiny.train(data, tmp_path, "--model=squeezenet1_1", "--pretrained=0", f"--resize={resize}") == 0
     folder = tmp_path / "pictures"
     folder.mkdir()
     pictures(folder)

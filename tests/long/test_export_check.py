@@ -38,7 +38,9 @@ def compared(network, other, interpolation="bicubic"):
     asked = checkpoint(interpolation)
     session = Session(FromPixels(other, asked))
     batches = [*drawn_pictures(SIDE), edges(20, 17)]
-    return np.max([differences(session, network, export.as_predict(asked), batch) for batch in batches], 0)
+    return np.max(
+        [differences(session, FromPixels(network, asked), export.as_predict(asked), batch) for batch in batches], 0
+    )
 
 
 def test_the_same_graph_passes_the_check_of_the_export():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image, features
-from test_pictures import classes, opened
+from test_pictures import classes, opened, rows_of
 
 from images.cache_files import caches, limit_caches
 from images.check import check, format_check
@@ -19,6 +19,7 @@ from images.decode import Rules, decode, read_header, try_decode
 from images.folders import find_image_set
 from images.opening import Opening, open_data_set
 from images.walk import find_images
+from reports.sheets import load_picture
 from utils import UserError
 
 SUFFIXES = [
@@ -135,3 +136,24 @@ def test_caches_are_limited_the_oldest_go_first(tmp_path):
     assert caches(root / ".cache") == [second, third]
     limit_caches(root / ".cache", 1, keep=third.file)
     assert caches(root / ".cache") == [third]
+
+
+def test_a_run_reads_pictures_as_it_was_trained_in_every_command(tmp_path, run):
+    """Squashed, these stripes would be as wide as they are tall; padded, a third of the image is picture."""
+    for place in range(30):
+        tiny.save_noise(tmp_path / "data" / "ab"[place % 2] / f"{place}.png", place, (60, 20))
+    place = [f"--checkpoint_dir={tmp_path}", "--checkpoint_name=run"]
+    for how, whole in (("pad", 60), ("crop", 20)):
+        assert tiny.train(tmp_path / "data", tmp_path, f"--resize={how}", "--image_size=60", "--overwrite") == 0
+        assert tiny.train(tmp_path / "data", tmp_path, "--image_size=60", "--resume") == 2
+        assert tiny.config(tmp_path / "run")["dataset"]["resize"] == how
+        expected = {row["path"]: row for row in rows_of(tmp_path / "run" / "predictions.csv")}
+        (tmp_path / "run" / "config.json").rename(tmp_path / "config.json")  # the checkpoint says it, too
+        for words in ([*place], [f"--checkpoint={tmp_path / 'run' / 'best_model.pt'}"]):
+            status, _, error = run(["predict", str(tmp_path / "data"), *words, f"--csv={tmp_path / 'found.csv'}"])
+            assert status == 0, error
+            found = {"/".join(row["path"].split("/")[-2:]): row for row in rows_of(tmp_path / "found.csv")}
+            for path, row in expected.items():
+                assert float(found[path]["confidence"]) == pytest.approx(float(row["confidence"]), abs=2e-6)
+        assert load_picture(tmp_path / "data" / "a" / "0.png", 224, Rules(resize=how)).shape == (whole, whole, 3)
+        (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
