@@ -1,6 +1,5 @@
 """No figure, no class and no accuracy from logits that are not finite."""
 
-import json
 import math
 import shutil
 from argparse import Namespace
@@ -9,6 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import strict
 from torch import nn
 
 import main
@@ -67,15 +67,6 @@ def spoiled(run, folder, spoil):
 def call(command, run, *more):
     words = [f"--checkpoint_dir={run.parent}", f"--checkpoint_name={run.name}", "--device=cpu", *map(str, more)]
     return main.main([command, *words])
-
-
-def strict(file):
-    """Return the content of a JSON file, read as every other program reads it."""
-
-    def refuse(name):
-        raise AssertionError(f"{file} holds {name}")
-
-    return json.loads(file.read_text(), parse_constant=refuse)
 
 
 # ------------------------------------------------------------------------------------ figures

@@ -34,20 +34,6 @@ def test_a_script_is_traced_with_its_own_arguments_and_modules(tmp_path):
     assert json.loads((tmp_path / "out" / "inspect.json").read_text())["ok"] is True
 
 
-NAMES = """
-from importlib.util import find_spec
-import utils
-
-import torch
-
-assert utils.MINE and not [name for name in ("precision", "evaluate", "commands") if find_spec(name)]
-
-
-def make():
-    return torch.nn.Linear(16, 8), torch.randn(4, 16), lambda outputs, batch: outputs.square().mean()
-"""
-
-
 def test_a_trained_run_is_inspected(trained, scenes_folder, tmp_path, run):
     folder, *_ = trained["amp-fp16"]
     words = ["inspect", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}", "--batch_size=8"]

@@ -14,7 +14,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_finite import call, spoiled, strict
+from test_finite import call, spoiled
+from tiny import strict
 from torch import nn
 
 import main

@@ -299,6 +299,15 @@ def assert_equal(one: dict, other: dict) -> None:
     assert [name for name in one if one[name] != other[name]][:5] == []
 
 
+def strict(file: Path):
+    """Return the content of a JSON file; fail at NaN and Infinity, which JSON does not have."""
+
+    def refuse(constant: str):
+        raise AssertionError(f"{file.name} holds {constant}")
+
+    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
 def config(run: Path) -> dict:
     return json.loads((run / "config.json").read_text())
 

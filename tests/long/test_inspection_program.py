@@ -8,21 +8,6 @@ import json
 import tiny
 from whole_step import LOSS, written
 
-SCRIPT = """
-import sys
-import utils
-
-import torch
-
-print(sys.argv[1:], utils.MINE)
-model = torch.nn.Linear(4, 4)
-optimizer = torch.optim.SGD(model.parameters(), 0.1)
-for _ in range(6):
-    model(torch.randn(2, 4)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-"""
-
 NAMES = """
 from importlib.util import find_spec
 import utils

@@ -1,6 +1,5 @@
 """What is stated follows from the files: accuracies, peaks and ratios, whatever the numbers are (hypothesis)."""
 
-import json
 import math
 import statistics
 import tempfile
@@ -36,15 +35,6 @@ QUICK = settings(max_examples=20, deadline=None, derandomize=True)
 CLASSES = ["a", "b", "c"]
 
 
-def strictly(file: Path):
-    """Return the content of a JSON file; fail at NaN and Infinity, which JSON does not have."""
-
-    def refuse(constant: str):
-        raise AssertionError(f"{file.name} holds {constant}")
-
-    return json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse)
-
-
 LOGITS = st.floats(-1e4, 1e4, width=32) | st.sampled_from([0.0, 1e-45, -1e-30, 3e38, -3e38])
 
 
@@ -66,7 +56,7 @@ def test_a_stated_accuracy_is_that_of_the_predictions(logits):
         run = RunDirectory(folder)
         run.write_json("result.json", result_of(setup, data, found))
         run.write_csv("predictions.csv", predictions(data, found))
-        result = strictly(run.file("result.json"))
+        result = tiny.strict(run.file("result.json"))
         table = results.read_predictions(run.file("predictions.csv"))
     right = [label == predicted for label, predicted in zip(table["labels"], table["predicted"], strict=True)]
     assert math.isclose(result["test_acc"], 100 * statistics.mean(right))
@@ -114,8 +104,8 @@ def test_ratios_in_the_table_are_those_of_the_results(seeds):
         ]
         comparison = results.compare_runs([results.read_run(run) for run in runs])
         (Path(folder) / "comparison.json").write_text(json_text(comparison))
-        assert strictly(Path(folder) / "comparison.json") == comparison
-        stored = {run.name: strictly(run / "result.json") for run in runs}
+        assert tiny.strict(Path(folder) / "comparison.json") == comparison
+        stored = {run.name: tiny.strict(run / "result.json") for run in runs}
     cells = tables.table_cells(comparison)[1][1]
     for place, name, measure in ((5, "speed_up", "images_per_second"), (6, "memory_ratio", "peak_memory_mb")):
         ratios = [stored[f"amp-bf16{seed}"][measure] / stored[f"fp32{seed}"][measure] for seed in range(len(seeds))]

@@ -1,11 +1,10 @@
 """Faults in small models, each with its line (`# here`) and the words that are true of it; sound models beside them."""
 
-import inspect as source
-
 import pytest
 import torch
+from test_inspection_faults import Block
 from torch import nn
-from whole_step import batch, loss_of
+from whole_step import batch, line_of, loss_of
 
 from ampscope import inspect_step
 from ampscope.report import Report
@@ -14,27 +13,7 @@ from ampscope.words import underflow_lines
 functional = nn.functional
 
 
-class Model(nn.Module):
-    """Two layers with something in between."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Linear(32, 64)
-        self.second = nn.Linear(64, 10)
-        self.add()
-
-    def add(self):
-        """Make further layers."""
-
-    def forward(self, inputs):
-        return self.second(self.between(self.first(inputs)))
-
-    def between(self, hidden):
-        return hidden.relu()
-
-
-class Normed(Model):
+class Normed(Block):
     """Squares overflow in float16, so that everything becomes zero."""
 
     def between(self, hidden):
@@ -42,30 +21,31 @@ class Normed(Model):
         return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)  # here
 
 
-class Halved(Model):
+class Halved(Block):
     def between(self, hidden):
         return (hidden * 1e5).half().float() / 1e5  # here
 
 
-class SmallEps(Model):
+class SmallEps(Block):
     def between(self, hidden):
         hidden = hidden.relu() * 1e-5
         return hidden / (hidden.sum(-1, keepdim=True) * 0 + 1e-8)  # here
 
 
-class Masked(Model):
+class Masked(Block):
     def between(self, hidden):
         return hidden.masked_fill(hidden < -1, -1e9).softmax(-1)  # here
 
 
-class Entropy(Model):
+class Entropy(Block):
     def forward(self, inputs):
         outputs = super().forward(inputs).sigmoid()
         return outputs + functional.binary_cross_entropy(outputs, torch.zeros_like(outputs))  # here
 
 
-class Grouped(Model):
-    def add(self):
+class Grouped(Block):
+    def __init__(self):
+        super().__init__()
         self.experts = nn.Parameter(torch.randn(2, 64, 64) / 8)
 
     def between(self, hidden):
@@ -73,12 +53,12 @@ class Grouped(Model):
         return torch._grouped_mm(hidden.float(), self.experts, offs=ends).relu()  # here
 
 
-class Read(Model):
+class Read(Block):
     def between(self, hidden):
         return hidden / hidden.detach().abs().max().item()  # here
 
 
-class ReadAfterMoving(Model):
+class ReadAfterMoving(Block):
     def between(self, hidden):
         return hidden * torch.ones(2).to(hidden.device).max().item()  # here
 
@@ -99,24 +79,23 @@ FAULTS = {
 def test_a_fault_is_told_in_true_words(model):
     (finding,) = inspect_step(model(), batch(), loss_of, speed=False).findings
     rule, words, cure = FAULTS[model]
-    lines, start = source.getsourcelines(model)
-    (line,) = [number for number, text in enumerate(lines, start) if text.rstrip().endswith("# here")]
-    assert (finding.rule, finding.place.line) == (rule, line)
+    assert (finding.rule, finding.place.line) == (rule, line_of(model)[1])
     assert words in finding.message and finding.cures[0].startswith(cure), finding
 
 
-class OneHot(Model):
+class OneHot(Block):
     def between(self, hidden):
         return hidden + functional.one_hot(hidden.argmax(1), 64)
 
 
-class Drawn(Model):
+class Drawn(Block):
     def between(self, hidden):
         return hidden if torch.empty(1).uniform_().item() < 2 else hidden.relu()
 
 
-class Packed(Model):
-    def add(self):
+class Packed(Block):
+    def __init__(self):
+        super().__init__()
         self.lstm = nn.LSTM(4, 8, batch_first=True)
         self.back = nn.Linear(8, 64)
 
@@ -126,7 +105,7 @@ class Packed(Model):
         return self.back(self.lstm(packed)[1][0][0])
 
 
-@pytest.mark.parametrize("model", [Model, OneHot, Drawn, Packed])
+@pytest.mark.parametrize("model", [Block, OneHot, Drawn, Packed])
 def test_what_only_a_cpu_reads_is_no_wait(model):
     report = inspect_step(model(), batch(), loss_of, speed=False)
     assert not report.everything and not report.content["synchronisations"]
@@ -150,10 +129,10 @@ def test_what_the_batch_holds_is_named_and_counted():
     def step(model, batch):
         return functional.cross_entropy(model(batch["image"]), batch["label"])
 
-    (finding,) = inspect_step(Model(), {"image": inputs, "label": labels}, step=step, speed=False).findings
+    (finding,) = inspect_step(Block(), {"image": inputs, "label": labels}, step=step, speed=False).findings
     assert finding.message == "the batch['image'] holds NaN before the step begins: 2 of 512 values."
 
 
 def test_nothing_is_said_of_products_where_nothing_ran_in_16_bits():
-    report = inspect_step(Model(), batch(), loss_of, precisions=["fp32"], speed=False)
+    report = inspect_step(Block(), batch(), loss_of, precisions=["fp32"], speed=False)
     assert isinstance(report, Report) and "every product ran in 16 bits" not in report.text()
