@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dataset import Batches
 from precision import Precision, wider_range
-from runs.scores import areas
+from runs.scores import areas, fitted_temperature, probabilities
 from utils import Interrupted, RunError, amount, progress_bar
 
 NO_PREDICTION = -1  # for an image whose logits are not finite
@@ -76,6 +76,15 @@ class Evaluation:
     def probabilities(self) -> np.ndarray | None:
         """Return the probabilities (images, classes), float64; None if the logits were not kept."""
         return probabilities(self.logits) if len(self.logits) else None
+
+    @property
+    def temperature(self) -> float | None:
+        """Return the temperature that makes the kept logits agree best with the labels; None if none were kept."""
+        return fitted_temperature(self.logits, self.labels) if len(self.logits) else None
+
+    def confidence_at(self, temperature: float) -> np.ndarray:
+        """Return the probability of each predicted class (images,) at this temperature of the kept logits."""
+        return probabilities(self.logits, temperature).max(1)
 
     @property
     def accuracy(self) -> float:
@@ -203,9 +212,3 @@ def evaluate(
         confidence.cpu().numpy(),
         kept.cpu().numpy(),
     )
-
-
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Return the softmax over classes (count, classes), in float64."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)

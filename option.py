@@ -279,6 +279,12 @@ OPTIONS = {
             CALL,
         ),
         "top_k": Option(COUNT, 3, "number of classes shown for each image"),
+        "min_confidence": Option(
+            SHARE,
+            None,
+            "answer `none of these` if no class is as probable as this; evaluate says how many that refuses",
+            CALL,
+        ),
         "csv": Option(FILE, None, "write every prediction as CSV", CALL),
         "json": Option(FILE, None, "write every prediction as JSON", CALL),
         "submission": Option(

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from choices import METRICS
 from dataset import Batches, MicroBatch
 from evaluate import Evaluation, evaluate
 from metrics import Meter, UnusedParameters, UpdateRecord, UpdateStats, best_epochs, require_figure
@@ -27,6 +26,7 @@ from runs.checkpoint import Progress, load_moments
 from runs.failures import Failures
 from runs.folder import RunDirectory
 from runs.second_look import SecondLook
+from runs.writing import PROBABILITIES
 from system.progress import seconds_left
 from system.terminal import duration
 from utils import Interrupted, StopSignal, progress_bar, seed_everything
@@ -242,7 +242,8 @@ class Trainer:
             state.best_epoch = state.epoch
             state.best_val_acc = validation.accuracy
             found = {"model": self.network.ema_or_model.state_dict(), "epoch": state.epoch}
-            files["best_model.pt"] = {**self.record, **found, "val_acc": validation.accuracy}
+            figures = {"val_acc": validation.accuracy, "temperature": validation.temperature}
+            files["best_model.pt"] = {**self.record, **found, **figures}
         self.run.save({**files, "last.pt": self.state()})
         self.run.write_metrics(state.history)
         self.on_epoch(line)
@@ -254,7 +255,7 @@ class Trainer:
             self.network.ready_to_evaluate(),
             self.validation,
             self.recipe.precision,
-            keep_logits=bool(METRICS[self.plan.best_by].needs),
+            keep_logits=self.validation.class_count <= PROBABILITIES,
             stop=self._must_stop,
             description="validating",
         )

@@ -167,6 +167,7 @@ class Prediction:
 
     inputs: list[str]
     top_k: int
+    min_confidence: float | None
     csv: str | None
     json: str | None
     submission: str | None

@@ -21,6 +21,7 @@ from runs.writing import PROBABILITIES, class_columns
 from system.files import as_cell, json_text
 from utils import UserError, amount, log, printable
 
+NONE = "none of these"
 SHOWN = 50  # lines on the terminal; files hold all
 FOLDERS = 20  # subfolders summed up on the terminal
 SHEET = 60  # images on the contact sheet
@@ -36,6 +37,7 @@ class Table:
     samples: bool = False  # keep a few images, for a sheet
     submission: Submission | None = None
     live: bool = False  # print each answer when it comes
+    least: float | None = None  # an image whose likeliest class is below this probability gets NONE as its class
     count: int = 0
     unreadable: int = 0
     overflowed: int = 0  # whose logits are not finite
@@ -63,7 +65,7 @@ class Table:
         for item, share in zip(items, shares, strict=True):
             row = self._row(item, share)
             best = row["top"][0]
-            name = best["class"]
+            name = NONE if row.get("refused") else best["class"]
             if self._csv:
                 names = map(as_cell, (row["path"], row["folder"], name))
                 others = row["probabilities"].values() if self._with_all else []
@@ -72,8 +74,8 @@ class Table:
                 self.submission.add(item.path, share)
             if self._json:
                 self._json.write((",\n" if self.count else "\n") + json_text(row))
-            top = "  ".join(f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"])
-            self._show(item, top)
+            top = [f"{printable(entry['class'])} {100 * entry['probability']:.1f}%" for entry in row["top"]]
+            self._show(item, "  ".join([f"{NONE}:", *top] if row.get("refused") else top))
             if self.samples and self.count % self.stride == 0:
                 self._keep_for_sheet(item.path, f"{name} {100 * best['probability']:.0f}%")
             self.counts[name] += 1
@@ -144,11 +146,13 @@ class Table:
     def _row(self, item: Item, share: np.ndarray) -> dict[str, Any]:
         best = np.argsort(-share, kind="stable")[: self.top_k]
         rounded = np.round(share, 6).tolist()
-        row = {
+        row: dict[str, Any] = {
             "path": str(item.path),
             "folder": item.folder,
             "top": [{"class": self.classes[place], "probability": rounded[place]} for place in best],
         }
+        if self.least is not None:
+            row["refused"] = bool(share.max() < self.least)
         return row | ({"probabilities": dict(zip(self.classes, rounded, strict=True))} if self._with_all else {})
 
     def _keep_for_sheet(self, path: Path, caption: str) -> None:

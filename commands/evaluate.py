@@ -18,7 +18,7 @@ from evaluate import NO_PREDICTION, Evaluation, evaluate
 from images.asked import data_to_test_on
 from precision import named_precision
 from reports import tables
-from reports.results import calibration
+from reports.results import CONFIDENCES, calibration
 from runs.config import record
 from runs.folder import RunDirectory
 from runs.result import confusion_entry
@@ -71,7 +71,7 @@ def evaluate_run(asked: Asked, ranks: Ranks, own: Options) -> None:
             "training_memory_mb": None,
             "images_per_second": len(data.test) / seconds,
         }
-        result = test_result(setup, data, found) | training
+        result = test_result(setup, data, found, checkpoint.get("temperature")) | training
         if "progress" in checkpoint:  # last.pt
             result["epoch_name"] = "Epoch"
         print(tables.summary(result))
@@ -112,8 +112,10 @@ def predictions(data: DataSet, found: Evaluation) -> Iterator[list[Any]]:
     return prediction_rows(names, found.labels, found.predicted, found.confidence, data.classes, found.probabilities)
 
 
-def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any]:
-    """Return the part of result.json that is about the test."""
+def test_result(setup: Setup, data: DataSet, found: Evaluation, temperature: float | None) -> dict[str, Any]:
+    """Return the part of result.json that is about the test; `temperature` is that of the checkpoint, if it has one."""
+    known = temperature if temperature and len(found.logits) else None
+    confidence = found.confidence_at(known) if known else found.confidence
     return {
         **{metric.test_key: metric.compute(found) for metric in METRICS.values()},  # NaN if undefined
         **peak_memory(setup.device),
@@ -126,7 +128,16 @@ def test_result(setup: Setup, data: DataSet, found: Evaluation) -> dict[str, Any
         "per_class": found.per_class(data.classes),
         **confusion_entry(found.cells(), len(data.classes)),
         "calibration_error": calibration(found.confidence, found.right)["ece"],
+        "temperature": known,
+        "calibrated_error": calibration(confidence, found.right)["ece"],
+        "refusals": [refusals(confidence, found.right, least) for least in CONFIDENCES],
     }
+
+
+def refusals(confidence: np.ndarray, right: np.ndarray, least: float) -> dict[str, float]:
+    """Return how many test images `predict --min_confidence` would refuse, and how many of those were wrong."""
+    refused = confidence < least
+    return {"min_confidence": least, "refused": int(refused.sum()), "rightly": int((refused & ~right).sum())}
 
 
 def parity(

@@ -20,15 +20,16 @@ from command_line.kinds import images_asked
 from commands.answers import Table
 from commands.explain import explain_predictions
 from commands.submission import read_sample
-from evaluate import probabilities, way_out
+from evaluate import way_out
 from images.asked import trained_rules
 from images.decode import Rules, ahead, try_decode
 from images.inputs import Item, listed, refuse_missing
 from precision import Precision
+from runs.scores import probabilities
 from system.files import refuse_missing_folders
 from system.machine import cores, images_at_once
 from transforms import Preprocess
-from utils import RunError, Stopped, UserError, amount, printable, progress_bar
+from utils import RunError, Stopped, UserError, amount, log, printable, progress_bar
 
 if TYPE_CHECKING:
     from command_line.groups import Asked, Prediction
@@ -42,8 +43,13 @@ def predict(asked: Asked, ranks: Ranks, own: Prediction) -> None:
     refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain)
     if own.submission and Path(own.submission).resolve() == Path(own.csv or SUBMISSION).resolve():
         raise UserError(f"{printable(own.submission)} is the sample: name another file to write with --csv.")
+    if own.submission and own.min_confidence is not None:
+        raise UserError("--submission needs an answer for every image: leave out --min_confidence.")
     setup = set_up(asked, ranks)
     checkpoint = setup.trained
+    temperature = checkpoint.get("temperature") if own.min_confidence is not None else None
+    if own.min_confidence is not None and temperature is None:
+        log.info("note: this checkpoint has no temperature, so that its probabilities are not calibrated")
     predict_files(
         trained_model(setup, checkpoint),
         checkpoint["classes"],
@@ -53,6 +59,7 @@ def predict(asked: Asked, ranks: Ranks, own: Prediction) -> None:
         rules=trained_rules(asked, setup.preprocess, checkpoint),
         batch_size=images_at_once(images_asked(asked.training.batch_size), setup.device),
         workers=min(8, cores()) if asked.data.num_workers is None else asked.data.num_workers,
+        temperature=temperature or 1.0,
     )
 
 
@@ -66,6 +73,7 @@ def predict_files(
     rules: Rules | None = None,
     batch_size: int,
     workers: int,
+    temperature: float = 1.0,
 ) -> int:
     """Classify every image named or found in `own.inputs`; write a row for each readable one and return their number.
 
@@ -78,7 +86,15 @@ def predict_files(
     live = "-" in own.inputs  # an answer must not wait for the lines after its own
     batch_size, waiting = (1, 0) if live else (batch_size, 2 * batch_size)
     samples = bool(own.contact_sheet or own.explain)
-    table = Table(classes, own.top_k, sheet=own.contact_sheet, samples=samples, submission=filled, live=live)
+    table = Table(
+        classes,
+        own.top_k,
+        sheet=own.contact_sheet,
+        samples=samples,
+        submission=filled,
+        live=live,
+        least=own.min_confidence,
+    )
     pool = ThreadPoolExecutor(max(1, workers))
     try:
         with ExitStack() as opened, torch.inference_mode():
@@ -87,7 +103,7 @@ def predict_files(
             limit = preprocess.image_size
             items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, waiting)
             while batch := list(islice(items, batch_size)):
-                _classify(batch, model, preprocess, precision, table)
+                _classify(batch, model, preprocess, precision, table, temperature)
                 if bar is not None:
                     bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
@@ -100,6 +116,15 @@ def predict_files(
     table.report()
     if own.explain and table.count:
         explain_predictions(model, table.on_sheet, preprocess, rules, Path(own.explain))
+    if filled:
+        filled.write(Path(own.csv or SUBMISSION))
+    if table.unreadable or table.overflowed:
+        raise RunError(_failures(table, precision))
+    return table.count
+
+
+def _failures(table: Table, precision: Precision) -> str:
+    """Return a sentence about the files that could not be read, and one about those without a prediction."""
     total = table.count + table.unreadable + table.overflowed
     failed = []
     if table.unreadable:
@@ -109,15 +134,16 @@ def predict_files(
             f"{table.overflowed:,} of {total:,} files have no prediction: their logits are not finite in "
             f"{precision.label}. {way_out(precision)}"
         )
-    if filled:
-        filled.write(Path(own.csv or SUBMISSION))
-    if failed:
-        raise RunError("\n".join(failed))
-    return table.count
+    return "\n".join(failed)
 
 
 def _classify(
-    batch: list[tuple[Item, Any]], model: nn.Module, preprocess: Preprocess, precision: Precision, table: Table
+    batch: list[tuple[Item, Any]],
+    model: nn.Module,
+    preprocess: Preprocess,
+    precision: Precision,
+    table: Table,
+    temperature: float,
 ) -> None:
     """Put a batch into the table; each item comes with its image, or with the reason why it cannot be read."""
     table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
@@ -128,7 +154,8 @@ def _classify(
         logits = model(preprocess(*_boxed([image for _, image in good], preprocess.device)))
     found = logits.float().cpu().numpy()
     finite = np.isfinite(found).all(1)
-    table.add([item for (item, _), fine in zip(good, finite, strict=True) if fine], probabilities(found[finite]))
+    shares = probabilities(found[finite], temperature)
+    table.add([item for (item, _), fine in zip(good, finite, strict=True) if fine], shares)
     table.add_overflowed([item for (item, _), fine in zip(good, finite, strict=True) if not fine])
 
 

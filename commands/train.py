@@ -156,7 +156,8 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     """Test the best epoch once, write the predictions and the result, and print the summary."""
     run = trainer.run
     at = trainer.progress
-    model = trained_model(setup, setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt"))))
+    best = setup.ranks.share(lambda: load_checkpoint(run.file("best_model.pt")))
+    model = trained_model(setup, best)
     torch.backends.cudnn.benchmark = (
         False  # otherwise cudnn would tune kernels for the smaller last batch, inside the measured time
     )
@@ -167,7 +168,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     if not run.writes:
         return
     result = {
-        **test_result(setup, data, found),
+        **test_result(setup, data, found, best.get("temperature")),
         "best_epoch": at.best_epoch,
         "best_val_acc": at.best_val_acc,
         "total_seconds": round(at.elapsed, 3),  # to the end of the last epoch, without the test
@@ -182,7 +183,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     run.write_json("result.json", result)
     run.file("failure.json").unlink(missing_ok=True)
     if safetensors:
-        write_safetensors(load_checkpoint(run.file("best_model.pt")), run.file("best_model.safetensors"))
+        write_safetensors(best, run.file("best_model.safetensors"))
     run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, found))
     print(tables.summary(result))
     log.info(f"results: {run.path}")

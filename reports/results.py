@@ -169,6 +169,9 @@ def student(values: list[float]) -> float:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
+CONFIDENCES = (0.5, 0.7, 0.9, 0.95)  # for which a result says how many images `predict --min_confidence` would refuse
+
+
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> dict[str, Any]:
     """Return the expected calibration error `ece` (a share, 0 to 1) after Guo et al. 2017.
 

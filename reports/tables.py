@@ -43,6 +43,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("Time", duration(result["total_seconds"]), f"{time}{result['images_per_second']:,.1f} images/s"),
         *_busy(result),
         ("Peak memory", f"{result['peak_memory_mb']:,.0f} MB", f"{result.get('memory_kind')}{reserved}{training}"),
+        *_calibration(result),
         ("Precision", str(result.get("precision")), f"on {result.get('device_name') or result.get('device')}"),
     ]
 
@@ -63,6 +64,27 @@ def _busy(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if share <= BUSY:
         return []
     return [("Machine busy", f"{100 * share:.0f} %", "of the time lost waiting for processors: times say little")]
+
+
+def _calibration(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return the calibration error before and after the temperature, if the result has one."""
+    if not result.get("temperature"):
+        return []
+    error, after = (f"{100 * result[name]:.2f} %" for name in ("calibration_error", "calibrated_error"))
+    return [("Calibration", f"error {error}", f"{after} with temperature {result['temperature']:.2f} of validation")]
+
+
+def refusal_rows(result: dict[str, Any]) -> list[list[str]]:
+    """Return for each --min_confidence the images that `predict` would refuse, how many rightly, and what is left."""
+    total = int(confusion_cells(result)[:, 2].sum())
+    right = round(result["test_acc"] * total / 100)
+    rows = []
+    for entry in result.get("refusals", []):
+        answered = total - entry["refused"]
+        kept = right - (entry["refused"] - entry["rightly"])
+        accuracy = f"{100 * kept / answered:.2f}" if answered else "–"
+        rows.append([f"{entry['min_confidence']:g}", f"{entry['refused']:,}", f"{entry['rightly']:,}", accuracy])
+    return rows
 
 
 def class_rows(result: dict[str, Any], names: Iterable[str] = SHARES) -> list[list[str]]:
@@ -101,6 +123,9 @@ def summary(result: dict[str, Any]) -> str:
     table = [[fit(name, 38), *cells] for name, *cells in rows]
     lines += ["", *align([["Class", "Precision", "  Recall", "      F1", " Support"], *table])]
     lines += [f"The {most} of {count} classes with the lowest F1."] if count > most else []
+    refused = refusal_rows(result)
+    header = ["predict --min_confidence", "Refused", "Rightly", "Accuracy of the rest"]
+    lines += ["", *align([header, *refused])] if refused else []
     return "\n".join(lines)
 
 

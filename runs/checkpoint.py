@@ -1,7 +1,8 @@
 """Write, read and check checkpoints.
 
-best_model.pt: the fields of `identity`, and `model`, `epoch`, `val_acc`. last.pt: the fields of `identity`, and
-`model`, `ema` (or None), `optimizer`, `scaler` and `progress`, the fields of `Progress`. Tensors and plain types only.
+best_model.pt: the fields of `identity`, and `model`, `epoch`, `val_acc`, `temperature` (for calibrated probabilities).
+last.pt: the fields of `identity`, and `model`, `ema` (or None), `optimizer`, `scaler` and `progress`, the fields of
+`Progress`. Tensors and plain types only.
 best_model.safetensors: the weights, and the rest of best_model.pt that is needed to use them, as text (`metadata`).
 """
 
@@ -188,6 +189,7 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "float32_layers": lambda value: value is None or isinstance(value, str),
     "epoch": lambda value: value is None or isinstance(value, int),  # last.pt keeps it in `progress`
     "val_acc": lambda value: value is None or isinstance(value, (int, float)),
+    "temperature": lambda value: value is None or (isinstance(value, float) and value > 0),  # older ones have none
 }
 
 
@@ -249,7 +251,7 @@ def _refuse_not_finite(content: dict[str, Any], file: Path) -> None:
 
 
 _AS_TEXT = ("classes", "image_size", "mean", "std", "model_options", "windows", "epoch", "val_acc")
-_IF_GIVEN = ("float32_layers", "resize")
+_IF_GIVEN = ("float32_layers", "resize", "temperature")
 
 
 def metadata(checkpoint: dict[str, Any]) -> dict[str, str]:

@@ -36,7 +36,7 @@ RESULT = (
     "test_acc balanced_acc macro_f1 macro test_loss best_epoch best_val_acc total_seconds images_per_second busy_share "
     "peak_memory_mb memory_kind precision device classes per_class confusion reserved_memory_mb device_name "
     "train_seconds skipped_updates calibration_error tta training_memory_mb specificity roc_auc "
-    "average_precision top5_acc"
+    "average_precision top5_acc temperature calibrated_error refusals"
 )
 
 

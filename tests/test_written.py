@@ -27,7 +27,7 @@ from metrics import require_figure
 from precision import Precision
 from reports import audit, results
 from runs.result import cells_of, check_result, confusion_cells, confusion_entry, read_result
-from runs.scores import areas
+from runs.scores import areas, fitted_temperature, probabilities
 from runs.writing import class_columns, classes_of
 from system.files import as_cell, from_cell, json_text
 from transforms import Preprocess
@@ -261,6 +261,22 @@ def test_probabilities_that_are_not_finite_give_no_figure():
         require_figure("specificity", np.zeros(5, int), 7)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 3.0])
+def test_the_temperature_is_the_one_with_the_lowest_cross_entropy(factor):
+    numbers = np.random.default_rng(4)
+    logits = 2 * numbers.normal(size=(400, 5))
+    labels = (logits + numbers.gumbel(size=logits.shape)).argmax(1)  # drawn from the softmax of these logits
+
+    def loss(temperature):
+        return -np.log(probabilities(factor * logits, temperature)[np.arange(400), labels]).mean()
+
+    found = fitted_temperature(factor * logits, labels)
+    assert found == pytest.approx(factor, rel=0.15)
+    assert loss(found) < min(loss(0.99 * found), loss(1.01 * found))
+    assert fitted_temperature(logits, logits.argmax(1)) == pytest.approx(0.25, abs=1e-3)  # no error: the lower bound
+    assert fitted_temperature(logits, logits.argmin(1)) == pytest.approx(10, abs=0.1)
+
+
 def test_figures_of_a_million_classes_need_no_matrix_of_them():
     class First(nn.Module):
         def forward(self, images):
@@ -308,6 +324,20 @@ def test_a_list_of_files_may_be_in_any_encoding(encoding, run, data, tmp_path, m
     (tmp_path / "list.txt").write_bytes(listed)
     assert call("predict", run, f"@{tmp_path / 'list.txt'}") == 0
     assert capsys.readouterr().out.count("6 images: ") == 2
+
+
+def test_predict_refuses_as_many_images_as_the_result_says(run, data, tmp_path, capsys):
+    result = strict(run / "result.json")
+    found = torch.load(run / "best_model.pt", weights_only=True)
+    assert result["temperature"] == found["temperature"] and 0.25 <= result["temperature"] <= 10
+    for entry in result["refusals"][:2]:
+        words = [data / "seg_test", f"--min_confidence={entry['min_confidence']}", f"--json={tmp_path / 'p.json'}"]
+        assert call("predict", run, *words) == 0
+        rows = strict(tmp_path / "p.json")
+        assert sum(row["refused"] for row in rows) == entry["refused"]
+        wrong = [row for row in rows if row["refused"] and row["folder"].split("/")[-1] != row["top"][0]["class"]]
+        assert len(wrong) == entry["rightly"]
+        assert not entry["refused"] or f"{entry['refused']} as none of these" in capsys.readouterr().out
 
 
 def test_each_line_on_stdin_is_answered_before_the_next_one_is_read(run, data, tmp_path, monkeypatch, capsys):

@@ -222,6 +222,8 @@ def test_tensorboard_shows_scalars_and_pictures(scenes_folder, tmp_path, run):
         "best_epoch",
         "best_val_acc",
         "calibration_error",
+        "calibrated_error",
+        "temperature",
     }
     assert set(tags["scalars"]) - {"training_memory_mb"} == {*METRICS.split()} - {"epoch", "skips"} | of_the_test | {
         "total_seconds",
