@@ -19,6 +19,7 @@ from command_line.groups import Asked, Place
 from command_line.kinds import ALL, images_asked, intervals, seconds_of
 from dataset import Batches
 from distributed import Ranks, synchronized
+from features.checkpointing import checkpoint_blocks
 from features.cpu_layers import adapt_to_cpu
 from features.float32_layers import keep_layers_float32
 from features.frozen import keep_outputs
@@ -217,20 +218,22 @@ def new_model(setup: Setup, class_count: int, classes: list[str] | None = None) 
         image_size=setup.preprocess.image_size,
         classes=classes,
     )
-    return _placed(setup, model)
+    return _placed(setup, model, train=True)
 
 
 def trained_model(setup: Setup, checkpoint: dict[str, Any]) -> nn.Module:
     """Return the model of a checkpoint, on the device, in evaluation mode."""
-    model = _placed(setup, rebuild_model(checkpoint)).eval()
+    model = _placed(setup, rebuild_model(checkpoint), train=False).eval()
     tta = setup.asked.reading.tta
     return model if tta == "none" else MeanOfViews(model, tta)
 
 
-def _placed(setup: Setup, model: nn.Module) -> nn.Module:
+def _placed(setup: Setup, model: nn.Module, *, train: bool) -> nn.Module:
     """Return `model` on the device, in the layout and with the layers that suit it."""
     computing = setup.asked.computing
     keep_layers_float32(model, _float32_layers(setup))
+    if train and setup.asked.training.checkpoint_blocks:
+        checkpoint_blocks(model)
     if setup.device.type == "cpu":
         adapt_to_cpu(model, amp=computing.amp)
     layout = torch.channels_last if computing.channels_last else torch.contiguous_format
@@ -287,10 +290,12 @@ def _model_to_train(setup: Setup, data: DataSet, batches: Batches, resumed: dict
     if resumed is None:
         model = new_model(setup, len(data.classes), data.classes)
     elif isinstance(resumed.get("model_options"), dict):
-        model = _placed(setup, empty_model(asked.model.model, len(data.classes), resumed["model_options"]))
+        model = _placed(setup, empty_model(asked.model.model, len(data.classes), resumed["model_options"]), train=True)
     else:
         raise UserError("The run's config.json does not say how its model was built.")
     check_input_size(model, setup.preprocess.image_size, batches.smallest_micro_batch, asked.training.start_size)
+    if asked.training.checkpoint_blocks and asked.computing.compile_mode:
+        raise UserError("--checkpoint_blocks works without --compile, which itself decides what to compute again.")
     if asked.computing.cuda_graphs and (setup.device.type != "cuda" or processes > 1):
         raise UserError("--cuda_graphs needs --device cuda and a single process. Use --compile instead.")
     if not asked.training.sync_batchnorm:

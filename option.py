@@ -233,6 +233,7 @@ OPTIONS = {
             "stop after N epochs without improvement (epochs with frozen layers or small images do not count)",
         ),
         "tta": TTA,
+        "checkpoint_blocks": Option(FLAG, False, "save memory: compute each block again in the backward pass"),
         "sync_batchnorm": Option(FLAG, False, "compute batch statistics over all processes"),
     },
     "recording and resuming": {

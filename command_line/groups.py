@@ -120,6 +120,7 @@ class Training:
     ema: float
     freeze_epochs: int | str
     patience: int | None
+    checkpoint_blocks: bool
     sync_batchnorm: bool
 
 

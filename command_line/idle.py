@@ -80,6 +80,12 @@ def _of_a_training(command: str) -> Iterator[Idle]:
     )
     yield Idle(
         command,
+        frozenset({"checkpoint_blocks"}),
+        "--freeze_epochs trains the head alone, which keeps nothing of the blocks",
+        _only_head,
+    )
+    yield Idle(
+        command,
         frozenset({"sync_batchnorm"}),
         "there is one process: start several with torchrun",
         lambda values: values["processes"] == 1,
