@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ class Checkpointed:
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)
         arguments, options = tree_map(lambda value: value, (arguments, options))  # a DenseNet's lists grow later
+        assert isinstance(self, nn.Module)
         contexts = partial(_first_and_second, self)
         return checkpoint(forward, *arguments, use_reentrant=False, context_fn=contexts, **options)
 
@@ -64,7 +66,7 @@ def _has_blocks(module: nn.Module) -> bool:
     return isinstance(module, CONTAINERS) and any(next(child.children(), None) for child in module.children())
 
 
-def _first_and_second(block: nn.Module) -> tuple[contextlib.AbstractContextManager[None], ...]:
+def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of the first and of the second computation, which leaves the block's buffers as they are."""
     return contextlib.nullcontext(), _same_buffers(block)
 

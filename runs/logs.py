@@ -90,7 +90,9 @@ class TensorBoard:
         import numpy as np
         from PIL import Image
 
-        self._writer.add_image(file.stem, np.asarray(Image.open(file).convert("RGB")), epoch, dataformats="HWC")
+        self._writer.add_image(
+            file.stem, np.asarray(Image.open(file, formats=["PNG"]).convert("RGB")), epoch, dataformats="HWC"
+        )
 
     def close(self, ending: str) -> None:
         self._writer.close()

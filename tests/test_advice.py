@@ -210,7 +210,7 @@ def test_a_cpu_evaluates_at_most_32_images_at_a_time():
 
 def ended(epoch: int, update: int, precision: str = "fp32") -> str:
     fake = SimpleNamespace(folder=Path("runs/x y"), updates_per_epoch=9, precision=named_precision(precision, CPU))
-    return str(Failures.not_finite(fake, "loss", SimpleNamespace(epoch=epoch, best_epoch=epoch), update))
+    return str(Failures.not_finite(fake, "loss", SimpleNamespace(epoch=epoch, best_epoch=epoch), update, None))
 
 
 def test_a_loss_that_is_not_finite_is_blamed_on_what_can_have_caused_it():

@@ -26,7 +26,7 @@ DEVICE = "--device --amp --amp_dtype --float32_layers --tf32 --channels_last --c
 TRAINING = (
     "--preset --batch_size --accumulate --epochs --optimizer --learning_rate --weight_decay --decay_norms "
     "--backbone_lr --layer_decay --decay_type --warmup_epochs --clip_grad_norm --label_smoothing --augment --mixup "
-    "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm"
+    "--cutmix --ema --freeze_epochs --patience --tta --sync_batchnorm --checkpoint_blocks"
     " --class_weights --sampler --best_by --fraction"
 )
 RECORDING = (
