@@ -78,10 +78,13 @@ def photographs(data_dir: Path | None, count: int, side: int) -> torch.Tensor:
 
     folder = Path(skimage.data.__file__).parent
     found = [Image.fromarray(each) for each in load_sample_images().images]
-    found += [Image.open(folder / name) for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")]
+    found += [
+        Image.open(folder / name, formats=["PNG", "JPEG"])
+        for name in ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
+    ]
     if data_dir is not None:
         classes = sorted(path for path in data_dir.glob("seg_test/seg_test/*") if path.is_dir())
-        found = [Image.open(next(iter(sorted(path.iterdir())))) for path in classes] + found
+        found = [Image.open(min(path.iterdir()), formats=["JPEG"]) for path in classes] + found
     side_by_side = [np.asarray(each.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)) for each in found]
     pixels = torch.from_numpy(np.stack(side_by_side[:count])).permute(0, 3, 1, 2).float() / 255
     return (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
