@@ -292,9 +292,11 @@ class Execution:
         self.phase = "update"
 
     def put_back(self) -> None:
-        """Restore the optimizers and scalers that the step brought itself."""
+        """Restore the optimizers and scalers that the step brought itself, and let go of graphs and copies."""
         for thing, state in self.states.values():
             restore(thing, state)
+        self.states.clear()
+        self.roots.clear()
 
 
 def _decorates() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from ampscope.execution import Execution
 from ampscope.findings import Finding, by_place
 from ampscope.memory import memory_ledger
 from ampscope.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
-from ampscope.places import Place, count_as_users, shown
+from ampscope.places import Place, count_as_users
 from ampscope.precisions import Precision, named_precision, sensible_precisions
 from ampscope.ranges import measure_ranges
 from ampscope.recipe_rules import recipe_findings
@@ -24,7 +25,11 @@ from ampscope.tensors import buffers_not_finite, dtype_name
 from ampscope.trace import Trace
 from ampscope.tracing import place_of_error, trace_step
 
-SHORT = 3.0  # seconds of a traced step, up to which a CPU also traces it in float16
+log = logging.getLogger("ampscope")
+LONG = 1.0  # seconds of a traced step from which it runs as rarely as can be
+SHORT = 3.0  # seconds that a CPU may take for a step in float16, which it emulates
+QUICK = 0.03  # seconds of a step that no CPU makes longer than SHORT in float16
+WORTH_SAYING = 10.0  # seconds; what takes longer is announced
 FLOAT16 = ("overflow-hidden", "unsafe-function")
 SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)  # that a scaler which starts at the first would come down to
 
@@ -90,13 +95,19 @@ class Inspection:
     def _run(self, *, speed: bool) -> Report:
         self.subject.materialise()
         written = self.trace_as_written()
+        update = sum(written.seconds.values())
+        self.long = update > LONG
+        self._choose_precisions()
+        self._announce(update, speed=speed)
         self._trace_all(written)
         ranges = self._ranges()
         self._judge_range(ranges)
         ran = [name for name, trace in self.traces.items() if trace.error is None and name in self.precisions]
-        memory = [self._memory(name) for name in ran]
-        trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
-        pay = self._payoff(ran, memory) if speed and ran and trains else None
+        with self.subject.kept():
+            memory = [self._memory(name) for name in ran]
+            trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
+            pay = self._payoff(ran, memory) if speed and ran and trains else None
+        self.subject.forget()
         content = self._content(written, ranges, memory, pay, ran)
         return Report(content, by_place(self.everything))
 
@@ -107,26 +118,40 @@ class Inspection:
     def trace_as_written(self) -> Trace:
         """Run the step as its author wrote it, and judge its recipe."""
         subject = self.subject
-        with subject.kept():
-            written = trace_step(subject, None)
+        written, self.spoiled["as written"] = self._traced(None)
         if isinstance(written.error, (InspectError, StopIteration)):
             raise written.error
         regions = [event for event in written.execution.events if event.kind == "autocast"]
         on = [event for event in regions if event.details["enabled"] and event.details["device"] == subject.device.type]
         self.ambient = not on
+        self.plain = not regions and not written.execution.scalers and subject.scaler is None
         self.written_types = {event.details["dtype"] for event in on}
         self.everything += recipe_findings(subject, written)
         return written
 
-    def _trace_all(self, written: Trace) -> None:
+    def _choose_precisions(self) -> None:
         names = list(self.names or sensible_precisions(self.subject.device))
         if self.names is None and torch.float16 in self.written_types and "amp-fp16" not in names:
             names.append("amp-fp16")
         self.precisions = {name: named_precision(name, self.subject.device) for name in names}
-        for name in names:
-            self.traces[name] = self._trace(name)
+
+    def _announce(self, update: float, *, speed: bool) -> None:
+        """Say how long the rest takes, if it is long, from the seconds of an update."""
+        rounds = payoff.LEAST if self.long else payoff.WARM + payoff.LEAST
+        seconds = update * (1 + len(self.precisions) * (3 + (rounds if speed else 0)))
+        if seconds > WORTH_SAYING:
+            log.warning(f"An update takes about {update:.1f} s here; the report takes about {seconds:.0f} s more.")
+
+    def _trace_all(self, written: Trace) -> None:
+        for name in self.precisions:
+            if name == "fp32" and self.plain and written.error is None:  # as written it was float32
+                self.traces[name] = written
+                self.spoiled[name] = self.spoiled["as written"]
+                self.scales[name] = {"lowest": None, "scale": None, "first_overflow": None}
+            else:
+                self.traces[name] = self._trace(name)
         failed = [name for name, trace in self.traces.items() if trace.error is not None]
-        if len(failed) == len(names) and not self.everything:
+        if len(failed) == len(self.precisions) and not self.everything:
             trace = next(trace for trace in (written, *self.traces.values()) if trace.error is not None)
             raise InspectError(f"the step fails in every precision: {_in_words(trace)}.{self.subject.misfit}")
         if not refused_by_scaler(written) or not self.everything:
@@ -146,8 +171,10 @@ class Inspection:
         if self.names is not None or self.subject.device.type != "cpu" or "amp-fp16" in self.traces:
             return False
         trains = not any(finding.rule == "trains-nothing" for finding in self.everything)
-        short = sum(written.seconds.values()) < SHORT
-        return written.error is None and trains and short and not self.written_types - {torch.float16}
+        if written.error is not None or not trains or self.written_types - {torch.float16}:
+            return False
+        seconds = sum(written.seconds.values())
+        return seconds < QUICK or seconds * payoff.slower_in_float16(self.subject.device) < SHORT
 
     def _of_float16_alone(self, hidden: Trace) -> list[Finding]:
         """Return what float16 does and bfloat16 does not, without the operators that only the CPU lacks."""
@@ -164,13 +191,7 @@ class Inspection:
         first = None
         lowest = None  # of several loss scales that were tried
         for scale in scales:
-            with self.subject.kept():
-                models = {prefix: core(model) for prefix, model in self.subject.models.items()}
-                before = buffers_not_finite(models)  # masks of -inf, which are no fault
-                self._set_scaler(scale)
-                trace = trace_step(self.subject, precision, ambient=self.ambient, scale=scale)
-                after = buffers_not_finite(models)
-                self.spoiled[name] = [buffer for buffer in after if buffer not in before]
+            trace, self.spoiled[name] = self._traced(precision, scale)
             origin = trace.lineage.first
             first = first or origin
             execution = trace.execution
@@ -186,10 +207,21 @@ class Inspection:
         }
         return trace
 
-    def _set_scaler(self, scale: float) -> None:
-        scaler = self.subject.scaler
-        if scaler is not None and scaler.is_enabled() and scale != SCALES[0]:
-            scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+    def _traced(self, precision: Precision | None, scale: float | None = None) -> tuple[Trace, list[str]]:
+        """Return the trace of a step, and the buffers that it left not finite."""
+        subject = self.subject
+        models = {prefix: core(model) for prefix, model in subject.models.items()}
+        # A long step needs no warm-up, and float16 that is traced for its faults alone is not timed.
+        warm = precision is None or not (self.long or precision.name not in self.precisions)
+        ambient = precision is not None and self.ambient
+        with subject.kept():
+            before = buffers_not_finite(models)  # masks of -inf, which are no fault
+            scaler = subject.scaler
+            if scale not in (None, SCALES[0]) and scaler is not None and scaler.is_enabled():
+                scaler.load_state_dict(scaler.state_dict() | {"scale": scale})
+            trace = trace_step(subject, precision, ambient=ambient, scale=scale or 1.0, warm=warm)
+            after = buffers_not_finite(models)
+        return trace, [buffer for buffer in after if buffer not in before]
 
     def _judge_finite(self) -> None:
         finite = any(
@@ -244,17 +276,13 @@ class Inspection:
         }
 
     def _memory(self, name: str) -> dict[str, Any]:
-        with self.subject.kept():
-            ledger = memory_ledger(self.subject, self._prepare(self.precisions[name]), ambient=self.ambient)
-        self.subject.forget()
-        return ledger
+        return memory_ledger(self.subject, self._prepare(self.precisions[name]), ambient=self.ambient)
 
     def _payoff(self, ran: list[str], memory: list[dict[str, Any]]) -> dict[str, Any]:
         some = [self.precisions[name] for name in ran]
-        with self.subject.kept():
-            speed = payoff.measure_speed(self.subject, some, self._prepare, ambient=self.ambient)
-            roof = payoff.bounds(self.subject, some, speed, ambient=self.ambient)
-        self.subject.forget()
+        warm = 0 if self.long else payoff.WARM  # the ledger has just run the same updates
+        speed = payoff.measure_speed(self.subject, some, self._prepare, ambient=self.ambient, warm=warm)
+        roof = payoff.bounds(self.subject, some, speed, ambient=self.ambient)
         amp = next((precision for precision in some if precision.amp), None)
         base = ran[0] if not self.precisions[ran[0]].amp else None
         rates = roof["rates"] if roof else {}
@@ -299,7 +327,7 @@ class Inspection:
             "underflow": ranges,
             "scaler": self.metrics,
             "float32_products": products,
-            "synchronisations": waits(written),
+            "synchronisations": written.waits(),
             "payoff": pay,
         }
 
@@ -366,21 +394,6 @@ def product_record(row: dict[str, Any]) -> dict[str, Any]:
         "file": place.file if place else None,
         "line": place.line if place else None,
     }
-
-
-def waits(trace: Trace) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "where": f"{shown(place.file)}:{place.line}",
-            "file": place.file,
-            "line": place.line,
-            "own": place.own,
-            "what": what,
-            "count": count,
-        }
-        for (place, what), count in trace.synchronisations.items()
-    ]
-    return sorted(rows, key=lambda row: (not row["own"], -row["count"]))
 
 
 __all__ = ["Inspection", "inspect_step"]

@@ -85,41 +85,54 @@ def memory_ledger(subject: Subject, precision: Precision, *, ambient: bool = Tru
         for parameter in parameters
         if parameter.requires_grad and parameter.is_leaf
     ]
-    kept = KeptForBackward(parameters)
-    execution.run(update=True)  # the first update creates the optimizers' state
-    followed = True
-    with eager():
-        try:
-            execution.run(update=True, modes=kept)
-        except RuntimeError as error:
-            if "saved tensor hooks" not in str(error):
-                raise
-            followed = False  # torch.func's transforms allow no saved-tensor hooks
-    for hook in watched:
-        hook.remove()
-    optimizers = [*subject.update_optimizers()] if not execution.full else [*subject.optimizers.values()]
+    if not any(optimizer.state for optimizer in subject.update_optimizers()):
+        execution.run(update=True)  # the first update creates the optimizers' state
+    optimizers = [*subject.update_optimizers()]
     optimizers += [thing for thing, _ in execution.states.values() if isinstance(thing, torch.optim.Optimizer)]
-    known = {address(tensor) for tensor in (*parameters, *buffers, *batch)}
     sizes: dict[str, Any] = {
         "parameters": nbytes(parameters),
         "buffers": nbytes(buffers),
-        "gradients": sum(gradients.values()),
+        "gradients": None,
         "optimizer_state": nbytes(tensors_in([optimizer.state for optimizer in optimizers])),
         "batch": nbytes(batch),
         "activations": None,
         "weight_copies": None,
     }
-    if followed:
-        sizes["activations"] = sum(size for at, size in kept.bytes.items() if at not in known | kept.copies)
-        sizes["weight_copies"] = sum(size for at, size in kept.bytes.items() if at in kept.copies - known)
     fixed = sum(sizes[part] for part in ("parameters", "buffers", "optimizer_state", "batch"))
     old = nbytes(parameter.grad for parameter in parameters if parameter.grad is not None)
-    peak, outside = _peak(lambda: execution.run(update=True), device, fixed + old)
+    kept = KeptForBackward(parameters)
+    followed = True
+    try:
+        with eager():
+            peak, outside = _peak(lambda: execution.run(update=True, modes=kept), device, fixed + old)
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        followed = False  # torch.func's transforms allow no saved-tensor hooks
+    if not followed or _is_compiled(subject):
+        peak, outside = _peak(lambda: execution.run(update=True), device, fixed + old)
+    for hook in watched:
+        hook.remove()
     execution.put_back()
+    sizes["gradients"] = sum(gradients.values())
+    if followed:
+        known = {address(tensor) for tensor in (*parameters, *buffers, *batch)}
+        sizes["activations"] = sum(size for at, size in kept.bytes.items() if at not in known | kept.copies)
+        sizes["weight_copies"] = sum(size for at, size in kept.bytes.items() if at in kept.copies - known)
     rest = None
     if peak is not None and followed:
         rest = max(0, peak - fixed - sizes["activations"] - sizes["weight_copies"])
     return {"precision": precision.name, **sizes, "workspace": rest, "peak": peak, **outside}
+
+
+def _is_compiled(subject: Subject) -> bool:
+    """Return True if torch.compile made a model, or a part of one."""
+    models = subject.models.values()
+    return any(
+        hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None)
+        for model in models
+        for part in model.modules()
+    )
 
 
 def _peak(step: Callable[[], Any], device: torch.device, held: int) -> tuple[int | None, dict[str, int | None]]:

@@ -21,33 +21,42 @@ from ampscope.timing import amdahl, timed, timed_once
 from ampscope.trace import Trace
 from ampscope.tracing import eager
 
+WARM = 2  # rounds before the first that counts, unless an update is long
+LEAST = 2
 ROUNDS = 7
-BUDGET = 12.0  # seconds for all precisions together
+BUDGET = 6.0  # seconds for all precisions together, after which no round begins
 ENOUGH = 1.05  # a smaller gain is not mentioned
+SMALL = 256
 SIDE = 1024  # size of the square product that measures how much faster 16 bits multiply
+LARGEST = 256.0  # MB of the copy that measures the bandwidth: no cache holds more
 ATTEMPTS = 3  # measurements of the device's rates, while a step seems to exceed them
 
 
 def measure_speed(
-    subject: Subject, precisions: list[Precision], prepare: Callable[[Precision], Precision], *, ambient: bool
+    subject: Subject,
+    precisions: list[Precision],
+    prepare: Callable[[Precision], Precision],
+    *,
+    ambient: bool,
+    warm: int = WARM,
 ) -> dict[str, dict[str, Any]]:
     """Return the seconds of an update by precision, measured in turns, so that other load affects all of them.
 
-    `prepare` activates a precision: on CUDA float32's mode is a global switch.
+    `prepare` activates a precision: on CUDA float32's mode is a global switch. The first `warm` rounds do not count.
     """
     executions = {precision.name: Execution(subject, precision, ambient=ambient) for precision in precisions}
     seconds: dict[str, list[float]] = {name: [] for name in executions}
     started = time.perf_counter()
-    for turn in range(ROUNDS + 2):  # the first two are warm-up
+    for turn in range(warm + ROUNDS):
         for precision in precisions:
             prepare(precision)
             execution = executions[precision.name]
             taken = timed_once(partial(execution.run, update=True), subject.device)
             execution.events.clear()
             execution.roots.clear()
-            if turn > 1:
+            if turn >= warm:
                 seconds[precision.name].append(taken)
-        if turn > 1 and time.perf_counter() - started > BUDGET:
+        if turn + 1 >= warm + LEAST and time.perf_counter() - started > BUDGET:
             break
     for execution in executions.values():
         execution.put_back()
@@ -55,6 +64,13 @@ def measure_speed(
         name: {"seconds": statistics.median(some), "shortest": min(some), "longest": max(some), "rounds": len(some)}
         for name, some in seconds.items()
     }
+
+
+def slower_in_float16(device: torch.device) -> float:
+    """Return how many times as long as in float32 a matrix product takes in float16."""
+    return roofline.matrix_rate(device, torch.float32, size=SMALL) / roofline.matrix_rate(
+        device, torch.float16, size=SMALL
+    )
 
 
 def cast_cost(trace: Trace, records: list[dict[str, Any]], device: torch.device) -> dict[str, Any]:
@@ -96,7 +112,7 @@ def bounds(
             return None
         finally:
             execution.put_back()
-    megabytes = max(1.0, roofline.typical_megabytes(next(iter(operators.values()))))
+    megabytes = min(max(1.0, roofline.typical_megabytes(next(iter(operators.values())))), LARGEST)
     rates = dict.fromkeys(map(dtype_name, dtypes), 0.0)
     bandwidth = 0.0
     found: dict[str, dict[str, float]] = {}

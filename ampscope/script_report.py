@@ -9,7 +9,7 @@ import torch
 from ampscope import payoff
 from ampscope.execution import Event
 from ampscope.findings import Finding, by_place
-from ampscope.inspecting import product_record, waits
+from ampscope.inspecting import product_record
 from ampscope.model_rules import failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
@@ -110,7 +110,7 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
         "underflow": seen.ranges,
         "scaler": [],
         "float32_products": {NAME: [product_record(row) for row in wide_products(trace)]} if _amp(trace) else {},
-        "synchronisations": waits(trace),
+        "synchronisations": trace.waits(),
         "payoff": None,
     }
     return ScriptReport(content, by_place(found))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ampscope.execution import Event, Execution
 from ampscope.finite import Lineage
-from ampscope.places import Place
+from ampscope.places import Place, shown
 from ampscope.products import Product
 
 
@@ -51,3 +51,18 @@ class Trace:
             | {"inputs": list(key[3]), "kind": kinds.get(key[1], ""), "calls": calls, "seconds": self.seconds[key]}
             for key, calls in self.rows.items()
         ]
+
+    def waits(self) -> list[dict[str, Any]]:
+        """Return what the host waits for, by line: the user's own first, then the most frequent."""
+        rows = [
+            {
+                "where": f"{shown(place.file)}:{place.line}",
+                "file": place.file,
+                "line": place.line,
+                "own": place.own,
+                "what": what,
+                "count": count,
+            }
+            for (place, what), count in self.synchronisations.items()
+        ]
+        return sorted(rows, key=lambda row: (not row["own"], -row["count"]))

@@ -72,8 +72,8 @@ def trace_step(
         modes.close()
         for hook in operators.hooks:
             hook.remove()
+        trace.lineage.finish([*execution.roots])
         execution.put_back()
-    trace.lineage.finish([*execution.roots])
     functions.written.clear()
     return trace
 

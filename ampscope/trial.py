@@ -134,7 +134,11 @@ def will_it_pay(program: Program, *, amp: bool, started: float) -> dict[str, Any
     if not amp:
         words = ["Nothing to compare: no autocast region was on and no GradScaler at work."]
         return {"speed": {}, "words": words}
-    limit = PATIENCE + 2 * (time.perf_counter() - started)
+    taken = time.perf_counter() - started
+    print(
+        f"ampscope: starts the program twice more to time it, {taken + BUDGET:.0f} s each.", file=sys.stderr, flush=True
+    )
+    limit = PATIENCE + 2 * taken
     found = {
         "autocast off": measure(program, amp=False, limit=limit),
         "as written": measure(program, amp=True, limit=limit),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,12 +72,19 @@ def call_library(words: list[str]) -> None:
     Raise UserError or RunError with the library's message if it fails.
     """
     command = [sys.executable, "-P", "-c", START, ROOT, *words]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-    print(done.stdout, end="")
-    said, _, reason = done.stderr.rpartition("error: ") if done.returncode else (done.stderr, "", "")
-    print(said, end="", file=sys.stderr)
-    if done.returncode:
-        raise (UserError if done.returncode == 2 else RunError)(reason.strip() or f"it ended with {done.returncode}")
+    reason = ""
+    with tempfile.TemporaryFile("w+", errors="replace") as report:
+        with subprocess.Popen(command, stdout=report, stderr=subprocess.PIPE, text=True, errors="replace") as process:
+            for line in process.stderr or ():  # shown at once: it says how long the rest takes
+                if reason or line.startswith("error: "):
+                    reason += line
+                else:
+                    print(line, end="", file=sys.stderr, flush=True)
+        report.seek(0)
+        print(report.read(), end="")
+    if process.returncode:
+        reason = reason.removeprefix("error: ").strip() or f"it ended with {process.returncode}"
+        raise (UserError if process.returncode == 2 else RunError)(reason)
 
 
 def trace_script(words: list[str]) -> None:
