@@ -85,7 +85,7 @@ def find_device(asked: Asked, ranks: Ranks) -> torch.device:
     try:
         device = choose_device(name, ranks.local_rank)
     except UserError:
-        if "device" not in asked.recorded:
+        if "device" not in asked.given.recorded:
             raise
         device = choose_device("auto", ranks.local_rank)
         log.info(f"note: {name}, which was recorded, is not available here: computing on {device}")
@@ -100,8 +100,8 @@ def find_precision(asked: Asked, device: torch.device) -> Precision:
     amp_dtype = wanted.amp_dtype
     recorded = {name for name in ("amp", "tf32") if getattr(wanted, name)}
     recorded |= {"amp_dtype"} if amp_dtype != "auto" else set()
-    advice = asked.uses_checkpoint and recorded and recorded <= asked.recorded
-    if advice and device.type == "cpu" != asked.recorded_on and amp_dtype == "float16":
+    advice = asked.uses_checkpoint and recorded and recorded <= asked.given.recorded
+    if advice and device.type == "cpu" != asked.given.recorded_on and amp_dtype == "float16":
         amp_dtype = "auto"  # on CPUs float16 takes many times as long
     try:
         precision = choose_precision(device, amp=wanted.amp, amp_dtype=amp_dtype, tf32=wanted.tf32)

@@ -171,10 +171,10 @@ def train(asked: Asked, ranks: Ranks) -> None:
     recording = asked.recording
     announce(setup, model=asked.model.model, logs=recording.logs, safetensors=recording.safetensors)
     run = run_folder(setup)
-    with opened(run, setup.precision, partial(explain, command=asked.command, options=asked.flat)):
-        search = partial(find_earlier, run, asked.flat, resume=place.resume, overwrite=place.overwrite)
+    with opened(run, setup.precision, partial(explain, command=asked.command, options=asked.given.flat)):
+        search = partial(find_earlier, run, asked.given.flat, resume=place.resume, overwrite=place.overwrite)
         earlier = ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
-        started_from = asked.typed & {"pretrained", "pretrained_path", "weights"}
+        started_from = asked.given.typed & {"pretrained", "pretrained_path", "weights"}
         if earlier.resuming and started_from:
             utils.log.warning(idle.no_effect(started_from, "the run goes on from its last.pt"))
         continued = run.path if earlier.resuming else None
@@ -182,7 +182,7 @@ def train(asked: Asked, ranks: Ranks) -> None:
         trainer = make_trainer(setup, data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
         watch_layers(trainer, every=recording.watch)
-        with opened_logs(recording.logs, trainer, asked.flat) as logs:
+        with opened_logs(recording.logs, trainer, asked.given.flat) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)
             trainer.train()
             finish(setup, trainer, data, safetensors=recording.safetensors)

@@ -241,6 +241,16 @@ class Export:
 
 
 @dataclass(frozen=True)
+class Given:
+    """Every option by name, and where it comes from."""
+
+    typed: frozenset[str]  # names of the options that were typed
+    recorded: frozenset[str]  # names of those that a config.json gave
+    recorded_on: str | None  # the type of the device that it names
+    flat: dict[str, Any]  # all options, as config.json holds them
+
+
+@dataclass(frozen=True)
 class Asked:
     """Everything that one command line asks for."""
 
@@ -252,10 +262,7 @@ class Asked:
     computing: Computing
     training: Training
     recording: Recording
-    typed: frozenset[str]  # names of the options that were typed
-    recorded: frozenset[str]  # names of those that a config.json gave
-    recorded_on: str | None  # the type of the device that it names
-    flat: dict[str, Any]  # every option by name, as config.json holds them
+    given: Given
 
     @property
     def uses_checkpoint(self) -> bool:
@@ -286,8 +293,5 @@ def grouped(options: argparse.Namespace) -> Asked:
         computing=take(Computing, options),
         training=take(Training, options),
         recording=take(Recording, options),
-        typed=options.typed,
-        recorded=options.recorded,
-        recorded_on=options.recorded_on,
-        flat=dict(vars(options)),
+        given=Given(options.typed, options.recorded, options.recorded_on, dict(vars(options))),
     )

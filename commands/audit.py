@@ -67,7 +67,7 @@ def audit(asked: Asked, ranks: Ranks, own: Auditing) -> None:
         file = folder / f"fold-{fold + 1}.csv"
         text = _table(names, [image_set.classes[label] for label in labels], parts, others)
         _write_once(file, text, overwrite)
-        words = [*training_words(asked.flat), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
+        words = [*training_words(asked.given.flat), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
         planned.append(plan(folder / f"fold-{fold + 1}", precision, words, overwrite=overwrite))
     train_all(planned, max_seconds=seconds_of(max_time) if max_time else None)
     copies = [[names[place] for place in places] for places in same if len(set(labels[places])) > 1]

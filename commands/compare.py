@@ -74,7 +74,7 @@ def compare(asked: Asked, own: Comparison) -> None:
             folder,
             own.precisions or sensible_precisions(choose_device(device, use=False)),
             [asked.model.seed + extra for extra in range(own.seeds)],
-            training_words(asked.flat),
+            training_words(asked.given.flat),
             overwrite=asked.place.overwrite,
             max_seconds=seconds_of(max_time) if max_time else None,
         )

@@ -56,7 +56,7 @@ def data_to_train_on(
     say_uneven(
         data.train, data.classes, balanced=balanced, best_by=training.best_by if asked.command == "train" else None
     )
-    for sentence in about_division(asked.typed, asked.data.split, data.divided):
+    for sentence in about_division(asked.given.typed, asked.data.split, data.divided):
         log.warning(sentence)
     batch_size = images_asked(training.batch_size)
     if len(data.train) < batch_size:
@@ -96,7 +96,7 @@ def _prepare_folder(asked: Asked, ranks: Ranks) -> None:
     folder = asked.data.data_dir
     if asked.data.demo:
         ranks.share(lambda: draw_scenes(folder, asked.computing.device))  # the others wait
-    elif "data_dir" in asked.recorded and not Path(folder).is_dir():
+    elif "data_dir" in asked.given.recorded and not Path(folder).is_dir():
         raise UserError(
             f"{printable(Path(folder).absolute())} does not exist, but the images of this run were in "
             f"{printable(folder)}. Name the folder that holds them now with --data_dir."

@@ -56,7 +56,7 @@ def record(setup: Setup, data: DataSet, *, model_options: dict[str, Any], settle
     """
     import torch
 
-    options = {name: value for name, value in setup.asked.flat.items() if name not in NOT_RECORDED} | settled
+    options = {name: value for name, value in setup.asked.given.flat.items() if name not in NOT_RECORDED} | settled
     return {
         "options": options,
         "versions": versions(options["model"]),

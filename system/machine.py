@@ -64,12 +64,6 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 # ------------------------------------------------------------------------------------ memory
-def total_memory(root: Path = ROOT) -> int | None:
-    """Return the bytes of memory that this process can have at most; None if the system does not report them."""
-    known = [linux_memory("/proc/meminfo", "MemTotal"), memory_limit(root)]
-    return min((size for size in known if size is not None), default=None)
-
-
 def memory_limit(root: Path = ROOT) -> int | None:
     """Return the control groups' memory limit in bytes; None if there is none."""
     return min(
