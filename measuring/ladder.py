@@ -85,8 +85,7 @@ class _Ladder:
             return
         settings = step_up(self._settings, rung)
         log.info(f"measuring: {rung.name}")
-        habits = settings["keep_memory"]
-        probe = Probe(RungBench, habits=habits, **self.request, **settings)
+        probe = Probe(RungBench, keep_memory=settings["keep_memory"], settings=settings, **self.request)
         try:
             measured = self._measure(probe, compiled=settings["compile_mode"] is not None)
             evidence = probe.ask("evidence", size=PRODUCT_SIZE["cpu" if self.device.type == "cpu" else "gpu"])

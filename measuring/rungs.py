@@ -87,45 +87,30 @@ def step_up(settings: dict[str, Any], rung: Rung) -> dict[str, Any]:
 
 
 class RungBench(Bench):
-    """A Bench whose update has the settings of one rung."""
+    """A Bench whose update has the settings of one rung, those of FIRST with some changes."""
 
-    def __init__(
-        self,
-        *,
-        device: str,
-        precision: str,
-        model_name: str,
-        image_size: int,
-        batch_size: int,
-        loop: str,
-        channels_last: bool,
-        products: str,
-        compile_mode: str | None,
-        on_device: bool,
-        habits: bool,
-    ):
-        super().__init__(
-            device=device, precision=precision, model_name=model_name, image_size=image_size, batch_size=batch_size
-        )
-        bfloat16_products(products == "bfloat16")
-        self.compiled = compile_mode is not None
+    def __init__(self, settings: dict[str, Any], **request: Any):
+        super().__init__(precision=settings["precision"], **request)
+        bfloat16_products(settings["products"] == "bfloat16")
+        self.compiled = settings["compile_mode"] is not None
         update = self.update
-        if not channels_last:
+        if not settings["channels_last"]:
             update.model.to(memory_format=torch.contiguous_format)
-        if not habits:  # torchvision's own layers
+        if not settings["keep_memory"]:  # torchvision's own layers
             for module in update.model.modules():
                 if isinstance(module, nn.ReLU):
                     module.inplace = True
                 if isinstance(module, SmallMapConv2d):
                     module.__class__ = nn.Conv2d  # type: ignore[assignment]
-        if loop == "2020":
+        if settings["loop"] == "2020":
             self.update = Loop2020(update)
         elif self.compiled:
             self.data_hook.remove()  # otherwise the compiler would trace it and break its graph there
-            update.model = StepModel(update.model, {batch_size}, True, graphs=compile_mode == "graphs")
-        if on_device:
+            graphs = settings["compile_mode"] == "graphs"
+            update.model = StepModel(update.model, {self.batch_size}, True, graphs=graphs)
+        if settings["on_device"]:
             self.updates = _kept(self.updates)
-        if not channels_last:
+        if not settings["channels_last"]:
             self.updates = _contiguous(self.updates)
 
     def evidence(self, size: int) -> dict[str, Any]:

@@ -77,12 +77,12 @@ class FakeProbe:
     speeds: list = []
     alive: list = []
 
-    def __init__(self, bench, *, keep_memory, habits, **request):
+    def __init__(self, bench, *, keep_memory, settings, **request):
         self.seconds = FakeProbe.speeds.pop(0)
-        self.settings = request
+        self.settings = settings
         self.asked = []
         FakeProbe.alive.append(self)
-        assert bench is RungBench and habits == keep_memory
+        assert bench is RungBench and settings["keep_memory"] == keep_memory
 
     def ask(self, question, *, patience=None, **arguments):
         self.asked.append(question)
@@ -180,10 +180,9 @@ def test_the_table_the_page_and_the_picture(climb, tmp_path):
 
 
 # ------------------------------------------------------------------------------- the real thing, tiny
-def settings(**changes):
+def bench_of(model_name="squeezenet1_1", **changes):
     own = {**FIRST.settings, **changes}
-    own.pop("keep_memory")
-    return {"device": "cpu", "model_name": "squeezenet1_1", "image_size": 32, "batch_size": 4, "habits": False, **own}
+    return RungBench(own, device="cpu", model_name=model_name, image_size=32, batch_size=4)
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +194,7 @@ def _products_as_they_were():
 
 
 def test_the_first_rung_is_the_loop_of_2020():
-    bench = RungBench(**settings())
+    bench = bench_of()
     images, *_ = next(next(bench.updates))
     assert images.is_contiguous() and isinstance(bench.update, Loop2020)
     assert any(module.inplace for module in bench.update.model.modules() if isinstance(module, nn.ReLU))
@@ -208,7 +207,7 @@ def test_the_first_rung_is_the_loop_of_2020():
 @pytest.mark.parametrize("habits", [False, True])
 def test_small_maps_are_multiplied_with_the_habits_of_this_package_alone(habits, monkeypatch):
     monkeypatch.setattr("features.cpu_layers.cpu_instructions", lambda: {"amx_bf16"})
-    bench = RungBench(**settings(model_name="resnet18") | {"habits": habits, "precision": "amp-bf16"})
+    bench = bench_of("resnet18", keep_memory=habits, precision="amp-bf16")
     kinds = {type(module) for module in bench.update.model.modules()}
     assert nn.Conv2d in kinds and (SmallMapConv2d in kinds) == habits
 
@@ -218,13 +217,13 @@ def test_small_maps_are_multiplied_with_the_habits_of_this_package_alone(habits,
     [
         {"channels_last": True, "products": "bfloat16"},
         {"channels_last": True, "precision": "amp-bf16"},
-        {"channels_last": True, "precision": "amp-bf16", "loop": "package", "habits": True},
+        {"channels_last": True, "precision": "amp-bf16", "loop": "package", "keep_memory": True},
         {"channels_last": True, "precision": "amp-bf16", "loop": "package", "on_device": True},
     ],
     ids=["products", "amp", "package", "on_device"],
 )
 def test_every_rung_trains_and_gives_its_evidence(changes):
-    bench = RungBench(**{**settings(), **changes})
+    bench = bench_of(**changes)
     assert torch.backends.mkldnn.conv.fp32_precision == ("bf16" if "products" in changes else "ieee")
     bench.warm_up()
     images, *_ = next(next(bench.updates))
@@ -241,7 +240,7 @@ def test_a_compiled_rung_is_compiled_without_the_clock_inside(mode, monkeypatch)
     asked = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append((model, options)) or model)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
-    bench = RungBench(**settings(loop="package", compile_mode=mode, channels_last=True))
+    bench = bench_of(loop="package", compile_mode=mode, channels_last=True)
     ((model, options),) = asked
     assert options["mode"] == ("reduce-overhead" if mode == "graphs" else None)
     assert not model._forward_pre_hooks, "the compiler would break its graph at the clock"
@@ -270,7 +269,7 @@ def test_the_command_writes_its_files_and_refuses_what_makes_no_sense(run, tmp_p
 
 
 def test_images_kept_on_the_device_are_the_same_ones():
-    bench = RungBench(**settings(loop="package", on_device=True, channels_last=True))
+    bench = bench_of(loop="package", on_device=True, channels_last=True)
     one, other = (next(next(bench.updates))[0] for _ in range(2))
     assert one.data_ptr() == other.data_ptr()
 
