@@ -6,7 +6,7 @@ built here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from features.float32_layers import keep_layers_float32
 from features.frozen import keep_outputs
 from images.subsets import DataSet, Subset
 from model import (
+    MeanOfModels,
     MeanOfViews,
     Network,
     build_model,
@@ -114,9 +115,9 @@ def find_precision(asked: Asked, device: torch.device) -> Precision:
     return precision
 
 
-def find_checkpoint(place: Place) -> dict[str, Any]:
-    """Return the checkpoint to use. Raise UserError if there is none."""
-    file = place.checkpoint_file
+def find_checkpoint(place: Place, file: Path | None = None) -> dict[str, Any]:
+    """Return the checkpoint to use, or that in `file`, another one. Raise UserError if there is none."""
+    file = file or place.checkpoint_file
     if not file.exists():
         raise UserError(f"{printable(file)} does not exist. {known_runs(place.checkpoint_dir, 'best_model.pt')}")
     return as_tested(load_checkpoint(file))
@@ -226,6 +227,27 @@ def trained_model(setup: Setup, checkpoint: dict[str, Any]) -> nn.Module:
     model = _placed(setup, rebuild_model(checkpoint), train=False).eval()
     tta = setup.asked.reading.tta
     return model if tta == "none" else MeanOfViews(model, tta)
+
+
+def answering_model(setup: Setup) -> nn.Module:
+    """Return the model of --checkpoint or, of several, one that answers with the mean of their probabilities.
+
+    Raise UserError if they have other classes than the first, or need other images.
+    """
+    place = setup.asked.place
+    first = setup.trained
+    models = [trained_model(setup, first)]
+    for file in place.checkpoint_files[1:]:
+        other = find_checkpoint(place, file)
+        for what in ("classes", "image_size", "resize", "interpolation", "mean", "std", "windows"):
+            one, two = (found.get(what) or {"resize": "squash"}.get(what) for found in (first, other))
+            if one != two:
+                raise UserError(
+                    f"{printable(file)} has other {what} than {printable(place.checkpoint_file)}, {two} for {one}: "
+                    "their answers have no mean."
+                )
+        models.append(trained_model(replace(setup, checkpoint=other), other))
+    return MeanOfModels(models) if len(models) > 1 else models[0]
 
 
 def _placed(setup: Setup, model: nn.Module, *, train: bool) -> nn.Module:

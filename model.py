@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -356,6 +357,19 @@ class MeanOfViews(nn.Module):
             for view in (images, images.flip(3))
         ]
         return torch.stack([self.model(view).float() for view in views]).sum(0) / len(views)  # may overflow in float16
+
+
+class MeanOfModels(nn.Module):
+    """An ensemble: the logarithm of the mean of the models' probabilities, whose softmax is that mean."""
+
+    def __init__(self, models: Iterable[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return logits (count, classes), float32, of square images (count, 3, side, side)."""
+        logs = torch.stack([model(images).float().log_softmax(1) for model in self.models])
+        return logs.logsumexp(0) - math.log(len(self.models))
 
 
 class StepModel:

@@ -21,15 +21,21 @@ class Place:
 
     checkpoint_dir: str
     checkpoint_name: str
-    checkpoint: str | None
+    checkpoint: list[str] | None
     config: str | None
     resume: str | None
     overwrite: bool
 
     @property
+    def checkpoint_files(self) -> list[Path]:
+        """Return the files of --checkpoint, or best_model.pt of the named run."""
+        own = Path(self.checkpoint_dir, self.checkpoint_name, "best_model.pt")
+        return [Path(file) for file in self.checkpoint] if self.checkpoint else [own]
+
+    @property
     def checkpoint_file(self) -> Path:
-        """Return --checkpoint FILE, or best_model.pt of the named run."""
-        return Path(self.checkpoint or Path(self.checkpoint_dir) / self.checkpoint_name / "best_model.pt")
+        """Return the first of them."""
+        return self.checkpoint_files[0]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,20 @@ def _with_underscores(word: str) -> str:
     return name + equals + value
 
 
+def _with_paths_first(words: list[str]) -> list[str]:
+    """Return the arguments of `predict` with the paths that follow --checkpoint FILE ahead: it would take them, too.
+
+    Checkpoints are the files with the suffix of the first.
+    """
+    if "--checkpoint" not in words:
+        return words
+    place = words.index("--checkpoint") + 1
+    files = list(takewhile(lambda word: not word.startswith("-") or word == "-", words[place:]))
+    suffix = Path(files[0]).suffix if files else ""
+    count = len(list(takewhile(lambda word: Path(word).suffix == suffix, files))) if suffix else 1
+    return [*files[count:], *words[:place], *files[:count], *words[place + len(files) :]]
+
+
 def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device: False) -> Options:
     """Return the options of one command line; raise UserError if it is not valid.
 
@@ -54,6 +69,7 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
         command = "evaluate"
         also = "train"
     known = options_of(command)
+    words = _with_paths_first(words) if command == "predict" else words
     parser = build_parser(command, also=also)
     namespace, unknown = parser.parse_known_args(words)
     if unknown:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from assemble import Setup, evaluation_batches, set_up, trained_model
+from assemble import Setup, answering_model, evaluation_batches, set_up
 from choices import METRICS
 from dataset import Batches
 from distributed import Ranks
@@ -41,11 +41,14 @@ def evaluate_run(asked: Asked, ranks: Ranks, own: Options) -> None:
             f"--{'csv' if own.csv else 'out'} holds the test in one precision: leave it out, or leave out "
             "--precisions. --json takes the table of all precisions."
         )
+    files = asked.place.checkpoint_files
+    if precisions and len(files) > 1:
+        raise UserError("--precisions compares the answers of one model: name one --checkpoint.")
     refuse_missing_folders(own.csv, own.json)
     setup = set_up(asked, ranks)
     checkpoint = setup.trained
     data = data_to_test_on(asked, ranks, setup.preprocess, checkpoint)
-    model = trained_model(setup, checkpoint)
+    model = answering_model(setup)
     batches = evaluation_batches(setup, data, data.test)
     if precisions:
         rows = parity(model, batches, precisions, data.names(data.test), data.classes)
@@ -71,7 +74,10 @@ def evaluate_run(asked: Asked, ranks: Ranks, own: Options) -> None:
             "training_memory_mb": None,
             "images_per_second": len(data.test) / seconds,
         }
-        result = test_result(setup, data, found, checkpoint.get("temperature")) | training
+        if len(files) > 1:
+            training |= {"models": len(files), "epoch_name": "First's epoch"}
+        temperature = checkpoint.get("temperature") if len(files) == 1 else None
+        result = test_result(setup, data, found, temperature) | training
         if "progress" in checkpoint:  # last.pt
             result["epoch_name"] = "Epoch"
         print(tables.summary(result))

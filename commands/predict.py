@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from assemble import set_up, trained_model
+from assemble import answering_model, set_up
 from command_line.kinds import images_asked
 from commands.answers import Table
 from commands.explain import explain_predictions
@@ -45,13 +45,17 @@ def predict(asked: Asked, ranks: Ranks, own: Prediction) -> None:
         raise UserError(f"{printable(own.submission)} is the sample: name another file to write with --csv.")
     if own.submission and own.min_confidence is not None:
         raise UserError("--submission needs an answer for every image: leave out --min_confidence.")
+    several = len(asked.place.checkpoint_files) > 1
+    if several and own.explain:
+        raise UserError("--explain shows what one model depends on: name one --checkpoint.")
     setup = set_up(asked, ranks)
     checkpoint = setup.trained
-    temperature = checkpoint.get("temperature") if own.min_confidence is not None else None
+    temperature = None if several or own.min_confidence is None else checkpoint.get("temperature")
     if own.min_confidence is not None and temperature is None:
-        log.info("note: this checkpoint has no temperature, so that its probabilities are not calibrated")
+        said = "several checkpoints have no common" if several else "this checkpoint has no"
+        log.info(f"note: {said} temperature, so that the probabilities are not calibrated")
     predict_files(
-        trained_model(setup, checkpoint),
+        answering_model(setup),
         checkpoint["classes"],
         own,
         preprocess=setup.preprocess,

@@ -67,7 +67,7 @@ def data_to_train_on(
 def data_to_test_on(asked: Asked, ranks: Ranks, preprocess: Preprocess, checkpoint: dict[str, Any]) -> DataSet:
     """Return the images to test a run's checkpoint on: its test images, a test part, or a folder of class folders."""
     _prepare_folder(asked, ranks)
-    folder = asked.place.checkpoint_file.parent
+    folder, *others = [file.parent for file in asked.place.checkpoint_files]
     config = folder / "config.json"
     was = ranks.share(lambda: read_config(config)["dataset"] if config.exists() else {})
     data = open_test_set(
@@ -80,6 +80,12 @@ def data_to_test_on(asked: Asked, ranks: Ranks, preprocess: Preprocess, checkpoi
         checksum=was.get("tested"),
         opening=_opening(asked, preprocess, trained_rules(asked, preprocess, checkpoint), own_window=False),
     )
+    tested = set(data.names(data.test))
+    for other in others:
+        parts = _recorded_split(other, ranks) or {}
+        known = sum(name in tested and part in ("train", "validation") for name, (_, part) in parts.items())
+        if known:
+            log.warning(f"{known:,} of {len(tested):,} test images trained or chose the model in {printable(other)}")
     return _agreed(data, asked, checkpoint["classes"], ranks)
 
 

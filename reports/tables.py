@@ -37,6 +37,7 @@ def facts(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             f"{result['test_acc']:.2f} %",
             f"{right:,} of {total:,}, 95 % interval {low:.2f} to {high:.2f} %",
         ),
+        *([("Models", str(result["models"]), "the mean of their probabilities")] if result.get("models") else []),
         *([(views.title, "on", views.remark)] if views.title else []),
         *_other_figures(result),
         (result.get("epoch_name", "Best epoch"), str(result["best_epoch"]), _validation(result["best_val_acc"])),

@@ -270,6 +270,10 @@ def test_a_comparison_takes_all_but_the_precision_from_a_config(config):
 
 def test_files_behind_two_dashes_keep_theirs():
     assert parse("predict", "--batch-size=4", "--", "--my-picture.jpg").inputs == ["--my-picture.jpg"]
+    for words in (["a.pt", "b.pt", "x.jpg", "-", "--amp"], ["a.pt", "--amp", "x.jpg", "-"], ["a", "b"]):
+        found = parse("predict", "--checkpoint", *words)
+        assert found.checkpoint == [word for word in words if word.endswith(".pt")] or ["a"]
+        assert found.inputs == [word for word in words if word in ("x.jpg", "-", "b")]
 
 
 # --------------------------------------------------------------------------------- precedence

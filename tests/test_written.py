@@ -340,6 +340,27 @@ def test_predict_refuses_as_many_images_as_the_result_says(run, data, tmp_path, 
         assert not entry["refused"] or f"{entry['refused']} as none of these" in capsys.readouterr().out
 
 
+def test_several_checkpoints_answer_with_the_mean_of_their_probabilities(run, data, tmp_path, capsys):
+    content = torch.load(run / "best_model.pt", weights_only=True)
+    content["model"]["fc.bias"] += torch.tensor([1.0, 0.0, -2.0])
+    torch.save(content, tmp_path / "other.pt")
+    files = [run / "best_model.pt", tmp_path / "other.pt"]
+    answers = []
+    for chosen in (files[:1], files[1:], files):
+        words = ["--checkpoint", *chosen, data / "seg_test", f"--json={tmp_path / 'p.json'}"]
+        assert call("predict", run, *words) == 0
+        answers.append(np.array([list(row["probabilities"].values()) for row in strict(tmp_path / "p.json")]))
+    np.testing.assert_allclose(answers[2], (answers[0] + answers[1]) / 2, atol=2e-6)
+    assert call("evaluate", run, "--checkpoint", *files, f"--json={tmp_path / 'r.json'}") == 0
+    result = strict(tmp_path / "r.json")
+    labels = [tiny.CLASSES.index(path.parent.name) for path in tiny.images(data, "seg_test")]
+    assert result["test_acc"] == pytest.approx(100 * np.mean(answers[2].argmax(1) == labels)) and result["models"] == 2
+    torch.save(content | {"classes": ["a", "b", "c"]}, tmp_path / "other.pt")
+    capsys.readouterr()
+    assert call("evaluate", run, "--checkpoint", *files) == 2
+    assert "other.pt has other classes than" in capsys.readouterr().err
+
+
 def test_each_line_on_stdin_is_answered_before_the_next_one_is_read(run, data, tmp_path, monkeypatch, capsys):
     pictures = tiny.images(data, "seg_test")[:3]
     answers = []
