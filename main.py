@@ -117,7 +117,7 @@ def action(options: Namespace, ranks: Ranks) -> Callable[[], None]:
         case "report":
             from commands.report import report
 
-            return partial(report, take(groups.Place, options))
+            return partial(report, take(groups.Redrawing, options))
         case "doctor":
             from commands.doctor import doctor
 

@@ -66,6 +66,7 @@ COMMANDS = {
     "export": "write a trained run as ONNX",
 }
 
+OPEN = Option(FLAG, False, "open the page in the browser", CALL)
 DEVICE = Option(NAME, "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps", PLACE)
 TTA = Option(
     key_of(VIEWS),
@@ -268,6 +269,7 @@ OPTIONS = {
     "a finished run's folder": {
         "checkpoint_dir": Option(DIR, "checkpoint", "folder that holds all runs", CALL),
         "checkpoint_name": Option(NAME, "", "the run's folder in it", CALL),
+        "open": OPEN,
         "quiet": Option(FLAG, False, "print results and warnings only, without progress bars", CALL),
     },
     "evaluation": {
@@ -316,6 +318,7 @@ OPTIONS = {
         "ladder": Option(FLAG, False, argparse.SUPPRESS, CALL),
         "report_only": Option(FLAG, False, "draw table and picture again from finished runs", CALL),
         "runs": Option({**DIR, "nargs": "+"}, None, "report on these run folders instead", CALL),
+        "open": OPEN,
     },
     "examination": {
         "device": DEVICE,
@@ -339,6 +342,7 @@ OPTIONS = {
         "diary": Option(FILE, None, "draw the loss scale from this diary, which ampscope.watch wrote", CALL),
         "out": Option(DIR, "inspect", "folder for JSON, pictures and the page", CALL),
         "strict": Option(FLAG, False, "end with status 1 if a rule is broken", CALL),
+        "open": OPEN,
         "layers": Option(FLAG, False, "show the error of each layer in 16 bits in place of the report", CALL),
         "find_layers": Option(FLAG, False, "also search for the layers to keep in float32", CALL),
     },

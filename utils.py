@@ -298,6 +298,14 @@ class _AboveBars(logging.Handler):
         tqdm.write(wrapped(mark + record.getMessage(), sys.stdout), file=sys.stdout)
 
 
+def open_page(file: Path) -> None:
+    """Open a page in the browser; without one, say so."""
+    import webbrowser
+
+    if not webbrowser.open(file.resolve().as_uri()):
+        log.warning(f"no browser could be started: open {printable(file)} yourself")
+
+
 def start_logging(*, quiet: bool) -> None:
     """Install the program's log handler: with `quiet` it prints only warnings; ranks after the first print nothing."""
     if not any(isinstance(handler, _AboveBars) for handler in log.handlers):

@@ -156,6 +156,7 @@ class Comparison:
     seeds: int
     report_only: bool
     runs: list[str] | None
+    open: bool
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,7 @@ class Inspection:
     out: str
     full: bool
     strict: bool
+    open: bool
     layers: bool
     find_layers: bool
 
@@ -236,6 +238,15 @@ class Preparation:
     window: str
     max_megapixels: float
     json: str | None
+
+
+@dataclass(frozen=True)
+class Redrawing:
+    """The options of `report`."""
+
+    checkpoint_dir: str
+    checkpoint_name: str
+    open: bool
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _of_a_training(command: str) -> Iterator[Idle]:
 
 def _of_a_mode() -> Iterator[Idle]:
     """Yield the options that do nothing because the command does one of several things."""
-    folder = ("checkpoint_dir", "checkpoint_name")
+    folder = ("checkpoint_dir", "checkpoint_name", "open")
     compared: tuple[tuple[str, tuple[str, ...], str], ...] = (
         ("runs", folder, "only reports"),
         ("report_only", folder, "only reports"),
@@ -113,13 +113,13 @@ def _of_a_mode() -> Iterator[Idle]:
     )
     yield Idle(
         "inspect",
-        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict", *layers),
+        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict", "open", *layers),
         "--module gives the model and its batch",
         lambda values: values["module"],
     )
     yield Idle(
         "inspect",
-        _all_but("inspect", "script", "inputs", "out", "full", "strict"),
+        _all_but("inspect", "script", "inputs", "out", "full", "strict", "open"),
         "--script brings its own",
         lambda values: values["script"],
     )

@@ -27,7 +27,7 @@ from reports import results, tables
 from runs.config import read_config
 from system.files import json_text, lock, remove, write_text
 from system.parent import environment_of_child
-from system.terminal import duration
+from system.terminal import duration, linked
 from utils import (
     OUT_OF_TIME,
     STARTED,
@@ -39,6 +39,7 @@ from utils import (
     importing,
     log,
     on_stop,
+    open_page,
     own_command,
     printable,
 )
@@ -62,10 +63,7 @@ class Planned:
 def compare(asked: Asked, own: Comparison) -> None:
     """Train once per precision and seed, each time in a fresh process, and print the performance table."""
     folder = Path(asked.place.checkpoint_dir) / (asked.place.checkpoint_name or "comparison")
-    if own.runs:
-        report_runs([Path(run) for run in own.runs], folder)
-        return
-    if not own.report_only:
+    if not own.report_only and not own.runs:
         device = asked.computing.device
         max_time = asked.recording.max_time
         if asked.data.demo:
@@ -78,8 +76,10 @@ def compare(asked: Asked, own: Comparison) -> None:
             overwrite=asked.place.overwrite,
             max_seconds=seconds_of(max_time) if max_time else None,
         )
-    failed = report_runs(run_folders(folder), folder)
-    if failed and not own.report_only:
+    failed = report_runs([Path(run) for run in own.runs] if own.runs else run_folders(folder), folder)
+    if own.open:
+        open_page(folder / "report.html")
+    if failed and not (own.report_only or own.runs):
         raise RunError(f"not all runs finished; the table shows the others. {'; '.join(failed)}.")
 
 
@@ -257,7 +257,7 @@ def run_folders(folder: Path) -> list[Path]:
 
 
 def report_runs(directories: list[Path], folder: Path) -> list[str]:
-    """Print the table, write it with its pictures and page into `folder`, and return the runs that failed, in words.
+    """Write the table, its pictures and a page into `folder`, print the table, and return the runs that failed.
 
     A directory is a run, or holds runs. Raise UserError if a directory holds no run, RunError if no run is finished or
     the pictures cannot be drawn.
@@ -269,11 +269,21 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
     comparison = results.compare_runs(runs, MAY_DIFFER_IN_COMPARISON)
     write_text(folder / "performance_table.md", tables.performance_table(comparison))
     write_text(folder / "comparison.json", json_text(comparison, indent=1))
-    print("\n" + tables.terminal_table(comparison))
-    finished = [run for run in runs if run["result"]]
-    if not finished:
-        raise RunError("no run of the comparison finished; the reasons are in the table.")
-    first = [next(run for run in finished if run["label"] == row["label"]) for row in comparison["rows"] if row["runs"]]
+    try:
+        if any(run["result"] for run in runs):
+            _draw(runs, comparison, folder)
+            print(f"\nresults: {linked(str(folder), folder / 'report.html')}")
+        else:
+            raise RunError("no run of the comparison finished; the reasons are in the table.")
+    finally:
+        print("\n" + tables.terminal_table(comparison))
+    return [f"{run['directory'].name}: {run['failure'] or 'not finished'}" for run in runs if not run["result"]]
+
+
+def _draw(runs: list[dict[str, Any]], comparison: dict[str, Any], folder: Path) -> None:
+    """Write comparison.png, reliability.png and report.html. Raise RunError if that fails."""
+    rows = [row for row in comparison["rows"] if row["runs"]]
+    first = [next(run for run in runs if run["result"] and run["label"] == row["label"]) for row in rows]
     try:
         with importing():
             from reports import page, pictures
@@ -287,5 +297,3 @@ def report_runs(directories: list[Path], folder: Path) -> list[str]:
             f"the table is in {printable(folder)}, but the pictures could not be drawn ({reason}).\n"
             "Once that is fixed: the same command with --report_only"
         ) from None
-    print(f"\nresults: {folder}")
-    return [f"{run['directory'].name}: {run['failure'] or 'not finished'}" for run in runs if not run["result"]]

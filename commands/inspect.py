@@ -17,7 +17,7 @@ from ampscope.module import broken_rules, show, show_layers
 from assemble import Setup, new_model, set_up, trained_model, training_batches, update_shape
 from images.asked import data_to_train_on
 from reports.results import read_metrics
-from utils import RunError, UserError
+from utils import RunError, UserError, open_page
 
 if TYPE_CHECKING:
     from command_line.groups import Asked, Inspection
@@ -34,6 +34,15 @@ START = (
 
 def inspect(asked: Asked, ranks: Ranks, own: Inspection) -> None:
     """Print the report, and write JSON, pictures and a page into --out."""
+    try:
+        _inspect(asked, ranks, own)
+    finally:
+        page = Path(own.out) / "inspect.html"
+        if own.open and page.exists():
+            open_page(page)
+
+
+def _inspect(asked: Asked, ranks: Ranks, own: Inspection) -> None:
     place = asked.place
     device = asked.computing.device
     words = [f"--out={own.out}", *(["--full"] if own.full else []), *(["--strict"] if own.strict else [])]

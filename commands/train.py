@@ -29,7 +29,7 @@ from runs.layer_watch import LayerWatch
 from runs.logs import Logs, refuse_missing_packages
 from runs.writing import PROBABILITIES
 from system.files import read_json
-from system.terminal import duration
+from system.terminal import duration, linked
 from train import Trainer
 from utils import RunError, Stopped, amount, importing, log, printable, typed
 
@@ -186,7 +186,7 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
         write_safetensors(best, run.file("best_model.safetensors"))
     run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, found))
     print(tables.summary(result))
-    log.info(f"results: {run.path}")
+    log.info(f"results: {linked(str(run.path), run.file('report.html'))}")
 
 
 class NotDrawn(RunError):

@@ -56,23 +56,33 @@ def cards(comparison: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not found:
         return []
     row, base, _ = found
-    speed = row["speed_up"]
-    memory = row["memory_ratio"]
-    faster = (f"{speed:.2f}×", "as fast as FP32") if speed else (_unstated(row, "speed_up"), "in speed against FP32")
-    less = (
-        (f"{abs(100 * (1 - memory)):.0f} % {'less' if memory <= 1 else 'more'}", "memory than FP32")
-        if memory
-        else (_unstated(row, "memory_ratio"), "in memory against FP32")
-    )
     return [
-        ("Speed", faster[0], faster[1] + _medians(row, base, "images_per_second", "images/s")),
-        ("Memory", less[0], less[1] + _medians(row, base, "memory_mb", "MB")),
+        ("Speed", *_speed(row, base)),
+        ("Memory", *_memory(row, base)),
         ("Accuracy", *_accuracy(row, base, level(comparison))),
     ]
 
 
-def _unstated(row: dict[str, Any], name: str) -> str:
-    return row["ratios"].get(name, {}).get("unstated") or "not known"
+def _speed(row: dict[str, Any], base: dict[str, Any]) -> tuple[str, str]:
+    """Return the figure and the words about speed."""
+    both = _medians(row, base, "images_per_second", "images/s")
+    if row["speed_up"] is not None:
+        return f"{row['speed_up']:.2f}×", f"as fast as FP32{both}"
+    if not both:
+        return "unknown", "speed: the runs were not trained here"
+    busy = row["ratios"].get("speed_up", {}).get("unstated") == MACHINE_BUSY
+    return "unclear", f"{'speed, because the machine was busy' if busy else 'speed from seed to seed'}{both}"
+
+
+def _memory(row: dict[str, Any], base: dict[str, Any]) -> tuple[str, str]:
+    """Return the figure and the words about memory."""
+    both = _medians(row, base, "memory_mb", "MB")
+    if row["memory_ratio"] is None:
+        return "unclear" if both else "unknown", f"memory{both}"
+    percent = round(100 * (1 - row["memory_ratio"]))
+    if percent == 0:
+        return "same", f"memory as FP32{both}"
+    return f"{abs(percent)} % {'less' if percent > 0 else 'more'}", f"memory than FP32{both}"
 
 
 def _medians(row: dict[str, Any], base: dict[str, Any], measure: str, unit: str) -> str:

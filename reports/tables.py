@@ -11,7 +11,7 @@ from tqdm.utils import disp_len  # width on a terminal: wide letters take two co
 
 from ampscope.text import WIDTH
 from choices import METRICS, VIEWS
-from reports.answer import short_labels
+from reports.answer import in_one_sentence, short_labels
 from reports.results import wilson
 from reports.text import align, fit, markdown, markdown_table, time_unit
 from runs.result import SHARES, confusion_cells
@@ -199,10 +199,19 @@ def _ratio(row: dict[str, Any], name: str) -> str:
 
 
 def terminal_table(comparison: dict[str, Any]) -> str:
-    """Return the performance table for a terminal of 80 columns, with the verdict on accuracy below it."""
-    header, lines = table_cells(comparison, ranges=False)
+    """Return the performance table for a terminal of 80 columns; below it remarks and the answer in one sentence."""
+    header, lines = table_cells(comparison, ranges=False, short=True)
+    models = {row["model"] for row in comparison["rows"]}
     table = [
-        ["", "Accuracy", "Memory", "Total time", "Images/s", "Speed-up", "Memory"],
+        [
+            fit(next(iter(models)), 30) if len(models) == 1 else "",
+            "Accuracy",
+            "Memory",
+            "Total time",
+            "Images/s",
+            "Speed-up",
+            "Memory",
+        ],
         *(line[:7] for line in lines if len(line) > 2),
     ]
     shown = align(table)
@@ -211,7 +220,13 @@ def terminal_table(comparison: dict[str, Any]) -> str:
         shown = [part for (label, *_), line in zip(table, numbers, strict=True) for part in (label, line) if part]
     below = [": ".join(line) for line in lines if len(line) == 2]
     below += ["", f"{header[2]}; speed-up and the last column, memory, are against FP32."]
-    below += [*spread_over_seeds(comparison), *comparison["remarks"], verdict(comparison)]
+    below += [
+        *spread_over_seeds(comparison),
+        *comparison["remarks"],
+        verdict(comparison),
+        "",
+        in_one_sentence(comparison),
+    ]
     return "\n".join([*shown, *(part for text in below for part in textwrap.wrap(text, WIDTH) or [""])])
 
 

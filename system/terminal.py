@@ -11,6 +11,7 @@ import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -78,6 +79,19 @@ def open_streams() -> Callable[[], OSError | None]:
         return raw[0].lost
 
     return lost
+
+
+def shows_links() -> bool:
+    """Return True if standard output is a terminal that is known to show links (OSC 8)."""
+    known = {"TERM_PROGRAM": ("iTerm.app", "WezTerm", "vscode", "ghostty", "Hyper"), "TERM": ("xterm-kitty", "foot")}
+    named = any(os.environ.get(name) in values for name, values in known.items())
+    own = ("VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "DOMTERM")
+    return sys.stdout.isatty() and (named or any(os.environ.get(name) for name in own))
+
+
+def linked(text: str, file: Path) -> str:
+    """Return a text as a link to a file if the terminal shows links."""
+    return f"\x1b]8;;{file.resolve().as_uri()}\x1b\\{text}\x1b]8;;\x1b\\" if shows_links() else text
 
 
 def duration(seconds: float) -> str:

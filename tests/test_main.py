@@ -328,15 +328,19 @@ def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatc
 
 
 @pytest.mark.usefixtures("drawn")
-def test_report_only_redraws_from_files(comparison, run):
+def test_report_only_redraws_from_files_and_opens_the_page(comparison, run, monkeypatch):
     folder, given, _ = comparison
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or False)
     for name in ("performance_table.md", "comparison.png"):
         (folder / name).unlink()
     status, out, err = run(
-        ["compare", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}", "--report_only"]
+        ["compare", f"--checkpoint_dir={folder.parent}", f"--checkpoint_name={folder.name}", "--report_only", "--open"]
     )
     assert status == 0, err
     assert (folder / "performance_table.md").exists() and (folder / "comparison.png").exists()
+    assert opened == [(folder / "report.html").resolve().as_uri()] and "no browser could be started" in out
+    assert out.index("results: ") < out.index("\nFP32 ") < out.index("\nAMP bfloat16: ")
 
 
 def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):

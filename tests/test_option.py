@@ -40,12 +40,12 @@ OPTIONS = {
     "train": f"{ALL} --evaluate",
     "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",
     "predict": f"{TRAINED} --top_k --min_confidence --csv --json --submission --contact_sheet --explain",
-    "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs",
+    "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs --open",
     "audit": f"{ALL} --folds",
-    "report": "--checkpoint_dir --checkpoint_name --quiet",
+    "report": "--checkpoint_dir --checkpoint_name --quiet --open",
     "doctor": "--device --model --image_size --batch_size --data_dir --json --ladder --out",
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
-    "--script --strict --layers --find_layers",
+    "--script --strict --open --layers --find_layers",
     "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
     "--clean --labels --window --max_megapixels --json",
     "export": f"{RUN} --tta --checkpoint --out --safetensors",
@@ -337,7 +337,7 @@ def test_a_comparisons_training_words_give_its_options_back():
     words = "--epochs=3 --no-channels_last --ema=0.5 --clip_grad_norm=1.0 --checkpoint_every=5u --optimizer=SGD"
     options = parse("compare", *words.split(), "--data_dir=a folder", "--precisions", "fp32")
     again = parse("train", *parsing.training_words(vars(options)))
-    own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate"}
+    own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate", "open"}
     first, second = ({k: v for k, v in vars(found).items() if k not in own} for found in (options, again))
     assert first == second
 

@@ -23,6 +23,18 @@ def test_progress_in_lines(monkeypatch):
     assert all(word in said[0] for word in (" %, ", "images/s", " s left", "loss=1.5")), said
 
 
+def test_links_are_for_terminals_that_show_them(monkeypatch, tmp_path):
+    for name in ("VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "DOMTERM", "TERM_PROGRAM"):
+        monkeypatch.delenv(name, raising=False)
+    file = tmp_path / "a page.html"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert terminal.linked("here", file) == "here"
+    monkeypatch.setenv("TERM_PROGRAM", "vscode")
+    assert terminal.linked("here", file) == f"\x1b]8;;{file.as_uri()}\x1b\\here\x1b]8;;\x1b\\"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert terminal.linked("here", file) == "here"
+
+
 def test_short_work_says_nothing():
     said = []
     for _ in progress.Lines(range(1000), say=said.append):

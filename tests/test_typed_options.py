@@ -40,7 +40,7 @@ OF_ONE_COMMAND = {
     "inspect": groups.Inspection,
     "predict": groups.Prediction,
     "prepare": groups.Preparation,
-    "report": groups.Place,
+    "report": groups.Redrawing,
 }
 
 
@@ -48,7 +48,7 @@ def fields_of(group) -> set[str]:
     return {field.name for field in dataclasses.fields(group)}
 
 
-@pytest.mark.parametrize("command", sorted(set(OF_ONE_COMMAND) - {"report"}))
+@pytest.mark.parametrize("command", sorted(OF_ONE_COMMAND))
 def test_a_command_has_every_option_of_its_group(command):
     assert fields_of(OF_ONE_COMMAND[command]) <= set(options_of(command))
 
@@ -169,10 +169,20 @@ MODES = {
     ("prepare", "--archive=x.zip"): ("data_dir", "archive_encoding"),
     ("prepare", "--download"): ("data_dir",),
     ("prepare", "--clean"): ("data_dir",),
-    ("compare", "--runs=a"): ("checkpoint_dir", "checkpoint_name"),
-    ("compare", "--report_only"): ("checkpoint_dir", "checkpoint_name"),
+    ("compare", "--runs=a"): ("checkpoint_dir", "checkpoint_name", "open"),
+    ("compare", "--report_only"): ("checkpoint_dir", "checkpoint_name", "open"),
     ("doctor", "--ladder"): ("device", "model", "image_size", "batch_size", "out"),
-    ("inspect", "--module=m.py"): ("device", "precisions", "diary", "out", "full", "strict", "layers", "find_layers"),
+    ("inspect", "--module=m.py"): (
+        "device",
+        "precisions",
+        "diary",
+        "out",
+        "full",
+        "strict",
+        "open",
+        "layers",
+        "find_layers",
+    ),
 }
 
 
