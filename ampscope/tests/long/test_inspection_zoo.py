@@ -1,11 +1,9 @@
 """`inspect_step` on models that others wrote, with random weights and small sizes: full reports, no false alarm.
 
-What is not installed is skipped. Large ones need a switch:
-INSPECTION_ZOO=1 pytest ampscope/tests/long/test_inspection_zoo.py
+What is not installed is skipped.
 """
 
 import copy
-import os
 
 import pytest
 import torch
@@ -15,53 +13,70 @@ from ampscope import inspect_step
 
 PRECISIONS = ["fp32", "amp-bf16"]
 functional = nn.functional
+IDS = torch.randint(3, 128, (2, 16), generator=torch.Generator().manual_seed(0))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+WORDS = SIZES | {"vocab_size": 128}
+T5 = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+TRANSFORMERS = {  # a model for each kind of layer: its configuration, its batch beside the labels
+    "BertForSequenceClassification": WORDS,
+    "T5ForConditionalGeneration": T5 | {"decoder_start_token_id": 0},
+    "GPT2LMHeadModel": {"n_layer": 2, "n_head": 4, "n_embd": 32, "vocab_size": 128},
+    "LlamaForCausalLM": WORDS,
+    "MixtralForCausalLM": WORDS | {"num_key_value_heads": 4, "num_local_experts": 2, "num_experts_per_tok": 2},
+    "MambaForCausalLM": {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "ViTForImageClassification": SIZES | {"image_size": 16, "patch_size": 8},
+}
 
 
-def pixel_loss(outputs, batch):
-    return functional.cross_entropy(outputs["out"], batch[1]) + 0.5 * functional.cross_entropy(outputs["aux"], batch[1])
+def cross_entropy(outputs, batch):
+    return functional.cross_entropy(outputs, batch[1])
 
 
-def fcn():
-    from torchvision.models.segmentation import fcn_resnet50
-
-    model = fcn_resnet50(weights=None, weights_backbone=None, num_classes=4, aux_loss=True)
-    return model, (torch.randn(2, 3, 64, 64), torch.randint(0, 4, (2, 64, 64))), pixel_loss
-
-
-def ssd():
-    from torchvision.models.detection import ssdlite320_mobilenet_v3_large
-
-    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3)
-    targets = [{"boxes": torch.tensor([[20.0, 20, 200, 220]]), "labels": torch.tensor([index + 1])} for index in (0, 1)]
-    return model, ([torch.rand(3, 200, 240), torch.rand(3, 180, 200)], targets), None
+def of_transformers(name):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, name.partition("For")[0].partition("LM")[0] + "Config")(**TRANSFORMERS[name])
+    model = getattr(transformers, name)(config)
+    if "Llama" in name:
+        model.gradient_checkpointing_enable()
+    if "ViT" in name:
+        return model, {"pixel_values": torch.randn(2, 3, 16, 16), "labels": torch.tensor([0, 1])}, None
+    return model, {"input_ids": IDS, "labels": torch.tensor([0, 1]) if "Sequence" in name else IDS}, None
 
 
-def vit():
+def of_torchvision(name):
+    from torchvision import models
+
+    return models.get_model(name, num_classes=8), (torch.randn(2, 3, 64, 64), torch.tensor([0, 1])), cross_entropy
+
+
+def of_timm(name):
     timm = pytest.importorskip("timm")
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64, depth=3)
-    batch = torch.randn(4, 3, 64, 64), torch.randint(0, 10, (4,))
-    return model, batch, lambda outputs, batch: functional.cross_entropy(outputs, batch[1])
+    model = timm.create_model(name, num_classes=8, **({"img_size": 64} if "vit" in name else {}))
+    return model, (torch.randn(2, 3, 64, 64), torch.tensor([0, 1])), cross_entropy
 
 
-def bert():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
-    model = transformers.BertForSequenceClassification(config)
-    ids = torch.randint(0, 30000, (4, 32))
-    mask = torch.ones(4, 32, dtype=torch.long)
-    mask[1, 20:] = 0
-    return model, {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 1, 0, 1])}, None
+class Detector(nn.Module):
+    """Takes images of several sizes and their targets, and returns a dictionary of losses, as torchvision's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3)
+        self.boxes = nn.Linear(8, 4)
+        self.classes = nn.Linear(8, 3)
+
+    def forward(self, images, targets):
+        seen = torch.stack([self.body(image[None]).relu().mean((0, 2, 3)) for image in images])
+        boxes = torch.cat([target["boxes"] for target in targets])
+        labels = torch.cat([target["labels"] for target in targets])
+        return {
+            "boxes": functional.l1_loss(self.boxes(seen), boxes),
+            "classes": functional.cross_entropy(self.classes(seen), labels),
+        }
 
 
-def llama():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model.gradient_checkpointing_enable()
-    ids = torch.randint(0, 512, (4, 32))
-    return model, {"input_ids": ids, "labels": ids}, None
+def detector():
+    targets = [{"boxes": torch.rand(1, 4), "labels": torch.tensor([index + 1])} for index in (0, 1)]
+    return Detector(), ([torch.rand(3, 20, 24), torch.rand(3, 18, 20)], targets), None
 
 
 class Tagger(nn.Module):
@@ -78,30 +93,6 @@ class Tagger(nn.Module):
 def lstm():
     batch = torch.randint(0, 100, (4, 24)), torch.randint(0, 10, (4, 24))
     return Tagger(), batch, lambda outputs, batch: functional.cross_entropy(outputs.flatten(0, 1), batch[1].flatten())
-
-
-def unet3d():
-    networks = pytest.importorskip("monai.networks.nets")
-    model = networks.UNet(spatial_dims=3, in_channels=1, out_channels=2, channels=(8, 16, 32), strides=(2, 2))
-    batch = torch.randn(1, 1, 32, 32, 32), torch.randint(0, 2, (1, 32, 32, 32))
-    return model, batch, lambda outputs, batch: functional.cross_entropy(outputs, batch[1])
-
-
-def diffusion():
-    diffusers = pytest.importorskip("diffusers")
-    model = diffusers.UNet2DModel(
-        sample_size=16,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-    )
-    batch = {
-        "sample": torch.randn(2, 3, 16, 16),
-        "timestep": torch.tensor([10, 500]),
-        "noise": torch.randn(2, 3, 16, 16),
-    }
-    return model, batch, lambda outputs, batch: functional.mse_loss(outputs.sample, batch["noise"])
 
 
 def encoder():
@@ -155,17 +146,13 @@ def custom_function():
     return WithFunction(), torch.randn(8, 64), lambda outputs, batch: outputs.float().square().mean()
 
 
-LARGE = ("fcn_resnet50", "ssdlite", "diffusion")
 ZOO = {
-    "fcn_resnet50": fcn,
-    "ssdlite": ssd,
-    "vit": vit,
-    "bert": bert,
-    "llama with checkpointing": llama,
+    **{name: lambda name=name: of_transformers(name) for name in TRANSFORMERS},
+    **{name: lambda name=name: of_torchvision(name) for name in ("mobilenet_v3_small", "densenet121", "convnext_tiny")},
+    **{f"timm:{name}": lambda name=name: of_timm(name) for name in ("test_vit2", "test_mambaout", "test_byobnet")},
+    "a detector": detector,
     "lstm": lstm,
     "encoder with dropout": encoder,
-    "unet3d": unet3d,
-    "diffusion": diffusion,
     "checkpoint": lambda: checkpointed(False),
     "reentrant checkpoint": lambda: checkpointed(True),
     "custom function": custom_function,
@@ -182,8 +169,6 @@ def told(report):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_models_that_others_wrote(name):
-    if name in LARGE and not os.environ.get("INSPECTION_ZOO"):
-        pytest.skip("a minute or more; INSPECTION_ZOO=1 runs it")
     torch.manual_seed(0)
     model, batch, loss = ZOO[name]()
     model.train()

@@ -1,6 +1,7 @@
 """Whole programs, as their authors wrote them, run and traced in this process."""
 
 import json
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -208,6 +209,12 @@ def test_a_planted_fault_is_found_on_its_line(tmp_path, rule):
     assert seen.whole == (rule not in FAIL)
 
 
+def alone(file, capsys):
+    """Return what a program prints that nobody traces."""
+    runpy.run_path(str(file), run_name="__main__")
+    return capsys.readouterr().out
+
+
 def status_of(*words, capsys):
     status = run(["--no-payoff", *map(str, words)])
     printed = capsys.readouterr()
@@ -244,7 +251,7 @@ def test_a_program_without_the_update_gets_one_sentence(tmp_path, capsys, loop, 
 
 def test_go_on_leaves_the_program_its_results(tmp_path, capsys):
     file = write(tmp_path, PLAIN + 'print("loss", loss.item() if step == 7 else "")\n')
-    own = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=True).stdout
+    own = alone(file, capsys)
     status, out, _ = status_of("--go-on", file, capsys=capsys)
     assert status == 0
     assert out.startswith("loss") and out.endswith(own.splitlines()[-1] + "\n")
@@ -290,7 +297,7 @@ def watched(file, tmp_path, *words, capsys):
 
 def test_watch_writes_a_line_an_update_and_leaves_the_results(tmp_path, capsys):
     file = write(tmp_path, SCALED + "print(loss.item())\n")
-    own = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=True).stdout
+    own = alone(file, capsys)
     status = watch(["--out", str(tmp_path / "diary.jsonl"), str(file)])
     printed = capsys.readouterr()
     assert (status, printed.out) == (0, own)
