@@ -153,6 +153,7 @@ def train(asked: Asked, ranks: Ranks) -> None:
     """Train, test the best epoch once, and write the run's results. Its steps are in commands/train.py."""
     with utils.importing():
         from assemble import make_trainer, run_folder, set_up
+        from commands.budget import begun_length, chosen_length
         from commands.train import (
             announce,
             begin_or_resume,
@@ -172,6 +173,8 @@ def train(asked: Asked, ranks: Ranks) -> None:
     announce(setup, model=asked.model.model, logs=recording.logs, safetensors=recording.safetensors)
     run = run_folder(setup)
     with opened(run, setup.precision, partial(explain, command=asked.command, options=asked.given.flat)):
+        setup = begun_length(setup, run)
+        asked = setup.asked
         search = partial(find_earlier, run, asked.given.flat, resume=place.resume, overwrite=place.overwrite)
         earlier = ranks.share(lambda: search(config=place.config))  # the other ranks may not see the folder
         started_from = asked.given.typed & {"pretrained", "pretrained_path", "weights"}
@@ -179,10 +182,11 @@ def train(asked: Asked, ranks: Ranks) -> None:
             utils.log.warning(idle.no_effect(started_from, "the run goes on from its last.pt"))
         continued = run.path if earlier.resuming else None
         data = data_to_train_on(asked, ranks, setup.preprocess, continued=continued)
+        setup = setup if earlier.resuming else chosen_length(setup, data, run)
         trainer = make_trainer(setup, data, run, resumed=earlier.config if earlier.resuming else None)
         begin_or_resume(setup, trainer, data, earlier)
         watch_layers(trainer, every=recording.watch)
-        with opened_logs(recording.logs, trainer, asked.given.flat) as logs:
+        with opened_logs(recording.logs, trainer, setup.asked.given.flat) as logs:
             trainer.on_epoch = partial(report_epoch, trainer, logs)
             trainer.train()
             finish(setup, trainer, data, safetensors=recording.safetensors)

@@ -255,6 +255,11 @@ OPTIONS = {
         "tensorboard": Option(FLAG, False, "the same as --log tensorboard", HANDLING),
         "safetensors": Option(FLAG, False, "also write the best weights as best_model.safetensors", HANDLING),
     },
+    "time": {
+        "budget": Option(
+            TIME, None, "choose --epochs so that the training ends after this time, by its first updates' speed", CALL
+        )
+    },
     "testing": {"evaluate": Option(FLAG, False, "do what the command evaluate does", CALL)},
     "a finished run": {
         "tta": TTA,
@@ -377,7 +382,7 @@ OPTIONS = {
 _TRAINING = ("run", "data", "model", "device and precision", "training", "recording and resuming")
 _FINISHED = ("run", "data", "device and precision", "a finished run")
 GROUPS = {
-    "train": (*_TRAINING, "testing"),
+    "train": (*_TRAINING, "time", "testing"),
     "evaluate": (*_FINISHED, "evaluation", "new data"),
     "predict": (*_FINISHED, "prediction"),
     "compare": (*_TRAINING, "comparison"),
@@ -396,6 +401,7 @@ COMMON = {
     "device and precision": ("device", "amp"),
     "training": ("preset", "batch_size", "epochs", "learning_rate", "augment"),
     "recording and resuming": ("resume", "overwrite", "max_time"),
+    "time": ("budget",),
     "testing": (),
 }
 # A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished

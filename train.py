@@ -167,24 +167,7 @@ class Trainer:
         with self._bar() as bar:
             for micro_batches in batches.epoch(state.epoch, state.update):
                 image_count = batches.images_in(state.update)
-                seed_everything(self.plan.seed, state.epoch, state.update, batches.ranks.rank)  # for dropout
-                with self.around_update(self.updates_done + 1):
-                    stats = update_weights(
-                        self.network.forward,
-                        micro_batches,
-                        image_count,
-                        optimizer=self.recipe.optimizer,
-                        scaler=self.scaler,
-                        precision=self.recipe.precision,
-                        criterion=self.recipe.criterion,
-                        clip_grad_norm=self.recipe.clip_grad_norm,
-                        ranks=batches.ranks.size,
-                    )
-                self.meter.add(stats)
-                state.learning_rate = self.recipe.optimizer.param_groups[0]["lr"]
-                self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
-                self.network.after_update(self.updates_done)
-                state.update += 1
+                self.meter.add(self.make_update(micro_batches, image_count))
                 bar.update(image_count)
                 ended = state.update == batches.updates_per_epoch
                 stopping = self._must_stop()
@@ -198,6 +181,28 @@ class Trainer:
                 if saving:
                     self._save()
                     self.epoch_begun = time.perf_counter() - state.epoch_seconds  # the time of saving does not count
+
+    def make_update(self, micro_batches: Iterable[MicroBatch], image_count: int) -> UpdateStats:
+        """Make the next update of this epoch, and move the schedule and the averaged weights on."""
+        state = self.progress
+        seed_everything(self.plan.seed, state.epoch, state.update, self.batches.ranks.rank)  # for dropout
+        with self.around_update(self.updates_done + 1):
+            stats = update_weights(
+                self.network.forward,
+                micro_batches,
+                image_count,
+                optimizer=self.recipe.optimizer,
+                scaler=self.scaler,
+                precision=self.recipe.precision,
+                criterion=self.recipe.criterion,
+                clip_grad_norm=self.recipe.clip_grad_norm,
+                ranks=self.batches.ranks.size,
+            )
+        state.learning_rate = self.recipe.optimizer.param_groups[0]["lr"]
+        self.scheduler.step()  # counts attempted updates: a skipped one does not shift the schedule
+        self.network.after_update(self.updates_done)
+        state.update += 1
+        return stats
 
     def _begin_epoch(self) -> None:
         """Set the network, the clocks and the alarms up for this epoch or the rest of it."""

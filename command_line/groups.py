@@ -137,6 +137,7 @@ class Recording:
     log_interval: int
     watch: int | None
     max_time: str | None
+    budget: str | None
     checkpoint_every: str | None
     log: list[str] | None
     tensorboard: bool

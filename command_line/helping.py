@@ -26,6 +26,7 @@ EXAMPLES = {
     "device and precision": ("--device cuda", "--amp"),
     "training": ("--preset finetune", "--epochs 20"),
     "recording and resuming": ("--resume auto", "--max_time 8h"),
+    "time": ("--budget 20m",),
     "a finished run": ("--batch_size 64",),
     "a finished run's folder": ("--checkpoint_name flowers",),
     "evaluation": ("--precisions fp32,amp-bf16",),

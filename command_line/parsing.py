@@ -156,6 +156,10 @@ def _check_together(options: argparse.Namespace) -> None:
             automatic and get("accumulate", 1) > 1,
             "--batch_size auto chooses --accumulate itself: leave one of the two out.",
         ),
+        (
+            get("budget") and ("epochs" in options.typed or get("freeze_epochs") in (ALL, epochs)),
+            "--budget chooses --epochs by the speed of the whole network: leave out --epochs and --freeze_epochs all.",
+        ),
         (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
         (
             get("watch") and (get("compile") or get("cuda_graphs")),

@@ -23,25 +23,31 @@ def by_steady_clock(bar: tqdm) -> tqdm:
     return bar
 
 
+def work(size: int) -> float:
+    """Return the time for an image with this side, in a unit of its own.
+
+    It grows more slowly than the area, because small feature maps use the processor less efficiently (a ResNet-18 from
+    48 to 128 px: exponents 1.2 and 1.8 on two CPUs).
+    """
+    return float(size**1.5)
+
+
 def seconds_left(sizes: Sequence[int], ends: Sequence[float], *, epoch_share: float, epoch_seconds: float) -> float:
     """Return the seconds that the rest of a run takes at the speed of its last three epochs, or of its first updates.
 
     `sizes` are the image sizes of the epochs, `ends` the seconds at the start of the first epoch and at the end of each
     finished one. The current epoch has taken `epoch_seconds` for `epoch_share` of its updates.
-
-    Assume that the time for one image grows as side**1.5. It grows more slowly than the area, because small feature
-    maps use the processor less efficiently (a ResNet-18 from 48 to 128 px: exponents 1.2 and 1.8 on two CPUs).
     """
-    work = [size**1.5 for size in sizes]
+    works = [work(size) for size in sizes]
     epoch = len(ends) - 1
     if epoch > 0:
         recent = ends[-4:]
         seconds = recent[-1] - recent[0]
-        done = sum(work[epoch + 1 - len(recent) : epoch])
+        done = sum(works[epoch + 1 - len(recent) : epoch])
     else:
         seconds = epoch_seconds
-        done = work[0] * epoch_share
-    left = sum(work[epoch:]) - epoch_share * sum(work[epoch : epoch + 1])
+        done = works[0] * epoch_share
+    left = sum(works[epoch:]) - epoch_share * sum(works[epoch : epoch + 1])
     return seconds * max(0.0, left) / done
 
 

@@ -37,7 +37,7 @@ ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 
 # Scripts rely on these names: extend them here, don't rename them.
 OPTIONS = {
-    "train": f"{ALL} --evaluate",
+    "train": f"{ALL} --evaluate --budget",
     "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",
     "predict": f"{TRAINED} --top_k --min_confidence --csv --json --submission --contact_sheet --explain",
     "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs --open",
@@ -337,7 +337,7 @@ def test_a_comparisons_training_words_give_its_options_back():
     words = "--epochs=3 --no-channels_last --ema=0.5 --clip_grad_norm=1.0 --checkpoint_every=5u --optimizer=SGD"
     options = parse("compare", *words.split(), "--data_dir=a folder", "--precisions", "fp32")
     again = parse("train", *parsing.training_words(vars(options)))
-    own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate", "open"}
+    own = {"command", "precisions", "seeds", "ladder", "report_only", "runs", "evaluate", "open", "budget"}
     first, second = ({k: v for k, v in vars(found).items() if k not in own} for found in (options, again))
     assert first == second
 
