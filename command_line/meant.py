@@ -53,7 +53,11 @@ def argument(of: str, unknown: Sequence[str], words: Sequence[str], known: Seque
     if not word.startswith("-"):
         before = words[words.index(word) - 1] if words.index(word) else ""
         switch = options_of(of).get(before.removeprefix("--no-").removeprefix("--"))
-        return no_value(before, switch.has_negation, word) if switch else f"{of} takes no argument {word!r}"
+        return (
+            no_value(before, switch.has_negation, word)
+            if switch and switch.is_flag
+            else f"{of} takes no argument {word!r}"
+        )
     name = word.partition("=")[0].lstrip("-").removeprefix("no-")
     if OPTION_MEANT.get(name) in known:
         return f"{of} has no {word} (did you mean --{OPTION_MEANT[name]}?)"

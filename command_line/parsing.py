@@ -71,7 +71,9 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
     known = options_of(command)
     words = _with_paths_first(words) if command == "predict" else words
     parser = build_parser(command, also=also)
-    namespace, unknown = parser.parse_known_args(words)
+    # PATHs may stand on both sides of options; argparse knows no -- then
+    split = parser.parse_known_args if "--" in words else parser.parse_known_intermixed_args
+    namespace, unknown = split(words)
     if unknown:
         parser.error(meant.argument(command, unknown, words, [*known, *(options_of(also) if also else ())]))
     typed = vars(namespace)

@@ -276,6 +276,10 @@ def test_files_behind_two_dashes_keep_theirs():
         assert found.inputs == [word for word in words if word in ("x.jpg", "-", "b")]
 
 
+def test_files_may_stand_on_both_sides_of_an_option():
+    assert parse("predict", "a.jpg", "--top_k", "3", "b.jpg").inputs == ["a.jpg", "b.jpg"]
+
+
 # --------------------------------------------------------------------------------- precedence
 def test_demo_sets_defaults_and_explicit_options_win():
     options = parse("--demo", "--epochs", "3")
