@@ -163,7 +163,8 @@ OPTIONS = {
             {"metavar": "PATTERN"},
             None,
             "layers that compute in float32 with --amp: names or shell patterns of modules, separated by commas, such "
-            "as fc,layer4.* (a finished run: as it was trained)",
+            "as fc,layer4.* (a finished run: as it was trained; compare: one row with them and one without)",
+            PRECISION,
         ),
         "tf32": Option(SWITCH, False, "without --amp, let CUDA round the factors of products to TF32", PRECISION),
         "channels_last": Option(SWITCH, True, "store images and convolutions with channels last, which is faster"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from command_line.kinds import ALL, parse_shares
 from option import OWN_DEFAULTS, options_of
+from precision_table import PRECISIONS
 
 Values = Mapping[str, Any]
 
@@ -53,9 +54,14 @@ def _table() -> Iterator[Idle]:
     for command in ("train", "audit", "predict"):
         yield _without_amp(command, lambda values: not values["amp"])
     yield _without_amp("evaluate", lambda values: not values["amp"] and not values["precisions"])
+    yield _without_amp("compare", lambda values: values["precisions"] and not _has_amp(values["precisions"]))
     for command in ("train", "compare", "audit"):
         yield from _of_a_training(command)
     yield from _of_a_mode()
+
+
+def _has_amp(precisions: list[str]) -> bool:
+    return any(PRECISIONS[name].amp_dtype for name in precisions)
 
 
 def _without_amp(command: str, when: Callable[[Values], Any]) -> Idle:

@@ -23,6 +23,7 @@ from images.demo import draw_scenes
 from images.labels import list_images
 from option import MAY_DIFFER_IN_COMPARISON, SAME_TRAINING
 from precision import named_precision, sensible_precisions
+from precision_table import PRECISIONS
 from reports import results, tables
 from runs.config import read_config
 from system.files import json_text, lock, remove, write_text
@@ -73,6 +74,7 @@ def compare(asked: Asked, own: Comparison) -> None:
             own.precisions or sensible_precisions(choose_device(device, use=False)),
             [asked.model.seed + extra for extra in range(own.seeds)],
             training_words(asked.given.flat),
+            float32_layers=asked.computing.float32_layers,
             overwrite=asked.place.overwrite,
             max_seconds=seconds_of(max_time) if max_time else None,
         )
@@ -89,19 +91,26 @@ def run_all(
     seeds: list[int],
     words: list[str],
     *,
+    float32_layers: str | None = None,
     overwrite: bool = False,
     max_seconds: int | None = None,
 ) -> None:
     """Train every precision with every seed below `folder`; keep runs that are finished with these options.
 
-    `words` are the training options that all runs share. A run that fails is recorded and leaves the others standing.
+    With `float32_layers` train each 16-bit precision twice, the second time with these layers in float32. `words` are
+    the training options that all runs share. A run that fails is recorded and leaves the others standing.
     Raise UserError before the first training if a folder holds a run with other options or there are no images,
     Stopped if a signal or `max_seconds` ended a run, and RunError at the end if a run that was to be replaced failed.
     """
     planned = []
-    for seed, name in itertools.product(seeds, precisions):
-        place = folder / (name if seed == seeds[0] else f"{name}-seed{seed}")  # the same with more seeds later
-        planned.append(plan(place, name, [*words, *precision_words(name), f"--seed={seed}"], overwrite=overwrite))
+    sides: list[tuple[str, str, list[str]]] = []
+    for name in precisions:
+        sides.append((name, name, precision_words(name)))
+        if float32_layers and PRECISIONS[name].amp_dtype:
+            sides.append((name, f"{name}-layers", [*precision_words(name), f"--float32_layers={float32_layers}"]))
+    for seed, (name, place, own) in itertools.product(seeds, sides):
+        run = folder / (place if seed == seeds[0] else f"{place}-seed{seed}")  # the same with more seeds later
+        planned.append(plan(run, name, [*words, *own, f"--seed={seed}"], overwrite=overwrite))
     train_all(planned, max_seconds=max_seconds)
 
 

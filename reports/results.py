@@ -234,7 +234,8 @@ def tell_apart(runs: list[dict[str, Any]]) -> None:
             run[name] = run[name] or known
     several = len({run["device_name"] for run in runs}) > 1
     for run in runs:
-        name = f"{run['model']} {label_of(run['precision'])}".strip()
+        kept = run["options"].get("float32_layers") if PRECISIONS[run["precision"]].amp_dtype else None
+        name = f"{run['model']} {label_of(run['precision'])}{f', {kept} in FP32' if kept else ''}".strip()
         run["label"] = f"{name}, {run['device_name']}" if several else name
     count = Counter((run["label"], run["seed"]) for run in runs)
     for label in {label for (label, _), number in count.items() if number > 1}:

@@ -325,6 +325,12 @@ def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatc
         (folder / "kept").rename(folder / "amp-bf16" / "result.json")
         (folder / "amp-bf16" / "failure.json").unlink(missing_ok=True)
     assert len(started) == 1 and "--resume=auto" in started[0] and "--amp_dtype=bfloat16" in started[0]
+    run([*given, "--float32_layers=fc"])
+    assert started[1:] and all("--float32_layers=fc" in each for each in started[1:])
+    assert [word for word in started[1] if word.startswith("--checkpoint_name")] == [
+        "--checkpoint_name=amp-bf16-layers"
+    ]
+    shutil.rmtree(folder / "amp-bf16-layers")
 
 
 @pytest.mark.usefixtures("drawn")

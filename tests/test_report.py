@@ -357,6 +357,15 @@ def test_seeds_without_any_spread_cannot_be_tested(tmp_path):
     assert "+0.00 points (could not be tested)" in tables.verdict(comparison)
 
 
+def test_layers_in_float32_have_a_row_of_their_own(tmp_path):
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "b", "amp-bf16")
+    make_run(tmp_path / "c", "amp-bf16", float32_layers="head")
+    rows = compare(*(tmp_path / name for name in "abc"))[1]["rows"]
+    labels = ["ResNet18 FP32", "ResNet18 AMP bfloat16", "ResNet18 AMP bfloat16, head in FP32"]
+    assert [row["label"] for row in rows] == labels and all(row["against"] == labels[0] for row in rows)
+
+
 def test_failed_and_unfinished_runs_stand_in_the_table_with_their_reason(tmp_path):
     unfinished = make_run(tmp_path / "amp-bf16", "amp-bf16")
     (unfinished / "result.json").unlink()
