@@ -23,10 +23,9 @@ from features.checkpointing import checkpoint_blocks
 from features.cpu_layers import adapt_to_cpu
 from features.float32_layers import keep_layers_float32
 from features.frozen import keep_outputs
+from features.means import MeanOfModels, MeanOfViews
 from images.subsets import DataSet, Subset
 from model import (
-    MeanOfModels,
-    MeanOfViews,
     Network,
     build_model,
     check_input_size,

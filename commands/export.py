@@ -21,10 +21,10 @@ from PIL import Image
 from torch import nn
 
 from assemble import set_up, trained_model
+from features.means import MeanOfViews
 from images import decode
 from images.decode import Rules, try_decode
 from images.split import read_split
-from model import MeanOfViews
 from runs.checkpoint import metadata
 from runs.config import read_config
 from system.files import atomic_write, refuse_missing_folders

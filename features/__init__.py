@@ -1,1 +1,1 @@
-"""Additions to a network: frozen outputs computed once, faster layers for CPUs, class activation maps."""
+"""Additions to a network: frozen outputs computed once, faster layers for CPUs, class activation maps, means."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from model import MeanOfViews
+from features.means import MeanOfViews
 
 LATEST = 24  # number of last layers to try: their outputs take memory
 

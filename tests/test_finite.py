@@ -18,8 +18,8 @@ from dataset import Batches
 from distributed import Ranks
 from evaluate import NotFinite, evaluate
 from features.frozen import frozen_outputs
+from features.means import MeanOfViews
 from metrics import UpdateRecord
-from model import MeanOfViews
 from precision import Precision
 from runs.checkpoint import load_checkpoint
 from transforms import Preprocess

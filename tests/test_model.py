@@ -14,7 +14,8 @@ from torchvision import models
 
 from distributed import Ranks
 from features.cpu_layers import DepthwiseConv2d, SmallMapConv2d, keep_depthwise_float32
-from model import MeanOfViews, Network, build_model
+from features.means import MeanOfViews
+from model import Network, build_model
 from pretrained.torchvision_models import names
 
 
