@@ -309,6 +309,9 @@ OPTIONS = {
             "write --csv (default: submission.csv) with ids, order and columns of this sample_submission.csv",
             CALL,
         ),
+        "embed": Option(
+            FILE, None, "write what the head gets of each image, beside class and probability, as .npz or .csv", CALL
+        ),
         "contact_sheet": Option(FILE, None, "write a PNG of the images with their predictions", CALL),
         "explain": Option(FILE, None, "write a PNG of the parts of images that decide their class (Grad-CAM)", CALL),
     },

@@ -180,6 +180,7 @@ class Prediction:
     csv: str | None
     json: str | None
     submission: str | None
+    embed: str | None
     contact_sheet: str | None
     explain: str | None
 

@@ -18,6 +18,7 @@ from torch import nn
 from assemble import answering_model, set_up
 from command_line.kinds import images_asked
 from commands.answers import Table
+from commands.embeddings import Embeddings
 from commands.explain import explain_predictions
 from commands.submission import read_sample
 from evaluate import way_out
@@ -40,14 +41,14 @@ SUBMISSION = "submission.csv"
 
 def predict(asked: Asked, ranks: Ranks, own: Prediction) -> None:
     """Classify files and folders with a trained run."""
-    refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain)
+    refuse_missing_folders(own.csv, own.json, own.contact_sheet, own.explain, own.embed)
     if own.submission and Path(own.submission).resolve() == Path(own.csv or SUBMISSION).resolve():
         raise UserError(f"{printable(own.submission)} is the sample: name another file to write with --csv.")
     if own.submission and own.min_confidence is not None:
         raise UserError("--submission needs an answer for every image: leave out --min_confidence.")
     several = len(asked.place.checkpoint_files) > 1
-    if several and own.explain:
-        raise UserError("--explain shows what one model depends on: name one --checkpoint.")
+    if several and (own.explain or own.embed):
+        raise UserError("--explain and --embed show what is inside one model: name one --checkpoint.")
     setup = set_up(asked, ranks)
     checkpoint = setup.trained
     temperature = None if several or own.min_confidence is None else checkpoint.get("temperature")
@@ -99,32 +100,40 @@ def predict_files(
         live=live,
         least=own.min_confidence,
     )
+    embedded = Embeddings(own.embed, model, classes) if own.embed else None
     pool = ThreadPoolExecutor(max(1, workers))
     try:
         with ExitStack() as opened, torch.inference_mode():
             bar = None if live else opened.enter_context(progress_bar(desc="predicting", unit="image", delay=2))
             table.open(opened, None if filled else own.csv, own.json)
-            limit = preprocess.image_size
-            items = ahead(pool, lambda item: (item, try_decode(item.path, limit, rules)), files, waiting)
+            items = ahead(
+                pool, lambda item: (item, try_decode(item.path, preprocess.image_size, rules)), files, waiting
+            )
             while batch := list(islice(items, batch_size)):
-                _classify(batch, model, preprocess, precision, table, temperature)
+                _classify(batch, model, preprocess, precision, table, temperature, embedded)
                 if bar is not None:
                     bar.update(len(batch))
     except (KeyboardInterrupt, Stopped) as error:
-        file = own.json if filled else own.csv or own.json
-        where = f", which are in {printable(file)}" if file else ""
-        status = error.exit_status - 128 if isinstance(error, Stopped) else 2
-        raise Stopped(status, f"stopped after {amount(table.count, 'prediction', 'predictions')}{where}") from None
+        raise _stopped(error, table.count, own.json if filled else own.csv or own.json) from None
     finally:
         pool.shutdown(cancel_futures=True)
     table.report()
     if own.explain and table.count:
         explain_predictions(model, table.on_sheet, preprocess, rules, Path(own.explain))
+    if embedded and table.count:
+        embedded.write()
     if filled:
         filled.write(Path(own.csv or SUBMISSION))
     if table.unreadable or table.overflowed:
         raise RunError(_failures(table, precision))
     return table.count
+
+
+def _stopped(error: BaseException, count: int, file: str | None) -> Stopped:
+    """Return the end by a signal, with the number of predictions and the file that has them."""
+    where = f", which are in {printable(file)}" if file else ""
+    status = error.exit_status - 128 if isinstance(error, Stopped) else 2
+    return Stopped(status, f"stopped after {amount(count, 'prediction', 'predictions')}{where}")
 
 
 def _failures(table: Table, precision: Precision) -> str:
@@ -148,6 +157,7 @@ def _classify(
     precision: Precision,
     table: Table,
     temperature: float,
+    embedded: Embeddings | None,
 ) -> None:
     """Put a batch into the table; each item comes with its image, or with the reason why it cannot be read."""
     table.add_unreadable([(item, image) for item, image in batch if isinstance(image, str)])
@@ -159,7 +169,10 @@ def _classify(
     found = logits.float().cpu().numpy()
     finite = np.isfinite(found).all(1)
     shares = probabilities(found[finite], temperature)
-    table.add([item for (item, _), fine in zip(good, finite, strict=True) if fine], shares)
+    answered = [item for (item, _), fine in zip(good, finite, strict=True) if fine]
+    table.add(answered, shares)
+    if embedded:
+        embedded.add(answered, shares, finite)
     table.add_overflowed([item for (item, _), fine in zip(good, finite, strict=True) if not fine])
 
 

@@ -39,7 +39,7 @@ ALL = f"{RUN} {DATA} {MODEL} {DEVICE} {TRAINING} {RECORDING}"
 OPTIONS = {
     "train": f"{ALL} --evaluate --budget",
     "evaluate": f"{TRAINED} --evaluate --precisions --out --csv --json",
-    "predict": f"{TRAINED} --top_k --min_confidence --csv --json --submission --contact_sheet --explain",
+    "predict": f"{TRAINED} --top_k --min_confidence --csv --json --submission --embed --contact_sheet --explain",
     "compare": f"{ALL} --precisions --seeds --ladder --report_only --runs --open",
     "audit": f"{ALL} --folds",
     "report": "--checkpoint_dir --checkpoint_name --quiet --open",

@@ -361,6 +361,27 @@ def test_several_checkpoints_answer_with_the_mean_of_their_probabilities(run, da
     assert "other.pt has other classes than" in capsys.readouterr().err
 
 
+def test_embeddings_are_what_the_head_makes_its_answers_of(run, data, tmp_path, capsys):
+    head = torch.load(run / "best_model.pt", weights_only=True)["model"]
+    for tta in ("none", "flip"):
+        files = {kind: tmp_path / f"e.{kind}" for kind in ("npz", "csv")}
+        for file in files.values():
+            words = [data / "seg_test", f"--embed={file}", f"--tta={tta}", f"--json={tmp_path / 'p.json'}"]
+            assert call("predict", run, *words) == 0
+        found = np.load(files["npz"])
+        logits = found["embeddings"] @ head["fc.weight"].numpy().T + head["fc.bias"].numpy()
+        answers = strict(tmp_path / "p.json")
+        wanted = [[*answer["probabilities"].values()] for answer in answers]
+        np.testing.assert_allclose(probabilities(logits), wanted, atol=2e-6)
+        assert found["paths"].tolist() == [answer["path"] for answer in answers]
+        assert found["predicted"].tolist() == [answer["top"][0]["class"] for answer in answers]
+        header, *rows = csv.reader(files["csv"].read_text().splitlines())
+        assert header[:4] == ["path", "predicted", "confidence", "e0"]
+        np.testing.assert_allclose(np.array([row[3:] for row in rows], float), found["embeddings"], rtol=1e-5)
+    assert call("predict", run, data / "seg_test", "--embed=e.txt") == 2
+    assert "must end with .npz or .csv" in capsys.readouterr().err
+
+
 def test_each_line_on_stdin_is_answered_before_the_next_one_is_read(run, data, tmp_path, monkeypatch, capsys):
     pictures = tiny.images(data, "seg_test")[:3]
     answers = []
