@@ -291,14 +291,14 @@ class Asked:
         return self.command != "inspect" or bool(self.place.checkpoint or self.place.checkpoint_name)
 
 
-_DEFAULTS = {name: each.default for options in reversed(OPTIONS.values()) for name, each in options.items()}
+DEFAULTS = {name: each.default for options in reversed(OPTIONS.values()) for name, each in options.items()}
 
 
 def take(group: type[Group], options: argparse.Namespace) -> Group:
     """Return the group's options; one that the command does not have has its default."""
     values = vars(options)
     names = [field.name for field in fields(group)]  # type: ignore[arg-type]
-    return group(**{name: values.get(name, _DEFAULTS[name]) for name in names})
+    return group(**{name: values.get(name, DEFAULTS[name]) for name in names})
 
 
 def grouped(options: argparse.Namespace) -> Asked:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from command_line import meant
+from command_line.groups import DEFAULTS
 from command_line.helping import build_parser
 from command_line.idle import never_acts
 from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT
@@ -102,7 +103,8 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
     recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
     options = Options(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
     options.typed = frozenset(typed)
-    _check_together(options)
+    for message in _contradictions(options):
+        raise UserError(message)
     return options
 
 
@@ -141,76 +143,46 @@ def precision_words(name: str) -> list[str]:
     return [word for key, value in PRECISIONS[name].options.items() for word in known[key].words(key, value)]
 
 
-def _check_together(options: argparse.Namespace) -> None:
-    """Raise UserError if options contradict each other."""
-    get: Callable[..., Any] = vars(options).get
-    automatic = isinstance(get("batch_size"), str)
-    epochs = get("epochs", math.inf)
-    grows = get("start_size") and "start_size" not in never_acts(options.command)
-    name = Path(get("checkpoint_name") or ".")
+def _contradictions(options: Options) -> Iterator[str]:
+    """Yield a sentence for each set of options that contradict each other."""
+    asked = argparse.Namespace(**DEFAULTS | vars(options))  # has every option of every command
+    automatic = isinstance(asked.batch_size, str)
+    grows = asked.start_size and "start_size" not in never_acts(asked.command)
+    name = Path(asked.checkpoint_name or ".")
     sources = OPTIONS["one of these"]
-    for wrong, message in (
-        (
-            not automatic and get("accumulate", 1) > (get("batch_size") or 1),
-            "--accumulate cannot be larger than --batch_size: a micro-batch needs at least one image.",
-        ),
-        (
-            automatic and get("accumulate", 1) > 1,
-            "--batch_size auto chooses --accumulate itself: leave one of the two out.",
-        ),
-        (
-            get("budget") and ("epochs" in options.typed or get("freeze_epochs") in (ALL, epochs)),
-            "--budget chooses --epochs by the speed of the whole network: leave out --epochs and --freeze_epochs all.",
-        ),
-        (get("tf32") and get("amp"), "--tf32 and --amp exclude each other: a run has one precision."),
-        (
-            get("watch") and (get("compile") or get("cuda_graphs")),
-            "--watch looks at layers one by one, which torch.compile merges: leave out one of the two.",
-        ),
-        (
-            get("cuda_graphs") and get("accumulate", 1) > 1,
-            "--cuda_graphs replays one micro-batch in one update: leave out --accumulate.",
-        ),
-        (
-            get("weights")
-            and "weights" not in options.recorded
-            and (get("pretrained_path") or not get("pretrained", 1)),
-            "--weights chooses among published weights: it goes with neither --pretrained_path nor --pretrained 0.",
-        ),
-        (get("decay_type") == "step" and get("warmup_epochs"), "--decay_type step has no warmup: use step_warmup."),
-        (
-            get("amp_dtype", "auto") != "auto" and not get("amp"),
-            f"--amp_dtype {get('amp_dtype')} has no effect without --amp.",
-        ),
-        (
-            (get("warmup_epochs") or 0) > epochs,
-            f"--warmup_epochs {get('warmup_epochs')} is longer than --epochs {epochs}.",
-        ),
-        (
-            get("freeze_epochs") not in (None, ALL) and get("freeze_epochs") > epochs,
-            f"--freeze_epochs {get('freeze_epochs')} is longer than --epochs {epochs}.",
-        ),
-        (
-            grows and get("start_size") >= (get("image_size") or math.inf),
-            f"--start_size {get('start_size')} must be smaller than --image_size {get('image_size')}.",
-        ),
-        (grows and epochs < 2, "--start_size needs two --epochs or more: the last ones have images of full size."),
-        (
-            get("class_weights", "none") != "none" and get("sampler") == "balanced",
-            "--class_weights balanced and --sampler balanced correct the same thing twice: choose one.",
-        ),
-        (
-            get("resume") and get("overwrite"),
-            "--resume and --overwrite exclude each other: the first goes on, the second begins anew.",
-        ),
-        (
-            name.is_absolute() or ".." in name.parts or not str(name).isprintable(),
-            f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir.",
-        ),
-        (
-            options.command == "prepare" and len([source for source in sources if get(source)]) != 1,
-            f"prepare does one of --{', --'.join(sources)}.",
-        ),
-    ):
-        if wrong:
-            raise UserError(message)
+    if not automatic and asked.accumulate > (asked.batch_size or 1):
+        yield "--accumulate cannot be larger than --batch_size: a micro-batch needs at least one image."
+    if automatic and asked.accumulate > 1:
+        yield "--batch_size auto chooses --accumulate itself: leave one of the two out."
+    if asked.budget and ("epochs" in options.typed or asked.freeze_epochs in (ALL, asked.epochs)):
+        yield (
+            "--budget chooses --epochs by the speed of the whole network: leave out --epochs and --freeze_epochs all."
+        )
+    if asked.tf32 and asked.amp:
+        yield "--tf32 and --amp exclude each other: a run has one precision."
+    if asked.watch and (asked.compile or asked.cuda_graphs):
+        yield "--watch looks at layers one by one, which torch.compile merges: leave out one of the two."
+    if asked.cuda_graphs and asked.accumulate > 1:
+        yield "--cuda_graphs replays one micro-batch in one update: leave out --accumulate."
+    if asked.weights and "weights" not in asked.recorded and (asked.pretrained_path or not asked.pretrained):
+        yield "--weights chooses among published weights: it goes with neither --pretrained_path nor --pretrained 0."
+    if asked.decay_type == "step" and asked.warmup_epochs:
+        yield "--decay_type step has no warmup: use step_warmup."
+    if asked.amp_dtype != "auto" and not asked.amp:
+        yield f"--amp_dtype {asked.amp_dtype} has no effect without --amp."
+    if asked.warmup_epochs and asked.warmup_epochs > asked.epochs:
+        yield f"--warmup_epochs {asked.warmup_epochs} is longer than --epochs {asked.epochs}."
+    if asked.freeze_epochs != ALL and asked.freeze_epochs > asked.epochs:
+        yield f"--freeze_epochs {asked.freeze_epochs} is longer than --epochs {asked.epochs}."
+    if grows and asked.start_size >= (asked.image_size or math.inf):
+        yield f"--start_size {asked.start_size} must be smaller than --image_size {asked.image_size}."
+    if grows and asked.epochs < 2:
+        yield "--start_size needs two --epochs or more: the last ones have images of full size."
+    if asked.class_weights != "none" and asked.sampler == "balanced":
+        yield "--class_weights balanced and --sampler balanced correct the same thing twice: choose one."
+    if asked.resume and asked.overwrite:
+        yield "--resume and --overwrite exclude each other: the first goes on, the second begins anew."
+    if name.is_absolute() or ".." in name.parts or not str(name).isprintable():
+        yield f"--checkpoint_name {str(name)!r} must be a plain folder name below --checkpoint_dir."
+    if asked.command == "prepare" and len([source for source in sources if getattr(asked, source)]) != 1:
+        yield f"prepare does one of --{', --'.join(sources)}."
