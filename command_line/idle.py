@@ -6,9 +6,7 @@ An option acts, is refused (command_line/parsing.py), or stands here.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from command_line.kinds import ALL, parse_shares
 from option import OWN_DEFAULTS, options_of
@@ -17,146 +15,124 @@ from precision_table import PRECISIONS
 Values = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Idle:
+class Idle(NamedTuple):
     """Options that have no effect in a command if `when` holds for the values of all options, and why."""
 
     command: str
     names: frozenset[str]
     why: str
-    when: Callable[[Values], Any] | None = None  # None: always
+    when: Callable[[Values], Any] | None  # None: always
 
 
-def _all_but(command: str, *acting: str) -> frozenset[str]:
-    return frozenset(options_of(command)) - {*acting, "quiet", "evaluate"}
+def _all_but(command: str, acting: str) -> str:
+    return " ".join(options_of(command).keys() - {*acting.split(), "quiet", "evaluate"})
 
 
-def _table() -> Iterator[Idle]:
-    for command in ("evaluate", "predict"):
-        yield Idle(command, frozenset({"seed"}), "nothing is drawn at random")
-        yield Idle(command, frozenset({"start_size"}), "images have the size of --image_size")
-        yield Idle(command, frozenset({"compile", "cuda_graphs"}), "only a training is compiled")
-    yield Idle(
-        "evaluate",
-        frozenset({"split", "group"}),
-        "the images of --data_dir are not divided: its test part is tested, or else all",
-    )
-    files = frozenset({"data_dir", "demo", "labels", "split", "group", "skip_unreadable", "cache", "cache_limit"})
-    yield Idle("predict", files, "the files that are named are classified, each by itself")
-    yield Idle("audit", frozenset({"split"}), "audit divides the images into --folds")
-    yield Idle("inspect", frozenset({"start_size"}), "one batch is inspected, at --image_size")
-    yield Idle("export", frozenset({"seed"}), "nothing is drawn at random")
-    yield Idle("compare", frozenset({"ladder"}), "python main.py doctor --ladder measures it")
-    precision = frozenset({"amp", "amp_dtype", "tf32"})
-    yield Idle("compare", precision, "it trains in each precision itself: choose with --precisions")
-    for command in ("compare", "audit"):
-        yield Idle(command, frozenset({"resume"}), "the same command goes on by itself, unless --overwrite is given")
-    for command in ("train", "audit", "predict"):
-        yield _without_amp(command, lambda values: not values["amp"])
-    yield _without_amp("evaluate", lambda values: not values["amp"] and not values["precisions"])
-    yield _without_amp("compare", lambda values: values["precisions"] and not _has_amp(values["precisions"]))
-    for command in ("train", "compare", "audit"):
-        yield from _of_a_training(command)
-    yield from _of_a_mode()
+def _given(name: str) -> Callable[[Values], Any]:
+    return lambda values: values[name]
 
 
-def _has_amp(precisions: list[str]) -> bool:
-    return any(PRECISIONS[name].amp_dtype for name in precisions)
+def _missing(*names: str) -> Callable[[Values], Any]:
+    return lambda values: not any(values[name] for name in names)
 
 
-def _without_amp(command: str, when: Callable[[Values], Any]) -> Idle:
-    return Idle(command, frozenset({"float32_layers"}), "without --amp all layers compute in float32", when)
-
-
-def _of_a_training(command: str) -> Iterator[Idle]:
-    layers = frozenset({"backbone_lr", "layer_decay"})
-    yield Idle(command, layers, "--freeze_epochs trains the head alone, in all epochs", _only_head)
-    yield Idle(command, frozenset({"decay_norms"}), "--weight_decay is 0", lambda values: values["weight_decay"] == 0)
-    yield Idle(
-        command,
-        frozenset({"patience"}),
-        "the run ends before so many epochs",
-        lambda values: values["patience"] >= values["epochs"],
-    )
-    yield Idle(
-        command,
-        frozenset({"pretrained"}),
-        "--pretrained_path gives the weights",
-        lambda values: values["pretrained_path"],
-    )
-    yield Idle(
-        command,
-        frozenset({"checkpoint_blocks"}),
-        "--freeze_epochs trains the head alone, which keeps nothing of the blocks",
-        _only_head,
-    )
-    yield Idle(
-        command,
-        frozenset({"sync_batchnorm"}),
-        "there is one process: start several with torchrun",
-        lambda values: values["processes"] == 1,
-    )
-
-
-def _of_a_mode() -> Iterator[Idle]:
-    """Yield the options that do nothing because the command does one of several things."""
-    folder = ("checkpoint_dir", "checkpoint_name", "open")
-    compared: tuple[tuple[str, tuple[str, ...], str], ...] = (
-        ("runs", folder, "only reports"),
-        ("report_only", folder, "only reports"),
-    )
-    for mode, acting, does in compared:
-        yield Idle("compare", _all_but("compare", mode, *acting), f"--{mode} {does}", itemgetter(mode))
-    layers = ("layers", "find_layers")
-    measured = frozenset({"json", "data_dir"})
-    yield Idle("doctor", measured, "--ladder writes its own files and loads no images", itemgetter("ladder"))
-    yield Idle("doctor", frozenset({"out"}), "only --ladder writes there", lambda values: not values["ladder"])
-    yield Idle(
-        "evaluate",
-        frozenset({"amp", "amp_dtype", "tf32"}),
-        "--precisions names what is tested",
-        lambda values: values["precisions"],
-    )
-    yield Idle(
-        "inspect",
-        _all_but("inspect", "module", "device", "precisions", "diary", "out", "full", "strict", "open", *layers),
-        "--module gives the model and its batch",
-        lambda values: values["module"],
-    )
-    yield Idle(
-        "inspect",
-        _all_but("inspect", "script", "inputs", "out", "full", "strict", "open"),
-        "--script brings its own",
-        lambda values: values["script"],
-    )
-    yield Idle(
-        "inspect",
-        frozenset({"full", "strict", "diary"}),
-        "--layers and --find_layers replace the report",
-        lambda values: values["layers"] or values["find_layers"],
-    )
-    yield Idle("inspect", frozenset({"inputs"}), "they are for --script", lambda values: not values["script"])
-    yield Idle(
-        "inspect",
-        frozenset({"model", "pretrained", "weights", "pretrained_path"}),
-        "the checkpoint says its model and weights",
-        lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
-    )
-    yield Idle("export", frozenset({"tta"}), "--safetensors writes weights", lambda values: values["safetensors"])
-    prepared: tuple[tuple[str, tuple[str, ...]], ...] = (
-        ("demo", ("train_images", "test_images", "seed")),
-        ("archive", ("archive_encoding",)),
-        ("download", ()),
-        ("check", ("labels", "window", "max_megapixels", "json")),
-        ("clean", ()),
-    )
-    for source, acting in prepared:
-        names = _all_but("prepare", source, "data_dir", *acting)
-        yield Idle("prepare", names, f"--{source} reads none of it", itemgetter(source))
+def _without_amp(values: Values) -> bool:
+    names = values["precisions"]
+    return bool(names) and not any(PRECISIONS[name].amp_dtype for name in names)
 
 
 def _only_head(values: Values) -> bool:
     return values["freeze_epochs"] in (ALL, values["epochs"])
+
+
+PRECISION = "amp amp_dtype tf32"
+FLOAT32 = "without --amp all layers compute in float32"
+TRAININGS = "train compare audit"
+NEVER = (  # commands, options, why
+    ("evaluate predict export", "seed", "nothing is drawn at random"),
+    ("evaluate predict", "start_size", "images have the size of --image_size"),
+    ("evaluate predict", "compile cuda_graphs", "only a training is compiled"),
+    ("evaluate", "split group", "the images of --data_dir are not divided: its test part is tested, or else all"),
+    (
+        "predict",
+        "data_dir demo labels split group skip_unreadable cache cache_limit",
+        "the files that are named are classified, each by itself",
+    ),
+    ("audit", "split", "audit divides the images into --folds"),
+    ("inspect", "start_size", "one batch is inspected, at --image_size"),
+    ("compare", "ladder", "python main.py doctor --ladder measures it"),
+    ("compare", PRECISION, "it trains in each precision itself: choose with --precisions"),
+    ("compare audit", "resume", "the same command goes on by itself, unless --overwrite is given"),
+)
+BESIDE: tuple[tuple[str, str, str, Callable[[Values], Any]], ...] = (  # commands, options, why, when
+    ("train audit predict", "float32_layers", FLOAT32, _missing("amp")),
+    ("evaluate", "float32_layers", FLOAT32, _missing("amp", "precisions")),
+    ("compare", "float32_layers", FLOAT32, _without_amp),
+    (TRAININGS, "backbone_lr layer_decay", "--freeze_epochs trains the head alone, in all epochs", _only_head),
+    (TRAININGS, "decay_norms", "--weight_decay is 0", _missing("weight_decay")),
+    (
+        TRAININGS,
+        "patience",
+        "the run ends before so many epochs",
+        lambda values: values["patience"] >= values["epochs"],
+    ),
+    (TRAININGS, "pretrained", "--pretrained_path gives the weights", _given("pretrained_path")),
+    (
+        TRAININGS,
+        "checkpoint_blocks",
+        "--freeze_epochs trains the head alone, which keeps nothing of the blocks",
+        _only_head,
+    ),
+    (
+        TRAININGS,
+        "sync_batchnorm",
+        "there is one process: start several with torchrun",
+        lambda values: values["processes"] == 1,
+    ),
+    ("doctor", "json data_dir", "--ladder writes its own files and loads no images", _given("ladder")),
+    ("doctor", "out", "only --ladder writes there", _missing("ladder")),
+    ("evaluate", PRECISION, "--precisions names what is tested", _given("precisions")),
+    (
+        "inspect",
+        _all_but("inspect", "module device precisions diary out full strict open layers find_layers"),
+        "--module gives the model and its batch",
+        _given("module"),
+    ),
+    ("inspect", _all_but("inspect", "script inputs out full strict open"), "--script brings its own", _given("script")),
+    (
+        "inspect",
+        "full strict diary",
+        "--layers and --find_layers replace the report",
+        lambda values: values["layers"] or values["find_layers"],
+    ),
+    ("inspect", "inputs", "they are for --script", _missing("script")),
+    (
+        "inspect",
+        "model pretrained weights pretrained_path",
+        "the checkpoint says its model and weights",
+        lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
+    ),
+    ("export", "tta", "--safetensors writes weights", _given("safetensors")),
+)
+# Each of these options chooses what the command does: all options but the named ones then do nothing.
+MODES = {
+    ("compare", "runs"): ("checkpoint_dir checkpoint_name open", "only reports"),
+    ("compare", "report_only"): ("checkpoint_dir checkpoint_name open", "only reports"),
+    ("prepare", "demo"): ("data_dir train_images test_images seed", "reads none of it"),
+    ("prepare", "archive"): ("data_dir archive_encoding", "reads none of it"),
+    ("prepare", "download"): ("data_dir", "reads none of it"),
+    ("prepare", "check"): ("data_dir labels window max_megapixels json", "reads none of it"),
+    ("prepare", "clean"): ("data_dir", "reads none of it"),
+}
+
+
+def _table() -> Iterator[Idle]:
+    for commands, names, why, when in (*((*never, None) for never in NEVER), *BESIDE):
+        for command in commands.split():
+            yield Idle(command, frozenset(names.split()), why, when)
+    for (command, mode), (acting, why) in MODES.items():
+        names = _all_but(command, f"{mode} {acting}")
+        yield Idle(command, frozenset(names.split()), f"--{mode} {why}", _given(mode))
 
 
 IDLE = tuple(_table())
