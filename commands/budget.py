@@ -75,7 +75,9 @@ def measured(trainer: Trainer) -> tuple[float, float]:
         return time.perf_counter() - begun
 
     seconds_of_updates(min(2, batches.updates_per_epoch))  # compiles, searches kernels, starts the loaders
-    count = min(batches.updates_per_epoch, math.ceil(SAMPLE / seconds_of_updates(1)))
+    one = seconds_of_updates(1)
+    # Every rank takes part in every update, so all must make equally many.
+    count = batches.ranks.share(lambda: min(batches.updates_per_epoch, math.ceil(SAMPLE / one)))
     epoch = seconds_of_updates(count) * batches.updates_per_epoch / count
 
     some = copy.copy(trainer.validation.subset)

@@ -151,6 +151,8 @@ def pair(data, alone, tmp_path_factory):
     scenarios["no data"] = {"words": words(runs / "nothing", runs, "x")}
     scenarios["too small"] = {"words": words(data, runs, "y", "--batch_size=3", "--accumulate=2")}
     scenarios["batchnorm"] = {"words": words(data, runs, "z", "--sync_batchnorm")}
+    budget = [word for word in words(data, runs, "budget", "--budget=1s") if not word.startswith("--epochs")]
+    scenarios["budget"] = {"words": budget}
     scenarios["option"] = {"words": ["--epochz=3"]}
     ranks(scenarios, runs / "job")
     return runs, seen_by(runs / "job")
@@ -163,6 +165,12 @@ def test_two_ranks_compute_what_one_process_computes(pair, alone, name, toleranc
     assert [rank[name]["status"] for rank in seen] == [0, 0]
     assert_close_runs(runs / name, alone / name, tolerance)
     assert seen[0][name]["weights"] == seen[1][name]["weights"]
+
+
+def test_ranks_measure_together_for_a_budget(pair):
+    folder, seen = pair
+    assert len(computed_metrics(folder / "budget")) == 1
+    assert ["too short" in each["budget"]["out"] for each in seen] == [True, False]
 
 
 def test_the_probe_keeps_the_frozen_networks_outputs(pair):
