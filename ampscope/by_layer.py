@@ -160,11 +160,16 @@ def _above(row: dict[str, Any], part: str) -> float:
 
 
 def _judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first module whose error leaves the floor, the one that adds most, and both in a sentence."""
+    """Return the first module whose error leaves the floor, the one that adds most, and `back`, all in a sentence.
+
+    `back` has the worst gradient of weights: a sum may lose it while outputs and what goes further back are right.
+    """
     first = next((row for row in rows if row["leaf"] and _above(row, "output") > ABOVE), None)
     adding = [row for row in rows if _above(row, "own") > ABOVE]
     most = max(adding, key=lambda row: row["own"] if math.isfinite(row["own"]) else math.inf, default=None)
-    if first is None and most is None:
+    lost = [row for row in rows if _above(row, "weights") > ABOVE]
+    back = max(lost, key=lambda row: row["weights"] if math.isfinite(row["weights"]) else math.inf, default=None)
+    if first is None and most is None and back is None:
         verdict = "No module's error leaves the floor: what differs from float32 is rounding."
     else:
         said = []
@@ -178,8 +183,16 @@ def _judged(rows: list[dict[str, Any]]) -> dict[str, Any]:
                 f"The first module whose output leaves the floor is {first['name']} ({first['class']}): "
                 f"{_percent(first['output'])} against {_percent(first['output_floor'])}."
             )
+        if back is not None:
+            worst = f", the worst of {len(lost)} modules" if len(lost) > 1 else ""
+            said.append(
+                f"The gradient of the weights of {back['name']} ({back['class']}) is off by "
+                f"{_percent(back['weights'])}, where rounding makes {_percent(back['weights_floor'])}{worst}: "
+                f"keep_float32(model, {back['name']!r})."
+            )
         verdict = " ".join(said)
-    return {"first": first["name"] if first else None, "most": most["name"] if most else None, "verdict": verdict}
+    names = {"first": first, "most": most, "back": back}
+    return {**{key: row["name"] if row else None for key, row in names.items()}, "verdict": verdict}
 
 
 # ------------------------------------------------------------------------------------------------- the search

@@ -51,13 +51,13 @@ def _arithmetic_lines(dtype: str, found: dict[str, Any]) -> list[str]:
     if found["wrong"]:
         said.append("WRONG: " + ", ".join(f"{name} (off by {error:.0%})" for name, error in found["wrong"].items()))
     if found["slow"]:
-        slowest = max(found["slow"], key=found["slow"].__getitem__)
-        said.append(
-            f"{len(found['slow'])} take more than four times as long as in float32, such as {slowest} "
-            f"({found['slow'][slowest]:.0f} times)"
-        )
+        slowest = sorted(found["slow"].items(), key=lambda entry: -entry[1][0] / entry[1][1])
+        times = [f"{name} {1e3 * low:.3g} ms against {1e3 * plain:.3g}" for name, (low, plain) in slowest[:3]]
+        more = f" and {len(slowest) - 3} more" if len(slowest) > 3 else ""
+        said.append(f"SLOWER than a quarter of float32, as reference kernels are: {', '.join(times)}{more}")
     if found["missing"]:
-        said.append(f"missing: {', '.join(found['missing'])}")
+        said.append(f"not implemented: {', '.join(found['missing'])}")
+    said += [f"{name} fails: {reason[:100]}" for name, reason in found["failed"].items()]
     return paragraph(f"{'; '.join(said)}.", f"  {dtype:<20}")
 
 

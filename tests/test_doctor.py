@@ -6,6 +6,7 @@ No test depends on how fast this machine is.
 import json
 
 import pytest
+import tiny
 import torch
 from torch.nn import functional
 
@@ -57,7 +58,15 @@ def findings():
         "setting": {"model_name": "ResNet18", "image_size": 128, "batch_size": 32},
         "failed": {},
         "measured": {"fp32": row(50.0, 1.0, 960, 0.2), "amp-bf16": row(80.0, 1.6, 480, 0.5)},
-        "arithmetic": {"bfloat16": {"right": 24, "wrong": {"GELU": 0.5}, "slow": {"linear": 9.0}, "missing": ["SiLU"]}},
+        "arithmetic": {
+            "bfloat16": {
+                "right": 24,
+                "wrong": {"GELU": 0.5},
+                "slow": {"linear": [0.009, 0.001]},
+                "missing": ["SiLU"],
+                "failed": {"softmax": "RuntimeError: no memory"},
+            }
+        },
     }
     found["ceiling"] = advice.ceilings(found["measured"])
     return found
@@ -252,10 +261,19 @@ def test_operators_agree_with_float64_and_a_planted_fault_is_named(monkeypatch, 
         return outputs * 1.1 if inputs.dtype == torch.bfloat16 else outputs
 
     cases = {name: arithmetic.CASES[name] for name in ("linear", "layer norm", "attention", "max pooling", "SiLU")}
+    planted = {
+        "lacks": NotImplementedError("no kernel"),
+        "old": RuntimeError('"x" not implemented for'),
+        "ill": RuntimeError("ill"),
+    }
+    cases |= {name: (tiny.raising(error), [(2,)]) for name, error in planted.items()}
     monkeypatch.setattr(arithmetic, "CASES", {**cases, "GELU": (broken, [(64, 200)])})
     found = arithmetic.check(CPU, torch.bfloat16)
-    assert (
-        found["right"] == 5 and list(found["wrong"]) == ["GELU"] and found["wrong"]["GELU"] == pytest.approx(0.1, 0.1)
-    )
+    assert (found["right"], list(found["wrong"]), found["missing"]) == (5, ["GELU"], ["lacks", "old"])
+    assert found["wrong"]["GELU"] == pytest.approx(0.1, 0.1) and found["failed"] == {"ill": "RuntimeError: ill"}
     text = " ".join(doctor_text(advised(findings)).split())
-    assert "24 of 25 are right; WRONG: GELU (off by 50%)" in text and "linear (9 times); missing: SiLU" in text
+    assert (
+        "24 of 25 are right; WRONG: GELU (off by 50%)" in text
+        and "linear 9 ms against 1; not implemented: SiLU" in text
+    )
+    assert "softmax fails: RuntimeError: no memory" in text

@@ -71,8 +71,43 @@ def test_the_layer_that_loses_the_precision_is_named_and_kept():
 def test_mere_rounding_is_no_fault(model, precision):
     found = layer_errors(model, batch(), loss, precisions=[precision])
     part = found.content["precisions"][precision]
-    assert part["first"] is None and part["most"] is None and "is rounding" in found.text()
+    assert part["first"] is None and part["most"] is None and part["back"] is None and "is rounding" in found.text()
     assert all(row["output"] < 0.02 for row in part["rows"])
+
+
+class Summed(torch.autograd.Function):
+    """A scale whose gradient is summed in bfloat16, as that of LayerNorm on CPUs is."""
+
+    @staticmethod
+    def forward(ctx, inputs, weight):
+        ctx.save_for_backward(inputs, weight)
+        return inputs * weight.to(inputs.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        inputs, weight = ctx.saved_tensors
+        total = torch.zeros_like(weight, dtype=inputs.dtype)
+        for row in gradient * inputs:
+            total = total + row
+        return gradient * weight.to(gradient.dtype), total.to(weight.dtype)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(32))
+
+    def forward(self, inputs):
+        return Summed.apply(inputs, self.weight)
+
+
+def test_a_gradient_that_is_lost_in_its_sum_is_named_where_outputs_are_right():
+    inputs, labels = torch.randn(2048, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(2048).long()
+    part = layer_errors(network(Scale()), (inputs, labels), loss, precisions=["amp-bf16"]).content["precisions"][
+        "amp-bf16"
+    ]
+    assert (part["first"], part["most"], part["back"]) == (None, None, "2")
+    assert "The gradient of the weights of 2 (Scale) is off by" in part["verdict"]
 
 
 def test_errors_are_those_of_two_runs_by_hand():
