@@ -61,13 +61,16 @@ def audit(asked: Asked, ranks: Ranks, own: Auditing) -> None:
         for path, _ in image_set.parts.get(part, [])
     ]
     folder.mkdir(parents=True, exist_ok=True)
+    layers = asked.computing.float32_layers
+    shared = [*training_words(asked.given.flat), *precision_words(precision), f"--seed={seed}"]
+    shared += [f"--float32_layers={layers}"] if layers else []
     planned = []
     for fold in range(fold_of.max() + 1):
         parts = _parts(labels, fold_of == fold, united(same + groups, len(listing)), seed)
         file = folder / f"fold-{fold + 1}.csv"
         text = _table(names, [image_set.classes[label] for label in labels], parts, others)
         _write_once(file, text, overwrite)
-        words = [*training_words(asked.given.flat), *precision_words(precision), f"--seed={seed}", f"--split={file}"]
+        words = [*shared, f"--split={file}"]
         planned.append(plan(folder / f"fold-{fold + 1}", precision, words, overwrite=overwrite))
     train_all(planned, max_seconds=seconds_of(max_time) if max_time else None)
     copies = [[names[place] for place in places] for places in same if len(set(labels[places])) > 1]
