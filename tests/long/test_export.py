@@ -1,10 +1,6 @@
-"""Export: the printed program gives what `predict` gives, whatever the image; families and batch sizes.
-
-EXPORT_FAMILIES=1 exports one model of each family, which takes some minutes; without it three small ones stand for all.
-"""
+"""Export: the printed program gives what `predict` gives, whatever the image; families and batch sizes."""
 
 import json
-import os
 import textwrap
 
 import numpy as np
@@ -22,22 +18,7 @@ from utils import RunError
 for package in ("onnx", "onnxruntime", "onnxscript"):
     pytest.importorskip(package)
 
-FEW = {"shufflenet_v2_x0_5": 64, "squeezenet1_1": 64}
-MANY = {
-    "vit_b_32": 64,
-    "swin_t": 64,
-    "maxvit_t": 224,
-    "efficientnet_b0": 64,
-    "densenet121": 64,
-    "inception_v3": 96,
-    "googlenet": 64,
-    "regnet_y_400mf": 64,
-    "convnext_tiny": 64,
-    "mobilenet_v3_small": 64,
-    "timm:efficientnet_lite0": 64,
-    "timm:test_vit": 160,
-}
-FAMILIES = {**FEW, **(MANY if os.environ.get("EXPORT_FAMILIES") else {})}
+FAMILIES = {"shufflenet_v2_x0_5": 64, "squeezenet1_1": 64, "timm:test_vit": 160}
 
 
 def checkpoint(name, side, interpolation="bilinear"):
@@ -56,6 +37,8 @@ def checkpoint(name, side, interpolation="bilinear"):
 def test_families_and_batch_sizes(tmp_path, name, side):
     import onnxruntime
 
+    if name.startswith("timm:"):
+        pytest.importorskip("timm")
     torch.manual_seed(0)
     model = build_model(name, 6, pretrained=False, image_size=side).eval()
     said = export_onnx(model, checkpoint(name, side), tmp_path / "model.onnx")
@@ -100,7 +83,7 @@ def pictures(folder):
 
 
 @pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
-def test_the_printed_program_gives_what_predict_gives(resize, tmp_path, capsys, monkeypatch):
+def test_the_printed_program_gives_what_predict_gives(resize, tmp_path, capsys):
     data = tiny.draw(tmp_path / "data")
     assert tiny.train(data, tmp_path, "--model=squeezenet1_1", "--pretrained=0", f"--resize={resize}") == 0
     folder = tmp_path / "pictures"
@@ -127,7 +110,7 @@ def test_the_printed_program_gives_what_predict_gives(resize, tmp_path, capsys, 
 
 
 @pytest.mark.parametrize("views", ["flip", "eight"])
-def test_views_are_part_of_what_is_exported(views, tmp_path, monkeypatch):
+def test_views_are_part_of_what_is_exported(views, tmp_path):
     import onnxruntime
 
     data = tiny.draw(tmp_path / "data")
@@ -149,8 +132,7 @@ def test_views_are_part_of_what_is_exported(views, tmp_path, monkeypatch):
     assert np.abs(found - shares[views]).max() < 1e-5 < np.abs(found - shares["none"]).max()
 
 
-@pytest.mark.parametrize("part", ["weight", "bias"])
-def test_a_changed_graph_is_refused_although_the_model_is_sure_of_itself(tmp_path, monkeypatch, part):
+def test_a_changed_graph_is_refused_although_the_model_is_sure_of_itself(tmp_path, monkeypatch):
     """Softmax gives 1.000 for one class on any picture, before and after the change."""
     from onnx import numpy_helper
 
@@ -158,7 +140,7 @@ def test_a_changed_graph_is_refused_although_the_model_is_sure_of_itself(tmp_pat
 
     def changed(network):
         proto = converted(network)
-        one = next(each for each in proto.graph.initializer if each.name.endswith(f"fc.{part}"))
+        one = next(each for each in proto.graph.initializer if each.name.endswith("fc.bias"))
         one.CopyFrom(numpy_helper.from_array(1.5 * numpy_helper.to_array(one), one.name))
         return proto
 

@@ -4,10 +4,7 @@ Run: pytest ampscope/tests/long/test_inspection_module.py
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -86,29 +83,6 @@ def test_two_models_are_told_apart(tmp_path):
         f"{name}.{layer}" for name in ("generator", "discriminator") for layer in "02"
     }
     assert set(report.content["subject"]["models"]) == {"generator", "discriminator"}
-
-
-def test_the_users_own_files_are_imported_whatever_their_names(tmp_path):
-    """Also beside this project, which is found last."""
-    (tmp_path / "utils.py").write_text("WIDTH = 32\n")
-    (tmp_path / "model.py").write_text("from torch import nn\nfrom utils import WIDTH\nnet = nn.Linear(16, WIDTH)\n")
-    (tmp_path / "reports").mkdir()
-    (tmp_path / "reports" / "__init__.py").write_text("LOSS = 'theirs'\n")
-    text = """
-    import torch
-    from reports import LOSS
-    from model import net
-
-    def make():
-        assert LOSS == "theirs"
-        return net, torch.randn(4, 16), lambda outputs, batch: outputs.mean()
-    """
-    words = ["inspect", written(tmp_path, text), "--precisions=fp32", f"--out={tmp_path / 'out'}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "ampscope", *words], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    content = json.loads((tmp_path / "out" / "inspect.json").read_text())
-    assert content["subject"]["models"][""] == {"class": "Linear", "parameters": 17 * 32}
 
 
 def test_strict_is_status_1_and_names_the_line(tmp_path, capsys):
