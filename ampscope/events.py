@@ -24,10 +24,12 @@ def finding(
     measured: torch.Tensor | None,
     *,
     good: bool | None,
+    batch: Any = None,
 ) -> dict[str, Any]:
     """Return what went wrong in an update, while the models have the weights that it began with.
 
-    `measured` are the gradients called `names`; `good` says if the loss was finite, None if nobody looked.
+    `measured` are the gradients called `names`; `good` says if the loss was finite, None if nobody looked. `batch` is
+    what the loop loaded, if that was seen.
     """
     models = repeated.models
     values = measured.tolist() if measured is not None else [float("nan") for _ in names]
@@ -55,7 +57,7 @@ def finding(
         "from_loss": reason is None and (good is False or not all(map(finite, came_back))),
         "not_repeated": reason,
         "weights": weights[:SHOWN],
-        "batch": wrong_inputs(calls),
+        "batch": wrong_inputs(calls, batch),
         "before": gradients.before(first) if first else [],
         "buffers": [],
     }
@@ -114,7 +116,7 @@ def in_words(event: dict[str, Any], *, skipped: bool) -> str:
         text += f"weights were not finite before it, the first of them {event['weights'][0]}"
         return f"{text}: look at the step of update {event['update'] - 1:,}." if event["update"] > 1 else f"{text}."
     if event["batch"]:
-        text += f"{event['batch']}. "
+        text += f"{event['batch']}; "
     if event["forward"] is not None:
         text += f"the forward pass was not finite from {_origin_in_words(event['forward'])}. "
     elif event["backward"] is not None:
@@ -134,7 +136,7 @@ def in_words(event: dict[str, Any], *, skipped: bool) -> str:
     if before:
         moved = ", ".join(f"{entry['largest']:.3g} ({entry['update']:,})" for entry in before)
         text += f"The largest gradient there in the updates before: {moved}."
-    return text.strip()
+    return text.rstrip(" ;")
 
 
 def _origin_in_words(origin: dict[str, Any]) -> str:

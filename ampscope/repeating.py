@@ -76,15 +76,20 @@ def finite(tensor: torch.Tensor | None) -> bool:
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 
-def wrong_inputs(calls: list[Call]) -> str | None:
-    """Name the input tensor of a model that is not finite, and the number of such values; a mask of -inf is allowed."""
+def wrong_inputs(calls: list[Call], batch: Any = None) -> str | None:
+    """Name the tensor of a batch, or input of a model, that is not finite, and the number of such values.
+
+    A mask of -inf is allowed.
+    """
+    given = [(f"tensor {index} of the batch", tensor) for index, tensor in enumerate(tensors_in(batch))]
     for call in calls:
-        for index, tensor in enumerate(tensors_in((call.args, call.kwargs))):
-            if finite(tensor):
-                continue
-            count = int((~torch.isfinite(tensor)).sum())
-            if count != int((tensor == -torch.inf).sum()):
-                return f"{count:,} of {tensor.numel():,} values of input {index} are not finite"
+        given += [(f"input {index}", tensor) for index, tensor in enumerate(tensors_in((call.args, call.kwargs)))]
+    for name, tensor in given:
+        if finite(tensor):
+            continue
+        count = int((~torch.isfinite(tensor)).sum())
+        if count != int((tensor == -torch.inf).sum()):
+            return f"{count:,} of {tensor.numel():,} values of {name} are not finite"
     return None
 
 

@@ -6,7 +6,6 @@ an update goes wrong, the forward passes that led to it are repeated under a tra
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -18,11 +17,13 @@ from torch import nn
 from torch.nn.utils import clip_grad
 from torch.utils.hooks import RemovableHandle
 
+from ampscope.events import finding, in_words
 from ampscope.files import json_text
-from ampscope.finite import Origin
+from ampscope.gradients import Gradients
+from ampscope.memory import of_this_process
 from ampscope.places import Place, place_of_caller
-from ampscope.repeating import finite
-from ampscope.script_causes import first_bad, in_words, kept, memory, norm_of, wrong_inputs
+from ampscope.repeating import Call, Calls, finite, record
+from ampscope.subject import core
 from ampscope.tensors import tensors_in
 from ampscope.updates import Listener, ScriptSubject, Updates
 
@@ -45,7 +46,7 @@ class ScriptWatch(Listener):
         self._file = file.open("w")
         self._lines = 0
         self._said: set[tuple] = set()
-        self._calls: list[tuple[nn.Module, Any, Any, Any]] = []  # module, arguments, autocast's type
+        self._calls: list[Call] = []
         self._losses: list[torch.Tensor] = []
         self._backward: Place | None = None
         self._batch: Any = None
@@ -82,7 +83,7 @@ class ScriptWatch(Listener):
 
     def summary(self) -> str:
         """Say in a sentence what was seen."""
-        skipped = sum(event["scale"] is not None for event in self.events)
+        skipped = sum(event["skipped"] for event in self.events)
         wrong = len(self.events) - skipped
         text = f"{self.updates.count:,} updates, {skipped:,} skipped"
         return f"{text}, {wrong} not finite." if wrong else f"{text}."
@@ -93,9 +94,15 @@ class ScriptWatch(Listener):
         self._device = next(module.parameters()).device
         if self._repeating or not torch.is_grad_enabled():
             return
-        device = self._device.type
-        enabled = torch.is_autocast_enabled(device)
-        self._calls.append((module, args, kwargs, torch.get_autocast_dtype(device) if enabled else None))
+        self._calls.append(record(core(module), args, kwargs, self._device))
+
+    def _left(self, module: nn.Module, _: Any, outputs: Any) -> None:
+        self.returned(module, outputs)
+
+    def returned(self, module: nn.Module, outputs: Any) -> None:
+        call = next((call for call in reversed(self._calls) if call.module is core(module)), None)
+        if call is not None and not self._repeating:
+            call.follow(outputs)
 
     def going_back(self, losses: Any) -> None:
         self._losses += [loss for loss in tensors_in(losses) if loss.numel() == 1]
@@ -204,53 +211,44 @@ class ScriptWatch(Listener):
         if self._wrong:
             return
         self._wrong = True
-        subject = ScriptSubject(self.updates)
-        names = {id(part): name for name, part in subject.named_parameters()}
-        parameters = self._parameters(optimizer)
         if scaler is None:
             self._poisoned = True  # what comes later is this one's doing
-        bad = [part for part in parameters if not finite(part.grad)]
-        # Until the order of their arrival is known, the last to be made is the first on the way back.
-        places = {id(part): -index for index, part in enumerate(parameters)} | self._order
-        bad.sort(key=lambda part: places[id(part)])
-        first = names.get(id(bad[0]), "a parameter of no model") if bad else None
-        event: dict[str, Any] = {
+        event = {
             "update": update or self.updates.count + 1,
-            "parameter": first,
-            "module": first.rpartition(".")[0] if first else None,
-            "scale": self._scale if scaler is not None else None,
-            "bad": len(bad),
-            "of": len(parameters),
-            "loss_finite": update is None and all(map(finite, self._losses)),
-            "batch": wrong_inputs(self._batch, self._calls),
-            "weights": [name for name, part in subject.named_parameters() if not finite(part)][:3],
-            "origin": None,
+            "scale": self._scale if scaler is not None else 1.0,
+            "skipped": scaler is not None,
+            "line": str(self._backward) if self._backward is not None else None,
+            "after_backward": False,
+            **self._cause(optimizer),
         }
-        if not event["loss_finite"] and not event["weights"]:
-            origin = self._repeat(subject)
-            if origin is not None:
-                event["origin"] = {**origin.record(), "where": str(origin.place) if origin.place else None}
+        if update is not None:
+            reason = "its loss was read when its weights had changed"
+            event |= {"parameter": None, "weights": [], "batch": None, "forward": None, "not_repeated": reason}
         self.events.append(event)
         self._skips.append(event)
-        text = in_words(event, self._backward)
-        key = (event["loss_finite"], event["module"], event["origin"] and event["origin"]["module"])
+        origin = event["forward"] or event["backward"] or {}
+        key = (origin["module"], origin["where"]) if origin else (event["parameter"], event["line"])
         if key not in self._said:
             self._said.add(key)
-            print(f"ampscope: {text}", file=sys.stderr, flush=True)
+            print(f"ampscope: {in_words(event, skipped=scaler is not None)}", file=sys.stderr, flush=True)
 
-    def _repeat(self, subject: ScriptSubject) -> Origin | None:
-        """Return the operator at which the forward pass stopped being finite; None if that was not in a model."""
+    def _cause(self, optimizer: Any) -> dict[str, Any]:
+        """Return why this update went wrong; see `finding`."""
+        subject = ScriptSubject(self.updates)
+        named = dict(subject.named_parameters())
+        gradients = Gradients(named)
+        # Until the order of their arrival is known, the last to be made is the first on the way back.
+        gradients.order = {name: self._order.get(id(part), -place) for place, (name, part) in enumerate(named.items())}
+        trained = {id(part) for part in self._parameters(optimizer)}
+        names = [name for name in gradients.present(named) if id(named[name]) in trained]
+        measured = gradients.norms(names) if names else None
+        calls = Calls(subject.tops, self._device)
+        good = all(map(finite, self._losses))
         self._repeating = True
         try:
-            with kept(subject):
-                for call in self._calls:
-                    with contextlib.suppress(Exception):
-                        origin = first_bad(subject, *call)
-                        if origin is not None:
-                            return origin
+            return finding(calls, self._calls, gradients, names, measured, good=good, batch=self._batch)
         finally:
             self._repeating = False
-        return None
 
     # The end of an update
 
@@ -269,6 +267,7 @@ class ScriptWatch(Listener):
         self.updates.forget_modules()
         for _, module, _ in self.updates.roots.values():
             self._handles.append(module.register_forward_pre_hook(self.called, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._left))
         parameters = [part for group in self.updates.optimizers.values() for part in group.param_groups]
         for part in [part for group in parameters for part in group["params"]]:
             if part.requires_grad and part.is_leaf:
@@ -290,7 +289,7 @@ class ScriptWatch(Listener):
             "epoch": self._lines,
             "updates": updates.count,
             "loss_scale": self._scale,
-            "skipped_updates": len([skip for skip in self._skips if skip["scale"] is not None]),
+            "skipped_updates": sum(skip["skipped"] for skip in self._skips),
             "skips": self._skips,
             "gradient_norm": self._read_norm(),
             "seconds": sum(updates.seconds[-self.every :]) / max(1, len(updates.seconds[-self.every :])),
@@ -317,3 +316,19 @@ class ScriptWatch(Listener):
             return None
         value = norm.item()
         return value if math.isfinite(value) else str(value)
+
+
+def norm_of(parameters: list[torch.Tensor]) -> torch.Tensor | None:
+    """Return the norm of all dense gradients together; None if there are none."""
+    gradients = [part.grad for part in parameters if part.grad is not None and not part.grad.is_sparse]
+    if not gradients:
+        return None
+    with torch.no_grad():
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+def memory() -> int | None:
+    """Return the most that CUDA's allocator gave out, elsewhere the memory that this process has now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return of_this_process("VmRSS")

@@ -43,6 +43,9 @@ class Listener:
     def called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Handle a call of a module with parameters from outside of any other; requires `modules` of Updates."""
 
+    def returned(self, module: nn.Module, outputs: Any) -> None:
+        """Handle the end of such a call."""
+
     def going_back(self, losses: Any) -> None:
         """Handle the start of a backward pass."""
 
@@ -161,8 +164,10 @@ class Updates:
             kwargs = sys._getframe(1).f_locals.get("kwargs")
             self.listener.called(module, args, kwargs or {})
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, _: Any, outputs: Any) -> None:
         self._depth -= 1
+        if not self._depth and torch._C._current_autograd_node() is None:
+            self.listener.returned(module, outputs)
 
     def _backward(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
         outer, self._going_back = self._going_back, True
@@ -306,8 +311,8 @@ def _name_in(frame: FrameType, caller: Any, module: nn.Module) -> str:
 class ScriptSubject(Subject):
     """The models and optimizers of an observed program, in the form that a trace reads.
 
-    `models` are the modules that the program calls; `called` is False if it calls none with parameters. A module that
-    calls them as its own parts, as a Lightning module does, gives them their full names.
+    `models` are the modules that the program calls; `called` is False if it calls none with parameters. `tops` are they
+    or the modules that call them as their own parts, as a Lightning module does, which give them their full names.
     """
 
     def __init__(self, updates: Updates):
@@ -320,9 +325,9 @@ class ScriptSubject(Subject):
             models[_unused(name, models)] = root
             top = owner or core(root)
             owners.setdefault(id(top), (type(owner).__name__.lower() if owner is not None else name, top))
-        self._tops: dict[str, nn.Module] = {}
+        self.tops: dict[str, nn.Module] = {}
         for name, top in owners.values():
-            self._tops["" if len(owners) == 1 else _unused(name, self._tops)] = top
+            self.tops["" if len(owners) == 1 else _unused(name, self.tops)] = top
         if len(models) == 1:
             models = {"": next(iter(models.values()))}
         self.called = bool(models)
@@ -333,12 +338,12 @@ class ScriptSubject(Subject):
         return [*self.optimizers.values()]
 
     def named_modules(self) -> Any:
-        for prefix, top in self._tops.items():
+        for prefix, top in self.tops.items():
             for name, module in top.named_modules():
                 yield ".".join(part for part in (prefix, name) if part), module
 
     def named_parameters(self) -> Any:
-        for prefix, top in self._tops.items():
+        for prefix, top in self.tops.items():
             for name, parameter in top.named_parameters():
                 yield ".".join(part for part in (prefix, name) if part), parameter
 

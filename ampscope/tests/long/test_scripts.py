@@ -310,11 +310,25 @@ def test_watch_writes_a_line_an_update_and_leaves_the_results(tmp_path, capsys):
     assert [line["updates"] for line in fewer] == [4, 8]
 
 
+ROOT = HEAD.replace("nn.ReLU()", "Root()").replace(
+    "torch.manual_seed(0)",
+    "class Root(nn.Module):\n    def forward(self, x):\n        return ((x.square() + 1) * (step != 4)).sqrt()\n",
+)
 BAD = {  # what is wrong in update 5, and the words that name it
-    "overflow": (SCALED.replace("model(inputs)", "model(inputs * (1e5 if step == 4 else 1))"), "_to_copy in 0 at"),
-    "input": (SCALED.replace("model(inputs)", "model(inputs / (step != 4))"), "The input holds 128 values of 128"),
-    "loss": (PLAIN.replace("labels)\n", "labels) / (step != 4)\n"), "look at the loss ("),
-    "backward": (PLAIN.replace("loss.backward()", "(loss * (step != 4)).sqrt().backward()"), "the loss was finite"),
+    "overflow": (
+        SCALED.replace("model(inputs)", "model(inputs * (1e5 if step == 4 else 1))"),
+        "from 0 (Linear) on, _to_copy at",
+    ),
+    "input": (
+        SCALED.replace("model(inputs)", "model(inputs / (step != 4))"),
+        "128 of 128 values of input 0 are not finite; the",
+    ),
+    "loss": (PLAIN.replace("labels)\n", "labels) / (step != 4)\n"), "what came back from the loss ("),
+    "backward": (
+        PLAIN.replace("loss.backward()", "(loss * (step != 4)).sqrt().backward()"),
+        "what came back from the loss (",
+    ),
+    "way back": (PLAIN, "the way back was not from 1 (Root) on, div at"),
     "scale": (SCALED.replace("scaler.scale(loss)", "(scaler.scale(loss) * (1e9 if step == 4 else 1))"), "2."),
 }
 
@@ -322,7 +336,8 @@ BAD = {  # what is wrong in update 5, and the words that name it
 @pytest.mark.parametrize("kind", BAD)
 def test_watch_names_the_update_that_goes_wrong_and_its_cause_once(tmp_path, capsys, kind):
     loop, words = BAD[kind]
-    status, lines, said = watched(write(tmp_path, loop), tmp_path, capsys=capsys)
+    head = ROOT if kind == "way back" else HEAD
+    status, lines, said = watched(write(tmp_path, loop, head), tmp_path, capsys=capsys)
     assert status == 0
     assert len(said) == 1 and said[0].startswith("ampscope: update 5 ") and words in said[0]
     events = [skip for line in lines for skip in line["skips"]]

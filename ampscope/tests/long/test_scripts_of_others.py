@@ -113,7 +113,7 @@ def test_watch_sees_the_update_in_which_lightning_goes_wrong(tmp_path, monkeypat
     text = LIGHTNING.replace("WRONG = 1", "WRONG = float('nan')")
     _, lines, said = watched(program(tmp_path, text), tmp_path, capsys=capsys)
     assert len(lines) == 8
-    assert len(said) == 1 and said[0].startswith("ampscope: update 5 was not finite: the loss was not finite, but what")
+    assert len(said) == 1 and said[0].startswith("ampscope: update 5 was not finite: what the model put out was finite")
 
 
 RANKS = """
