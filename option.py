@@ -397,17 +397,6 @@ GROUPS = {
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
 }
-# The options of these groups that most runs need: `--help` shows them, `--help all` the others, too.
-COMMON = {
-    "run": ("checkpoint_name",),
-    "data": ("data_dir", "demo", "image_size"),
-    "model": ("model", "pretrained"),
-    "device and precision": ("device", "amp"),
-    "training": ("preset", "batch_size", "epochs", "learning_rate", "augment"),
-    "recording and resuming": ("resume", "overwrite", "max_time"),
-    "time": ("budget",),
-    "testing": (),
-}
 # A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
 # run also use its recorded options; None: the value in its checkpoint.
 _READING = dict.fromkeys(("image_size", "resize", "normalize", "window"))

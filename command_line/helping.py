@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from command_line import meant
 from command_line.idle import never_acts
 from command_line.kinds import Option
-from option import COMMANDS, COMMON, GROUPS, OPTIONS, OWN_DEFAULTS, VERSION, options_of
+from option import COMMANDS, GROUPS, OPTIONS, OWN_DEFAULTS, VERSION, options_of
 from utils import UserError
 
 FIRST_STEPS = """first steps:
@@ -18,6 +18,17 @@ FIRST_STEPS = """first steps:
   python main.py doctor                       see what this machine can do
   python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
 README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
+# The options of these groups that most runs need: `--help` shows them, `--help all` the others, too.
+COMMON = {
+    "run": ("checkpoint_name",),
+    "data": ("data_dir", "demo", "image_size"),
+    "model": ("model", "pretrained"),
+    "device and precision": ("device", "amp"),
+    "training": ("preset", "batch_size", "epochs", "learning_rate", "augment"),
+    "recording and resuming": ("resume", "overwrite", "max_time"),
+    "time": ("budget",),
+    "testing": (),
+}
 # An example of each group of options, and what it begins with in these commands.
 EXAMPLES = {
     "run": ("--checkpoint_name flowers",),
