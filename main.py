@@ -25,7 +25,7 @@ from command_line.parsing import parse
 from distributed import Ranks
 from system import meeting
 from system.machine import allow_more_files
-from system.parent import end_with_parent
+from system.parent import draws, end_with_parent
 from system.terminal import open_streams
 from utils import Stopped, UserError
 
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         options = parse(argv, is_cuda=is_cuda)
         if ranks.size > 1 and options.command not in ("train", "evaluate"):
             raise UserError(f"run {options.command} without torchrun: it uses one process.")
-        utils.start_logging(quiet=getattr(options, "quiet", False))
+        utils.start_logging(quiet=getattr(options, "quiet", False) or draws())
         for sentence in idle.said(options.command, options.typed, vars(options), processes=ranks.size):
             utils.log.warning(sentence)
         # Memory and files before torch allocates; signals before join, so that Ctrl-C ends the wait for other ranks.

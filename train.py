@@ -27,6 +27,7 @@ from runs.failures import Failures
 from runs.folder import RunDirectory
 from runs.second_look import SecondLook
 from runs.writing import PROBABILITIES
+from system import parent
 from system.progress import seconds_left
 from system.terminal import duration
 from utils import Interrupted, StopSignal, progress_bar, seed_everything
@@ -283,7 +284,8 @@ class Trainer:
         counts = [self.batches.images_in(update) for update in range(state.update - self.meter.unread, state.update)]
         self.meter.read(state, self.network.trained_names(), counts)
         if self.batches.ranks.is_first:
-            left = {"run": f"{duration(self.seconds_left())} left"}  # first: a narrow terminal cuts the end
+            # First, because a narrow terminal cuts the end.
+            left = {} if parent.estimates() else {"run": f"{duration(self.seconds_left())} left"}
             bar.set_postfix(left | self.meter.readings(state), refresh=False)
 
     def seconds_left(self) -> float:

@@ -334,10 +334,13 @@ def _in_notebook() -> bool:
 def progress_bar(iterable: Any = None, **options: Any) -> tqdm:
     """Return a bar on stderr without colours; occasional lines if no bar is visible, and nothing with --quiet.
 
-    In a notebook tqdm draws a widget instead.
+    In a notebook tqdm draws a widget instead. If a comparison draws the bar, return records for it.
     """
-    from system.progress import Lines, by_steady_clock
+    from system import parent
+    from system.progress import Lines, Records, by_steady_clock
 
+    if parent.draws():
+        return Records(iterable, disable=not is_first_rank(), **options)
     if shows_bars():
         from tqdm.auto import tqdm
 

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from reports import results, tables
 from runs.config import read_config
 from system.files import json_text, lock, remove, write_text
 from system.parent import environment_of_child
+from system.progress import Block
 from system.terminal import duration, linked
 from utils import (
     OUT_OF_TIME,
@@ -43,6 +45,7 @@ from utils import (
     open_page,
     own_command,
     printable,
+    shows_bars,
 )
 
 if TYPE_CHECKING:
@@ -132,6 +135,16 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
 
     Each run logs its own remaining time; the line before it logs that of all runs, from the second run on.
     """
+    drawn = [run for run in planned if run.state != "finished"]
+    block = Block(sum(run.epochs for run in drawn)) if drawn and shows_bars() else None
+    try:
+        _train_all(planned, max_seconds, block)
+    finally:
+        if block:
+            block.close()
+
+
+def _train_all(planned: list[Planned], max_seconds: int | None, block: Block | None) -> None:
     kept = []
     seconds = 0.0  # of the runs that this process has trained to their end
     done = 0  # their epochs
@@ -143,13 +156,19 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
         left = sum(later.epochs for later in planned[number - 1 :] if later.state != "finished")
         if done and left and not remark:
             remark = f", about {duration(seconds / done * left)} left for all runs"
-        log.info(f"\nrun {number} of {len(planned)}: {run.folder.name}{remark}")
+        title = f"run {number} of {len(planned)}: {run.folder.name}"
+        if not block:
+            log.info(f"\n{title}{remark}")
+        elif run.state != "finished":
+            block.begin(title)
         if run.state != "finished":
             remove(run.folder / "failure.json")  # an earlier attempt's
             earlier = _written(run.folder / "result.json")
             before = _epochs(run.folder) if run.state == "begun" else 0
             started = time.monotonic()
-            reason = _train(run, max_seconds)
+            reason = _train(run, max_seconds, block)
+            if block:
+                block.end(run.epochs)
             if not reason:
                 seconds += time.monotonic() - started
                 done += run.epochs - before
@@ -170,7 +189,7 @@ def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None
         )
 
 
-def _train(run: Planned, max_seconds: int | None) -> str | None:
+def _train(run: Planned, max_seconds: int | None, block: Block | None) -> str | None:
     """Run one training in a process; return the reason if it failed."""
     try:
         named_precision(run.precision, choose_device(run.device, use=False))
@@ -180,7 +199,7 @@ def _train(run: Planned, max_seconds: int | None) -> str | None:
     words = [*run.words, "--resume=auto" if run.state == "begun" else "--overwrite"]
     if max_seconds is not None:
         words.append(f"--max_time={max(1, round(max_seconds - (time.monotonic() - STARTED)))}s")
-    status = _process(words)
+    status = _process(words, block)
     if status == OUT_OF_TIME or status - 128 in STOP_SIGNALS:
         raise Stopped(
             None if status == OUT_OF_TIME else status - 128,
@@ -241,19 +260,27 @@ def _epochs(run: Path) -> int:
     return 0
 
 
-def _process(words: list[str]) -> int:
+def _process(words: list[str], block: Block | None) -> int:
     """Run one training in a process and a session of its own, hand signals on, and return its exit status.
 
-    It ends by itself if this process is killed.
+    It ends by itself if this process is killed. Its output is this process's, or what a block draws.
     """
     sys.stdout.flush()
     command = [*own_command(), "train", *words]
-    child = subprocess.Popen(command, start_new_session=True, env=environment_of_child())
+    options: dict[str, Any] = {"start_new_session": True, "env": environment_of_child(draws=block is not None)}
+    if block:
+        options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    child = subprocess.Popen(command, **options)
+    reader = threading.Thread(target=block.follow, args=(child.stdout,), daemon=True) if block else None
+    if reader:
+        reader.start()
     # On Windows the console has sent it to the child, too.
     hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
     previous = on_stop(hand_on)
     try:
         status = child.wait()
+        if reader:
+            reader.join(2)  # a worker that outlives the training keeps the pipe open
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -28,6 +28,7 @@ from runs.folder import RunDirectory
 from runs.layer_watch import LayerWatch
 from runs.logs import Logs, refuse_missing_packages
 from runs.writing import PROBABILITIES
+from system import parent
 from system.files import read_json
 from system.terminal import duration, linked
 from train import Trainer
@@ -144,7 +145,8 @@ def report_epoch(trainer: Trainer, logs: Logs, line: dict[str, Any]) -> None:
     """Print and log the figures of an epoch, and print the remaining time."""
     scale = f"  scale {line['loss_scale']:g}, {line['skipped_updates']} skipped" if line["loss_scale"] else ""
     loss = "nan" if line["train_loss"] is None else f"{line['train_loss']:.3f}"
-    left = f"  {duration(trainer.seconds_left())} left" if line["epoch"] < trainer.plan.epochs else ""
+    says_left = line["epoch"] < trainer.plan.epochs and not parent.estimates()
+    left = f"  {duration(trainer.seconds_left())} left" if says_left else ""
     log.info(
         f"epoch {line['epoch']:>3}/{trainer.plan.epochs}  train {loss} {line['train_acc']:5.1f}%  "
         f"val {line['val_loss']:.3f} {line['val_acc']:5.1f}%  {line['images_per_second']:,.0f} images/s{scale}{left}"
@@ -185,7 +187,8 @@ def finish(setup: Setup, trainer: Trainer, data: DataSet, *, safetensors: bool) 
     if safetensors:
         write_safetensors(best, run.file("best_model.safetensors"))
     run.write_json(EXPLANATIONS, explain_mistakes(model, data, batches, found))
-    print(tables.summary(result))
+    if not parent.draws():
+        print(tables.summary(result))
     log.info(f"results: {linked(str(run.path), run.file('report.html'))}")
 
 

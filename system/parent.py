@@ -8,12 +8,24 @@ import signal
 import sys
 
 PARENT = "AMP_TRAIN_PARENT"  # environment variable with the process id of the parent
+ESTIMATES = "AMP_TRAIN_ESTIMATES"  # set if the parent estimates the time of all its children
+DRAWS = "AMP_TRAIN_DRAWS"  # set if the parent also draws the progress of this process
 PR_SET_PDEATHSIG = 1
 
 
-def environment_of_child() -> dict[str, str]:
-    """Return an environment that lets `end_with_parent` tie a child process to this one."""
-    return {**os.environ, PARENT: str(os.getpid())}
+def environment_of_child(*, draws: bool = False) -> dict[str, str]:
+    """Return an environment that lets `end_with_parent` tie a child process to this one, which estimates or draws."""
+    return {**os.environ, PARENT: str(os.getpid()), ESTIMATES: "1", DRAWS: "1" if draws else ""}
+
+
+def estimates() -> bool:
+    """Return True if the process that started this one says how long it takes."""
+    return bool(os.environ.get(ESTIMATES))
+
+
+def draws() -> bool:
+    """Return True if the process that started this one draws its progress."""
+    return bool(os.environ.get(DRAWS))
 
 
 def end_with_parent() -> None:

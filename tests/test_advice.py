@@ -121,7 +121,7 @@ def test_a_gpu_is_examined_with_as_many_images_as_fit_at_their_size(monkeypatch)
 
 @pytest.mark.parametrize(("status", "memory"), [(137, True), (139, False)])
 def test_a_killed_training_says_that_memory_may_be_the_reason(data, tmp_path, monkeypatch, status, memory):
-    monkeypatch.setattr(compare_command, "_process", lambda words: status)
+    monkeypatch.setattr(compare_command, "_process", lambda *_: status)
     line = tiny.words(data, tmp_path)[1:]
     planned = compare_command.plan(tmp_path / "fp32", "fp32", line, overwrite=False)
     compare_command.train_all([planned])  # as compare and audit do

@@ -313,7 +313,7 @@ def test_compare_writes_a_run_a_precision_and_one_table(comparison):
 def test_compare_does_not_run_again_what_is_finished(comparison, run, monkeypatch):
     folder, given, _ = comparison
     started = []
-    monkeypatch.setattr(compare, "_process", lambda given: started.append(given) or 1)
+    monkeypatch.setattr(compare, "_process", lambda given, _: started.append(given) or 1)
     status, out, err = run(given)
     assert status == 0 and started == [] and out.count("already finished") == 2
     status, _, err = run([*given, "--learning_rate=0.5"])
@@ -362,7 +362,7 @@ def test_runs_compares_folders_of_ones_own(trained, tmp_path, run):
 
 def test_a_precision_that_fails_is_recorded_and_the_others_stand(comparison, run, monkeypatch):
     folder, given, _ = comparison
-    monkeypatch.setattr(compare, "_process", lambda given: 1)
+    monkeypatch.setattr(compare, "_process", lambda given, _: 1)
     status, out, err = run([*given[:-1], "--precisions=fp32,amp-fp16"])
     assert status == 1 and "amp-fp16: exit status 1" in err and "AMP float16" in out
     assert "exit status 1" in read(folder / "amp-fp16", "failure.json")["reason"]

@@ -35,6 +35,41 @@ def test_links_are_for_terminals_that_show_them(monkeypatch, tmp_path):
     assert terminal.linked("here", file) == "here"
 
 
+def test_one_bar_over_all_runs(capsys):
+    block = progress.Block(4)
+    lines = []
+    block._bar.refresh = lambda *_, **__: lines.append(str(block._bar))
+    for number, name, first in ((1, "fp32", 1), (2, "amp-bf16", 2)):  # the second goes on after its first epoch
+        block.begin(f"run {number} of 2: {name}")
+        for record in (f"epoch {first}/3", f"epoch {first + 1}/3"):
+            block.follow([f"{progress.RECORD}30/40 {record}\n", "warning: a word\n"])
+        block.end(2)
+    assert lines[0].startswith("run 1 of 2: fp32, starting   0%|")
+    assert [line.partition("|")[0] for line in lines if "amp-bf16, epoch" in line] == [
+        "run 2 of 2: amp-bf16, epoch 2/3  69%",
+        "run 2 of 2: amp-bf16, epoch 3/3  94%",
+    ]
+    assert lines[-1].endswith(" left for all") and block._bar.n == 4
+    block.close()
+    assert capsys.readouterr().out == "warning: a word\n", "once for all runs"
+
+
+def test_what_another_process_draws_is_a_record(monkeypatch, capsys):
+    monkeypatch.setenv("AMP_TRAIN_DRAWS", "1")
+    with utils.progress_bar(total=40, desc="epoch 1/3", unit="image") as bar:
+        bar.update(40)
+        bar.refresh()
+    assert capsys.readouterr().out.split("\n")[-2] == f"{progress.RECORD}40/40 epoch 1/3"
+
+
+def test_within_a_comparison_lines_have_no_estimate_of_their_own(monkeypatch):
+    monkeypatch.setenv("AMP_TRAIN_ESTIMATES", "1")
+    with progress.Lines(total=400, say=print) as bar:
+        time.sleep(0.01)
+        bar.update(100)
+        assert "images/s" not in bar._line() and "it" in bar._line() and "left" not in bar._line()
+
+
 def test_short_work_says_nothing():
     said = []
     for _ in progress.Lines(range(1000), say=said.append):

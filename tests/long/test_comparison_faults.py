@@ -13,12 +13,12 @@ __all__ = ["comparison"]  # a fixture
 
 def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monkeypatch):
     folder, given, _ = comparison
-    monkeypatch.setattr(compare, "_process", lambda given: 2)
+    monkeypatch.setattr(compare, "_process", lambda given, _: 2)
     status, out, err = run([*given, "--overwrite"])
     assert status == 1 and "fp32 (exit status 2)" in err and "Accuracy" not in out
     assert not (folder / "fp32" / "failure.json").exists()
 
-    def fails_at_its_pictures(given):
+    def fails_at_its_pictures(given, _):
         for name in ("fp32", "amp-bf16"):
             (folder / name / "result.json").touch()  # new numbers, whatever came after them
         return 1
@@ -28,7 +28,7 @@ def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monke
     assert status == 0 and "Accuracy" in out and "not replaced" not in err, err
     for name in ("fp32", "amp-bf16"):
         (folder / name / "failure.json").unlink(missing_ok=True)
-    monkeypatch.setattr(compare, "_process", lambda given: 130)
+    monkeypatch.setattr(compare, "_process", lambda given, _: 130)
     status, _, err = run([*given, "--overwrite"])
     assert status == 130 and "without --overwrite" in err
 
@@ -49,13 +49,13 @@ def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder,
 def test_other_options_are_refused_before_anything_is_trained(comparison, tmp_path, run, monkeypatch):
     folder, given, _ = comparison
     started = []
-    monkeypatch.setattr(compare, "_process", lambda given: started.append(given) or 1)
+    monkeypatch.setattr(compare, "_process", lambda given, _: started.append(given) or 1)
     status, _, err = run([*given[:-1], "--precisions=amp-fp16,fp32", f"--data_dir={tmp_path}"])
     assert status == 2 and not started and "--data_dir" in err and "--overwrite" in err
 
 
 def test_compare_estimates_the_time_for_all_runs(scenes_folder, tmp_path, run, monkeypatch):
-    def process(given):
+    def process(given, _):
         folder = tmp_path / "timed" / given[-2].removeprefix("--checkpoint_name=")
         folder.mkdir(parents=True, exist_ok=True)
         config = {"precision": "fp32", "options": {"seed": parsing.parse(given).seed}}

@@ -211,7 +211,7 @@ BETWEEN = {
 def trainings_in_this_process():
     """Run the trainings that a command starts in this process."""
 
-    def process(words):
+    def process(words, _):
         return main.main(["train", *words])
 
     with pytest.MonkeyPatch.context() as patch:
