@@ -143,7 +143,7 @@ class Meter:
         self.look = look
         self.scaler = scaler
         self.ranks = ranks
-        self.warming = True  # this epoch's peak memory includes what is taken once, such as cuDNN's searches
+        self.warming = True  # this epoch's peak memory includes memory taken once, such as cuDNN's searches
         self.waiting = Waiting()  # since the epoch began
         self.stood: float | None = None  # memory in MB before this process's first update; None: unknown
         self._unread: list[UpdateStats] = []
@@ -201,7 +201,7 @@ class Meter:
         self._watch_scale(state)
 
     def readings(self, state: Progress) -> dict[str, str]:
-        """Return what the progress bar shows, short enough for 80 columns."""
+        """Return the figures for the progress bar, short enough for 80 columns."""
         sums = state.sums
         shown = {
             "loss": f"{sums['loss'] / max(1, sums['counted']):.3f}",

@@ -92,7 +92,7 @@ class Plan:
     best_by: str = "accuracy"  # a key of choices.METRICS
     patience: int | None = None  # epochs
     log_interval: int = 20  # updates
-    save_every_updates: int | None = None  # within an epoch, too
+    save_every_updates: int | None = None  # also within an epoch
     save_every_seconds: float | None = None
 
 

@@ -35,7 +35,7 @@ def explain(error: BaseException, command: str, options: Values) -> tuple[int, s
             "no batch came from the loading workers in a quarter of an hour: does the disk that holds the images still "
             f"answer? --num_workers 0 does without the workers{_kept(command)}."
         )
-    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # in the middle of a message, too
+    if "DataLoader worker" in text or isinstance(error, (ConnectionError, EOFError)):  # also in the middle of a message
         reason = text.splitlines()[0] if text else "it gave no reason"
         fewer = (
             "--num_workers 0, which loads without workers" if options.get("num_workers") == 1 else "fewer --num_workers"

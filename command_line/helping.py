@@ -18,7 +18,7 @@ FIRST_STEPS = """first steps:
   python main.py doctor                       see what this machine can do
   python main.py --data_dir FOLDER --amp      train on FOLDER/train/CLASS and FOLDER/test/CLASS
 README.md shows more; docs/errors.md explains messages that PyTorch gives with AMP."""
-# The options of these groups that most runs need: `--help` shows them, `--help all` the others, too.
+# The options of these groups that most runs need: `--help` shows them, `--help all` shows all.
 COMMON = {
     "run": ("checkpoint_name",),
     "data": ("data_dir", "demo", "image_size"),
@@ -29,7 +29,7 @@ COMMON = {
     "time": ("budget",),
     "testing": (),
 }
-# An example of each group of options, and what it begins with in these commands.
+# An example of each group of options, and its beginning for some commands.
 EXAMPLES = {
     "run": ("--checkpoint_name flowers",),
     "data": ("--data_dir photos", "--image_size 224"),

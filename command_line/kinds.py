@@ -18,7 +18,7 @@ from precision_table import PRECISIONS
 from runs.logs import LOGS
 from utils import UserError
 
-# The role of an option: what it says about a run, from which follows where it may differ.
+# The role of an option says where its value may differ: on resuming, within a comparison, between repeats.
 CALL = "call"  # about this call alone: no other run takes it from a config
 HANDLING = "handling"  # how the work is done, not what is computed: may differ anywhere
 PLACE = "place"  # where: may differ when a run is resumed, and within a comparison

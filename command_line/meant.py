@@ -30,7 +30,7 @@ NO = ("0", "false", "no", "off")
 
 
 def command(word: str, words: Sequence[str]) -> str:
-    """Return the sentence about a first word that is no command; `words` follow it."""
+    """Return the sentence about an unknown command; `words` follow it."""
     if word == "help":
         named = words[0] + " " if words and words[0] in COMMANDS else ""
         return f"help is an option: python main.py {named}--help"

@@ -1,4 +1,4 @@
-"""From a command line to options: defaults, --preset's, --demo's, a config's and what is typed, merged in this order.
+"""Parse a command line: merge defaults, those of --preset and --demo, a config's options and typed ones, in this order.
 
 `parse(argv)` returns the Namespace that command_line/groups.py turns into typed groups; nothing changes it. The options
 themselves are in option.py. Imports no torch, so `--help` answers at once.
@@ -26,7 +26,7 @@ from utils import UserError
 
 
 class Options(argparse.Namespace):
-    """The options of one command line. `typed` names those that were typed; it is no option, so vars() lacks it."""
+    """The options of one command line. `typed` names those that were typed; it is not an option, so vars() lacks it."""
 
     __slots__ = ("typed",)
     typed: frozenset[str]
@@ -42,7 +42,7 @@ def _with_underscores(word: str) -> str:
 
 
 def _with_paths_first(words: list[str]) -> list[str]:
-    """Return the arguments of `predict` with the paths that follow --checkpoint FILE ahead: it would take them, too.
+    """Return the arguments of `predict` with the paths behind --checkpoint FILE put first: it would take them as files.
 
     Checkpoints are the files with the suffix of the first.
     """
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
     if merged.get("batch_size") == AUTO:
         merged["batch_size"] = f"{AUTO}:{(defaults | preset | demo | stored)['batch_size']}"
         merged |= {} if "accumulate" in typed else {"accumulate": 1}  # one that is stored was chosen elsewhere
-    recorded = frozenset(stored) - set(typed)  # advice on another machine, where what is typed is an order
+    recorded = frozenset(stored) - set(typed)  # advice on another machine; typed options are orders
     options = Options(**merged, command=command, recorded=recorded, recorded_on=config.get("device"))
     options.typed = frozenset(typed)
     for message in _contradictions(options):

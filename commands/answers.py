@@ -1,6 +1,6 @@
-"""The table of predictions: rows are written to files as they come, and summed up for the terminal.
+"""Write predictions to files as they come, and sum them up for the terminal.
 
-Memory does not grow with the number of files, and a stopped prediction keeps what it has.
+Memory does not grow with the number of files, and a stopped prediction keeps its rows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Choose the number of epochs for --budget: as many as fit into the time, by the measured speed of the first updates.
 
-The training is then that of --epochs: its schedule, too, has this length. A resumed run keeps its number.
+The training, including its schedule, is then that of --epochs with this number. A resumed run keeps its number.
 """
 
 from __future__ import annotations

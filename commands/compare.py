@@ -131,7 +131,7 @@ def plan(run: Path, precision: str, words: list[str], *, overwrite: bool) -> Pla
 
 
 def train_all(planned: list[Planned], *, max_seconds: int | None = None) -> None:
-    """Train what is not finished, each in a fresh process. Raise as `run_all` does.
+    """Train the runs that are not finished, each in a fresh process. Raise as `run_all` does.
 
     Each run logs its own remaining time; the line before it logs that of all runs, from the second run on.
     """
@@ -274,7 +274,7 @@ def _process(words: list[str], block: Block | None) -> int:
     reader = threading.Thread(target=block.follow, args=(child.stdout,), daemon=True) if block else None
     if reader:
         reader.start()
-    # On Windows the console has sent it to the child, too.
+    # On Windows the console sends the signal to the child as well.
     hand_on = (lambda number, _: None) if os.name == "nt" else (lambda number, _: child.send_signal(number))
     previous = on_stop(hand_on)
     try:

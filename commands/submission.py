@@ -82,7 +82,7 @@ def read_sample(file: Path, inputs: list[str], classes: list[str]) -> Submission
     strange = sorted(labels - {*classes, ""})
     if strange:
         log.warning(
-            f"{printable(file)} has labels that are no classes of the model, such as {printable(strange[0])!r}: the "
+            f"{printable(file)} has labels that are not classes of the model, such as {printable(strange[0])!r}: the "
             f"answers are {some(classes)}"
         )
     return Submission(file, table[:start], table[start:], [paths[0] for paths in found], label, numbers, classes)

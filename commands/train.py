@@ -1,4 +1,4 @@
-"""The steps of a training, in the order in which main.train calls them: announce, open, begin, report, finish, show.
+"""Do the steps of a training, in the order of main.train: announce, open, begin, report, finish, show.
 
 Each is short and takes what was built before it. Knows nothing of how a training computes.
 """

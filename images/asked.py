@@ -90,7 +90,7 @@ def data_to_test_on(asked: Asked, ranks: Ranks, preprocess: Preprocess, checkpoi
 
 
 def trained_rules(asked: Asked, preprocess: Preprocess, checkpoint: dict[str, Any]) -> Rules:
-    """Return the rules by which a trained model's images are read: as it was trained, unless asked otherwise."""
+    """Return the rules to read images for a trained model: those of its training, unless options say otherwise."""
     window = asked.reading.window
     windows = windows_of(window) if window else checkpoint.get("windows", {})
     resize = asked.reading.resize or checkpoint.get("resize") or "squash"

@@ -27,7 +27,7 @@ from utils import log, progress_bar
 
 @dataclass
 class Opening:
-    """The way to open files: where decoded images are kept, and by which rules files become pixels."""
+    """The way to open files: where decoded images are kept, and the rules that turn files into pixels."""
 
     cache: str = "auto"  # auto, memory or none
     workers: int | None = None  # None: one a core, at most 8

@@ -198,7 +198,7 @@ def _class_folder(root: Path, parts: dict[str, Path], known: Sequence[str] | Non
 
 
 def _nothing_fits(root: Path, folder: Path, parts: dict[str, Path]) -> str:
-    """Describe what was expected, what was found, and the meaning that each folder would have."""
+    """Describe the expected folders, those that were found, and the meaning that each would have."""
     lines = [f"no training images in {printable(root)}: looked for train/ and test/ or val/, or for class folders."]
     if not folder.is_dir():
         return lines[0] + WAYS

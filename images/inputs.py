@@ -25,7 +25,7 @@ class Item:
 
 
 def refuse_missing(inputs: list[str]) -> None:
-    """Raise UserError for what is not there, before the work."""
+    """Raise UserError if an input does not exist."""
     if "-" in inputs and (sys.stdin is None or sys.stdin.closed):
         raise UserError("- reads paths from standard input, which is closed: pipe paths into it, or name files.")
     for name in inputs:

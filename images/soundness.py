@@ -82,7 +82,7 @@ def warn_of_leaks(subsets: dict[str, Subset], image_set: ImageSet, crc32: dict[s
                     len(copies), f"{name} image is also a training image", f"{name} images are also training images"
                 )
                 log.warning(
-                    f"{both}, such as {printable(copies[0])}: what is measured on such images says nothing "
+                    f"{both}, such as {printable(copies[0])}: results on such images mean nothing "
                     "(prepare --check lists them)."
                 )
         known = image_set.groups

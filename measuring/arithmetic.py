@@ -113,7 +113,7 @@ def _gradients(operator: Callable[..., torch.Tensor], tensors: list[torch.Tensor
 
 
 def _timed(operator: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> tuple[float, list[torch.Tensor]]:
-    """Return the seconds of the fastest of three runs, after one that warms up, and what it computed."""
+    """Return the seconds of the fastest of three runs, after one that warms up, and its result."""
     found = _gradients(operator, tensors)
     taken = []
     for _ in range(3):

@@ -156,7 +156,7 @@ def _plain_types() -> list[Any]:
 
 
 def _why_unreadable(path: Path, error: BaseException) -> str:
-    """Return a sentence on what is wrong with a file and, if there is one, the line that makes it readable."""
+    """Return a sentence on the fault of a file and, if there is one, the line that makes it readable."""
     text = str(error)
     name = printable(path)
     found = re.search(r"GLOBAL ([\w.<>]+)|function <?([^>]+)>?|module (\S+) is blocked", text)

@@ -88,7 +88,7 @@ def build(
     _refuse_without_head(model, key, class_count)
     if pretrained and file is None:
         model = _pretrained(key, class_count, options, config)
-        if class_count != config.num_classes:  # otherwise the head has published weights, too
+        if class_count != config.num_classes:  # otherwise the head has published weights as well
             narrow_head(model, head_names(model))
     elif file is not None:
         narrow_head(model, head_names(model))

@@ -175,7 +175,7 @@ def _size_options(key: str, image_size: int | None, published: Any) -> dict[str,
         one = ", ".join(map(str, sorted(near)))
         raise UserError(
             f"--image_size {size}: {key} takes multiples of {step} pixels. Use one of {one} "
-            f"({own_size} is what it was made for)."
+            f"(it was made for {own_size})."
         )
     return {"image_size": size} if key.startswith("vit_") else {"input_size": [size, size]}
 

@@ -45,7 +45,7 @@ def best_row(comparison: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def level(comparison: dict[str, Any]) -> float:
-    """Return the p-value below which a difference in accuracy is no noise: all tests share 5 % (Bonferroni)."""
+    """Return the p-value below which a difference in accuracy is not noise: all tests share 5 % (Bonferroni)."""
     tests = sum(bool(row["difference"]) and row["difference"]["p_value"] is not None for row in comparison["rows"])
     return 0.05 / max(1, tests)
 

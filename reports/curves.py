@@ -33,7 +33,7 @@ def class_curves(result: dict[str, Any], predictions_csv: Path, path: Path, *, t
 
 
 def curve_panels(result: dict[str, Any], predictions_csv: Path) -> dict[str, bytes]:
-    """Return the panels of `class_curves` for a page, each an SVG by what it shows, without faint lines above ten."""
+    """Return the panels of `class_curves` for a page, each an SVG by its name, without faint lines above ten."""
     return {name: svg(draw, height=4.6) for name, draw in _panels(result, predictions_csv, most=10).items()}
 
 

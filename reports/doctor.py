@@ -45,7 +45,7 @@ def _machine_lines(machine: dict[str, Any]) -> list[str]:
 
 
 def _arithmetic_lines(dtype: str, found: dict[str, Any]) -> list[str]:
-    """Return what was found of one 16-bit type: a count, then by name what is wrong, slow or missing."""
+    """Describe the findings on one 16-bit type: a count, then the names of wrong, slow and missing operators."""
     checked = found["right"] + len(found["wrong"])
     said = [f"{found['right']} of {checked} are right"]
     if found["wrong"]:
@@ -93,6 +93,6 @@ def _ceiling_lines(findings: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{row['tflops']:.3g} in {label_of(name)}" for name, row in measured.items())
     remark = (
         "Expected: 1 / (1 - f + f/s), Amdahl's law, with f the products' share of an FP32 update and s how much faster "
-        f"a large matrix product runs ({rates} TFLOP/s). An estimate: other operators may gain, too."
+        f"a large matrix product runs ({rates} TFLOP/s). An estimate: other operators may gain as well."
     )
     return [*table("<>>>>>>>", cells), *paragraph(remark, "  ")]

@@ -40,7 +40,7 @@ def learning_curve(metrics: list[dict[str, Any]], path: Path, *, title: str, bes
 
 
 def learning_panels(metrics: list[dict[str, Any]], best_epoch: int | None) -> dict[str, bytes]:
-    """Return the panels of `learning_curve`, each an SVG by what it shows."""
+    """Return the panels of `learning_curve`, each an SVG by its name."""
     panels = {title: svg(learning_panel, metrics, name, best_epoch) for name, title in LEARNING.items()}
     return panels | ({"Loss scale": svg(scale_panel, metrics, height=2.6)} if has_scale(metrics) else {})
 
@@ -191,7 +191,7 @@ def comparison_picture(runs: list[dict[str, Any]], comparison: dict[str, Any], p
 
 
 def comparison_panels(runs: list[dict[str, Any]], comparison: dict[str, Any]) -> dict[str, bytes]:
-    """Return the panels of `comparison_picture`, each an SVG by what it shows."""
+    """Return the panels of `comparison_picture`, each an SVG by its name."""
     rows = _styled(comparison)
     height = 1.2 + 0.45 * len(rows)
     return {

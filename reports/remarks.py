@@ -48,7 +48,7 @@ def _busy_machines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _training_memory(rows: list[dict[str, Any]]) -> list[str]:
-    """Say what the trainings themselves took of the memory, which libraries and decoded images outweigh on a CPU."""
+    """Say how much memory the trainings themselves took: on a CPU, libraries and decoded images take more."""
     taken = []
     for row in rows:
         if row["training_memory_mb"]:

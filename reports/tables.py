@@ -76,7 +76,7 @@ def _calibration(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def refusal_rows(result: dict[str, Any]) -> list[list[str]]:
-    """Return for each --min_confidence the images that `predict` would refuse, how many rightly, and what is left."""
+    """Return for each --min_confidence the images that `predict` would refuse, how many rightly, and the rest."""
     total = int(confusion_cells(result)[:, 2].sum())
     right = round(result["test_acc"] * total / 100)
     rows = []

@@ -60,7 +60,7 @@ class Progress:
 
     @property
     def training_memory_mb(self) -> float | None:
-        """Return what the training itself took: that peak less what stood before the first update; None: unknown."""
+        """Return the memory of the training itself: the peak less the memory before the first update; None: unknown."""
         return self._largest(self.training_peaks) or None
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Write the messages about a run that failed or is about to: what is not finite, where, why, and what to do.
+"""Write the messages about a run that fails: the values that are not finite, where, why, and what to do.
 
 Knows nothing of how the numbers were computed.
 """

@@ -1,6 +1,6 @@
 """Join and leave the process group of a torchrun job, and let one process report a failure.
 
-Knows nothing of what the processes compute; a job of one process needs none of this.
+Knows nothing of the work of the processes; a job of one process needs none of this.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write each line to stdout and stderr at once, and continue if the reader goes away.
 
-Imports only the standard library. Knows nothing of what is printed.
+Imports only the standard library. Knows nothing of the content.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measure how long this process waited for busy processors: on a busy machine times are not comparable.
 
-Linux counts for each thread the time in which it could run and no processor was free (sched-stats.txt of the kernel's
+For each thread, Linux counts the time when it could run and no processor was free (sched-stats.txt of the kernel's
 documentation, and proc_pid_stat(5)). Imports no torch.
 """
 

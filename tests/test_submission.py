@@ -65,5 +65,5 @@ def test_an_image_without_an_answer_leaves_no_file(folder):
 
 def test_one_folder_holds_the_images_and_labels_of_no_class_are_said(folder, caplog):
     filled(folder, "id,label\n7,0.5\n")
-    assert "labels that are no classes of the model, such as '0.5': the answers are cat, dog" in caplog.text
+    assert "labels that are not classes of the model, such as '0.5': the answers are cat, dog" in caplog.text
     assert "name the one folder" in tiny.refused(read_sample, folder, [str(folder), "x"], CLASSES)
