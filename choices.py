@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from evaluate import Evaluation
+    from runs.evaluation import Evaluation
 
 
 @dataclass(frozen=True)

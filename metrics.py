@@ -16,9 +16,9 @@ from torch import nn
 
 from choices import METRICS
 from distributed import Ranks
-from evaluate import Evaluation
 from model import StepModel
 from runs.checkpoint import Progress
+from runs.evaluation import Evaluation
 from runs.failures import Failures
 from runs.writing import PROBABILITIES
 from system.machine import peak_memory, reset_peak_memory

@@ -17,12 +17,13 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from dataset import Batches, MicroBatch
-from evaluate import Evaluation, evaluate
+from evaluate import evaluate
 from metrics import Meter, UnusedParameters, UpdateRecord, UpdateStats, best_epochs, require_figure
 from model import BuffersBefore, Network, StepModel
 from optimizer import hold_from_fault_on
 from precision import Precision
 from runs.checkpoint import Progress, load_moments
+from runs.evaluation import Evaluation
 from runs.failures import Failures
 from runs.folder import RunDirectory
 from runs.second_look import SecondLook

@@ -14,12 +14,13 @@ from assemble import Setup, answering_model, evaluation_batches, set_up
 from choices import METRICS
 from dataset import Batches
 from distributed import Ranks
-from evaluate import NO_PREDICTION, Evaluation, evaluate
+from evaluate import evaluate
 from images.asked import data_to_test_on
 from precision import named_precision
 from reports import tables
 from reports.results import CONFIDENCES, calibration
 from runs.config import record
+from runs.evaluation import NO_PREDICTION, Evaluation
 from runs.folder import RunDirectory
 from runs.result import confusion_entry
 from runs.writing import PROBABILITIES, csv_text, prediction_rows

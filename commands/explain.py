@@ -19,8 +19,8 @@ from utils import UserError, log, printable
 
 if TYPE_CHECKING:
     from dataset import Batches
-    from evaluate import Evaluation
     from images.subsets import DataSet
+    from runs.evaluation import Evaluation
 
 
 def explain_mistakes(model: nn.Module, data: DataSet, batches: Batches, found: Evaluation) -> dict[str, Any]:

@@ -21,11 +21,11 @@ from commands.answers import Table
 from commands.embeddings import Embeddings
 from commands.explain import explain_predictions
 from commands.submission import read_sample
-from evaluate import way_out
 from images.asked import trained_rules
 from images.decode import Rules, ahead, try_decode
 from images.inputs import Item, listed, refuse_missing
 from precision import Precision
+from runs.evaluation import way_out
 from runs.scores import probabilities
 from system.files import refuse_missing_folders
 from system.machine import cores, images_at_once

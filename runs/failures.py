@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evaluate import Evaluation, NotFinite, way_out
 from precision import Precision, wider_range
 from runs.checkpoint import Progress
+from runs.evaluation import Evaluation, NotFinite, way_out
 from utils import RunError, typed
 
 Found = dict[str, Any] | None  # see ampscope.events.second_look

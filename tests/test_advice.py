@@ -18,12 +18,12 @@ from command_line.failures import explain
 from commands import compare as compare_command
 from commands import doctor
 from dataset import Batches
-from evaluate import way_out
 from images.soundness import say_uneven
 from measuring import advice, probe
 from model import _advice, check_input_size
 from option import SAME_TRAINING
 from precision import named_precision
+from runs.evaluation import way_out
 from runs.failures import Failures
 from system.cards import EMULATED, NATIVE
 from system.machine import images_at_once, images_that_fit

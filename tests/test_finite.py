@@ -16,12 +16,13 @@ from command_line.groups import Prediction, take
 from commands.predict import predict_files
 from dataset import Batches
 from distributed import Ranks
-from evaluate import NotFinite, evaluate
+from evaluate import evaluate
 from features.frozen import frozen_outputs
 from features.means import MeanOfViews
 from metrics import UpdateRecord
 from precision import Precision
 from runs.checkpoint import load_checkpoint
+from runs.evaluation import NotFinite
 from transforms import Preprocess
 from utils import RunError
 

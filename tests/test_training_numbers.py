@@ -20,11 +20,11 @@ from trainings import BF16, CPU, FP16, FP32, finish
 import commands.train
 from dataset import Batches
 from distributed import Ranks
-from evaluate import Evaluation
 from metrics import UnusedParameters, best_epochs
 from model import update_ema
 from optimizer import make_optimizer, make_scheduler
 from runs.checkpoint import Progress, load_checkpoint
+from runs.evaluation import Evaluation
 from transforms import Preprocess
 from utils import RunError, Stopped
 

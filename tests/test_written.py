@@ -21,11 +21,12 @@ from torch import nn
 import main
 from choices import METRICS
 from dataset import Batches
-from evaluate import Evaluation, evaluate
+from evaluate import evaluate
 from images.split import read_split
 from metrics import require_figure
 from precision import Precision
 from reports import audit, results
+from runs.evaluation import Evaluation
 from runs.result import cells_of, check_result, confusion_cells, confusion_entry, read_result
 from runs.scores import areas, fitted_temperature, probabilities
 from runs.writing import class_columns, classes_of

@@ -7,8 +7,8 @@ from test_finite import call, strict
 from test_written import rows_of
 
 import main
-from evaluate import Evaluation
 from reports import pictures, results
+from runs.evaluation import Evaluation
 
 
 def test_the_picture_of_many_classes_shows_the_most_frequent_confusions(tmp_path, drawn, monkeypatch):
