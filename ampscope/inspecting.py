@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ampscope import payoff
+from ampscope.content import product_record, subject_record
 from ampscope.errors import InspectError
-from ampscope.execution import Execution
 from ampscope.findings import Finding, by_place
 from ampscope.memory import memory_ledger
-from ampscope.model_rules import WHY, failure, model_findings, nonfinite, range_findings, wide_products
+from ampscope.model_rules import failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.places import Place, count_as_users
 from ampscope.precisions import Precision, named_precision, sensible_precisions
 from ampscope.ranges import measure_ranges
@@ -304,6 +304,7 @@ class Inspection:
         self, written: Trace, ranges: Any, memory: list, pay: dict[str, Any] | None, ran: list[str]
     ) -> dict[str, Any]:
         subject = self.subject
+        form = "whole step" if written.execution.full else "step" if subject.step else "loss"
         kinds = {name: type(module).__name__ if name else "" for name, module in subject.named_modules()}
         dtypes = {name: self.traces[name].records(kinds) for name in ran}
         casts = {}
@@ -319,7 +320,7 @@ class Inspection:
             "schema": 1,
             "torch": torch.__version__,
             "device": str(subject.device),
-            "subject": self._subject_record(written.execution),
+            "subject": subject_record(subject, written.execution, form, self.written_types),
             "precisions": {name: self._precision_record(name) for name in self.precisions},
             "dtypes": dtypes,
             "casts": casts,
@@ -329,23 +330,6 @@ class Inspection:
             "float32_products": products,
             "synchronisations": written.waits(),
             "payoff": pay,
-        }
-
-    def _subject_record(self, execution: Execution) -> dict[str, Any]:
-        subject = self.subject
-        models: dict[str, dict[str, Any]] = {
-            name: {
-                "class": type(core(model)).__name__,
-                "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            }
-            for name, model in subject.models.items()
-        }
-        return {
-            "name": ", ".join(type(core(model)).__name__ for model in subject.models.values()),
-            "models": models,
-            "form": "whole step" if execution.full else "step" if subject.step else "loss",
-            "own_autocast": sorted(dtype_name(dtype) for dtype in self.written_types),
-            "own_scaler": any(event.kind.startswith("scaler.") for event in execution.events),
         }
 
     def _precision_record(self, name: str) -> dict[str, Any]:
@@ -383,17 +367,6 @@ def _in_words(trace: Trace) -> str:
     text = " ".join(str(trace.error).split())[:300]
     where = f" ({trace.error_place})" if trace.error_place else ""
     return f"{type(trace.error).__name__}: {text}{where}"
-
-
-def product_record(row: dict[str, Any]) -> dict[str, Any]:
-    place = row["place"]
-    record = {key: value for key, value in row.items() if key not in ("place", "written_cast")}
-    return record | {
-        "why": WHY[row["reason"]],
-        "where": str(place) if place else None,
-        "file": place.file if place else None,
-        "line": place.line if place else None,
-    }
 
 
 __all__ = ["Inspection", "inspect_step"]

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ampscope import payoff
+from ampscope.content import product_record, subject_record
 from ampscope.execution import Event
 from ampscope.findings import Finding, by_place
-from ampscope.inspecting import product_record
 from ampscope.model_rules import failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
@@ -93,7 +93,7 @@ def script_report(seen: ScriptTrace, program: str, pay: dict[str, Any] | None) -
             "words": _words(seen, trace, subject),
             "payoff": pay,
         },
-        "subject": _subject_record(trace, subject),
+        "subject": subject_record(subject, trace.execution, "script", _amp(trace)),
         "precisions": {
             NAME: {
                 "label": "As it is written",
@@ -208,20 +208,6 @@ def _words(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[str]
             )
         )
     return words
-
-
-def _subject_record(trace: Trace, subject: ScriptSubject) -> dict[str, Any]:
-    models: dict[str, dict[str, Any]] = {
-        name: {"class": type(core(model)).__name__, "parameters": sum(p.numel() for p in model.parameters())}
-        for name, model in subject.models.items()
-    }
-    return {
-        "name": ", ".join(entry["class"] for entry in models.values()),
-        "models": models,
-        "form": "script",
-        "own_autocast": sorted(dtype_name(dtype) for dtype in _amp(trace)),
-        "own_scaler": any(event.kind.startswith("scaler.") for event in trace.execution.events),
-    }
 
 
 def nothing_traced(updates: Updates, number: int) -> str:
