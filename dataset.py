@@ -297,7 +297,7 @@ class Batches:
 
     def _sent(self, numbers: torch.Tensor) -> torch.Tensor:
         """Copy numbers to the device without waiting for it."""
-        cuda = self.device.type == "cuda"  # on MPS such a copy may read what has been freed by then
+        cuda = self.device.type == "cuda"  # on MPS such a copy may read memory that was freed meanwhile
         return (numbers.pin_memory() if cuda else numbers).to(self.device, non_blocking=cuda)
 
     def _random_steps(self, stage: str) -> list[str]:

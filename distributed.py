@@ -1,4 +1,4 @@
-"""This process among the processes of one torchrun job, and what they share; they meet in system/meeting.py."""
+"""Describe this process among the processes of one torchrun job, and share values; system/meeting.py joins them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Ranks:
 
     @classmethod
     def from_environment(cls) -> Ranks:
-        """Read what torchrun sets: RANK, LOCAL_RANK and WORLD_SIZE. Raise UserError if they make no sense."""
+        """Read RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets. Raise UserError if they contradict each other."""
         size = _from_environment("WORLD_SIZE", 1)
         if size <= 1:  # ignore a RANK that an earlier job left in the environment
             return cls()

@@ -1,4 +1,4 @@
-"""The command line: parse, dispatch, train, say in words what went wrong, close.
+"""Run the command line: parse, dispatch, train, explain failures, close.
 
 Below this file every function takes typed groups of options, or plain keywords. torch is imported by the command that
 needs it, so that `--help` and wrong options answer at once.

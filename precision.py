@@ -77,7 +77,7 @@ def choose_precision(
 
 
 def _refuse_impossible(device: torch.device, card: Card, *, amp: bool, amp_dtype: str, tf32: bool) -> None:
-    """Raise UserError, which says what to do instead, if the device cannot do this."""
+    """Raise UserError, with the remedy, if the device cannot compute in this precision."""
     if tf32 and device.type != "cuda":
         raise UserError("--tf32 is a mode of NVIDIA's Tensor Cores: it needs --device cuda.")
     if device.type != "cuda":

@@ -1,1 +1,1 @@
-"""The command line: what may be typed for an option, and how words become options."""
+"""Turn the arguments of a command line into options: the values that each accepts, and their groups."""

@@ -1,4 +1,4 @@
-"""A failure in words: the exit status, the reason, and what to do. Imports no torch.
+"""Explain a failure: its exit status, the reason and the remedy. Imports no torch.
 
 Knows every command by its name alone, and the values of its options.
 """
@@ -59,12 +59,12 @@ def explain(error: BaseException, command: str, options: Values) -> tuple[int, s
 
 
 def _of_other_processes(error: BaseException) -> str:
-    """Return what an error says of the other processes of a job; "" if there are none or it says nothing of them."""
+    """Return the meaning of an error for the processes of a job; "" if there is one process, or no such meaning."""
     return (meeting.in_words(error) or "") if (os.environ.get("WORLD_SIZE") or "1") != "1" else ""
 
 
 def _kept(command: str) -> str:
-    """Return the end of a sentence that says how to go on from what was saved."""
+    """Return the end of a sentence: how to go on from the last checkpoint."""
     if command == "train":
         return "; what was saved before can go on with --resume"
     if command in ("compare", "audit"):

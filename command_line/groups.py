@@ -132,7 +132,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Recording:
-    """What is written during a training, and when it stops."""
+    """The files that a training writes, and the time when it stops."""
 
     log_interval: int
     watch: int | None

@@ -1,4 +1,4 @@
-"""What an option is: its kind (how its text is read), its default, its help and its role.
+"""Define the kinds of options: how a value is read and checked, and the roles that options have.
 
 The options themselves stand in option.py. Imports no torch.
 """
@@ -20,12 +20,12 @@ from utils import UserError
 
 # The role of an option says where its value may differ: on resuming, within a comparison, between repeats.
 CALL = "call"  # about this call alone: no other run takes it from a config
-HANDLING = "handling"  # how the work is done, not what is computed: may differ anywhere
+HANDLING = "handling"  # how the work is done, without an effect on results: may differ anywhere
 PLACE = "place"  # where: may differ when a run is resumed, and within a comparison
-START = "start"  # what counts at the start of a run alone: may differ when it is resumed
-PRECISION = "precision"  # what a comparison varies
-REPEAT = "repeat"  # what repeats of one training vary
-RESULT = "result"  # changes what is computed
+START = "start"  # counts only at the start of a run: may differ when it is resumed
+PRECISION = "precision"  # differs between the rows of a comparison
+REPEAT = "repeat"  # differs between repeats of one training
+RESULT = "result"  # changes the results
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ FACTOR = number("FACTOR", float, lambda value: 0 < value <= 1, "greater than 0 a
 ALPHA = number(
     "ALPHA",
     float,
-    lambda value: value == 0 or 0.001 <= value <= 1000,  # what float32 can draw with
+    lambda value: value == 0 or 0.001 <= value <= 1000,  # float32 cannot draw with others
     "0 (off) or between 0.001 and 1000",
 )
 EVERY = {"metavar": "10m|500u", "type": checkpoint_every}

@@ -60,7 +60,7 @@ def parse(argv: Sequence[str], *, is_cuda: Callable[[str], bool] = lambda device
 
     `is_cuda` answers, for the sizes of --demo, if the device of that name is a CUDA device.
     """
-    end = argv.index("--") if "--" in argv else len(argv)  # what follows are files, whatever they look like
+    end = argv.index("--") if "--" in argv else len(argv)  # all arguments behind it are files
     words = [*map(_with_underscores, argv[:end]), *argv[end:]]
     command = words.pop(0) if words and not words[0].startswith("-") else "train"
     if command not in COMMANDS:

@@ -1,1 +1,1 @@
-"""One file a command: what `python main.py COMMAND` does."""
+"""One file for each command of `python main.py`."""

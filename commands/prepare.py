@@ -89,7 +89,7 @@ def extract_archive(archive: Path, data_dir: Path, *, encoding: str | None = Non
 
 
 def _say_what_is_there(data_dir: Path) -> None:
-    """Say how many images were put in place, and what a training would make of them."""
+    """Log how many images were put in place, and the parts and classes that a training would find."""
     log.info(f"{amount(sum(1 for _ in find_images(data_dir)), 'image is', 'images are')} in {printable(data_dir)}")
     try:
         found = list_images(data_dir)
@@ -127,12 +127,12 @@ def download_from_kaggle(data_dir: Path) -> None:
 
 
 def _unwanted(folder: str, names: list[str]) -> list[str]:
-    """Return the names that are not copied: links, and what a desktop left behind."""
+    """Return the names that are not copied: links, and files that a desktop left behind."""
     return [name for name in names if not is_wanted(name) or os.path.islink(os.path.join(folder, name))]
 
 
 def _download_error(error: Exception, data_dir: Path) -> Exception:
-    """Return the error that says what a failed download means: an account, a network, a disk, or Kaggle itself."""
+    """Return the error for a failed download: an account, the network, the disk, or Kaggle itself."""
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "error_code", None)
     names = {kind.__name__ for kind in type(error).__mro__}
     reason = (printable(error) or type(error).__name__)[:300]

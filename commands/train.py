@@ -1,6 +1,6 @@
 """Do the steps of a training, in the order of main.train: announce, open, begin, report, finish, show.
 
-Each is short and takes what was built before it. Knows nothing of how a training computes.
+Each is short and takes the objects that the steps before it made. Knows nothing of how a training computes.
 """
 
 from __future__ import annotations

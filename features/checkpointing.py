@@ -22,10 +22,10 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Checkpointed:
-    """What `checkpoint_blocks` puts in front of a block's class."""
+    """A class that `checkpoint_blocks` puts in front of a block's own."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Compute the block without keeping what is inside it."""
+        """Compute the block without keeping its inner activations."""
         forward = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)

@@ -1,4 +1,4 @@
-"""Check a data set for `prepare --check`: read every image, and report what a training would find."""
+"""Check a data set for `prepare --check`: read every image, and report its parts, classes and faults."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def look(path: Path, rules: Rules) -> Look:
 def check(
     data_dir: str | Path, *, labels: str | None = None, rules: Rules | None = None, own_window: bool = True
 ) -> dict[str, Any]:
-    """Read every image of a data set, and report what a training would find.
+    """Read every image of a data set, and report its parts, classes and faults.
 
     Return `classes`, `counts` {split: {class: images}}, `balance` {split: largest class / smallest, None if that is
     empty}, `sizes` and `modes` {name: images}, `passed_over` {suffix: files}, `notes` (sentences), `windows` of deep

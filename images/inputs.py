@@ -65,7 +65,7 @@ def _lines_of(file: Any) -> Iterator[str]:
 def _of_lines(lines: Iterable[str], beside: Path, passed_over: Counter[str], *, seek: bool = False) -> Iterator[Item]:
     """Yield the files that lines name, taken from the working folder or from `beside`.
 
-    With `seek`, find what is in neither as a table's cells are found: an id without suffix, or the end of a path that
+    With `seek`, find other names as in a table: an id without suffix, or the end of a path that
     another machine wrote.
     """
     index = None

@@ -114,7 +114,7 @@ def plain(name: str) -> str:
 
 @dataclass
 class _Columns:
-    """The positions of a table's columns; `yes` holds what a yes means in columns of yes and no."""
+    """The positions of a table's columns; `yes` holds the meaning of a yes in columns of yes and no."""
 
     image: int
     label: list[int]

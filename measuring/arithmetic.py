@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-BOUND = 6.0  # times the type's eps: what rounding alone reaches stays well below it
+BOUND = 6.0  # times the type's eps: rounding alone stays well below it
 SLOW = 4.0  # times as long as in float32: the kernel is probably a reference implementation
 NOT_THERE = ("not implemented", "not supported", "NOT_SUPPORTED")
 LARGE_ENOUGH = 2e-4  # seconds in float32 from which times are compared

@@ -19,7 +19,7 @@ _OLD_NAME = re.compile(r"(.*)_(orig|mask|g|v|u)")
 
 
 def with_computed(state: State) -> tuple[State, str]:
-    """Return `state` with each such weight computed in place of its parts, and a text that says what was computed."""
+    """Return `state` with each such weight computed in place of its parts, and a sentence about them."""
     found: dict[str, State] = collections.defaultdict(dict)
     names: dict[str, str] = {}
     for name, tensor in state.items():

@@ -234,8 +234,8 @@ def load_weights(
 ) -> list[str]:
     """Load `state` into `model`; entries of the `head` that it lacks, or has for other classes, stay initialised.
 
-    `new_head` is the reason to leave all of the head initialised although it would fit. Return notes on what was left.
-    Raise UserError with the names of any other entries that are missing, unknown, of another shape, or not finite.
+    `new_head` is the reason to leave all of the head initialised although it would fit. Return notes on entries that
+    were left. Raise UserError with the names of others that are missing, unknown, of another shape, or not finite.
     """
     own = model.state_dict()
     versions = getattr(state, "_metadata", None) or getattr(own, "_metadata", None)

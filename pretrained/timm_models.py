@@ -167,5 +167,5 @@ def with_todays_names(state: Any, model: nn.Module) -> Any:
         return state
     try:
         return filter_(dict(state), model)
-    except Exception:  # filters assume weights of their own family: `load_weights` reports what does not fit
+    except Exception:  # filters assume weights of their own family: `load_weights` reports the entries that do not fit
         return state

@@ -12,7 +12,7 @@ LONGEST = 40  # columns of a label in pictures
 
 
 def short_labels(comparison: dict[str, Any]) -> list[str]:
-    """Return what tells the rows apart, one for each: without the model's name if all have the same model.
+    """Return a name for each row that tells it from the others: without the model if all have the same.
 
     A name that is too long loses its middle, so that the precision stays.
     """
@@ -106,7 +106,7 @@ def _accuracy(row: dict[str, Any], base: dict[str, Any], level: float) -> tuple[
 
 
 def advice(comparison: dict[str, Any]) -> str:
-    """Return one sentence that says what to do."""
+    """Return one sentence of advice."""
     found = best_row(comparison)
     if not found:
         return "Finish an FP32 run and another precision: then they can be compared."

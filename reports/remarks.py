@@ -58,7 +58,7 @@ def _training_memory(rows: list[dict[str, Any]]) -> list[str]:
     if not taken:
         return []
     return [
-        f"Of the memory, the training itself (peak less what stood before the first update) took {', '.join(taken)}."
+        f"Of the memory, the training itself (peak less the memory before the first update) took {', '.join(taken)}."
     ]
 
 

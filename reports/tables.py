@@ -275,7 +275,7 @@ def conditions(comparison: dict[str, Any]) -> list[str]:
         rate += " (if the frozen network is computed once: of all epochs, with the time that this takes)"
     lines.append(
         f"Images/s is {rate}; speed-up compares it, and the memory ratio peak memory, with FP32, seed by seed. "
-        "Training memory is the peak less what stood before the first update."
+        "Training memory is the peak less the memory before the first update."
     )
     lines += [*spread_over_seeds(comparison), *comparison["remarks"]]
     lines += [

@@ -50,7 +50,7 @@ def versions(model_name: str) -> dict[str, str]:
 
 
 def record(setup: Setup, data: DataSet, *, model_options: dict[str, Any], settled: dict[str, Any]) -> dict[str, Any]:
-    """Return what config.json records: every option, versions, device and data.
+    """Return the content of config.json: every option, versions, device and data.
 
     `settled` are the values of options that were left open, such as a batch size that was chosen.
     """

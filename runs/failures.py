@@ -19,7 +19,7 @@ Found = dict[str, Any] | None  # see ampscope.events.second_look
 
 
 class Diagnosed(RunError):
-    """A failure of a training, with what a second look at it `found`, for failure.json."""
+    """A failure of a training; `found` is the result of a second look at it, for failure.json."""
 
     def __init__(self, text: str, found: Found):
         super().__init__(text)
@@ -99,7 +99,7 @@ class Failures:
 
 
 def _looked(found: Found) -> str:
-    """Return what a second look found, and what to do, as a line of its own; "" if it found nothing."""
+    """Return the result of a second look and the remedy as a line of its own; "" if it found nothing."""
     if not found or not found["text"]:
         return ""
     ways = found["cures"][:2]

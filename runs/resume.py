@@ -25,7 +25,6 @@ _PRECISION = named(PRECISION)
 WRITTEN = (  # written by a run; the files that make it look finished come first
     "result.json",
     "failure.json",
-    "logs.json",
     "last.pt",
     "best_model.pt",
     "best_model.safetensors",

@@ -78,7 +78,7 @@ class SecondLook:
                 model.zero_grad(set_to_none=True)
                 found = second_look({name: model}, call, good=good)
                 return found if found["text"] else None
-        except Exception as error:  # a diagnosis must not hide what it is about
+        except Exception as error:  # a diagnosis must not hide the failure
             return {"text": f"it could not be repeated ({type(error).__name__})", "cures": []}
         finally:
             with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Read what this process may use: cores, memory, shared memory, open files; name the device; read the peak memory.
+"""Read the limits of this process: cores, memory, open files, threads; name the device; read the peak memory.
 
 A container or a cluster's job often gets a share of a machine. The smallest limit counts: the machine's, that of the
 control groups (version 2), or that of the process. Imports torch only for CUDA.
