@@ -381,6 +381,9 @@ OPTIONS = {
         "checkpoint": Option(ONE_FILE, None, "checkpoint to export (default: best_model.pt of the run)", CALL),
         "out": Option(FILE, None, "file to write (default: model.onnx in the run's folder)", CALL),
         "safetensors": Option(FLAG, False, "write the weights as best_model.safetensors instead of ONNX", CALL),
+        "float16": Option(
+            FLAG, False, "let the network compute in float16: half the file (default name: model_float16.onnx)", CALL
+        ),
     },
 }
 _TRAINING = ("run", "data", "model", "device and precision", "training", "recording and resuming")

@@ -257,6 +257,7 @@ class Export:
 
     out: str | None
     safetensors: bool
+    float16: bool
 
 
 @dataclass(frozen=True)

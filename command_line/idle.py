@@ -112,7 +112,7 @@ BESIDE: tuple[tuple[str, str, str, Callable[[Values], Any]], ...] = (  # command
         "the checkpoint says its model and weights",
         lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
     ),
-    ("export", "tta", "--safetensors writes weights", _given("safetensors")),
+    ("export", "tta float16", "--safetensors writes weights", _given("safetensors")),
 )
 # Each of these options chooses what the command does: all options but the named ones then do nothing.
 MODES = {

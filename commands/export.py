@@ -7,6 +7,7 @@ that reads images. Knows nothing of options.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 import textwrap
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
 
 # The largest differences that are allowed between the exported graph and `predict`.
 PIXELS = 2  # of 255: ONNX Runtime resizes in float32, `predict` in fixed point
-LOGITS = 1e-4  # as a share of the largest logit; eleven architectures stay below 5e-6
-PROBABILITIES = 1e-3
+# Logits as a share of the largest; eleven architectures stay below 5e-6 in float32.
+IN_FLOAT32 = {"logits": 1e-4, "probabilities": 1e-3}
+IN_FLOAT16 = {"logits": 0.02, "probabilities": 0.02}
 
 
 def export(asked: Asked, ranks: Ranks, own: Export) -> None:
@@ -50,9 +52,9 @@ def export(asked: Asked, ranks: Ranks, own: Export) -> None:
     if own.safetensors:
         write_safetensors(checkpoint, Path(own.out or source.with_name("best_model.safetensors")))
     else:
-        file = Path(own.out or source.with_name("model.onnx"))
-        images = images_of_test(checkpoint, source.parent)
-        print(export_onnx(trained_model(setup, checkpoint), checkpoint, file, images))
+        file = Path(own.out or source.with_name("model_float16.onnx" if own.float16 else "model.onnx"))
+        images = images_of_test(checkpoint, source.parent, 200 if own.float16 else 8)
+        print(export_onnx(trained_model(setup, checkpoint), checkpoint, file, images, float16=own.float16))
 
 
 def images_of_test(checkpoint: dict[str, Any], folder: Path, most: int = 8) -> list[np.ndarray]:
@@ -92,9 +94,10 @@ class FromPixels(nn.Module):
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, model: nn.Module, checkpoint: dict[str, Any]):
+    def __init__(self, model: nn.Module, checkpoint: dict[str, Any], dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.model = model
+        self.model = model.to(dtype)
+        self.dtype = dtype  # of the network; images and probabilities are float32
         self.size = (checkpoint["image_size"], checkpoint["image_size"])
         self.interpolation = checkpoint["interpolation"]
         self.resize = checkpoint.get("resize") or "squash"
@@ -106,16 +109,24 @@ class FromPixels(nn.Module):
         """Return the probabilities, or if `with_parts` is set (probabilities, logits, resized pixels)."""
         square = squared(images.permute(0, 3, 1, 2), self.resize)
         pixels = resize(square.float(), self.size, self.interpolation)
-        logits = self.model((pixels - self.mean) / self.std)
+        logits = self.model(((pixels - self.mean) / self.std).to(self.dtype)).float()
         probabilities = logits.softmax(1)
         return (probabilities, logits, pixels) if self.with_parts else probabilities
 
 
-def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images: Sequence[np.ndarray] = ()) -> str:
+def export_onnx(
+    model: nn.Module,
+    checkpoint: dict[str, Any],
+    file: Path,
+    images: Sequence[np.ndarray] = (),
+    *,
+    float16: bool = False,
+) -> str:
     """Write `file`, checked with ONNX Runtime against `predict`; return the message for the user.
 
-    The check takes drawn pictures of several sizes, and `images` uint8 (height, width, 3). Raise UserError if packages
-    are missing, RunError if the model cannot be exported, or if the two differ by more than is allowed.
+    With `float16` the network computes in float16, but the one that it is compared with in float32. The check takes
+    drawn pictures of several sizes, and `images` uint8 (height, width, 3). Raise UserError if packages are missing,
+    RunError if the model cannot be exported, or if the two differ by more than is allowed.
     """
     try:
         import onnx
@@ -124,22 +135,27 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images
     except ImportError as error:
         raise UserError(f"export needs {error.name}: pip install onnx onnxruntime onnxscript") from None
     network = FromPixels(model.float().cpu().eval(), checkpoint).eval()
+    written = FromPixels(copy.deepcopy(network.model), checkpoint, torch.float16).eval() if float16 else network
     name = printable(checkpoint["model_name"])
     try:
-        proto = _converted(network)
+        proto = _converted(written)
         tta = model.tta if isinstance(model, MeanOfViews) else "none"
-        facts = {**metadata(checkpoint), "tta": tta, "input": "RGB uint8, (count, height, width, 3), any size"}
+        facts = {**metadata(checkpoint), "tta": tta, "computes_in": "float16" if float16 else "float32"}
+        facts |= {"input": "RGB uint8, (count, height, width, 3), any size"}
         onnx.helper.set_model_props(proto, facts)
         onnx.checker.check_model(proto)
+        onnxruntime.set_default_logger_severity(3)  # it warns of operators that it computes in float32
         session = onnxruntime.InferenceSession(proto.SerializeToString())
         preprocess = as_predict(checkpoint)
-        batches = [*drawn_pictures(checkpoint["image_size"]), *(image[None] for image in images)]
-        found = np.max([differences(session, network, preprocess, batch) for batch in batches], 0)
+        drawn = [differences(session, network, preprocess, batch) for batch in drawn_pictures(preprocess.image_size)]
+        taken = [differences(session, network, preprocess, image[None]) for image in images]
+        found = np.max([*drawn, *taken], 0)[:3]
+        changed = sum(int(another) for *_, another in taken)
         del proto.graph.output[1:]  # the parts, which only the check needs
     except Exception as error:  # the exporter, the checker and the runtime raise many types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise RunError(f"{name} cannot be exported to ONNX: {printable(reason)}. Nothing was written.") from None
-    allowed = {"pixels": PIXELS, "logits": LOGITS, "probabilities": PROBABILITIES}
+    allowed = {"pixels": PIXELS, **(IN_FLOAT16 if float16 else IN_FLOAT32)}
     for difference, (part, most) in zip(found.tolist(), allowed.items(), strict=True):
         if not difference <= most:
             raise RunError(
@@ -150,8 +166,9 @@ def export_onnx(model: nn.Module, checkpoint: dict[str, Any], file: Path, images
         handle.write(proto.SerializeToString())
     size = file.stat().st_size / 2**20
     real = f" and {len(images)} test images of the run" if images else ""
+    same = f", {changed} of which get another class" if float16 and images else ""
     said = (
-        f"{printable(file)}: {size:.1f} MB; ONNX Runtime and PyTorch agree on drawn pictures{real}: pixels to "
+        f"{printable(file)}: {size:.1f} MB; ONNX Runtime and PyTorch agree on drawn pictures{real}{same}: pixels to "
         f"{found[0]:.0f} of 255, logits to {found[1]:.1e} of the largest, probabilities to {found[2]:.1e}. To use it:"
     )
     return f"{said}\n\n{lines_of_use(file, checkpoint)}"
@@ -204,11 +221,12 @@ def drawn_pictures(side: int) -> Iterator[np.ndarray]:
 
 def differences(
     session: Any, network: FromPixels, preprocess: Preprocess, images: np.ndarray
-) -> tuple[float, float, float]:
+) -> tuple[float, float, float, bool]:
     """Return how far the graph is from `predict` on images uint8 (count, height, width, 3).
 
     The largest differences: of the resized pixels (0 to 255); of the logits for the same pixels, as a share of the
     largest logit, because the probabilities of a model that is sure of itself hide a wrong graph; of probabilities.
+    The last value is True if an image gets another class.
     """
     probabilities, logits, pixels = session.run(["probabilities", "logits", "pixels"], {"images": images})
     squares = np.stack([np.asarray(decode.squared(Image.fromarray(image), network.resize)) for image in images])
@@ -220,6 +238,7 @@ def differences(
         float(np.abs(pixels - resized).max()),
         float(np.abs(logits - wanted.numpy()).max()) / size,
         float(np.abs(probabilities - wanted.softmax(1).numpy()).max()),
+        bool((logits.argmax(1) != wanted.argmax(1).numpy()).any()),
     )
 
 

@@ -94,5 +94,5 @@ def known_runs(folder: str | Path, file: str) -> str:
     """Return a sentence that names the runs in `folder` that have `file`, for errors about a run that is missing."""
     runs = sorted(path.parent.name for path in Path(folder).glob(f"*/{file}"))
     if not runs:
-        return f"No run with a {file} is in {printable(folder)}."
+        return f"No run with a {file} is in {printable(Path(folder).absolute())}."
     return f"Name a run with --checkpoint_name. Runs there: {', '.join(map(printable, runs))}."

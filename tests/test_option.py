@@ -48,7 +48,7 @@ OPTIONS = {
     "--script --strict --open --layers --find_layers",
     "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
     "--clean --labels --window --max_megapixels --json",
-    "export": f"{RUN} --tta --checkpoint --out --safetensors",
+    "export": f"{RUN} --tta --checkpoint --out --safetensors --float16",
 }
 # fmt: off
 SEED_DEFAULTS = {

@@ -1,6 +1,7 @@
 """Export: the printed program gives what `predict` gives, whatever the image; families and batch sizes."""
 
 import json
+import re
 import textwrap
 
 import numpy as np
@@ -130,6 +131,33 @@ def test_views_are_part_of_what_is_exported(views, tmp_path):
     images = np.stack([np.asarray(Image.open(answer["path"]).convert("RGB")) for answer in answers])
     (found,) = session.run(None, {"images": images})
     assert np.abs(found - shares[views]).max() < 1e-5 < np.abs(found - shares["none"]).max()
+
+
+def test_a_network_in_float16_takes_and_gives_what_one_in_float32_does(tmp_path):
+    import onnx
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model = tiny.Classifier(6).eval()
+    images = [np.random.default_rng(seed).integers(0, 256, (40, 30, 3), dtype=np.uint8) for seed in range(6)]
+    asked = checkpoint("tiny_classifier", 36)
+    said = export_onnx(model, asked, tmp_path / "half.onnx", images, float16=True)
+    export_onnx(model, asked, tmp_path / "model.onnx", images)
+    assert re.search(r"6 test images of the run, \d of which get another class", said), said
+    kept = onnx.load(tmp_path / "half.onnx").graph.initializer
+    weights = {each.name: each.data_type for each in kept if "features" in each.name or "fc" in each.name}
+    assert weights and set(weights.values()) == {onnx.TensorProto.FLOAT16}
+    found = [
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"images": np.stack(images)})[0]
+        for name in ("half.onnx", "model.onnx")
+    ]
+    assert [answer.dtype for answer in found] == [np.float32] * 2
+    assert 0 < np.abs(found[0] - found[1]).max() < 0.01
+    with torch.no_grad():
+        model.fc.bias[0] = 1e5  # beyond float16
+    with pytest.raises(RunError, match="the logits of ONNX Runtime and PyTorch differ"):
+        export_onnx(model, asked, tmp_path / "wrong.onnx", images, float16=True)
+    assert not (tmp_path / "wrong.onnx").exists()
 
 
 def test_a_changed_graph_is_refused_although_the_model_is_sure_of_itself(tmp_path, monkeypatch):
