@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.carried import Carried
@@ -62,6 +63,7 @@ class Execution:
         self.autocast_on = False
         self.depth = 0  # models that are running, one inside the other
         self.device = subject.device.type
+        self._missing = ""  # gradients of the optimizer that steps
         self._busy = False  # inside the scaler or the tool's own update
         self._modes: Any = contextlib.nullcontext()
 
@@ -130,6 +132,7 @@ class Execution:
         kept += [(autocast, name) for name in ("__init__", "__enter__", "__exit__")]
         kept += [(scaler, name) for name in SCALER_CALLS]
         kept.append((torch.optim.lr_scheduler.LRScheduler, "step"))
+        kept += [(torch.optim.Optimizer, "zero_grad"), (nn.Module, "zero_grad")]
         originals = {(owner, name): getattr(owner, name) for owner, name in kept}
         hooks = self._optimizer_hooks()
         entered = [
@@ -144,6 +147,8 @@ class Execution:
         for (owner, name), original in originals.items():
             if owner is torch.autograd:
                 setattr(owner, name, self._backward(name, original))
+            elif name == "zero_grad":
+                setattr(owner, name, self._clears(original))
             elif name == "step" and owner is not scaler:
                 setattr(owner, name, self._schedule(original))
             elif owner is autocast:
@@ -185,9 +190,10 @@ class Execution:
                 self.full = self.full or not self._busy
                 self.roots += tensors_in(args[:1] or kwargs.get("tensors"))
             self.note(name)
-            scaled = self.carried.is_scaled(args[:1] or kwargs.get("tensors") or kwargs.get("outputs"))
-            parameters: list[Any] = self.subject.parameters()
-            self.carried.clear()
+            event = self.events[-1] if self.events and not self._busy else None
+            scaler = self.carried.scaled_by(args[:1] or kwargs.get("tensors") or kwargs.get("outputs"))
+            parameters: list[Any] = self.subject.stepped_on()
+            self.carried.clear(parameters)
             before = self.carried.versions(parameters)
             phase, self.phase = self.phase, "backward"
             try:
@@ -195,10 +201,10 @@ class Execution:
                     result = original(*args, **kwargs)
             finally:
                 self.phase = "update" if name == "backward" else phase
-            if name == "grad" and scaled and kwargs.get("create_graph"):
+            if name == "grad" and scaler is not None and kwargs.get("create_graph"):
                 self.carried.gradients_made(result)
-            if self.carried.went_back(before, parameters, scaled) and not self._busy:
-                self.events[-1].details["onto_unscaled"] = True
+            if event is not None and self.carried.went_back(before, parameters, event, scaler=scaler):
+                event.details["onto_unscaled"] = True
             return result
 
         return call
@@ -236,8 +242,17 @@ class Execution:
             if not self._busy:
                 self._meet(scaler)
                 optimizer = args[0] if args and name in ("unscale_", "step") else None
-                again = name == "scale" and scaler.is_enabled() and self.carried.is_scaled(args[:1])
-                self.note(f"scaler.{name}", optimizer=id(optimizer), enabled=scaler.is_enabled(), again=again)
+                again = name == "scale" and scaler.is_enabled() and self.carried.scaled_by(args[:1]) is not None
+                details = {
+                    "optimizer": id(optimizer),
+                    "enabled": scaler.is_enabled(),
+                    "again": again,
+                    "scaler": id(scaler),
+                }
+                if optimizer is not None:
+                    details["never_scaled"] = self.carried.never_scaled(optimizer)
+                    details["another"] = self.carried.scaled_by_another(optimizer, scaler)
+                self.note(f"scaler.{name}", **details)
             busy, self._busy = self._busy, name != "scale"
             try:
                 result = original(scaler, *args, **kwargs)
@@ -252,7 +267,7 @@ class Execution:
     def _after_scaler(self, scaler: Any, name: str, args: Any, result: Any) -> None:
         if name == "scale":
             self.scale = scaler.get_scale()
-            self.carried.loss_scaled(result)
+            self.carried.loss_scaled(result, scaler)
         elif name == "unscale_":
             self.carried.unscale(args[0])
         elif name == "update":
@@ -261,10 +276,19 @@ class Execution:
     def _schedule(self, original: Any) -> Any:
         @functools.wraps(original)
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
-            self.note("schedule", optimizer=id(scheduler.optimizer))
+            if sys._getframe(1).f_code.co_name != "_initial_step":  # of a schedule that is being made
+                self.note("schedule", optimizer=id(scheduler.optimizer))
             return original(scheduler, *args, **kwargs)
 
         return step
+
+    def _clears(self, original: Any) -> Any:
+        @functools.wraps(original)
+        def zero_grad(owner: Any, *args: Any, **kwargs: Any) -> Any:
+            self.note("zero_grad")
+            return original(owner, *args, **kwargs)
+
+        return zero_grad
 
     def _meet(self, thing: Any) -> None:
         """Keep the state of an optimizer or scaler that was not handed over, as it is before its first use."""
@@ -286,9 +310,13 @@ class Execution:
             self.note("step", optimizer=id(optimizer), scaled=scaled, again=again)
         elif again and self.events and self.events[-1].kind == "scaler.step":
             self.events[-1].details["again"] = True
+        self._missing = self.carried.missing(optimizer)
         self.phase = "update"
 
-    def _after_step(self, *_: Any) -> None:
+    def _after_step(self, optimizer: Any, *_: Any) -> None:
+        last = self.events[-1] if self.events else None
+        if last is not None and last.kind in ("step", "scaler.step"):
+            last.details["missing"] = self._missing and self.carried.missing(optimizer)
         self.phase = "update"
 
     def put_back(self) -> None:

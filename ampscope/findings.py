@@ -32,6 +32,7 @@ RULES = {
     "gradients-kept": "gradients are never cleared: every update steps on the sum of all before it",
     "schedule-first": "the learning rate's schedule steps before the optimizer",
     "trains-nothing": "the step gives no loss that a gradient could come from",
+    "narrow-loss": "the loss is computed in 16 bits, because autocast has ended before it",
     "vector-loss": "the loss is not one number",
     "no-gradient": "trained parameters get no gradient",
     "evaluation-mode": "layers are trained in evaluation mode",

@@ -6,7 +6,7 @@ gradient are reported, with the operator that made them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ CREATE = (
     "tril",
     "constant_pad",
 )
+PRODUCTS = ("addmm", "mm", "bmm", "baddbmm", "convolution", "linear")
 UNINITIALISED = ("empty", "new_empty", "resize_", "set_")
 ROUND = ("_to_copy", "to", "copy_")
 DANGEROUS = {  # the failure of each operator at the edge of its domain, and the cure
@@ -86,9 +87,9 @@ class Lineage:
         self.reached: list[Origin] = []
         self.vanished: Origin | None = None  # an overflow of float16 that a later operator made finite again
 
-    def expect(self, subject: Subject) -> None:
-        """Record values that are not finite before the step: in the batch and in the weights."""
-        some = [(f"the batch{path}", tensor) for path, tensor in _by_path(subject.batch)]
+    def expect(self, subject: Subject, batch: str = "the batch") -> None:
+        """Record values that are not finite before the step: in the batch, called `batch`, and in the weights."""
+        some = [(f"{batch}{path}", tensor) for path, tensor in _by_path(subject.batch)]
         some += [(name, parameter) for name, parameter in subject.named_parameters()]
         for name, tensor in some:
             kind = _fault(tensor)
@@ -123,6 +124,8 @@ class Lineage:
         intended = kind == "inf" and (bool(known) or op.startswith(CREATE)) and op not in ROUND
         if known and kind == "inf":  # a mask passes through sums and products
             return known[0]
+        if known and known[0].phase == "before" and op.startswith(PRODUCTS):  # no mask goes into a product
+            return replace(known[0], intended=False)
         finite = all(_fault(tensor) is None for tensor in given if tensor.is_floating_point() and tensor is not made)
         if op in ROUND and not finite:
             intended = kind == "inf"
@@ -206,11 +209,16 @@ def is_dangerous(origin: Origin) -> bool:
     return origin.op in ROUND or any(op in origin.op for op in DANGEROUS)
 
 
-def cures(origin: Origin, *, overflow: bool) -> list[str]:
-    """Return the cures, the best first. `overflow`: the same step is finite in float32, so the range is to blame."""
+def cures(origin: Origin, *, overflow: bool | None) -> list[str]:
+    """Return the cures, the best first.
+
+    `overflow`: True if the same step is finite in float32, so that the range is to blame; None if nobody tried.
+    """
     found = [text for op, text in DANGEROUS.items() if op in origin.op and not overflow]
     if origin.phase == "before":
         return ["look at where these values were made"]
+    if any(0 in entry["shape"] for entry in origin.inputs):
+        return ["it has no values to work on: leave an empty selection out"]
     if origin.op in ROUND and origin.output == "float16" and not overflow:
         return ["float16 ends at 65,504: leave this cast to it out, or cast to bfloat16"]
     if overflow and origin.output == "float16" and _divides_by_zero(origin):
@@ -221,6 +229,7 @@ def cures(origin: Origin, *, overflow: bool) -> list[str]:
         found.append("bfloat16, which has float32's range")
     elif overflow:
         found.append("a lower loss scale (GradScaler finds it), or bfloat16, which needs none")
-    if origin.phase == "backward" and not overflow:
+    if origin.phase == "backward" and overflow is False:
         found.append("add an eps in the forward operator: its slope there is not finite in float32 either")
-    return found or ["check the data and the learning rate: float32 has this fault, too"]
+    too = ": float32 has this fault, too" if overflow is False else ", and if float32 has this fault, too"
+    return found or [f"check the data and the learning rate{too}"]

@@ -20,6 +20,7 @@ CASTS = {
     torch.Tensor.bfloat16,
     torch.Tensor.to,
     torch.Tensor.type,
+    torch.Tensor.type_as,
 }
 TO_PYTHON = {torch.Tensor.numpy: "numpy", torch.Tensor.__array__: "numpy", torch.Tensor.tolist: "tolist"}
 
@@ -42,7 +43,7 @@ class Functions(TorchFunctionMode):
             with self:
                 return _backward(*args, **kwargs)
         name = getattr(function, "__name__", str(function))
-        if name in ("__get__", "__set__"):
+        if name in ("__get__", "__set__", "backward"):
             return function(*args, **kwargs)
         enabled = torch.is_autocast_enabled(execution.device)
         if function in TO_PYTHON and address(args[0]) not in self.host:
@@ -54,6 +55,8 @@ class Functions(TorchFunctionMode):
         finally:
             self.quiet.pop()
             place = self.stack.pop()[2]
+        if name == "scaled_dot_product_attention" and place is not None:
+            self.trace.unfused[place] = _unfused(*args, **kwargs)
         if name == "binary_cross_entropy" and enabled and place is not None:
             self.trace.unsafe.setdefault(place, name)
         if name in ("to", "cuda") and isinstance(result, torch.Tensor) and _names_device(name, args, kwargs):
@@ -74,6 +77,20 @@ class Functions(TorchFunctionMode):
     @property
     def current(self) -> tuple[str, bool | None, Place | None]:
         return self.stack[-1] if self.stack else ("", None, None)
+
+
+def _unfused(
+    query: torch.Tensor, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *_: Any, **_more: Any
+) -> list[str]:
+    """Return what keeps a call of PyTorch's attention from its fused kernel on a CPU."""
+    found = []
+    if dropout_p > 0:
+        found.append("dropout")
+    if isinstance(attn_mask, torch.Tensor) and attn_mask.requires_grad:
+        found.append("a mask that is trained")
+    if query.dim() != 4:
+        found.append(f"inputs of {query.dim()} dimensions instead of 4")
+    return found
 
 
 def _on_host(name: str, args: Any, kwargs: dict[str, Any]) -> bool:

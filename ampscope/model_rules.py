@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from typing import Any
@@ -15,17 +16,20 @@ from ampscope.products import ALIGNED, Product
 from ampscope.recipe_rules import level_of
 from ampscope.trace import Trace
 
+CAST_BYTES = 6  # read and written for each value that is cast between 16 and 32 bits
+SMALL = 0.01  # of the bytes that a step casts
 SHARE = 0.05  # of the products' work; less is not worth a finding
 CUSTOM_SHARE = 0.01  # of the time, for operators whose work nobody counts
 UNALIGNED_SHARE = 0.1
 VOCABULARY = 4096  # an outermost size up to here is the data's, above it a choice
 WHY = {
-    "autocast-off": "autocast is off there: torch.autocast(enabled=False), or custom_fwd(cast_inputs=torch.float32)",
+    "autocast-off": "autocast is off there: the line is outside of its block, or under "
+    "torch.autocast(enabled=False) or custom_fwd(cast_inputs=torch.float32)",
     "in-place-product": "autocast casts neither in-place operators nor those with out=",
     "custom-operator": "it is a custom operator without an autocast rule, so it takes what it is given",
     "custom-function": "it runs in a custom autograd function's backward, where autocast is off",
-    "attention-in-float32": "PyTorch's attention has no fused kernel for this call (on CPUs, with dropout), and its "
-    "formula computes 16 bits in float32",
+    "attention-in-float32": "PyTorch's attention has no fused kernel for this call, and its formula computes 16 bits "
+    "in float32",
     "not-on-lists": "it is not on autocast's lists, so it keeps the type of its input",
     "float64": "its inputs are float64, which autocast leaves alone",
     "forward": "its forward ran in float32",
@@ -35,7 +39,7 @@ HELP = {
     "in-place-product": ["the form that returns a new tensor, such as torch.addmm instead of addmm_ or out="],
     "custom-operator": ["torch.library.register_autocast(operator, device, dtype)"],
     "custom-function": ["@torch.amp.custom_fwd(device_type=...) on forward and @torch.amp.custom_bwd(...) on backward"],
-    "attention-in-float32": ["no dropout inside the attention, or another device"],
+    "attention-in-float32": ["the call without that, or another device, whose kernels take other calls"],
     "not-on-lists": ["cast its inputs by hand, if its kernel knows 16 bits"],
     "float64": ["float32 inputs: numpy makes float64 unless told otherwise"],
 }
@@ -107,15 +111,28 @@ def model_findings(trace: Trace, precision: str, device: str) -> list[Finding]:
         message += f" Why: {WHY[row['reason']]}."
         place = row["place"]
         rule = row["reason"]
+        if device == "cpu" and trace.unfused.get(place):
+            message += f" The call has {' and '.join(trace.unfused[place])}, which no kernel of the CPU takes."
         if cast is not None and rule == "autocast-off":
             message += f" Its input was made float32 at {cast}."
-        level = "note" if rule == "attention-in-float32" else level_of(place)
+        level = "note" if rule == "attention-in-float32" or (place is not None and place.via) else level_of(place)
         found.append(Finding(rule, message, HELP[rule], place, row["module"], row["op"], precision, level))
+    return [*found, *_round_trips(trace, precision), *_of_narrow_types(trace, precision), *_sizes(trace, precision)]
+
+
+def _round_trips(trace: Trace, precision: str) -> list[Finding]:
+    """Casts to float32 that autocast undoes; a note if they are a small part of all bytes that are cast."""
+    total = sum(CAST_BYTES * calls * math.prod(key[5][0]) for key, calls in trace.rows.items() if key[5])
+    found = []
     for (place, function), count in trace.round_trips.items():
+        if place in trace.needed:
+            continue
         message = f"float32 is asked for here, and {function} casts straight back to 16 bits ({count} in a step)."
         cure = ["leave the cast out: autocast casts what needs float32 by itself"]
-        found.append(Finding("explicit-float", message, cure, place, None, function, precision, level_of(place)))
-    return [*found, *_of_narrow_types(trace, precision), *_sizes(trace, precision)]
+        small = 2 * trace.round_trip_bytes[place, function] < SMALL * total
+        level = "note" if small else level_of(place)
+        found.append(Finding("explicit-float", message, cure, place, None, function, precision, level))
+    return found
 
 
 def _of_narrow_types(trace: Trace, precision: str) -> list[Finding]:
@@ -177,26 +194,39 @@ def _sizes(trace: Trace, precision: str) -> list[Finding]:
 
 def failure(trace: Trace, precision: str) -> Finding:
     """The finding for a step that raised an error in one precision."""
-    text = " ".join(str(trace.error).split())
+    text = " ".join(str(trace.error).split())[:300]
     help_ = ["mend what the error says"]
     rule = "fails"
     place = trace.error_place
+    op, forward = trace.refused
+    if op and (place is None or place.function != "backward"):
+        text += f" ({op} in the backward pass)"
+        place = forward or place
     lacking = re.search(r"not implemented for '(Half|BFloat16)'", text)
     if lacking and trace.execution.device == "cpu":
-        message = f"{type(trace.error).__name__}: {text[:300]} This kernel lacks on the CPU; a GPU may have it."
+        message = f"{type(trace.error).__name__}: {text} This kernel lacks on the CPU; a GPU may have it."
         cures_ = ["inspect on the device that trains", "float32 for this operator, if it is to run here"]
         return Finding(rule, message, cures_, place, precision=precision, level="note")
-    if "without overflow" in text:
+    if "TorchScript interpreter" in text:
+        help_ = ["the module without torch.jit: TorchScript compiles for the types of the first calls, here of float32"]
+        return Finding(rule, f"{type(trace.error).__name__}: {text}", help_, place, precision=precision, level="note")
+    if "ComplexFloat" in text and "unscale" in text:
+        help_ = ["bfloat16 without a scaler, or two real weights: GradScaler takes no complex gradients"]
+    elif "without overflow" in text:
         help_ = ["a number that the type holds, such as torch.finfo(x.dtype).min"]
     elif "dtype" in text or "type" in text:
         help_ = ["cast explicitly, for example x.to(y.dtype), where types meet"]
+        if op:
+            help_ = ["autocast off for this line, with its inputs as .float()"]
         if place is not None and place.function == "backward":
             rule = "custom-function"
             help_ = HELP[rule]
-    return Finding(rule, f"{type(trace.error).__name__}: {text[:300]}", help_, place, precision=precision)
+    return Finding(rule, f"{type(trace.error).__name__}: {text}", help_, place, precision=precision)
 
 
-def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | None, spoiled: list[str]) -> Finding:
+def nonfinite(
+    origin: Origin, precision: str, *, overflow: bool | None, scale: float | None, spoiled: list[str]
+) -> Finding:
     """Return the finding for the first place that is not finite; `spoiled` are the buffers that the step left so."""
     rule = "nonfinite-backward" if origin.phase == "backward" else "nonfinite-forward"
     if origin.phase == "before":
@@ -211,7 +241,8 @@ def nonfinite(origin: Origin, precision: str, *, overflow: bool, scale: float | 
         )
         if scale is not None and origin.phase == "backward":
             message += f" No loss scale from 65536 down to {scale:g} avoids it."
-    helpful = cures(origin, overflow=overflow)
+    narrow = "16" in origin.output or any("16" in entry["dtype"] for entry in origin.inputs)
+    helpful = cures(origin, overflow=overflow and narrow)
     if spoiled:
         more = f" and {len(spoiled) - 1} more" if len(spoiled) > 1 else ""
         message += f" The step left buffers that are not finite: {spoiled[0]}{more}. Skipping does not undo that."

@@ -20,6 +20,7 @@ from ampscope.by_layer import LayerErrors, error_picture, layer_errors
 from ampscope.errors import InspectError
 from ampscope.files import json_text, replacing
 from ampscope.inspecting import inspect_step
+from ampscope.observed import observed
 from ampscope.places import count_as_users
 from ampscope.report import Report
 from ampscope.text import paragraph, printable
@@ -61,7 +62,8 @@ def made(target: str, device: torch.device | None) -> Iterator[dict[str, Any]]:
     file, name = split_target(target)
     sys.path.insert(0, str(file.parent))
     try:
-        parts = arguments_of(call_make(load(file), name, file))
+        with observed():
+            parts = arguments_of(call_make(load(file), name, file))
         if device is not None:
             move(parts, device)
         yield parts

@@ -30,6 +30,10 @@ WAITS = {
     "masked_select": "masked_select",
     "_unique2": "unique",
 }
+# Of what autocast computes in float32 on a GPU, the operators that losses are made of.
+IN_FLOAT32 = {"exp", "expm1", "log", "log1p", "log2", "log10", "pow", "sum", "prod", "cumsum", "norm", "dist"}
+IN_FLOAT32 |= {"linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax", "reciprocal", "rsqrt", "nll_loss_forward"}
+IN_FLOAT32 |= {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "binary_cross_entropy_with_logits"}
 
 
 class Operators(TorchDispatchMode):
@@ -102,8 +106,13 @@ class Operators(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         on = self.trace.execution.autocast_on and phase != "backward" and is_custom(operator)
         started = self._clock()
-        with _autocast_inside(self.device) if on else contextlib.nullcontext():
-            result = operator(*args, **kwargs)
+        try:
+            with _autocast_inside(self.device) if on else contextlib.nullcontext():
+                result = operator(*args, **kwargs)
+        except Exception:
+            if phase == "backward":
+                self.trace.refused = _name(operator), place
+            raise
         seconds = self._clock() - started
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         op = _name(operator)
@@ -119,6 +128,8 @@ class Operators(TorchDispatchMode):
             stored = given[0].values() if given[0].is_nested else given[0]
             cast = (tuple(stored.shape), _strides(stored))
             self._round_trip(given[0], made[0], phase)
+        elif not operator.is_view:
+            self._in_loss(op, phase, place, given, made)
         key = (phase, module, op, inputs, output, cast, operator.is_view)
         self.trace.rows[key] += 1
         self.trace.seconds[key] += seconds
@@ -202,6 +213,21 @@ class Operators(TorchDispatchMode):
         function = self.functions.current[0]
         if known and phase != "backward" and made.dtype in AMP_TYPES and function not in ("to", "half", "bfloat16"):
             self.trace.round_trips[known[0], function] += 1
+            self.trace.round_trip_bytes[known[0], function] += given.nbytes + made.nbytes
+
+    def _in_loss(
+        self, op: str, phase: str, place: Place | None, given: list[torch.Tensor], made: list[torch.Tensor]
+    ) -> None:
+        """Note what tells if a cast is needed, and if a loss is computed in 16 bits."""
+        if phase == "backward":
+            self.trace.went_back.add(place)
+            return
+        cast = self._written_cast(given)
+        if cast is not None and op != "detach":
+            self.trace.needed.add(cast)
+        outside = phase == "loss" and not self.trace.execution.autocast_on
+        if outside and place is not None and op in IN_FLOAT32 and given and made and made[0].dtype in AMP_TYPES:
+            self.trace.narrow.setdefault(place, (op, dtype_name(made[0].dtype)))
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import sysconfig
+import tokenize
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,12 +105,27 @@ def users_sources() -> list[tuple[str, int, list[str]]]:
 
 
 def line_with(pattern: str, sources: list[tuple[str, int, list[str]]]) -> Place | None:
-    """Return the first line of code in these sources that matches the pattern."""
+    """Return the first line of code in these sources that matches the pattern; text and comments are no code."""
     for file, start, lines in sources:
-        for number, line in enumerate(lines, start):
-            if re.search(pattern, line.partition("#")[0]):
+        for number, line in enumerate(_code_alone(lines), start):
+            if re.search(pattern, line):
                 return Place(file, number, "", "user")
     return None
+
+
+def _code_alone(lines: list[str]) -> list[str]:
+    """Return the lines without their comments and the text in quotes."""
+    code = [*lines]
+    with contextlib.suppress(tokenize.TokenError, IndentationError):
+        for token in tokenize.generate_tokens(iter(lines).__next__):
+            (first, start), (last, end) = token.start, token.end
+            if token.type == tokenize.COMMENT:
+                code[first - 1] = code[first - 1][:start]
+            elif token.type == tokenize.STRING and first == last:
+                code[first - 1] = code[first - 1][:start] + " " * (end - start) + code[first - 1][end:]
+            elif token.type == tokenize.STRING:
+                code[first - 1 : last] = [lines[first - 1][:start], *[""] * (last - first - 1), lines[last - 1][end:]]
+    return code
 
 
 @functools.cache

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
-from collections import Counter
-
 import torch
 
 from ampscope.execution import Event
 from ampscope.findings import Finding
-from ampscope.functions import AMP_TYPES
-from ampscope.places import Place, kind_of_file, line_with, users_sources
+from ampscope.observed import line_of_type
+from ampscope.places import Place
 from ampscope.subject import Subject
+from ampscope.tensors import dtype_name
 from ampscope.trace import Trace
 from ampscope.training_rules import training_findings
 
+OTHER_TYPES = {torch.float16: "half-weights", torch.bfloat16: "bfloat16-weights", torch.float64: "float64"}
 READS = ("item", "tolist", "cpu", "numpy")
-NARROWING = {  # the likeliest first; a line of autocast's is none
-    torch.float16: (r"\.half\(|\.to\(.*(float16|half)", r"^(?!.*autocast).*torch\.(float16|half)\b"),
-    torch.bfloat16: (r"\.bfloat16\(|\.to\(.*bfloat16", r"^(?!.*autocast).*torch\.bfloat16\b"),
-}
 
 
 def level_of(place: Place | None) -> str:
@@ -33,7 +28,7 @@ def recipe_findings(subject: Subject, trace: Trace) -> list[Finding]:
         *_reads(trace),
         *_weights(subject),
         *_regions(events),
-        *_scaler(events),
+        *_scaler(events, ended=not subject.goes_on and (trace.error is None or trace.first_ended)),
         *_order(events),
         *training_findings(subject, trace),
         *_precision(events, trace, subject),
@@ -67,63 +62,23 @@ def _reads(trace: Trace) -> list[Finding]:
 
 
 def _weights(subject: Subject) -> list[Finding]:
-    counts: Counter = Counter()
-    first: dict[torch.dtype, str] = {}
-    total = 0
-    for name, parameter in subject.named_parameters():
-        if parameter.requires_grad:
-            total += parameter.numel()
-            counts[parameter.dtype] += parameter.numel()
-            first.setdefault(parameter.dtype, name)
+    """Trained weights that are not float32."""
+    trained = [(name, parameter) for name, parameter in subject.named_parameters() if parameter.requires_grad]
+    total = sum(parameter.numel() for _, parameter in trained)
     found = []
-    for dtype in AMP_TYPES:
-        if counts[dtype]:
-            rule = "half-weights" if dtype is torch.float16 else "bfloat16-weights"
-            found.append(
-                Finding(
-                    rule,
-                    f"{counts[dtype]:,} of {total:,} trained weights are {str(dtype).removeprefix('torch.')}, "
-                    f"the first of them {first[dtype]}.",
-                    ["leave the weights float32; autocast makes 16-bit copies of them"],
-                    narrowing_line(subject, dtype),
-                    module=first[dtype].rpartition(".")[0],
-                )
-            )
-    wide = [name for name, parameter in subject.named_parameters() if parameter.dtype is torch.float64]
-    if wide:
-        found.append(
-            Finding(
-                "float64",
-                f"{len(wide)} parameters are float64, the first of them {wide[0]}.",
-                ["model.float()"],
-                module=wide[0].rpartition(".")[0],
-            )
-        )
-    return found
-
-
-def narrowing_line(subject: Subject, dtype: torch.dtype) -> Place | None:
-    """The line of the user's that makes something 16 bits: in the models' classes, else where make() is written."""
-    sources = [*_sources([type(module) for _, module in subject.named_modules()]), *users_sources()]
-    for pattern in NARROWING[dtype]:
-        place = line_with(pattern, sources)
-        if place is not None:
-            return place
-    return None
-
-
-def _sources(classes: list[type]) -> list[tuple[str, int, list[str]]]:
-    """(file, first line, lines) of the classes that are the user's own."""
-    found = {}
-    for kind in classes:
-        try:
-            file = inspect.getfile(kind)
-            if kind not in found and kind_of_file(file) == "user":
-                lines, start = inspect.getsourcelines(kind)
-                found[kind] = (file, start, lines)
-        except (TypeError, OSError):
+    for dtype, rule in OTHER_TYPES.items():
+        some = [(name, parameter) for name, parameter in trained if parameter.dtype is dtype]
+        if not some:
             continue
-    return [*found.values()]
+        first, parameter = some[0]
+        count = sum(parameter.numel() for _, parameter in some)
+        message = f"{count:,} of {total:,} trained weights are {dtype_name(dtype)}, the first of them {first}."
+        cures = ["leave the weights float32; autocast makes 16-bit copies of them"]
+        if rule == "float64":
+            cures = ["float32: numpy makes float64 unless told otherwise; model.float() casts all weights"]
+        place = line_of_type(subject, parameter)
+        found.append(Finding(rule, message, cures, place, module=first.rpartition(".")[0]))
+    return found
 
 
 def _regions(events: list[Event]) -> list[Finding]:
@@ -146,31 +101,41 @@ def _broken(rule: str, event: Event, message: str, *cures: str) -> Finding:
     return Finding(rule, message, [*cures], event.place, level=level_of(event.place))
 
 
-def _scaler(events: list[Event]) -> list[Finding]:
-    """The order of the scaler's calls."""
+def _scaler(events: list[Event], *, ended: bool) -> list[Finding]:
+    """The calls of each scaler; `ended` is True if nothing is missing after the last of them."""
+    for number, event in enumerate(events):
+        event.number = number
+    found = [finding for event in events for finding in _on_scaled_gradients(event)]
+    on = [event for event in events if event.details.get("enabled") and event.kind.startswith("scaler.")]
+    for scaler in dict.fromkeys(event.details["scaler"] for event in on):
+        others = [event for event in events if event.kind == "step"]
+        own = [event for event in on if event.details["scaler"] == scaler]
+        found += _one_scaler(sorted([*own, *others], key=lambda event: event.number))
+        steps = [event for event in own if event.kind == "scaler.step"]
+        # A scaler that was called wrongly refuses the step, so that update() was not reached.
+        if ended and steps and not found and not any(event.kind == "scaler.update" for event in own):
+            message = (
+                "No scaler.update() follows: after an overflow the scale stays, and every later update is skipped."
+            )
+            cure = "scaler.update() once at the end of each update"
+            found.append(_broken("scaler-not-updated", steps[-1], message, cure))
+    return found
+
+
+def _one_scaler(events: list[Event]) -> list[Finding]:
+    """The order of one scaler's calls, and of steps without a scaler."""
     found = []
-    ever_scaled = False
     scaled = False  # since the last update
     around = False  # an optimizer stepped without the scaler since then
     updated: Event | None = None  # the last update since which nothing was scaled
     scaled_at: Event | None = None
     done: dict[tuple[str, int], Event] = {}  # by call and optimizer, since the last update
-    backward = None
-    for number, event in enumerate(events):
-        event.number = number
+    for event in events:
         optimizer = event.details.get("optimizer", 0)
-        if event.kind.startswith("scaler.") and not event.details["enabled"]:
-            continue
-        if event.kind == "scaler.scale":
-            ever_scaled, scaled, updated, scaled_at = True, True, None, event
-        elif event.kind == "backward":
-            backward = event
-        elif event.kind == "scaler.step" and not ever_scaled:
-            message = "scaler.step divides by the scale, but the loss was never multiplied by it."
-            found.append(_broken("loss-not-scaled", backward or event, message, "scaler.scale(loss).backward()"))
-        elif event.kind == "scaler.step" and updated is not None and ("scaler.unscale_", optimizer) not in done:
-            message = "The scale is updated, and forgotten, while gradients still carry it: a step follows."
-            found.append(_broken("update-too-early", updated, message, "scaler.update() once, after the last step"))
+        if event.kind == "step":
+            around = True
+        elif event.kind == "scaler.scale":
+            scaled, updated, scaled_at = True, None, event
         elif event.kind == "scaler.update":
             if scaled and not done and not around:
                 message = "The scale is updated before any optimizer has stepped."
@@ -178,22 +143,31 @@ def _scaler(events: list[Event]) -> list[Finding]:
             else:
                 updated = event
             scaled, around, done = False, False, {}
-        elif event.kind in ("scaler.unscale_", "scaler.step"):
-            earlier = done.get(("scaler.step", optimizer)) or done.get((event.kind, optimizer))
-            if earlier is not None:
-                found.append(_again(event, earlier, scaled_at))
-        around = around or event.kind == "step"
-        if event.kind in ("scaler.unscale_", "scaler.step"):
+        else:
+            found += _on_gradients_of(event, updated, scaled_at, done)
             done[event.kind, optimizer] = event
-        found += _on_scaled_gradients(event)
-    steps = [event for event in events if event.kind == "scaler.step" and event.details["enabled"]]
-    # A scaler that never scaled, or that was called wrongly, refuses the step, so that update() was not reached.
-    if steps and ever_scaled and not found and not any(event.kind == "scaler.update" for event in events):
-        message = "No scaler.update() follows: after an overflow the scale stays, and every later update is skipped."
-        found.append(
-            _broken("scaler-not-updated", steps[-1], message, "scaler.update() once at the end of each update")
-        )
     return found
+
+
+def _on_gradients_of(
+    event: Event, updated: Event | None, scaled_at: Event | None, done: dict[tuple[str, int], Event]
+) -> list[Finding]:
+    """What is wrong with a call of unscale_ or step for one optimizer."""
+    optimizer = event.details["optimizer"]
+    if event.details["another"]:
+        message = "These gradients carry the scale of another GradScaler than the one that divides by its own here."
+        return [_broken("loss-not-scaled", event, message, "one scaler for all losses and optimizers")]
+    if event.details["never_scaled"] is not None:
+        message = "The scaler divides these gradients by the scale, but their loss was never multiplied by it."
+        place = event.details["never_scaled"]
+        return [_broken("loss-not-scaled", place, message, "scaler.scale(loss).backward()")]
+    earlier = done.get(("scaler.step", optimizer)) or done.get((event.kind, optimizer))
+    if earlier is not None:
+        return [_again(event, earlier, scaled_at)]
+    if event.kind == "scaler.step" and updated is not None and ("scaler.unscale_", optimizer) not in done:
+        message = "The scale is updated, and forgotten, while gradients still carry it: a step follows."
+        return [_broken("update-too-early", updated, message, "scaler.update() once, after the last step")]
+    return []
 
 
 def _again(event: Event, earlier: Event, scaled_at: Event | None) -> Finding:
@@ -235,8 +209,8 @@ def _on_scaled_gradients(event: Event) -> list[Finding]:
 
 
 def _order(events: list[Event]) -> list[Finding]:
-    """Gradients that are never cleared, and schedules that step before their optimizer."""
-    found = []
+    """Gradients that are never cleared, or too early, and schedules that step before their optimizer."""
+    found = _without_gradients(events)
     scheduled: dict[int, Event] = {}
     backward: Event | None = None
     for event in events:
@@ -258,6 +232,24 @@ def _order(events: list[Event]) -> list[Finding]:
     return found
 
 
+def _without_gradients(events: list[Event]) -> list[Finding]:
+    """Steps of an update in which no optimizer has a gradient."""
+    steps = [event for event in events if event.kind in ("step", "scaler.step") and "missing" in event.details]
+    backward = [event for event in events if event.kind == "backward"]
+    if not steps or not backward or not all(event.details["missing"] for event in steps):
+        return []
+    between = events[events.index(backward[-1]) : events.index(steps[0])]
+    cleared = [event for event in between if event.kind == "zero_grad"]
+    if cleared:
+        message = "The gradients are cleared between backward and the optimizer's step, so that nothing is trained."
+        return [_broken("trains-nothing", cleared[0], message, "zero_grad before backward, or after the step")]
+    if any(event.details["missing"] == "zero" for event in steps):  # they may be too small for their type
+        return []
+    message = "The optimizer steps, but no gradient of this backward pass reached its parameters."
+    cures = ["let the loss depend on them, without detach, item or no_grad", "hand these parameters to the optimizer"]
+    return [_broken("trains-nothing", backward[-1], message, *cures)]
+
+
 def _precision(events: list[Event], trace: Trace, subject: Subject) -> list[Finding]:
     """What autocast and scaler are together, as written."""
     regions = [event for event in events if event.kind == "autocast" and event.details["enabled"]]
@@ -267,6 +259,11 @@ def _precision(events: list[Event], trace: Trace, subject: Subject) -> list[Find
     region = regions[0]
     dtypes = {event.details["dtype"] for event in regions}
     found = []
+    for at, (op, dtype) in trace.narrow.items():
+        if at in trace.went_back:
+            message = f"{op} computes in {dtype} here, outside autocast, which would compute it in float32."
+            cures = ["let the autocast block hold the loss, too", "outputs.float() before the loss"]
+            found.append(Finding("narrow-loss", message, cures, at, op=op, level=level_of(at)))
     if scales and dtypes == {torch.bfloat16}:
         cures = ["leave the scaler out, or GradScaler(enabled=False)"]
         message = "bfloat16 has float32's range: the scaler only costs time and skips updates."

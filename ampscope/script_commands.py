@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ampscope.observed import observed
 from ampscope.running import Ended, Outcome, Program, show_traceback
 from ampscope.script_report import ScriptReport, nothing_traced, script_report, uses_amp
 from ampscope.script_trace import ScriptTrace
@@ -120,7 +121,7 @@ def trace(
     With `finished` the program goes on to its end; the function is called as soon as the update was seen.
     """
     seen = ScriptTrace(number, finished)
-    with seen:
+    with observed(), seen:
         outcome = program.run()
         if not seen.done:
             seen.failed(outcome.error)

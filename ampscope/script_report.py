@@ -10,6 +10,7 @@ from ampscope import payoff
 from ampscope.content import product_record, subject_record
 from ampscope.execution import Event
 from ampscope.findings import Finding, by_place
+from ampscope.inspecting import refused_by_scaler
 from ampscope.model_rules import failure, model_findings, nonfinite, range_findings, wide_products
 from ampscope.recipe_rules import recipe_findings
 from ampscope.report import Report
@@ -141,14 +142,15 @@ def uses_amp(seen: ScriptTrace) -> bool:
 
 def _findings(seen: ScriptTrace, trace: Trace, subject: ScriptSubject) -> list[Finding]:
     found = recipe_findings(subject, trace)
-    if trace.error is not None and isinstance(trace.error, Exception) and not isinstance(trace.error, EOFError):
+    explained = found and refused_by_scaler(trace)
+    if isinstance(trace.error, Exception) and not isinstance(trace.error, EOFError) and not explained:
         found.append(failure(trace, NAME))
     if _amp(trace):
         found += model_findings(trace, NAME, subject.device.type)
     origin = trace.lineage.first
     if origin is not None:
         rows = [*seen.ranges["layers"], *seen.ranges["activations"]] if seen.ranges else []
-        finite = not any(row["nonfinite"] for row in rows) if rows else origin.output == "float16"
+        finite = not any(row["nonfinite"] for row in rows) if rows else origin.output == "float16" or None
         finding = nonfinite(origin, NAME, overflow=finite, scale=None, spoiled=[])
         if seen.skipped and origin.phase == "backward":
             finding.level = "note"

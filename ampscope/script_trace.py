@@ -162,6 +162,7 @@ class ScriptTrace(Listener):
         self._skips = 0
         self._live = Live()
         self._before: list[Event] = []
+        self._left: dict[int, torch.Tensor] = {}  # with gradients that the update before has used
         os.register_at_fork(after_in_child=self._in_child)
 
     def __enter__(self) -> ScriptTrace:
@@ -188,6 +189,8 @@ class ScriptTrace(Listener):
         """Follow the operators from the first call of a model on: it is known now."""
         self._live.add((args, kwargs))
         if self._current is not None and not self._following and torch.is_grad_enabled():
+            known: Any = SimpleNamespace(batch=[*args, *kwargs.values()], named_parameters=list)
+            self._current.lineage.expect(known, "the model's input")
             self._follow(inside=True)
 
     @contextlib.contextmanager
@@ -239,6 +242,7 @@ class ScriptTrace(Listener):
         """Note the events of an update from here on."""
         self.subject = ScriptSubject(self.updates)
         self._execution = execution = ScriptExecution(self.subject)
+        execution.carried.left = self._left
         self._current = Trace(execution, Lineage())
         self._skips = self.updates.skipped
         self.batches = []
@@ -275,6 +279,7 @@ class ScriptTrace(Listener):
         assert trace is not None and execution is not None
         self._open.close()
         self._open = contextlib.ExitStack()
+        self._left = execution.carried.left
         self._current = None
         self._execution = None
         self._following = False

@@ -67,8 +67,10 @@ class Subject:
 
     One model has the name "". `step` is called with (models, batch) and, by their names, with what else it asks for:
     `optimizer`, `optimizers`, `scaler`. Without a step the loss is `loss(outputs, batch)`, or what the model itself
-    calls its loss.
+    calls its loss. `goes_on` is True if the program does more after what is traced as its step.
     """
+
+    goes_on = False
 
     def __init__(
         self,
@@ -128,6 +130,10 @@ class Subject:
 
     def parameters(self) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameter for _, parameter in self.named_parameters()))
+
+    def stepped_on(self) -> list[nn.Parameter]:
+        """Return the parameters that optimizers may step on."""
+        return self.parameters()
 
     def run(self) -> Any:
         """Call the step, or the model and the loss; return what the user's function returned.

@@ -20,6 +20,9 @@ class Trace:
     `synchronisations`: counts by (place, what) of reads that make the host wait for the device.
     `zeroed`: places at which gradients are filled with zeros. `with_gradient`: parameters that a gradient reached.
     `evaluated`: classes of modules, by name, that were trained through in evaluation mode.
+    `round_trips`: counts by (place, function) of casts to float32 that autocast undoes, and their bytes; `needed` are
+    the places of those whose result something else computes with. `narrow`: operator and type by place, of a loss that
+    is computed in 16 bits outside autocast. `went_back`: the places through which the backward pass went.
     """
 
     execution: Execution
@@ -30,13 +33,20 @@ class Trace:
     products: list[Product] = field(default_factory=list)
     zeroed: set[Place] = field(default_factory=set)
     round_trips: Counter = field(default_factory=Counter)
+    round_trip_bytes: Counter = field(default_factory=Counter)
+    needed: set[Place] = field(default_factory=set)
+    narrow: dict[Place, tuple[str, str]] = field(default_factory=dict)
+    went_back: set[Place | None] = field(default_factory=set)
     float32_places: dict[tuple, tuple] = field(default_factory=dict)
     first_events: list[Event] = field(default_factory=list)
+    first_ended: bool = False
     unsafe: dict[Place, str] = field(default_factory=dict)  # functions that CUDA's autocast refuses
+    unfused: dict[Place, list[str]] = field(default_factory=dict)  # of calls of attention: what no fused kernel takes
     with_gradient: set[str] = field(default_factory=set)
     evaluated: dict[str, str] = field(default_factory=dict)
     error: BaseException | None = None
     error_place: Place | None = None
+    refused: tuple[str, Place | None] = ("", None)  # what raised in the backward pass, and the line of its forward
 
     def records(self, kinds: dict[str, str]) -> list[dict[str, Any]]:
         """Return the rows as records in order of first appearance; `kinds` are the modules' classes by name.

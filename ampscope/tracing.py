@@ -39,11 +39,13 @@ def trace_step(
     """
     first_events: list[Event] = []
     left: dict[int, torch.Tensor] = {}
+    first_ended = False
     if warm:
         first = Execution(subject, precision, ambient=ambient, scale=scale)
         with contextlib.suppress(Exception), eager():
             torch.manual_seed(0)
             first.run()
+            first_ended = True
         first.put_back()
         if first.full and not first.scalers and not _finite(subject):
             subject.rewind()  # what this run made of the weights is no fault of the next one
@@ -54,7 +56,7 @@ def trace_step(
                 optimizer.zero_grad()
     execution = Execution(subject, precision, ambient=ambient, scale=scale)
     execution.carried.left |= left
-    trace = Trace(execution, Lineage(), first_events=first_events)
+    trace = Trace(execution, Lineage(), first_events=first_events, first_ended=first_ended)
     trace.lineage.expect(subject)
     functions = Functions(trace)
     operators = Operators(trace, functions, subject)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ampscope.findings import Finding
-from ampscope.places import Place, kind_of_file, line_with, users_sources
+from ampscope.observed import line_of_evaluation
+from ampscope.places import Place, kind_of_file, line_with
 from ampscope.subject import Subject, core, losses_in
 from ampscope.trace import Trace
 
@@ -20,7 +21,7 @@ def training_findings(subject: Subject, trace: Trace) -> list[Finding]:
     """What the step as it is written leaves untrained."""
     if trace.error is not None:
         return []
-    return [*_loss(subject, trace), *_without_gradient(subject, trace), *_in_evaluation(trace)]
+    return [*_loss(subject, trace), *_without_gradient(subject, trace), *_in_evaluation(subject, trace)]
 
 
 def _loss(subject: Subject, trace: Trace) -> list[Finding]:
@@ -109,12 +110,13 @@ def _owner(model: nn.Module, name: str) -> tuple[Place | None, str]:
     return None, "finding"
 
 
-def _in_evaluation(trace: Trace) -> list[Finding]:
+def _in_evaluation(subject: Subject, trace: Trace) -> list[Finding]:
     if not trace.evaluated:
         return []
     kinds = sorted({*trace.evaluated.values()})
     names = [name or "the model" for name in trace.evaluated]
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     message = f"{' and '.join(kinds)} ran in evaluation mode: {', '.join(names[:SHOWN])}{more}."
-    place = line_with(r"\.eval\(|\.train\(False", users_sources())
-    return [Finding("evaluation-mode", message, ["model.train() before the step"], place, next(iter(trace.evaluated)))]
+    first = next(iter(trace.evaluated))
+    place = line_of_evaluation(subject, first)
+    return [Finding("evaluation-mode", message, ["model.train() before the step"], place, first)]

@@ -27,7 +27,7 @@ from torch.optim import optimizer as optimizer_hooks
 from torch.utils.data import dataloader
 
 from ampscope.places import kind_of_file
-from ampscope.subject import Subject, core
+from ampscope.subject import Subject, core, takes_hooks
 
 FRAMES = 40  # to search for the owner of a called module
 
@@ -90,7 +90,7 @@ class Updates:
         self.optimizers: dict[int, torch.optim.Optimizer] = {}
         self.scalers: dict[int, Any] = {}
         self.roots: dict[int, tuple[str, nn.Module, nn.Module | None]] = {}
-        self._made: weakref.WeakSet = weakref.WeakSet()
+        self.made: weakref.WeakSet = weakref.WeakSet()
         self._cycle: set[int] = set()
         self._stepped: set[int] = set()
         self._depth = 0
@@ -181,7 +181,7 @@ class Updates:
 
     def _optimizer_made(self, original: Callable, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         original(optimizer, *args, **kwargs)
-        self._made.add(optimizer)
+        self.made.add(optimizer)
 
     def _scaler_made(self, original: Callable, scaler: Any, *args: Any, **kwargs: Any) -> None:
         original(scaler, *args, **kwargs)
@@ -245,7 +245,7 @@ class Updates:
             self.count += 1
             self._stepped = set()
         self._stepped = self._stepped | {key}
-        if not self._cycle and len(self._made) == 1:
+        if not self._cycle and len(self.made) == 1:
             self._cycle = {key}
         if self._cycle and self._stepped >= self._cycle:
             self._update_ended()
@@ -315,6 +315,8 @@ class ScriptSubject(Subject):
     or the modules that call them as their own parts, as a Lightning module does, which give them their full names.
     """
 
+    goes_on = True
+
     def __init__(self, updates: Updates):
         roots = [*updates.roots.values()]
         inner = {id(part) for _, root, _ in roots for part in core(root).modules() if part is not core(root)}
@@ -332,7 +334,13 @@ class ScriptSubject(Subject):
             models = {"": next(iter(models.values()))}
         self.called = bool(models)
         optimizers = [*updates.optimizers.values()]
+        self._updates = updates
         super().__init__(models or {"": nn.Identity()}, None, step=_nothing, optimizers=optimizers)
+
+    def stepped_on(self) -> list[nn.Parameter]:
+        """Return also those of models that have not been called yet."""
+        groups = [group for optimizer in [*self._updates.made] for group in optimizer.param_groups]
+        return list(dict.fromkeys([*self.parameters(), *(part for group in groups for part in group["params"])]))
 
     def update_optimizers(self) -> list[torch.optim.Optimizer]:
         return [*self.optimizers.values()]
@@ -340,7 +348,8 @@ class ScriptSubject(Subject):
     def named_modules(self) -> Any:
         for prefix, top in self.tops.items():
             for name, module in top.named_modules():
-                yield ".".join(part for part in (prefix, name) if part), module
+                if takes_hooks(module):
+                    yield ".".join(part for part in (prefix, name) if part), module
 
     def named_parameters(self) -> Any:
         for prefix, top in self.tops.items():

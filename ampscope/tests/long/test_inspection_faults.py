@@ -305,7 +305,7 @@ def test_a_step_from_the_documentation_is_clean(whole):
 
 def test_every_rule_has_a_planted_fault():
     trained = {rule for rule, _ in STEPS.values()} | {"no-gradient", "evaluation-mode"}
-    trained |= {"overflow-hidden", "unsafe-function"}  # in test_words_of_findings.py
+    trained |= {"overflow-hidden", "unsafe-function", "narrow-loss"}  # in test_words_of_findings.py, test_strangers.py
     assert {"host-sync", "loss-not-scaled", *MODELS, *FAULTS.values(), *OF_SCRIPTS} | trained == RULES.keys()
 
 
