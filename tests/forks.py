@@ -5,6 +5,7 @@ folder, limits, signals, streams, exit status and the end of Python are the proc
 tested this way: for that, start `python main.py`.
 """
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -177,6 +178,7 @@ def start() -> socket.socket:
             start_new_session=True,
         )
         theirs.close()
+        atexit.register(_control.close)
     return _control
 
 

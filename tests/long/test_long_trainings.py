@@ -7,7 +7,6 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from torchvision import models
 
 
 def test_each_size_is_compiled_once(data, tmp_path, monkeypatch):
@@ -37,7 +36,7 @@ def test_each_size_is_compiled_once(data, tmp_path, monkeypatch):
 def start(tmp_path):
     """Weights to begin from, whose batch statistics are no longer the initial ones."""
     torch.manual_seed(3)
-    model = models.shufflenet_v2_x0_5(num_classes=3)
+    model = tiny.Classifier(3)
     for _ in range(5):
         model(torch.randn(8, 3, 36, 36))
     file = tmp_path / "start.pt"
@@ -47,7 +46,7 @@ def start(tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--amp", "--ema=0.9"), ("--augment=none", "--accumulate=2")])
 def test_kept_outputs_train_the_head_as_the_whole_network_does(data, tmp_path, start, monkeypatch, more):
-    words = ("--model=shufflenet_v2_x0_5", f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=3", *more)
+    words = (f"--pretrained_path={start}", "--freeze_epochs=all", "--epochs=3", *more)
     assert tiny.train(data, tmp_path, *words, name="kept") == 0
     monkeypatch.setattr("assemble.keep_outputs", lambda *_: None)
     assert tiny.train(data, tmp_path, *words, name="whole") == 0
