@@ -31,6 +31,15 @@ believe the timing.
   T500, MX450 and MX550 are listed because they carry the same chip as the T550 and the GTX 1650.
 - **A CPU with `avx512_fp16`** computes float16 natively, but that does not make float16 the faster type for training:
   `doctor` times a convolution, forward and backward, and reports the ratio to FP32 in its row "float16".
+- **MXFP8 and NVFP4** are formats of Blackwell, with a scale for each 32 or 16 values; autocast has neither.
+  TensorRT-RTX runs FP4 products on an RTX 5090
+  ([matrix](https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/getting-started/support-matrix-1/1.5.html)), but
+  Transformer Engine refused to train with MXFP8 on compute capability 12.0
+  ([2304](https://github.com/NVIDIA/TransformerEngine/issues/2304)).
+- **float64 on Intel GPUs**: Arc A cards have none, and PyTorch raises "Required aspect fp64 is not supported on the
+  device" ([torch-xpu-ops 1742](https://github.com/intel/torch-xpu-ops/issues/1742)).
+- **GradScaler on Apple's GPUs**: torch 2.5 raised "Cannot convert a MPS Tensor to float64"
+  ([142397](https://github.com/pytorch/pytorch/issues/142397)); torch 2.14.1 computes in float32 there.
 - A precision may be listed for a card that the PyTorch you have no longer supports: wheels for CUDA 13 begin at compute
   capability 7.5. PyTorch warns when it meets an older card.
 
