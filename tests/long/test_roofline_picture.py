@@ -8,10 +8,6 @@ import tiny
 SCRIPT = tiny.ROOT / "docs/roofline.py"
 
 
-def load():
-    return tiny.module_of(SCRIPT)
-
-
 def rung(name, seconds, bound, *, kept=True):
     return {
         "name": name,
@@ -43,18 +39,12 @@ FOUND = {
 }
 
 
-def test_rungs_that_were_left_out_are_not_drawn():
-    assert [rung["name"] for rung in load().rungs_of(FOUND)] == ["FP32", "AMP"]
-
-
-def test_products_come_first_and_small_groups_together():
-    groups = load().groups_of(FOUND)
-    assert list(groups) == ["convolutions", "normalization", "others"]
-    assert abs(sum(groups.values()) - 50) < 1e-9
-
-
 def test_the_picture_and_its_sentence(tmp_path, monkeypatch, capsys):
-    module = load()
+    module = tiny.module_of(SCRIPT)
+    assert [rung["name"] for rung in module.rungs_of(FOUND)] == ["FP32", "AMP"], "those that were kept"
+    groups = module.groups_of(FOUND)
+    assert list(groups) == ["convolutions", "normalization", "others"], "products first, small ones together"
+    assert abs(sum(groups.values()) - 50) < 1e-9
     file = tmp_path / "ladder.json"
     file.write_text(json.dumps(FOUND))
     monkeypatch.setattr(module, "__file__", str(tmp_path / "roofline.py"))
