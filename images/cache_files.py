@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,21 +17,16 @@ from utils import log
 def cache_folder(root: Path) -> Path:
     """Return the folder for decoded images: in the data folder, or the user's cache if that is read-only.
 
-    If there is no home folder, or this process may not enter it, return one in the folder for temporary files.
+    If neither can be written to, images are kept in memory.
     """
     inside = root / ".cache"
     places = [inside]
-    if os.environ.get("XDG_CACHE_HOME"):
-        places.append(Path(os.environ["XDG_CACHE_HOME"], "amp-train"))
     with suppress(RuntimeError):  # no HOME, and no entry for this user
-        places.append(Path.home() / ".cache" / "amp-train")
-    with suppress(OSError):
-        places.append(Path(tempfile.gettempdir(), f"amp-train-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"))
+        places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "amp-train"))
     for place in places:
         with suppress(OSError):
-            place.mkdir(mode=0o700 if place is places[-1] else 0o777, parents=place is not inside, exist_ok=True)
-            own = not hasattr(os, "getuid") or place is inside or place.stat().st_uid == os.getuid()
-            if own and os.access(place, os.W_OK | os.X_OK):
+            place.mkdir(parents=place is not inside, exist_ok=True)
+            if os.access(place, os.W_OK | os.X_OK):
                 return place
     return inside
 

@@ -245,7 +245,7 @@ BECOME = ("setpriv", "--reuid=4711", "--regid=4711", "--clear-groups")  # no pas
 
 
 def test_a_home_that_one_may_not_enter(foreign):
-    """With data that one may not write either: the cache is a temporary one, and nothing is called damaged."""
+    """With data that one may not write either: images are kept in memory, and nothing is called damaged."""
     data, runs, home = foreign
     words = fresh(data, runs, "--epochs=1", "--cache=auto", "--num_workers=0")
     status, out, err = ended(launch(words, f'{" ".join(BECOME)} "$@"', HOME=str(home)))
