@@ -9,7 +9,7 @@ import numpy as np
 
 from images.folders import some
 from images.lookup import Index
-from images.tables import LABEL, called, image_column, plain, read_table
+from images.tables import LABEL, called, cell_of, image_column, plain, read_table
 from images.walk import same_name
 from runs.writing import csv_text
 from system.files import from_cell, read_text, write_text
@@ -65,27 +65,24 @@ def read_sample(file: Path, inputs: list[str], classes: list[str]) -> Submission
     table = read_table(file)
     index = Index(Path(inputs[0]))
     place = image_column(file, table, [plain(cell) for cell in table[0]], index)
-    start = 0 if index.find(from_cell(table[0][place].strip())) else 1  # a row that names an image is no header
-    ids = [from_cell(row[place].strip()) if place < len(row) else "" for row in table[start:]]
-    found = [index.find(cell) if cell else [] for cell in ids]
-    missing = [cell for cell, paths in zip(ids, found, strict=True) if not paths]
+    start = 0 if index.find(cell_of(table[0], place)) else 1  # a row that names an image is no header
+    ids = [cell_of(row, place) for row in table[start:]]
+    found = [index.one(cell, file) for cell in ids]
+    paths = [path for path in found if path is not None]
+    missing = [cell for cell, path in zip(ids, found, strict=True) if path is None]
     if missing:
         rows = amount(len(missing), "row names", "rows name")
         raise UserError(f"{printable(file)}: {rows} no image below {printable(inputs[0])}, such as {missing[0]!r}.")
-    for cell, paths in zip(ids, found, strict=True):
-        if len(paths) > 1:
-            shown = " and ".join(printable(path) for path in paths[:2])
-            raise UserError(f"{printable(file)}: {printable(cell)!r} may mean {shown}: name the folder of one of them.")
     others = [other for other in range(len(table[0])) if other != place]
     label, numbers = _columns(file, table[0], others, classes) if start else (others[0], {})
-    labels = {from_cell(row[label].strip()) for row in table[start:]} if label is not None else set()
+    labels = {cell_of(row, label) for row in table[start:]} if label is not None else set()
     strange = sorted(labels - {*classes, ""})
     if strange:
         log.warning(
             f"{printable(file)} has labels that are not classes of the model, such as {printable(strange[0])!r}: the "
             f"answers are {some(classes)}"
         )
-    return Submission(file, table[:start], table[start:], [paths[0] for paths in found], label, numbers, classes)
+    return Submission(file, table[:start], table[start:], paths, label, numbers, classes)
 
 
 def _columns(file: Path, first: list[str], others: list[int], classes: list[str]) -> tuple[int | None, dict[int, int]]:

@@ -241,8 +241,7 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, 
 
     A class may be absent from all parts but the training images. `seen` gathers the folders that were read.
     """
-    labels = {same_name(name): label for label, name in enumerate(image_set.classes)}
-    labels |= {name: label for label, name in enumerate(image_set.classes)}
+    labels = numbers_of(image_set.classes)
     folders: dict[int, list[Path]] = {label: [] for label in range(len(image_set.classes))}
     unknown = []
     for path in subfolders(folder) if _class_names(folder) else []:
@@ -280,6 +279,12 @@ def _list_part(folder: Path, image_set: ImageSet, part: str | None, seen: Seen, 
     if empty and listing:
         image_set.notes.append(f"no image in {printable(folder)} of: {some(empty)}")
     return listing
+
+
+def numbers_of(classes: Sequence[str]) -> dict[str, int]:
+    """Return the index of each class by its name, as it is and in the form for comparison."""
+    numbers = {same_name(name): number for number, name in enumerate(classes)}
+    return numbers | {name: number for number, name in enumerate(classes)}
 
 
 def some(names: Sequence[str], most: int = 10) -> str:

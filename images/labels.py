@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from images.folders import ImageSet, find_image_set, part_of, some
+from images.folders import ImageSet, find_image_set, numbers_of, part_of, some
 from images.lookup import Index
 from images.naming import augmented_copies, groups_by_pattern, odd_names
 from images.tables import Row, read_rows, read_table
-from images.walk import composed, relative_name, same_name, subfolders
+from images.walk import composed, relative_name, subfolders
 from utils import UserError, amount, printable
 
 
@@ -116,14 +116,10 @@ def _add(found: dict[Path, Row], rows: list[Row], file: Path, index: Index) -> l
     missing: list[str] = []
     moved: dict[str, Path] = {}
     for row in rows:
-        paths = index.find(row.image) if row.image else []
-        if len(paths) > 1:
-            several = " and ".join(map(printable, paths[:2]))
-            raise UserError(f"{shown}: {printable(row.image)!r} may mean {several}. Name the folder, too.")
-        if not paths:
+        path = index.one(row.image, file)
+        if path is None:
             missing.append(row.image)
             continue
-        path = paths[0]
         if not row.label:
             found.setdefault(path, row)
             continue
@@ -158,8 +154,7 @@ def _fill(image_set: ImageSet, found: dict[Path, Row], file: str, known: Sequenc
     image_set.classes = list(known or sorted(labels, key=int if numeric else None))
     if len(image_set.classes) < 2:
         raise UserError(f"{file} labels one class, {printable(min(labels, default=''))}: two are needed.")
-    numbers = {same_name(name): label for label, name in enumerate(image_set.classes)}
-    numbers |= {name: label for label, name in enumerate(image_set.classes)}
+    numbers = numbers_of(image_set.classes)
     unknown = [row.label for row in found.values() if row.label not in numbers]
     if unknown:
         images = amount(len(unknown), "image", "images")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from images.walk import composed, find_images, relative_name
+from utils import UserError, printable
 
 
 class Index:
@@ -51,6 +52,17 @@ class Index:
             if found:
                 return found
         return []
+
+    def one(self, cell: str, file: Path) -> Path | None:
+        """Return the image that a cell of the table `file` means; None if there is none.
+
+        Raise UserError if it may mean two images.
+        """
+        paths = self.find(cell) if cell else []
+        if len(paths) > 1:
+            several = " and ".join(map(printable, paths[:2]))
+            raise UserError(f"{printable(file)}: {printable(cell)!r} may mean {several}. Name the folder, too.")
+        return paths[0] if paths else None
 
     def folder(self, cell: str) -> str:
         """Return the last folder in a cell, with case and Unicode form folded; an empty string if it has none."""

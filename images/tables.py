@@ -104,7 +104,7 @@ def _regularity(table: list[list[str]]) -> tuple[float, int]:
     return (sum(len(row) == width for row in table) / len(table), width) if width > 1 else (0.0, 0)
 
 
-def _cell(row: list[str], place: int) -> str:
+def cell_of(row: list[str], place: int) -> str:
     return from_cell(row[place].strip()) if place < len(row) else ""
 
 
@@ -128,10 +128,10 @@ class _Columns:
         part = self._content(row, self.part).split(BETWEEN)[0]
         if not part and "train" in [self.yes.get(place) for place in self.part]:
             part = "validation"
-        return Row(_cell(row, self.image), self._content(row, self.label), part, self._content(row, self.group))
+        return Row(cell_of(row, self.image), self._content(row, self.label), part, self._content(row, self.group))
 
     def _content(self, row: list[str], places: list[int]) -> str:
-        cells = {place: _cell(row, place) for place in places}
+        cells = {place: cell_of(row, place) for place in places}
         chosen = [place for place in places if place not in self.yes or cells[place].casefold() in _YES]
         return BETWEEN.join(self.yes.get(place, cells[place]) for place in chosen)
 
@@ -158,7 +158,7 @@ def _columns(file: Path, table: list[list[str]], index: Index, group: str | None
     labels = labels or (called(header, others, LABEL) if has_header else others[:1])
     groups = called(header, others, [plain(group)] if group else _GROUP)
     left = [place for place in others if place not in labels + groups]
-    cells = {place: {_cell(row, place).casefold() for row in rows} for place in left}
+    cells = {place: {cell_of(row, place).casefold() for row in rows} for place in left}
     parts = called(header, left, _PART)
     yes: dict[int, str] = {}
     if not parts:
@@ -173,7 +173,7 @@ def _columns(file: Path, table: list[list[str]], index: Index, group: str | None
         groups = left[:1]
     if not labels:
         classes = {place: from_cell(table[0][place].strip()) for place in left if cells[place] <= _YES_OR_NO}
-        once = sum(sum(_cell(row, place).casefold() in _YES for place in classes) == 1 for row in rows)
+        once = sum(sum(cell_of(row, place).casefold() in _YES for place in classes) == 1 for row in rows)
         if len(left) > 1 and len(classes) > 1 and 2 * once >= len(rows):
             yes |= classes
             left = list(classes)
@@ -190,7 +190,7 @@ def _columns(file: Path, table: list[list[str]], index: Index, group: str | None
 def image_column(file: Path, table: list[list[str]], header: list[str], index: Index) -> int:
     """Return the column with the most cells that name images; of several, the one with the most probable name."""
     sample = table[1:200] or table
-    hits = [sum(bool(index.find(_cell(row, place))) for row in sample) for place in range(len(header))]
+    hits = [sum(bool(index.find(cell_of(row, place))) for row in sample) for place in range(len(header))]
     if not any(hits):
         shown = ", ".join(repr(printable(cell)) for cell in sample[0][:6])
         images = amount(len(index.paths), "image is", "images are")
