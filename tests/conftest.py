@@ -106,7 +106,8 @@ def trained(scenes_folder, tmp_path_factory):
 
 def pytest_sessionstart(session):
     """Start the process that forks while all tests are collected: a second core imports what it needs meanwhile."""
-    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+    shared_out = session.config.getoption("numprocesses", None)  # to pytest-xdist's processes, which start their own
+    if session.config.args_source is pytest.Config.ArgsSource.TESTPATHS and not shared_out:
         forks.start()
 
 
