@@ -3,7 +3,7 @@
 import json
 
 import tiny
-from test_main import broken_copy, comparison, words
+from test_main import comparison, words
 
 from command_line import parsing
 from commands import compare
@@ -33,15 +33,13 @@ def test_runs_that_were_not_replaced_are_not_shown_as_new(comparison, run, monke
     assert status == 130 and "without --overwrite" in err
 
 
-def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(scenes_folder, tmp_path, run, monkeypatch):
+def test_wrong_data_fails_a_comparison_at_once_or_with_its_reason(tmp_path, run, monkeypatch):
     monkeypatch.setattr(compare, "subprocess", tiny.Subprocess)
     (tmp_path / "own" / "fp32").mkdir(parents=True)
     (tmp_path / "own" / "fp32" / "failure.json").write_text('{"precision": "fp32", "reason": "an old one"}')
     status, out, err = run(["compare", *words(tmp_path / "nowhere", tmp_path, "own"), "--precisions=fp32"])
     assert status == 2 and "Three ways to get data" in err and "run 1" not in out
-    file = next(broken_copy(scenes_folder, tmp_path / "data", lambda target: None).rglob("*.jpg"))
-    file.unlink()
-    file.write_bytes(b"no image")
+    tiny.images(tiny.draw(tmp_path / "data"))[0].write_bytes(b"no image")
     status, out, _ = run(["compare", *words(tmp_path / "data", tmp_path, "own"), "--precisions=fp32"])
     assert status == 1 and "cannot be read" in out and "an old one" not in out
 
