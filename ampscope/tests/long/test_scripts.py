@@ -276,6 +276,12 @@ def test_a_poisoned_first_update_is_the_one_to_report(tmp_path):
     assert "Update 1 left weights that are not finite" in report.text()
 
 
+def test_a_schedule_that_is_made_has_not_stepped(tmp_path):
+    head = HEAD.replace("scaler =", "schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)\nscaler =")
+    _, report = report_of(write(tmp_path, PLAIN + "schedule.step()\n1 / 0\n", head))
+    assert [finding.rule for finding in report.findings] == ["fails"]
+
+
 def test_nothing_stays_patched(tmp_path):
     names = [(torch.amp.GradScaler, "step"), (torch.autograd, "backward"), (torch.optim.Optimizer, "__init__")]
     names += [(torch.autocast, "__enter__"), (torch, "compile")]
