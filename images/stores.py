@@ -135,19 +135,20 @@ class StreamedImages:
         shape = (workers * PREFETCH + PINNING + 2, self._largest, *self._files.box, 3)
         self._memory = _shared(math.prod(shape)) if workers and forked else None
         self._files.slots = None if self._memory is None else np.frombuffer(self._memory, np.uint8).reshape(shape)
+        options: dict[str, Any] = {}
+        if workers:
+            options = {"persistent_workers": True, "prefetch_factor": PREFETCH, "timeout": LONGEST_WAIT}
+            options["multiprocessing_context"] = "fork" if forked else None
         loader = torch.utils.data.DataLoader(
             self._files,
             sampler=self._order,
             batch_size=None,
             num_workers=workers,
-            persistent_workers=workers > 0,
-            prefetch_factor=PREFETCH if workers else None,
-            timeout=LONGEST_WAIT if workers else 0,
-            multiprocessing_context="fork" if workers and forked else None,
             worker_init_fn=_quiet_worker,
             collate_fn=_as_it_is,
             # not the default one, which belongs to dropout: each new iterator draws a seed
             generator=torch.Generator(),
+            **options,
         )
         before = multiprocessing.active_children()
         with _without_half_made():
