@@ -64,13 +64,6 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 # ------------------------------------------------------------------------------------ memory
-def memory_limit(root: Path = ROOT) -> int | None:
-    """Return the control groups' memory limit in bytes; None if there is none."""
-    return min(
-        (limit for folder in _groups(root) if (limit := _number(folder / "memory.max")) is not None), default=None
-    )
-
-
 def available_memory(root: Path = ROOT) -> int | None:
     """Return the bytes that this process can take before something is killed; None if the system does not tell."""
     known = [linux_memory("/proc/meminfo", "MemAvailable"), _address_space_left()]

@@ -49,13 +49,14 @@ def test_version_2_takes_the_smallest_limit_on_the_way_up(tmp_path, many_cores):
         },
     )
     assert machine.cpu_quota(root) == 1.5 and machine.cores(root) == 2
-    assert machine.memory_limit(root) == 512 * MB
     assert machine.available_memory(root) == 212 * MB  # less than the 300 that are left one level higher
 
 
-def test_what_a_group_does_not_say_limits_nothing(tmp_path, many_cores):
+def test_what_a_group_does_not_say_limits_nothing(tmp_path, many_cores, monkeypatch):
     """No control groups, no files, no limits, nonsense; less than one core is one."""
-    assert machine.cores(tmp_path) == 64 and machine.memory_limit(tmp_path) is None
+    monkeypatch.setattr(machine, "linux_memory", lambda *_: 900 * MB)
+    monkeypatch.setattr(machine, "_address_space_left", lambda: None)
+    assert machine.cores(tmp_path) == 64 and machine.available_memory(tmp_path) == 900 * MB
     for place, (cpu, memory, cores) in enumerate(
         [
             (None, None, 64),
@@ -67,7 +68,7 @@ def test_what_a_group_does_not_say_limits_nothing(tmp_path, many_cores):
     ):
         files = {"sys/fs/cgroup/cpu.max": cpu, "sys/fs/cgroup/memory.max": memory} if cpu else {}
         root = tree(tmp_path / str(place), ["0::/../..", "5:cpu:/a\n0::/a"][place % 2], files)
-        assert machine.cores(root) == cores and machine.memory_limit(root) is None, (cpu, memory)
+        assert machine.cores(root) == cores and machine.available_memory(root) == 900 * MB, (cpu, memory)
 
 
 def test_hardware_threads_of_one_core_count_once(tmp_path, many_cores):
