@@ -42,7 +42,7 @@ class Execution:
     """Run the step of `subject`, in a precision or, if that is None, as it was written.
 
     `phase` is forward (also whatever runs before the first model), loss, backward or update. `scale` is the factor on
-    the loss. After a run: `events`, `result`, `full` (the step called backward itself), `roots` (the tensors that
+    the loss. After a run: `events`, `result`, `calls_backward` (the step does it itself), `roots` (the tensors that
     backward began with). `autocast_on` is kept, because PyTorch does not tell below autocast.
     """
 
@@ -58,7 +58,7 @@ class Execution:
         self.roots: list[torch.Tensor] = []
         self.scalers: list[Any] = []
         self.states: dict[int, tuple[Any, dict]] = {}
-        self.full = False
+        self.calls_backward = False
         self.carried = Carried()
         self.autocast_on = False
         self.depth = 0  # models that are running, one inside the other
@@ -89,7 +89,7 @@ class Execution:
         with self._patches(), self._modes:
             with self.autocast():
                 self.result = self.subject.run()
-            if not self.full:
+            if not self.calls_backward:
                 self._finish(update)
         return self.result
 
@@ -152,7 +152,7 @@ class Execution:
             elif name == "step" and owner is not scaler:
                 setattr(owner, name, self._schedule(original))
             elif owner is autocast:
-                wraps = {"__init__": _remember, "__enter__": self._autocast_enter, "__exit__": self._autocast_exit}
+                wraps = {"__init__": _keep_request, "__enter__": self._autocast_enter, "__exit__": self._autocast_exit}
                 setattr(owner, name, wraps[name](original))
             else:
                 setattr(owner, name, self._scaler_call(name, original))
@@ -187,7 +187,7 @@ class Execution:
             if self.phase == "backward":  # a checkpoint's own, inside the backward pass
                 return original(*args, **kwargs)
             if name == "backward":
-                self.full = self.full or not self._busy
+                self.calls_backward = self.calls_backward or not self._busy
                 self.roots += tensors_in(args[:1] or kwargs.get("tensors"))
             self.note(name)
             event = self.events[-1] if self.events and not self._busy else None
@@ -240,7 +240,7 @@ class Execution:
         @functools.wraps(original)
         def call(scaler: Any, *args: Any, **kwargs: Any) -> Any:
             if not self._busy:
-                self._meet(scaler)
+                self._keep_state(scaler)
                 optimizer = args[0] if args and name in ("unscale_", "step") else None
                 again = name == "scale" and scaler.is_enabled() and self.carried.scaled_by(args[:1]) is not None
                 details = {
@@ -290,7 +290,7 @@ class Execution:
 
         return zero_grad
 
-    def _meet(self, thing: Any) -> None:
+    def _keep_state(self, thing: Any) -> None:
         """Keep the state of an optimizer or scaler that was not handed over, as it is before its first use."""
         if id(thing) not in self.states:
             self.states[id(thing)] = (thing, copy.deepcopy(thing.state_dict()))
@@ -303,7 +303,7 @@ class Execution:
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         handed = any(optimizer is known for known in self.subject.update_optimizers())
         if not handed:
-            self._meet(optimizer)
+            self._keep_state(optimizer)
         scaled = self.carried.carries(optimizer)
         again = self.carried.step(optimizer)
         if not self._busy:
@@ -332,7 +332,7 @@ def _decorates() -> bool:
     return sys._getframe(2).f_code.co_name == "decorate_autocast"
 
 
-def _remember(original: Any) -> Any:
+def _keep_request(original: Any) -> Any:
     """Keep what was asked for: autocast disables itself if the device is not there."""
 
     @functools.wraps(original)

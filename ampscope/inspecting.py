@@ -195,7 +195,7 @@ class Inspection:
             origin = trace.lineage.first
             first = first or origin
             execution = trace.execution
-            if execution.full and not any(scaler.is_enabled() for scaler in execution.scalers):
+            if execution.calls_backward and not any(scaler.is_enabled() for scaler in execution.scalers):
                 scales = (1.0,)  # the step calls backward itself, on a loss that nobody scales
             if trace.error is not None or origin is None or origin.phase != "backward" or len(scales) == 1:
                 break
@@ -304,7 +304,7 @@ class Inspection:
         self, written: Trace, ranges: Any, memory: list, pay: dict[str, Any] | None, ran: list[str]
     ) -> dict[str, Any]:
         subject = self.subject
-        form = "whole step" if written.execution.full else "step" if subject.step else "loss"
+        form = "whole step" if written.execution.calls_backward else "step" if subject.step else "loss"
         kinds = {name: type(module).__name__ if name else "" for name, module in subject.named_modules()}
         dtypes = {name: self.traces[name].records(kinds) for name in ran}
         casts = {}

@@ -42,7 +42,7 @@ class ScriptExecution(Execution):
     def _optimizer_hooks(self) -> list[Any]:
         return []  # Updates has them already, and they must not change while they run
 
-    def _meet(self, thing: Any) -> None:
+    def _keep_state(self, thing: Any) -> None:
         """Note a scaler; nothing is put back in a program that runs on."""
         if isinstance(thing, torch.amp.GradScaler) and not any(thing is known for known in self.scalers):
             self.scalers.append(thing)

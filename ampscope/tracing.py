@@ -47,12 +47,12 @@ def trace_step(
             first.run()
             first_ended = True
         first.put_back()
-        if first.full and not first.scalers and not _finite(subject):
+        if first.calls_backward and not first.scalers and not _finite(subject):
             subject.rewind()  # what this run made of the weights is no fault of the next one
         first_events = first.events
         left = first.carried.left
         for optimizer in subject.optimizers.values():
-            if not first.full:
+            if not first.calls_backward:
                 optimizer.zero_grad()
     execution = Execution(subject, precision, ambient=ambient, scale=scale)
     execution.carried.left |= left
