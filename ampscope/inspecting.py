@@ -358,7 +358,7 @@ def _ended(error: StopIteration) -> InspectError:
     place = place_of_error(error)
     where = f" ({place})" if place else ""
     return InspectError(
-        f"an iterator of the step has no more batches{where}: the step is run some forty times. Let it use the batch "
+        f"an iterator of the step has no more batches{where}: the step is run some thirty times. Let it use the batch "
         "that it is given, or itertools.cycle."
     )
 
