@@ -54,6 +54,10 @@ def export(asked: Asked, ranks: Ranks, own: Export) -> None:
     else:
         file = Path(own.out or source.with_name("model_float16.onnx" if own.float16 else "model.onnx"))
         images = images_of_test(checkpoint, source.parent, 200 if own.float16 else 8)
+        kept = checkpoint.get("float32_layers")
+        if kept:
+            computed = "the whole network in float16" if own.float16 else "all layers in float32"
+            log.info(f"note: --float32_layers {printable(kept)} was for training: the file computes {computed}")
         print(export_onnx(trained_model(setup, checkpoint), checkpoint, file, images, float16=own.float16))
 
 

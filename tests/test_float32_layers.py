@@ -75,6 +75,13 @@ def test_a_checkpoint_is_tested_as_it_was_trained_unless_asked_otherwise(suffix,
     assert abs(evaluated(data, tmp_path, copied, "--float32_layers=")["test_loss"] - trained) > 1e-3
 
 
+def test_an_export_says_in_what_the_file_computes(runs, monkeypatch, capsys):
+    monkeypatch.setattr("commands.export.export_onnx", lambda *_, **__: "written")
+    for more, computed in (([], "all layers in float32"), (["--float16"], "the whole network in float16")):
+        assert main.main(["export", f"--checkpoint_dir={runs}", "--checkpoint_name=kept", *more]) == 0
+        assert f"--float32_layers off* was for training: the file computes {computed}" in capsys.readouterr().out
+
+
 def test_a_resumed_run_keeps_the_same_layers(runs, data, tmp_path):
     words = ("--model=planted", "--amp", "--float32_layers=off*")
     with pytest.MonkeyPatch.context() as patch:
