@@ -7,7 +7,6 @@ command_line/parsing.py reads them.
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from choices import METRICS, OPTIMIZERS, SCHEDULES, VIEWS
 from command_line.kinds import (
@@ -399,29 +398,6 @@ GROUPS = {
     "inspect": ("run", "data", "model", "inspection"),
     "prepare": ("one of these", "preparation"),
     "export": ("run", "export"),
-}
-# A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
-# run also use its recorded options; None: the value in its checkpoint.
-_READING = dict.fromkeys(("image_size", "resize", "normalize", "window"))
-_AS_TRAINED = {**_READING, "augment": "flip", "num_classes": None}
-OWN_DEFAULTS: dict[str, dict[str, Any]] = {
-    "evaluate": _AS_TRAINED,
-    "predict": _AS_TRAINED,
-    "inspect": {
-        "pretrained": 0,
-        "image_size": None,
-        "normalize": None,
-        "amp": False,
-        "channels_last": True,
-        "accumulate": 1,
-        "augment": "flip",
-        "mixup": 0.0,
-        "cutmix": 0.0,
-        "sampler": "shuffle",
-        "start_size": 0,
-        "epochs": 1,
-    },
-    "export": {**_AS_TRAINED, "device": "cpu", "amp": False, "channels_last": True},
 }
 
 

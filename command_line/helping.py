@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 from command_line import meant
 from command_line.idle import never_acts
 from command_line.kinds import Option
-from option import COMMANDS, GROUPS, OPTIONS, OWN_DEFAULTS, VERSION, options_of
+from command_line.presets import OWN_DEFAULTS
+from option import COMMANDS, GROUPS, OPTIONS, VERSION, options_of
 from utils import UserError
 
 FIRST_STEPS = """first steps:

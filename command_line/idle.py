@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from command_line.kinds import ALL, parse_shares
-from option import OWN_DEFAULTS, options_of
+from command_line.presets import OWN_DEFAULTS
+from option import options_of
 from precision_table import PRECISIONS
 
 Values = Mapping[str, Any]

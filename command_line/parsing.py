@@ -18,8 +18,8 @@ from command_line.groups import DEFAULTS
 from command_line.helping import build_parser
 from command_line.idle import never_acts
 from command_line.kinds import ALL, AUTO, CALL, PRECISION, REPEAT
-from command_line.presets import DEMO, DEMO_ON_CUDA, PRESETS
-from option import COMMANDS, OPTIONS, OWN_DEFAULTS, options_of
+from command_line.presets import DEMO, DEMO_ON_CUDA, OWN_DEFAULTS, PRESETS
+from option import COMMANDS, OPTIONS, options_of
 from precision_table import PRECISIONS
 from runs.config import read_config
 from utils import UserError

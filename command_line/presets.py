@@ -1,4 +1,4 @@
-"""Sets of options: those of --demo and of --preset. Imports no torch."""
+"""Sets of defaults: those of --demo, of --preset and of single commands. Imports no torch."""
 
 from __future__ import annotations
 
@@ -65,4 +65,28 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 40,
         "tta": "flip",
     },
+}
+
+# A command's own defaults, and options that it does not offer but that its data or model reads. Commands on a finished
+# run also use its recorded options; None: the value in its checkpoint.
+_READING = dict.fromkeys(("image_size", "resize", "normalize", "window"))
+_AS_TRAINED = {**_READING, "augment": "flip", "num_classes": None}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "evaluate": _AS_TRAINED,
+    "predict": _AS_TRAINED,
+    "inspect": {
+        "pretrained": 0,
+        "image_size": None,
+        "normalize": None,
+        "amp": False,
+        "channels_last": True,
+        "accumulate": 1,
+        "augment": "flip",
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "sampler": "shuffle",
+        "start_size": 0,
+        "epochs": 1,
+    },
+    "export": {**_AS_TRAINED, "device": "cpu", "amp": False, "channels_last": True},
 }

@@ -11,7 +11,8 @@ import tiny
 import main
 from command_line import groups, helping, idle, parsing
 from command_line.kinds import CALL, PRECISION, REPEAT
-from option import COMMANDS, OWN_DEFAULTS, options_of
+from command_line.presets import OWN_DEFAULTS
+from option import COMMANDS, options_of
 from utils import UserError
 
 # Options that parse() itself turns into values of others, or that choose the command.
