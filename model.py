@@ -19,7 +19,7 @@ from torch import nn
 from distributed import Ranks
 from pretrained import timm_models, torchvision_models
 from pretrained.fitting import Fit, Weights, belongs, fitted, for_classes, load_weights, read_weights
-from utils import UserError, log, printable
+from utils import UserError, first_line, log, printable
 
 GRAPHS = 32  # of one model: growing images, two micro-batch sizes and frozen layers need more than PyTorch's 8
 
@@ -201,7 +201,7 @@ def _objection(model: nn.Module, image_size: int, count: int) -> str | None:
     try:
         model(torch.empty(count, 3, image_size, image_size, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
-        return str(error).partition("\n")[0] or type(error).__name__
+        return first_line(error)
     return None
 
 

@@ -266,6 +266,16 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, cut after 200 letters; its type if it has no message."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
+
+
+def with_type(error: BaseException) -> str:
+    """Return an error's type and message on one line, cut after 300 letters."""
+    return printable(f"{type(error).__name__}: {error}")[:300]
+
+
 def typed(*arguments: object) -> str:
     """Return a command line to copy, with each argument quoted for the shell, whatever a file name contains."""
     words = [str(argument) for argument in arguments]

@@ -46,6 +46,7 @@ from utils import (
     own_command,
     printable,
     shows_bars,
+    with_type,
 )
 
 if TYPE_CHECKING:
@@ -328,8 +329,7 @@ def _draw(runs: list[dict[str, Any]], comparison: dict[str, Any], folder: Path) 
         pictures.reliability_curve(first, folder / "reliability.png")
         page.html_comparison(runs, comparison, folder / "report.html")
     except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
-        reason = printable(f"{type(error).__name__}: {error}")[:300]
         raise RunError(
-            f"the table is in {printable(folder)}, but the pictures could not be drawn ({reason}).\n"
+            f"the table is in {printable(folder)}, but the pictures could not be drawn ({with_type(error)}).\n"
             "Once that is fixed: the same command with --report_only"
         ) from None

@@ -30,7 +30,7 @@ from runs.checkpoint import metadata
 from runs.config import read_config
 from system.files import atomic_write, refuse_missing_folders
 from transforms import Preprocess, resize, squared
-from utils import RunError, UserError, log, printable
+from utils import RunError, UserError, first_line, log, printable
 
 if TYPE_CHECKING:
     from command_line.groups import Asked, Export
@@ -157,8 +157,7 @@ def export_onnx(
         changed = sum(int(another) for *_, another in taken)
         del proto.graph.output[1:]  # the parts, which only the check needs
     except Exception as error:  # the exporter, the checker and the runtime raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise RunError(f"{name} cannot be exported to ONNX: {printable(reason)}. Nothing was written.") from None
+        raise RunError(f"{name} cannot be exported to ONNX: {first_line(error)}. Nothing was written.") from None
     allowed = {"pixels": PIXELS, **(IN_FLOAT16 if float16 else IN_FLOAT32)}
     for difference, (part, most) in zip(found.tolist(), allowed.items(), strict=True):
         if not difference <= most:

@@ -32,7 +32,7 @@ from system import parent
 from system.files import read_json
 from system.terminal import duration, linked
 from train import Trainer
-from utils import RunError, Stopped, amount, importing, log, printable, typed
+from utils import RunError, Stopped, amount, importing, log, printable, typed, with_type
 
 
 def announce(setup: Setup, *, model: str, logs: list[str], safetensors: bool) -> None:
@@ -111,7 +111,7 @@ def show_first_batch(trainer: Trainer, data: DataSet) -> None:
 
         batch(images, labels.numpy(), data.classes, trainer.run.file("batch.png"))
     except Exception as error:  # as in `show`; a training does not depend on a picture
-        log.warning(f"no batch.png: {printable(f'{type(error).__name__}: {error}')[:300]}")
+        log.warning(f"no batch.png: {with_type(error)}")
 
 
 def watch_layers(trainer: Trainer, *, every: int | None) -> None:
@@ -205,11 +205,10 @@ def show(run: RunDirectory, logs: Logs) -> None:
 
         draw_run(run.path)
     except Exception as error:  # matplotlib, its fonts and its caches raise nearly every type
-        reason = printable(f"{type(error).__name__}: {error}")[:300]
         where = ("--checkpoint_dir", run.path.parent, "--checkpoint_name", run.path.name)
         raise NotDrawn(
-            f"the results are in {printable(run.path)}, but the pictures could not be drawn ({reason}).\nOnce that is "
-            f"fixed: {typed('python', 'main.py', 'report', *where)}"
+            f"the results are in {printable(run.path)}, but the pictures could not be drawn ({with_type(error)}).\n"
+            f"Once that is fixed: {typed('python', 'main.py', 'report', *where)}"
         ) from None
     finally:
         pictures = (run.file(name) for name in ("learning_curve.png", "confusion_matrix.png", "mistakes.png"))

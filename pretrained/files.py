@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pretrained.parts import folder_advice, names_parts, parts_of, refuse_part
-from utils import UserError, printable, typed
+from utils import UserError, first_line, printable, typed
 
 METADATA = "safetensors metadata"  # `load_file` returns the text metadata of a safetensors file under this key
 _DAMAGE = (
@@ -176,8 +176,7 @@ def _why_unreadable(path: Path, error: BaseException) -> str:
             f"{name} was refused: it was saved {form}, which cannot be read without the risk of running code.\nIf you "
             f"trust its source, save it again:\n  {_resaving_line(path)}"
         )
-    reason = (text.splitlines() or [type(error).__name__])[0][:120]
-    return f"{name} is damaged or not a PyTorch file ({printable(reason)})."
+    return f"{name} is damaged or not a PyTorch file ({first_line(error)})."
 
 
 def _torchscript_advice(path: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from pretrained.fitting import Weights, narrow_head, note_options
-from utils import UserError, printable, shows_bars
+from utils import UserError, first_line, printable, shows_bars
 
 PREFIX = "timm:"
 
@@ -80,10 +80,9 @@ def build(
     try:
         model = create(key, class_count, options)
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         own_size = 224 if config is None else config.input_size[1]
         raise UserError(
-            f"{key} cannot be built ({printable(reason)}). Its own size is --image_size {own_size}."
+            f"{key} cannot be built ({first_line(error)}). Its own size is --image_size {own_size}."
         ) from None
     _refuse_without_head(model, key, class_count)
     if pretrained and file is None:
@@ -114,10 +113,9 @@ def _pretrained(key: str, class_count: int, options: dict[str, Any], config: Any
     try:
         return create(key, class_count, options, pretrained=True)
     except Exception as error:  # the loader, the hub, its transport and the network raise many types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         where = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else config.url
         raise UserError(
-            f"the published weights of {key} could not be loaded: {printable(reason)}\nThree ways out:"
+            f"the published weights of {key} could not be loaded: {first_line(error)}\nThree ways out:"
             f"\n  download them from {where}\n    and name the file with --pretrained_path FILE"
             "\n  name a file of weights you have with --pretrained_path FILE"
             "\n  train from scratch with --pretrained 0"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, printable
+from utils import UserError, with_type
 
 Values = dict[str, Any]
 PROJECT = "amp-train"  # W&B's project and MLflow's experiment, unless their own variables name another
@@ -54,8 +54,7 @@ class Logs:
                 getattr(log, method)(*values)
             except Exception as error:  # these packages raise nearly every type
                 del self._logs[name]
-                reason = printable(f"{type(error).__name__}: {error}")[:300]
-                self._warn(f"the log {name} goes no further ({reason}); the training does.")
+                self._warn(f"the log {name} goes no further ({with_type(error)}); the training does.")
 
 
 def refuse_missing_packages(names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from distributed import Ranks
 from system.machine import computing_cores
-from utils import RunError, UserError, printable, wrapped
+from utils import RunError, UserError, first_line, printable, wrapped
 
 PATIENCE = timedelta(minutes=5)  # for processes that start later
 
@@ -49,7 +49,7 @@ def join(ranks: Ranks) -> None:
     error = meeting.exception()
     if error is not None:
         raise RunError(
-            f"this process could not meet the others at {place} ({_first_line(error)}).\nCheck that all of them were "
+            f"this process could not meet the others at {place} ({_reason(error)}).\nCheck that all of them were "
             "started, that host and port are those of the first machine, and that no firewall stands between."
         ) from None
 
@@ -134,14 +134,13 @@ def in_words(error: BaseException) -> str | None:
     if not isinstance(error, dist.DistError) and "gloo" not in text and "nccl" not in text:
         return None
     return (
-        f"this process lost the others of its job ({_first_line(error)}): what was saved before is intact.\nGo on with "
+        f"this process lost the others of its job ({_reason(error)}): what was saved before is intact.\nGo on with "
         "the same command and --resume; with torchrun --max-restarts N and --resume auto a job does so by itself."
     )
 
 
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return printable(re.sub(r"^\[[^]]*\] ", "", line)[:200])  # without gloo's file and line
+def _reason(error: BaseException) -> str:
+    return re.sub(r"^\[[^]]*\] ", "", first_line(error))  # without gloo's file and line
 
 
 def _in_thread(work: Callable[[], Any]) -> Future:
