@@ -272,7 +272,10 @@ def _precision(events: list[Event], trace: Trace, subject: Subject) -> list[Find
     backward = [event for event in events if event.kind == "backward"]
     stepped = any(event.kind == "scaler.step" and event.details["enabled"] for event in events)  # loss-not-scaled
     if torch.float16 in dtypes and backward and not scales and not stepped:
-        cures = ["torch.amp.GradScaler: scale(loss).backward(), step(optimizer), update()", "bfloat16"]
+        cures = [
+            "torch.amp.GradScaler: scale(loss).backward(), step(optimizer), update()",
+            "torch.autocast(device, torch.bfloat16): without a dtype it takes float16 on GPUs",
+        ]
         message = "autocast runs in float16, but the loss is not scaled."
         place = backward[0].place
         found.append(Finding("no-scaler", message, cures, place, level=level_of(place)))
