@@ -370,6 +370,13 @@ OPTIONS = {
         "labels": LABELS,
         "window": WINDOW,
         "max_megapixels": MEGAPIXELS,
+        "model": Option(
+            NAME,
+            None,
+            "with --check, also list nearly equal pictures of two parts, by this model's ImageNet weights",
+            CALL,
+        ),
+        "pretrained_path": Option(FILE, None, "weights for that model, in place of the published ones", START),
         "json": Option(FILE, None, "write all that --check found as JSON", CALL),
     },
     "auditing": {

@@ -239,6 +239,8 @@ class Preparation:
     labels: str | None
     window: str
     max_megapixels: float
+    model: str | None
+    pretrained_path: str | None
     json: str | None
 
 

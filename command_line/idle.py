@@ -113,6 +113,7 @@ BESIDE: tuple[tuple[str, str, str, Callable[[Values], Any]], ...] = (  # command
         "the checkpoint says its model and weights",
         lambda values: not values["module"] and (values["checkpoint"] or values["checkpoint_name"]),
     ),
+    ("prepare", "pretrained_path", "they are the weights of --model", _missing("model")),
     ("export", "tta float16", "--safetensors writes weights", _given("safetensors")),
 )
 # Each of these options chooses what the command does: all options but the named ones then do nothing.
@@ -122,7 +123,7 @@ MODES = {
     ("prepare", "demo"): ("data_dir train_images test_images seed", "reads none of it"),
     ("prepare", "archive"): ("data_dir archive_encoding", "reads none of it"),
     ("prepare", "download"): ("data_dir", "reads none of it"),
-    ("prepare", "check"): ("data_dir labels window max_megapixels json", "reads none of it"),
+    ("prepare", "check"): ("data_dir labels window max_megapixels model pretrained_path json", "reads none of it"),
     ("prepare", "clean"): ("data_dir", "reads none of it"),
 }
 

@@ -16,7 +16,7 @@ from images.decode import Rules, windows_of
 from images.demo import draw_demo
 from images.labels import list_images
 from images.placing import explained, finish_interrupted, put_in_place, refuse_existing
-from images.walk import find_images, is_wanted
+from images.walk import find_images, is_wanted, relative_name
 from system.files import FULL, json_text, refuse_missing_folders, write_text
 from system.machine import cores
 from utils import RunError, UserError, amount, log, printable
@@ -50,11 +50,32 @@ def prepare(asked: Preparation) -> None:
         rules = Rules(asked.max_megapixels, windows_of(asked.window))
         report = check(folder, labels=asked.labels, rules=rules, own_window=asked.window == "data")
         print(format_check(report))
+        if asked.model:
+            report["near"] = _near(folder, asked, rules)
         if asked.json:
             write_text(Path(asked.json), json_text(report, indent=1))
         if report["unreadable"]:
             count = len(report["unreadable"])
             raise RunError(f"{count:,} {'image' if count == 1 else 'images'} cannot be read: repair or remove them.")
+
+
+def _near(folder: Path, asked: Preparation, rules: Rules) -> list[list[str | float]]:
+    """Print and return the nearly equal pictures of two parts, each pair with its cosine."""
+    from commands.near import NEAR, near_pictures  # they need torch
+
+    assert asked.model is not None
+    found = list_images(folder, labels=asked.labels)
+    parts = {part: [path for path, _ in listing] for part, listing in found.parts.items()}
+    pairs = near_pictures(parts, asked.model, asked.pretrained_path, rules)
+    shown: list[list[str | float]] = [
+        [relative_name(one, found.root), relative_name(other, found.root), cosine] for one, other, cosine in pairs
+    ]
+    print(
+        f"nearly equal pictures of two parts, by {printable(asked.model)} (cosine of at least {NEAR}): {len(pairs):,}"
+    )
+    for one, other, cosine in shown[:10]:
+        print(f"  {cosine:.3f}  {printable(one)} ~ {printable(other)}")
+    return shown
 
 
 def _clean(folder: Path) -> None:

@@ -47,7 +47,7 @@ OPTIONS = {
     "inspect": f"{RUN} {DATA} {MODEL} --device --batch_size --precisions --full --checkpoint --out --module --diary "
     "--script --strict --open --layers --find_layers",
     "prepare": "--data_dir --download --archive --archive_encoding --demo --check --train_images --test_images --seed "
-    "--clean --labels --window --max_megapixels --json",
+    "--clean --labels --window --max_megapixels --model --pretrained_path --json",
     "export": f"{RUN} --tta --checkpoint --out --safetensors --float16",
 }
 # fmt: off

@@ -165,7 +165,7 @@ def test_an_option_that_never_acts_is_refused_by_name_and_not_shown(command, nam
 
 
 MODES = {
-    ("prepare", "--check"): ("data_dir", "labels", "window", "max_megapixels", "json"),
+    ("prepare", "--check"): ("data_dir", "labels", "window", "max_megapixels", "model", "json"),
     ("prepare", "--demo"): ("data_dir", "train_images", "test_images", "seed"),
     ("prepare", "--archive=x.zip"): ("data_dir", "archive_encoding"),
     ("prepare", "--download"): ("data_dir",),
