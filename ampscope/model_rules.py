@@ -115,7 +115,9 @@ def model_findings(trace: Trace, precision: str, device: str) -> list[Finding]:
             message += f" The call has {' and '.join(trace.unfused[place])}, which no kernel of the CPU takes."
         if cast is not None and rule == "autocast-off":
             message += f" Its input was made float32 at {cast}."
-        level = "note" if rule == "attention-in-float32" or (place is not None and place.via) else level_of(place)
+        # A product inside PyTorch cannot be mended there; a custom operator, called by torch.library, is the user's.
+        inside = place is not None and place.via and rule != "custom-operator"
+        level = "note" if rule == "attention-in-float32" or inside else level_of(place)
         found.append(Finding(rule, message, HELP[rule], place, row["module"], row["op"], precision, level))
     return [*found, *_round_trips(trace, precision), *_of_narrow_types(trace, precision), *_sizes(trace, precision)]
 
