@@ -131,6 +131,10 @@ class Subject:
     def parameters(self) -> list[nn.Parameter]:
         return list(dict.fromkeys(parameter for _, parameter in self.named_parameters()))
 
+    def owners(self) -> dict[str, nn.Module]:
+        """Return the modules that hold all trained parameters, by the prefix of their names."""
+        return self.models
+
     def stepped_on(self) -> list[nn.Parameter]:
         """Return the parameters that optimizers may step on."""
         return self.parameters()

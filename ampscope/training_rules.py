@@ -73,9 +73,12 @@ def _without_gradient(subject: Subject, trace: Trace) -> list[Finding]:
     if not trace.with_gradient:
         return []
     found = []
-    for prefix, model in subject.models.items():
+    stepped = {id(part) for optimizer in subject.optimizers.values() for part in _parameters_of(optimizer)}
+    for prefix, model in subject.owners().items():
         names = [
-            name for name, parameter in core(model).named_parameters() if parameter.requires_grad and parameter.is_leaf
+            name
+            for name, parameter in core(model).named_parameters()
+            if parameter.requires_grad and parameter.is_leaf and (not stepped or id(parameter) in stepped)
         ]
         reached = {name for name in names if ".".join(part for part in (prefix, name) if part) in trace.with_gradient}
         missing = [name for name in names if name not in reached]
@@ -88,6 +91,10 @@ def _without_gradient(subject: Subject, trace: Trace) -> list[Finding]:
         module = missing[0].rpartition(".")[0]
         found.append(Finding("no-gradient", message, cures, place, module, level=level))
     return found
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [part for group in optimizer.param_groups for part in group["params"]]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[Place | None, str]:

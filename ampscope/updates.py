@@ -337,6 +337,9 @@ class ScriptSubject(Subject):
         self._updates = updates
         super().__init__(models or {"": nn.Identity()}, None, step=_nothing, optimizers=optimizers)
 
+    def owners(self) -> dict[str, nn.Module]:
+        return self.tops
+
     def stepped_on(self) -> list[nn.Parameter]:
         """Return also those of models that have not been called yet."""
         groups = [group for optimizer in [*self._updates.made] for group in optimizer.param_groups]

@@ -328,4 +328,36 @@ for update in range(6):
     ema.update(model)
 """,
     ),
+    "a cast that is needed": (
+        "bfloat16",
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(16, 32), nn.Linear(32, 8)
+    def forward(self, x):
+        x = self.first(x).relu().float()
+        return self.last(x) / (1 + x.var(-1, keepdim=True))
+model = Model()
+inputs, labels = torch.randn(8, 16), torch.randint(0, 8, (8,))
+def compute():
+    return functional.cross_entropy(model(inputs), labels)
+""",
+    ),
+    "a cast of a few values": (
+        "bfloat16",
+        """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.gate = nn.Linear(16, 256), nn.Linear(256, 8), nn.Linear(8, 1)
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.last(x) * self.gate(x[:2, :8].float()).mean()
+model = Model()
+inputs, labels = torch.randn(8, 16), torch.randint(0, 8, (8,))
+def compute():
+    return functional.cross_entropy(model(inputs), labels)
+""",
+    ),
 }

@@ -13,7 +13,19 @@ import pytest
 from healthy_programs import HEALTHY
 from planted_loops import HEAD, LOOPS, MORE
 from planted_models import FAULTS, Mixing, OwnFunction
-from test_scripts import report_of
+from planted_values import (
+    VALUES,
+    ArcCosine,
+    EmptyMean,
+    FirstIsNaN,
+    HalfPower,
+    OneSampleStd,
+    PaddedRow,
+    SelfDistances,
+    VarianceByHand,
+    WhereLog,
+)
+from test_scripts import report_of, watched
 
 from ampscope.inspecting import Inspection
 from ampscope.module import made
@@ -137,6 +149,44 @@ def test_a_fault_in_a_loop_is_found(form, name, tmp_path):
     else:
         lines = lines_of(file.name, file.read_text().splitlines())
     check(found, rule, lines, ALSO.get(name, set()))
+
+
+WATCHED = """
+import torch
+from torch import nn
+from planted_values import {name} as Net
+
+torch.manual_seed(1)
+model = Net()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled={scaled})
+for step in range(7):
+    model.__dict__.pop("middle", None)
+    if step != 4:
+        model.middle = torch.relu
+    inputs, labels = torch.randn(8, 32), torch.randint(0, 10, (8,))
+    with torch.autocast("cpu", torch.{dtype}):
+        loss = nn.functional.cross_entropy(model(inputs), labels)
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+"""
+IN_ANY_TYPE = (PaddedRow, OneSampleStd, VarianceByHand, SelfDistances, WhereLog, HalfPower, ArcCosine, EmptyMean)
+WATCHES = [
+    *((model, "float16") for model, rule in VALUES.items() if rule.startswith("nonfinite") and model is not FirstIsNaN),
+    *((model, "bfloat16") for model in IN_ANY_TYPE),
+]
+
+
+@pytest.mark.parametrize(("model", "dtype"), WATCHES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_watched_program_names_the_update_and_the_line(model, dtype, tmp_path, capsys):
+    words = {"name": model.__name__, "scaled": dtype == "float16", "dtype": dtype}
+    _, _, said = watched(write(tmp_path, "train.py", WATCHED.format(**words)), tmp_path, capsys=capsys)
+    ((file, line),) = lines_in(model)
+    assert len(said) == 1 and said[0].startswith("ampscope: update 5 ") and f"{file}:{line}" in said[0], said
 
 
 START = """
