@@ -19,11 +19,12 @@ from torch import nn
 from torch.optim import optimizer as optimizer_hooks
 
 from ampscope.carried import Carried
-from ampscope.places import Place, outermost, place_of_caller
+from ampscope.places import Place, outermost, place_of_caller, users_line
 from ampscope.precisions import Precision
 from ampscope.subject import Subject, losses_in, restore, takes_hooks
 from ampscope.tensors import tensors_in
 
+NEAR = 6  # frames of a library between its call by the user and a backward pass that it makes for them
 SCALER_CALLS = ("scale", "unscale_", "step", "update")
 
 
@@ -189,7 +190,7 @@ class Execution:
             if name == "backward":
                 self.calls_backward = self.calls_backward or not self._busy
                 self.roots += tensors_in(args[:1] or kwargs.get("tensors"))
-            self.note(name)
+            self.note(name, users=users_line(NEAR))
             event = self.events[-1] if self.events and not self._busy else None
             scaler = self.carried.scaled_by(args[:1] or kwargs.get("tensors") or kwargs.get("outputs"))
             parameters: list[Any] = self.subject.stepped_on()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import inspect
 import linecache
-import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,7 +16,7 @@ from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ampscope.places import Place, kind_of_file, line_with, users_sources
+from ampscope.places import Place, class_sources, kind_of_file, line_with, users_line, users_sources
 from ampscope.subject import Subject
 
 NAMES = {
@@ -39,7 +37,7 @@ def observed() -> Iterator[None]:
 
     @functools.wraps(train)
     def trained(module: nn.Module, mode: bool = True) -> Any:
-        place = None if mode else _users_line()
+        place = None if mode else users_line()
         if place is not None:
             _evaluated[module] = place
         return train(module, mode)
@@ -50,19 +48,19 @@ def observed() -> Iterator[None]:
         result = apply(module, function, recurse)
         for parameter in module._parameters.values():
             if parameter is not None and before.get(id(parameter)) is not parameter.dtype:
-                _note(parameter, _users_line())
+                _note(parameter, users_line())
         return result
 
     @functools.wraps(set_default)
     def defaulted(dtype: Any) -> None:
         set_default(dtype)
-        place = _users_line()
+        place = users_line()
         _default[:] = [place] if place is not None else []
 
     def registered(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and parameter.dtype in NAMES and parameter not in _places:
             by_default = bool(_default) and parameter.dtype is torch.get_default_dtype()
-            _note(parameter, _default[0] if by_default else _users_line())
+            _note(parameter, _default[0] if by_default else users_line())
 
     hook = module_hooks.register_module_parameter_registration_hook(registered)
     nn.Module._apply = applied  # type: ignore[method-assign]
@@ -80,16 +78,6 @@ def observed() -> Iterator[None]:
 def _note(parameter: nn.Parameter, place: Place | None) -> None:
     if place is not None and parameter.dtype in NAMES:
         _places[parameter] = place
-
-
-def _users_line() -> Place | None:
-    """Return the innermost line of the user's own, even if a library is called from there."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if kind_of_file(frame.f_code.co_filename) == "user":
-            return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, "user")
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
 
 
 def line_of_type(subject: Subject, parameter: nn.Parameter) -> Place | None:
@@ -117,16 +105,10 @@ def line_of_evaluation(subject: Subject, name: str) -> Place | None:
     return line_with(r"\.eval\(|\.train\(False", [*_sources(map(type, modules.values())), *users_sources()])
 
 
-def _sources(classes: Any) -> list[tuple[str, int, list[str]]]:
-    """Return (file, first line, lines) of the classes, and of those that they extend, that are the user's own."""
-    found = []
-    for kind in dict.fromkeys(base for one in classes for base in one.__mro__):
-        with contextlib.suppress(TypeError, OSError):
-            file = inspect.getfile(kind)
-            if kind_of_file(file) == "user":
-                lines, start = inspect.getsourcelines(kind)
-                found.append((file, start, lines))
-    return found
+def _sources(classes: Iterable[type]) -> list[tuple[str, int, list[str]]]:
+    """Return (file, first line, lines) of the functions of the user's classes, and of those that they extend."""
+    kinds = dict.fromkeys(base for kind in classes for base in kind.__mro__)
+    return [source for kind in kinds for source in class_sources(kind) if kind_of_file(source[0]) == "user"]
 
 
 def _parsed(lines: list[str]) -> ast.Module | None:

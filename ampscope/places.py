@@ -104,6 +104,18 @@ def users_sources() -> list[tuple[str, int, list[str]]]:
     return [*functions, *((file, 1, linecache.getlines(file)) for file in _users)]
 
 
+def class_sources(kind: type) -> list[tuple[str, int, list[str]]]:
+    """Return (file, first line, lines) of a class's own functions, also if the program that it is from has ended."""
+    found = []
+    for value in vars(kind).values():
+        code = getattr(value, "__code__", None)
+        if code is not None:
+            with contextlib.suppress(OSError, TypeError):
+                lines, start = inspect.getsourcelines(code)
+                found.append((code.co_filename, start, lines))
+    return found
+
+
 def line_with(pattern: str, sources: list[tuple[str, int, list[str]]]) -> Place | None:
     """Return the first line of code in these sources that matches the pattern; text and comments are no code."""
     for file, start, lines in sources:
@@ -153,6 +165,18 @@ def outermost(function: Callable) -> Callable:
     """Mark the function that calls the step: the search for a place stops there."""
     _outermost.add(function.__code__)
     return function
+
+
+def users_line(within: int | None = None) -> Place | None:
+    """Return the innermost line of the user's, also if a library is called from there; `within` so many frames."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and within != 0:
+        kind = kind_of_file(frame.f_code.co_filename)
+        if kind == "user":
+            return Place(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name, "user")
+        within = within - (kind == "library") if within is not None else None
+        frame = frame.f_back
+    return None
 
 
 def place_of_caller() -> Place | None:

@@ -223,7 +223,8 @@ def _order(events: list[Event]) -> list[Finding]:
             if event.details.get("again") and backward is not None:
                 message = "backward adds to the gradients of the update before, which nobody has cleared."
                 cures = ["optimizer.zero_grad() once an update"]
-                found.append(_broken("gradients-kept", backward, message, *cures))
+                place = backward.details.get("users") or backward.place
+                found.append(Finding("gradients-kept", message, cures, place, level=level_of(place)))
             if optimizer in scheduled:
                 message = "The schedule steps before its optimizer, so that the first learning rate is passed over."
                 cures = ["scheduler.step() after optimizer.step()"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from ampscope.findings import Finding
 from ampscope.observed import line_of_evaluation
-from ampscope.places import Place, kind_of_file, line_with
+from ampscope.places import Place, class_sources, kind_of_file, line_with
 from ampscope.subject import Subject, core, losses_in
 from ampscope.trace import Trace
 
@@ -102,16 +101,12 @@ def _owner(model: nn.Module, name: str) -> tuple[Place | None, str]:
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
         kind = type(model.get_submodule(".".join(path[:depth])))
-        try:
-            file = inspect.getfile(kind)
-            lines, start = inspect.getsourcelines(kind)
-        except (TypeError, OSError):
-            continue
-        if kind_of_file(file) == "library":
+        sources = class_sources(kind)
+        owner = kind_of_file(sources[0][0]) if sources else ""
+        if owner == "library":
             return None, "note"
-        if kind_of_file(file) == "user":
+        if owner == "user":
             attribute = path[depth] if depth < len(path) else name.rpartition(".")[2]
-            sources = [(file, start, lines)]
             cut = line_with(r"\.detach\(|no_grad\(|\.data\b", sources)
             return cut or line_with(rf"self\.{attribute}\b", sources), "finding"
     return None, "finding"
