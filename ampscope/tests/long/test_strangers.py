@@ -27,9 +27,8 @@ from planted_values import (
 )
 from test_scripts import report_of, watched
 
-from ampscope.inspecting import Inspection
+from ampscope import inspect_step
 from ampscope.module import made
-from ampscope.subject import Subject
 
 MODEL = """
 import torch
@@ -73,13 +72,9 @@ ALSO = {  # what is true besides, by rule or by name
 
 
 def of_step(file):
-    """Return the findings on the step that a file's make() returns, without its times and memory."""
+    """Return the findings on the step that a file's make() returns."""
     with made(f"{file}:make", None) as parts:
-        inspection = Inspection(Subject(**parts), None, [], None)
-        written = inspection.trace_as_written()
-        inspection._trace_all(written)
-        inspection._judge_range(inspection._ranges())
-    return inspection.everything
+        return inspect_step(**parts, speed=False).everything
 
 
 def check(found, rule, lines, also=frozenset()):
