@@ -258,7 +258,7 @@ def test_a_refused_size_is_answered_with_sizes_that_were_tried():
     assert "Use" not in neither
     file = SimpleNamespace(saved_from=None)  # weights that do not fit are left out by the option that named them
     assert "--pretrained_path" in _advice(file, SimpleNamespace(state={}), "timm:resnet18")
-    origin = SimpleNamespace(op="aten.sqrt", phase="backward", module="m")
+    origin = SimpleNamespace(op="aten.sqrt", phase="backward", module="m", inputs=[])
     assert not any("clip" in cure for cure in finite.cures(origin, overflow=False)), "the norm of NaN is NaN"
 
 
