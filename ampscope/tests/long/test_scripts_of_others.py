@@ -99,6 +99,14 @@ def test_a_read_in_every_step_is_found_on_its_line(tmp_path, monkeypatch, name):
     assert [(finding.rule, finding.place.code) for finding in report.findings] == [("host-sync", "print(loss.item())")]
 
 
+def test_gradients_that_nobody_clears_are_found_on_the_users_line(tmp_path, monkeypatch):
+    pytest.importorskip("accelerate")
+    monkeypatch.chdir(tmp_path)
+    _, report = report_of(program(tmp_path, ACCELERATE.replace("        optimizer.zero_grad()\n", "")))
+    said = [(finding.rule, finding.place.code) for finding in report.findings]
+    assert said == [("gradients-kept", "accelerator.backward(loss)")]
+
+
 def test_lightning_names_the_module_as_its_user_does(tmp_path, monkeypatch):
     pytest.importorskip("lightning")
     monkeypatch.chdir(tmp_path)
