@@ -185,23 +185,6 @@ def test_no_memory_left_is_not_unknown_memory(folder, monkeypatch):
 
 
 # ------------------------------------------------------------------------ streams, users without a name
-@pytest.fixture(scope="module")
-def undisturbed(data, tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    assert tiny.train(data, runs, "--cache=none", "--num_workers=2", "--epochs=1") == 0
-    return tiny.outcome(runs / "run")
-
-
-@pytest.mark.parametrize("closed", [[0], [2], [0, 1, 2]])
-def test_closed_streams_change_no_file(data, tmp_path, closed, undisturbed):
-    """As cron and daemons start programs: no file of the run, and no pipe of a worker, may get a stream's number."""
-    words = tiny.words(data, tmp_path, "--cache=none", "--num_workers=2", "--epochs=1")
-    status, out, err = tiny.finish(tiny.start(words, closed=closed), 60)
-    assert status == 0, out + err
-    tiny.assert_equal(tiny.outcome(tmp_path / "run"), undisturbed)
-    assert (tmp_path / "run" / "lock").read_text().startswith("process ")
-
-
 def test_a_mistake_with_closed_streams_has_its_status(tmp_path):
     process = tiny.start(["train", f"--data_dir={tmp_path}"], closed=[0, 1, 2])
     assert tiny.finish(process, 60)[0] == 2

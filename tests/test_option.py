@@ -113,7 +113,8 @@ def help_of(*words):
     return out.getvalue()
 
 
-def test_the_first_help_has_the_options_that_most_runs_need_and_names_the_other():
+def test_the_first_help_has_the_options_that_most_runs_need_and_names_the_other(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     first = help_of("--help")
     assert len(first.splitlines()) < 70 and 12 <= first.count("\n  --") <= 20 and "--help all: all " in first
     assert "--mixup" not in first and "--mixup" in help_of("--help", "all") and "testing:" not in first

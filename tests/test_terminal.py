@@ -10,19 +10,6 @@ import utils
 from system import progress, terminal
 
 
-def test_progress_in_lines(monkeypatch):
-    monkeypatch.setattr(progress, "EVERY", 1.1)
-    said = []
-    with progress.Lines(total=400, desc="epoch 3/9", unit="image", say=said.append) as bar:
-        for _ in range(12):
-            time.sleep(0.1)
-            bar.update(30)
-            bar.set_postfix({"loss": "1.5"}, refresh=False)
-    assert 1 <= len(said) <= 2, said
-    assert said[0].startswith("epoch 3/9 ") and "% , " not in said[0]
-    assert all(word in said[0] for word in (" %, ", "images/s", " s left", "loss=1.5")), said
-
-
 def test_links_are_for_terminals_that_show_them(monkeypatch, tmp_path):
     for name in ("VTE_VERSION", "KITTY_WINDOW_ID", "WT_SESSION", "KONSOLE_VERSION", "DOMTERM", "TERM_PROGRAM"):
         monkeypatch.delenv(name, raising=False)

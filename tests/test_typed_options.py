@@ -161,7 +161,8 @@ def test_an_option_that_never_acts_is_refused_by_name_and_not_shown(command, nam
     words = [command, f"--checkpoint_dir={tmp_path}", *words_of(command, name)]
     with pytest.raises(UserError, match=f"^{command} takes no --{name}: "):
         parsing.parse([*words, *(["x.jpg"] if command == "predict" else [])])
-    assert f"  --{name} " not in helping.build_parser(command, everything=True).format_help()
+    shown = helping.build_parser(command, everything=True).format_help()
+    assert not [line for line in shown.splitlines() if line.startswith(f"  --{name} ")]
 
 
 MODES = {

@@ -30,7 +30,8 @@ def test_the_picture_of_many_classes_shows_the_most_frequent_confusions(tmp_path
 def few(monkeypatch):
     """Three classes are very many."""
     monkeypatch.setattr("runs.result.MATRIX", 2)
-    for module in ("train", "evaluate", "predict", "audit"):
+    monkeypatch.setattr("train.PROBABILITIES", 2)
+    for module in ("train", "evaluate", "answers", "audit"):
         monkeypatch.setattr(f"commands.{module}.PROBABILITIES", 2)
 
 

@@ -54,7 +54,7 @@ def test_a_stated_accuracy_is_that_of_the_predictions(logits):
     setup = SimpleNamespace(device=CPU, precision=named_precision("fp32", CPU), asked=asked)
     with tempfile.TemporaryDirectory() as folder:
         run = RunDirectory(folder)
-        run.write_json("result.json", result_of(setup, data, found))
+        run.write_json("result.json", result_of(setup, data, found, None))
         run.write_csv("predictions.csv", predictions(data, found))
         result = tiny.strict(run.file("result.json"))
         table = results.read_predictions(run.file("predictions.csv"))

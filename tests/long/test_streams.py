@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+import tiny
 from tiny import ROOT
 
 from system import progress
@@ -73,3 +75,33 @@ def test_progress_of_unknown_length_and_of_bytes(monkeypatch):
             time.sleep(0.3)
             bar.update(10**6)
     assert "unpacking" in said[0] and "MB/s" in said[0]
+
+
+def test_progress_in_lines(monkeypatch):
+    monkeypatch.setattr(progress, "EVERY", 1.1)
+    said = []
+    with progress.Lines(total=400, desc="epoch 3/9", unit="image", say=said.append) as bar:
+        for _ in range(12):
+            time.sleep(0.1)
+            bar.update(30)
+            bar.set_postfix({"loss": "1.5"}, refresh=False)
+    assert 1 <= len(said) <= 2, said
+    assert said[0].startswith("epoch 3/9 ") and "% , " not in said[0]
+    assert all(word in said[0] for word in (" %, ", "images/s", " s left", "loss=1.5")), said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    assert tiny.train(data, runs, "--cache=none", "--num_workers=2", "--epochs=1") == 0
+    return tiny.outcome(runs / "run")
+
+
+@pytest.mark.parametrize("closed", [[0], [2], [0, 1, 2]])
+def test_closed_streams_change_no_file(data, tmp_path, closed, undisturbed):
+    """As cron and daemons start programs: no file of the run, and no pipe of a worker, may get a stream's number."""
+    words = tiny.words(data, tmp_path, "--cache=none", "--num_workers=2", "--epochs=1")
+    status, out, err = tiny.finish(tiny.start(words, closed=closed), 60)
+    assert status == 0, out + err
+    tiny.assert_equal(tiny.outcome(tmp_path / "run"), undisturbed)
+    assert (tmp_path / "run" / "lock").read_text().startswith("process ")
