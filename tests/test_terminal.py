@@ -1,4 +1,4 @@
-"""Progress in lines, bars, durations and broken lines; streams of real processes: tests/long/test_streams.py."""
+"""Bars, durations and broken lines; streams of real processes: tests/long/test_streams.py."""
 
 import io
 import sys

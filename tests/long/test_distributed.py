@@ -265,7 +265,9 @@ def test_a_killed_rank_is_said_once_restarted_and_comes_to_the_same_end(pair, da
     scenario = {"words": words(data, tmp_path, "again", "--resume=auto"), "rank": 1, "what": "kill", "at": 5}
     status, out, err = tiny.finish(torchrun({"again": scenario}, tmp_path / "job", "--max_restarts=1"), 300)
     assert status == 0, err
-    assert err.count("error: this process lost the others of its job") == 1 and "--resume" in err
+    # torchrun's SIGTERM may come before the survivor notices
+    said = [line for line in err.splitlines() if line.startswith(("error: this process lost the others", "stopped"))]
+    assert len(said) == 1 and "--resume" in err, err
     assert 'main.py", line' not in err  # no traceback of this program
     assert "resuming after 1 epoch and 0 updates" in out
     assert_equal_runs(tmp_path / "again", pair[0] / "fp32")
