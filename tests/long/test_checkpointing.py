@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import timm
 import tiny
 import torch
 import torchvision
@@ -15,11 +14,17 @@ from runs.fitting import _kept_bytes
 from utils import UserError
 
 CPU = torch.device("cpu")
+
+
+def of_timm(name, **options):
+    return pytest.importorskip("timm").create_model(name, **options)
+
+
 MODELS = {
     "resnet18": lambda: torchvision.models.resnet18(),
-    "vit": lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, drop_rate=0.1, attn_drop_rate=0.1),
+    "vit": lambda: of_timm("vit_tiny_patch16_224", img_size=64, drop_rate=0.1, attn_drop_rate=0.1),
     "swin": lambda: torchvision.models.swin_t(),  # with stochastic depth
-    "efficientnet": lambda: timm.create_model("efficientnet_lite0", drop_path_rate=0.1),
+    "efficientnet": lambda: of_timm("efficientnet_lite0", drop_path_rate=0.1),
     "densenet": lambda: torchvision.models.densenet121(),
 }
 
