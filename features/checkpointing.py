@@ -55,15 +55,19 @@ def checkpoint_blocks(model: nn.Module) -> list[str]:
 def _blocks(module: nn.Module, name: str) -> Iterator[str]:
     for place, child in module.named_children():
         below = f"{name}.{place}" if name else place
-        if isinstance(module, CONTAINERS) and next(child.children(), None) and not _has_blocks(child):
+        if isinstance(module, CONTAINERS) and _has_layers(child) and not _has_blocks(child):
             yield below
         else:
             yield from _blocks(child, below)
 
 
+def _has_layers(module: nn.Module) -> bool:
+    return any(True for _ in module.children())  # an empty nn.Sequential is false itself
+
+
 def _has_blocks(module: nn.Module) -> bool:
     """Return True for a list of layers that have layers of their own."""
-    return isinstance(module, CONTAINERS) and any(next(child.children(), None) for child in module.children())
+    return isinstance(module, CONTAINERS) and any(map(_has_layers, module.children()))
 
 
 def _first_and_second(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

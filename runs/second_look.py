@@ -39,7 +39,7 @@ class SecondLook:
             return None
         model = self.network.forward.model
         waited = self.batches.seconds_waited
-        seed_everything(self.seed, epoch, update)  # for dropout
+        seed_everything(self.seed, epoch, update, self.batches.ranks.rank)  # for dropout, as in the training
         parts = next(self.batches.epoch(epoch, update, update + 1))
         try:
             inputs = ((images, labels) for images, labels, *_ in parts)

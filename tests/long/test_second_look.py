@@ -55,6 +55,24 @@ def test_a_gradient_that_is_not_finite_names_its_operator_and_line(precision, tm
     assert "Looked at again: the loss was finite, the way back was not from fault" in text and "add an eps" in text
 
 
+class Drawing(Root):
+    """Keeps what each forward pass drew, as dropout does."""
+
+    def __init__(self):
+        super().__init__()
+        self.draws = []
+
+    def forward(self, values):
+        self.draws.append(torch.rand(3).tolist())
+        return super().forward(values)
+
+
+def test_the_update_is_repeated_with_its_own_random_numbers(tmp_path):
+    fault = Drawing()
+    failed(tmp_path, fault, FP32)
+    assert fault.draws.count(fault.draws[0]) >= 2
+
+
 def test_a_layer_that_overflows_is_named_with_the_option_that_keeps_it_in_float32(tmp_path, caplog):
     text, found = failed(tmp_path, Weighed(), FP16, scale=2.0**16)
     assert (found["phase"], found["module"], found["overflow"]) == ("forward", "fault", True)
